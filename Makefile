@@ -1,0 +1,43 @@
+# Everything runs inside .venv, which tools/setup_environment.py makes and keeps up to date.
+#   make env PYTHON=python3.12                    another interpreter
+#   make env DETECTRON2_SOURCE=../detectron2      another Detectron2 (any pip requirement)
+#   make env ENV_OPTIONS=--system-site-packages   keep the packages of the interpreter
+
+PYTHON ?= python3
+VENV ?= .venv
+ENV_OPTIONS ?=
+VENV_PYTHON := $(VENV)/bin/python
+PYTEST_OPTIONS ?=
+SETUP := $(PYTHON) tools/setup_environment.py --venv $(VENV)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo demo-short test test-slow lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env:  ## make .venv: pinned packages, Detectron2 and this project
+	@$(SETUP) $(ENV_OPTIONS)
+
+demo: env  ## the whole path on the demo dataset: train, evaluate, draw (CPU, minutes)
+	$(VENV_PYTHON) tools/demo.py --output-dir output/demo
+
+demo-short: env  ## the demo in a few steps, to see that it runs
+	$(VENV_PYTHON) tools/demo.py --short --output-dir output/demo-short
+
+test: env  ## the quick tests
+	@$(SETUP) --describe
+	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS)
+
+test-slow: env  ## the slow tests: trainings, whole programs
+	@$(SETUP) --describe
+	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_OPTIONS)
+
+lint: env  ## black, isort and flake8, without changing a file
+	$(VENV_PYTHON) -m black --quiet --check --diff -l 100 .
+	$(VENV_PYTHON) -m isort --check --diff .
+	$(VENV_PYTHON) -m flake8 .
+
+clean:  ## remove outputs and caches (the environment stays)
+	rm -rf output build dist .pytest_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,138 @@
+"""Which classes may be trained with masks: the field's splits, and how users name their own."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+
+__all__ = ["VOC_CLASSES", "NONVOC_CLASSES", "resolve_seen_classes"]
+
+# COCO's names of the 20 PASCAL VOC classes; VOC itself says aeroplane, motorbike, sofa,
+# pottedplant, diningtable and tvmonitor.
+# fmt: off
+VOC_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "boat", "bird", "cat",
+    "dog", "horse", "sheep", "cow", "bottle", "chair", "couch", "potted plant", "dining table",
+    "tv",
+)
+# fmt: on
+
+# The other 60 of COCO's 80 classes.
+# fmt: off
+NONVOC_CLASSES = (
+    "truck", "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard",
+    "surfboard", "tennis racket", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana",
+    "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake",
+    "bed", "toilet", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven",
+    "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
+    "hair drier", "toothbrush",
+)
+# fmt: on
+
+_NAMED_SPLITS = {"voc": frozenset(VOC_CLASSES), "nonvoc": frozenset(NONVOC_CLASSES)}
+
+
+def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
+    """
+    Turn a description of the seen classes into contiguous class ids.
+
+    Seen classes ("base" in few-shot work) are those whose masks training may use; for every other
+    class of the dataset only the boxes are used.
+
+    Args:
+        spec: one of
+
+            * ``"voc"`` / ``"nonvoc"``: the two halves of COCO's 80 classes. The dataset may have
+              fewer classes than COCO, but no others.
+            * ``"all"``: every class (the fully supervised oracle).
+            * class names separated by commas, e.g. ``"cat, hair drier"``.
+            * a path to a ``.json`` file with a list of names, or to a text file with one name a
+              line (``#`` starts a comment). Needed for names that contain a comma.
+        thing_classes: the dataset's class names; the position is the contiguous id.
+
+    Returns:
+        The contiguous ids of the seen classes, sorted, each once.
+
+    Raises:
+        ValueError: an empty ``spec``, a name that the dataset lacks (with the nearest names), a
+            class name that appears twice in ``thing_classes``, or a file of another form.
+    """
+    thing_classes = list(thing_classes)
+    repeated = sorted({name for name in thing_classes if thing_classes.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"The dataset names these classes more than once: {repeated}. Class names must be "
+            "unique, because seen classes are given by name."
+        )
+    spec = spec.strip()
+    if spec == "all":
+        return list(range(len(thing_classes)))
+    if spec in _NAMED_SPLITS:
+        return _resolve_named_split(spec, thing_classes)
+
+    names = _read_names(spec)
+    if not names:
+        raise ValueError(
+            f"DATASETS.SEEN_CLASSES is {spec!r}, which names no class. Allowed: 'voc', 'nonvoc', "
+            "'all', class names separated by commas, or a path to a text or json list."
+        )
+    unknown = [name for name in names if name not in thing_classes]
+    if unknown:
+        raise ValueError(_unknown_names_message(spec, unknown, thing_classes))
+    return sorted({thing_classes.index(name) for name in names})
+
+
+def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
+    coco_classes = frozenset().union(*_NAMED_SPLITS.values())
+    foreign = [name for name in thing_classes if name not in coco_classes]
+    if foreign:
+        raise ValueError(
+            f"DATASETS.SEEN_CLASSES is {spec!r}, a split of COCO's 80 classes, but the dataset has "
+            f"other classes: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Name its seen "
+            "classes instead, separated by commas, or give a path to a list."
+        )
+    seen = [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
+    if not seen:
+        raise ValueError(
+            f"DATASETS.SEEN_CLASSES is {spec!r}, but none of the dataset's classes is in that "
+            f"split, so nothing could teach the masks: {thing_classes[:5]}."
+        )
+    return seen
+
+
+def _read_names(spec: str) -> list[str]:
+    if not os.path.isfile(spec):
+        if spec.endswith((".txt", ".json")):
+            raise ValueError(f"DATASETS.SEEN_CLASSES names a file that does not exist: {spec!r}.")
+        return [name.strip() for name in spec.split(",") if name.strip()]
+    with open(spec, encoding="utf-8") as f:
+        if not spec.endswith(".json"):
+            lines = (line.split("#")[0].strip() for line in f)
+            return [line for line in lines if line]
+        try:
+            names = json.load(f)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"The list of seen classes {spec!r} is not valid json: {e}.") from e
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"The list of seen classes {spec!r} must be a json list of class names, "
+            f'such as ["cat", "dog"]; it holds {str(names)[:80]}.'
+        )
+    return names
+
+
+def _unknown_names_message(spec: str, unknown: list[str], thing_classes: list[str]) -> str:
+    by_lower_case = {name.lower(): name for name in thing_classes}
+    hints = []
+    for name in unknown:
+        near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.5)
+        did_you_mean = f" (nearest: {', '.join(by_lower_case[n] for n in near)})" if near else ""
+        hints.append(f"{name!r}{did_you_mean}")
+    return (
+        f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class {', '.join(hints)}. "
+        f"Its {len(thing_classes)} classes: {', '.join(thing_classes[:100])}."
+    )

@@ -1,0 +1,77 @@
+"""Every config key that this project adds to Detectron2's."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+__all__ = ["add_teacher_student_mask_config"]
+
+
+def add_teacher_student_mask_config(cfg: CN) -> None:
+    """
+    Add the keys of TeacherStudentMask to ``cfg``, with the paper's settings as defaults.
+
+    Args:
+        cfg: a config as :func:`detectron2.config.get_cfg` returns it; changed in place.
+    """
+    # Whose masks training may use: "voc", "nonvoc", "all", class names separated by commas, or a
+    # path to a text or json list. The masks of all other classes are forgotten by the mapper.
+    cfg.DATASETS.SEEN_CLASSES = "voc"
+
+    # Number of 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
+    cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV = 1
+    # Train the mask heads on the ground-truth boxes of the sampled objects, each once, instead of
+    # on the sampled foreground proposals. The paper does not say; deep mask heads need it.
+    cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES = False
+
+    # The class-agnostic teacher of TeacherStudentROIHeads. It is any registered mask head: it is
+    # built with these values in the place of MODEL.ROI_MASK_HEAD's.
+    cfg.MODEL.TEACHER_MASK_HEAD = CN()
+    cfg.MODEL.TEACHER_MASK_HEAD.NAME = "MaskRCNNConvMultiUpsampleHead"
+    # 12 = the paper's "deeper" teacher.
+    cfg.MODEL.TEACHER_MASK_HEAD.NUM_CONV = 4
+    # 2 = the paper's "high-res" (56x56) teacher.
+    cfg.MODEL.TEACHER_MASK_HEAD.NUM_DECONV = 1
+    cfg.MODEL.TEACHER_MASK_HEAD.CONV_DIM = 256
+    # "" or any norm of detectron2.layers.get_norm. "GN" is safe when a GPU has no ROI; "SyncBN"
+    # is not, "naiveSyncBN_N" is.
+    cfg.MODEL.TEACHER_MASK_HEAD.NORM = ""
+    cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 1.0
+
+    # How the teacher's output becomes the student's target where an object has no mask.
+    cfg.MODEL.PSEUDO_MASK = CN()
+    # "none" (soft probabilities), "threshold", "interact" (mean of teacher and student, the
+    # paper's), "crf", or "box_fit" (the threshold whose mask fits the box best, ours).
+    cfg.MODEL.PSEUDO_MASK.METHOD = "interact"
+    # Probability from which on a pixel is foreground; not used by "none" and "box_fit".
+    cfg.MODEL.PSEUDO_MASK.THRESHOLD = 0.5
+    # Everything outside the object's own box is background.
+    cfg.MODEL.PSEUDO_MASK.CLIP_TO_BOX = True
+    # Everything inside another object's annotated mask is background.
+    cfg.MODEL.PSEUDO_MASK.EXCLUDE_SEEN = True
+    # Before this iteration objects without a mask give the student no loss at all. Ours: the
+    # paper starts at 0, where "interact" can collapse to empty pseudo masks for good.
+    cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 1000
+
+    # Dense CRF on the teacher's probabilities, for METHOD "crf". Widths in cells of the ROI grid
+    # (SXY) and in 0-255 colour values (SRGB); the values of pydensecrf's README.
+    cfg.MODEL.PSEUDO_MASK.CRF = CN()
+    cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "pydensecrf"
+    cfg.MODEL.PSEUDO_MASK.CRF.NUM_ITERS = 5
+    cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_SXY = 3.0
+    cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_COMPAT = 3.0
+    cfg.MODEL.PSEUDO_MASK.CRF.BILATERAL_SXY = 80.0
+    cfg.MODEL.PSEUDO_MASK.CRF.BILATERAL_SRGB = 13.0
+    cfg.MODEL.PSEUDO_MASK.CRF.BILATERAL_COMPAT = 10.0
+
+    # Which mask head runs at inference: "student", or "teacher" for analysis.
+    cfg.TEST.MASK_HEAD = "student"
+    # Which classes the tasks segm_seen and segm_unseen take for seen, in the form of
+    # DATASETS.SEEN_CLASSES; "" = the same as in training. For the oracle, which sees all.
+    cfg.TEST.SEEN_CLASSES = ""
+    # Evaluate the masks on the ground-truth boxes and classes, which isolates the mask head.
+    cfg.TEST.GT_BOXES = False
+    # Objects with an overlap O (Eq. (1) of the paper) of at least this are "segm_unseen_overlap".
+    cfg.TEST.OVERLAP_THRESHOLD = 0.3
+    # Bin edges of the analyses over O.
+    cfg.TEST.OVERLAP_BINS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]

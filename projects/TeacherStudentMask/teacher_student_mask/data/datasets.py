@@ -1,0 +1,123 @@
+"""COCO json files in which any object may lack its mask."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+__all__ = ["load_partial_coco_json", "register_partial_coco"]
+
+logger = logging.getLogger(__name__)
+
+
+def register_partial_coco(name: str, json_file: str, image_root: str) -> None:
+    """
+    Register a COCO json, masks on any part of its objects, as a Detectron2 dataset.
+
+    Args:
+        name: of the dataset, for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file: path of the COCO annotations; read when the dataset is first used.
+        image_root: folder that the ``file_name`` of the images is relative to.
+    """
+    DatasetCatalog.register(name, lambda: load_partial_coco_json(json_file, image_root, name))
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="coco"
+    )
+
+
+def load_partial_coco_json(
+    json_file: str, image_root: str, dataset_name: str | None = None
+) -> list[dict]:
+    """
+    Read a COCO json into Detectron2's standard dataset format; no box is dropped.
+
+    Detectron2's ``load_coco_json`` drops an object whose polygons are all malformed, and with it a
+    box that detection needs. Here such an object is one without a mask.
+
+    Args:
+        json_file: path of the COCO annotations.
+        image_root: folder that the ``file_name`` of the images is relative to.
+        dataset_name: if given, class names and the map from category ids to contiguous ids are
+            stored in its metadata.
+
+    Returns:
+        One dict an image, sorted by image id. ``segmentation`` is there only where the json holds
+        at least one polygon or an RLE.
+
+    Raises:
+        ValueError: a missing list, field, category or image; names the file, the id and the value.
+    """
+    with open(json_file, encoding="utf-8") as f:
+        coco = json.load(f)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
+            raise ValueError(f"{json_file}: a COCO json must have a list {key!r}.")
+
+    categories = sorted(coco["categories"], key=lambda category: category["id"])
+    contiguous_ids = {category["id"]: i for i, category in enumerate(categories)}
+    if dataset_name is not None:
+        MetadataCatalog.get(dataset_name).set(
+            thing_classes=[category["name"] for category in categories],
+            thing_dataset_id_to_contiguous_id=contiguous_ids,
+        )
+
+    records = {
+        image["id"]: {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for image in sorted(coco["images"], key=lambda image: image["id"])
+    }
+    num_without_mask = num_malformed = 0
+    for annotation in coco["annotations"]:
+        where = f"{json_file}: annotation {annotation.get('id')}"
+        if annotation.get("image_id") not in records:
+            raise ValueError(f"{where}: no image has the id {annotation.get('image_id')!r}.")
+        if annotation.get("category_id") not in contiguous_ids:
+            raise ValueError(
+                f"{where}: 'category_id' is {annotation.get('category_id')!r}, but 'categories' "
+                f"has the ids {list(contiguous_ids)[:20]}."
+            )
+        if len(annotation.get("bbox") or ()) != 4:
+            raise ValueError(
+                f"{where}: 'bbox' must be [x, y, width, height], got {annotation.get('bbox')!r}."
+            )
+        obj = {
+            "bbox": list(annotation["bbox"]),
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": contiguous_ids[annotation["category_id"]],
+            "iscrowd": annotation.get("iscrowd", 0),
+        }
+        if annotation.get("keypoints"):
+            # COCO's keypoints are pixel indices, Detectron2's are coordinates.
+            obj["keypoints"] = [
+                v + 0.5 if i % 3 != 2 else v for i, v in enumerate(annotation["keypoints"])
+            ]
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list):
+            valid = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+            num_malformed += len(segmentation) - len(valid)
+            segmentation = valid
+        if segmentation:
+            obj["segmentation"] = segmentation
+        else:
+            num_without_mask += 1
+        records[annotation["image_id"]]["annotations"].append(obj)
+
+    logger.info(
+        f"Loaded {len(records)} images with {len(coco['annotations'])} objects from {json_file}; "
+        f"{num_without_mask} objects have a box only."
+    )
+    if num_malformed:
+        logger.warning(
+            f"{json_file}: {num_malformed} polygons have fewer than 3 points or an odd number of "
+            "coordinates and are left out; their objects keep their boxes."
+        )
+    return list(records.values())

@@ -1,0 +1,231 @@
+"""COCO AP on all, seen, unseen and unseen overlapped objects."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import operator
+from collections import Counter
+from collections.abc import Iterable
+
+from detectron2.evaluation import COCOEvaluator
+from pycocotools.cocoeval import COCOeval
+
+from ..class_splits import resolve_seen_classes
+from .overlap import compute_overlaps, has_mask
+from .results_table import METRICS, results_table
+from .subset_ap import evaluate_objects, summarize_classes
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["PartiallySupervisedCOCOEvaluator", "has_compiled_cocoeval"]
+
+
+class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
+    """
+    COCOEvaluator that also reports mask AP on seen classes, unseen classes and overlapped objects.
+
+    To the parent's tasks "bbox" and "segm" it adds
+
+    - "segm_seen", "segm_unseen": the objects of the seen and of the unseen classes;
+    - "segm_unseen_overlap": the objects of unseen classes with an overlap, Eq. (1) of the paper, of
+      at least the threshold. All other objects are ignored: a detection matched to one is neither
+      right nor wrong. A detection matched to no object is a false positive as always.
+
+    Each has AP, AP50, AP75, APs, APm, APl in 0-100, and num_gt, the number of non-crowd objects
+    that count; an AP over no objects is nan.
+
+    Mask AP needs a mask on every object, of unseen classes too. With annotations that have no masks
+    at all, boxes alone are evaluated.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: tuple[str, ...] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        seen_classes: str | Iterable[int],
+        overlap_threshold: float = 0.3,
+        use_fast_impl: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            dataset_name, tasks, distributed, output_dir, kwargs: see COCOEvaluator.
+            seen_classes: the classes whose masks training used: a specification for
+                `resolve_seen_classes` ("voc", "nonvoc", "all", names, a path), or contiguous ids.
+            overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
+            use_fast_impl: whether to match with Detectron2's compiled implementation; its AP
+                differs from the official one by rounding only. None: where it is available.
+        """
+        if not 0 <= overlap_threshold <= 1:
+            raise ValueError(f"overlap_threshold is {overlap_threshold}; it must be in [0, 1].")
+        is_compiled = has_compiled_cocoeval()
+        if use_fast_impl and not is_compiled:
+            logger.warning("This Detectron2 has no compiled COCO evaluation; taking pycocotools'.")
+        super().__init__(
+            dataset_name,
+            tasks,
+            distributed,
+            output_dir,
+            use_fast_impl=is_compiled and use_fast_impl is not False,
+            **kwargs,
+        )
+        self._overlap_threshold = overlap_threshold
+        self._overlaps: dict[int, float] | None = None
+        self._seen_classes = _resolve_contiguous_ids(seen_classes, self._class_names())
+        if self._do_evaluation:
+            self._normalize_annotations()
+            self._check_masks()
+
+    def _class_names(self) -> list[str]:
+        # Datasets registered from a json set their metadata only when they are loaded.
+        names = self._metadata.get("thing_classes")
+        if names is None:
+            names = [category["name"] for _, category in sorted(self._coco_api.cats.items())]
+        return list(names)
+
+    def _normalize_annotations(self):
+        """Check and complete the evaluator's own copy of the ground truth."""
+        annotations = self._coco_api.dataset["annotations"]
+        for field in ("bbox", "area"):
+            lacking = [x["id"] for x in annotations if field not in x]
+            if lacking:
+                raise ValueError(
+                    f"{self._metadata.json_file}: {len(lacking)} annotations have no '{field}', "
+                    f"which COCO evaluation needs; first ids: {lacking[:5]}."
+                )
+        counts = Counter(x["id"] for x in annotations)
+        duplicates = [annotation_id for annotation_id, count in counts.items() if count > 1]
+        if duplicates:
+            raise ValueError(
+                f"{self._metadata.json_file}: annotation ids must be unique, but {len(duplicates)} "
+                f"are used more than once; first ones: {duplicates[:5]}."
+            )
+        for annotation in annotations:
+            annotation.setdefault("iscrowd", 0)
+        if not all(isinstance(x, int) and x > 0 for x in counts):
+            # COCOeval stores the id of the matched object and reads 0 as "not matched".
+            logger.info("Annotation ids are not all positive integers; numbering them from 1.")
+            for number, annotation in enumerate(annotations, start=1):
+                annotation["id"] = number
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._coco_api.createIndex()
+
+    def _check_masks(self):
+        annotations = self._coco_api.dataset["annotations"]
+        lacking = [x["id"] for x in annotations if not has_mask(x)]
+        if not lacking or (self._tasks is not None and "segm" not in self._tasks):
+            return
+        if len(lacking) == len(annotations) and self._tasks is None:
+            logger.warning(f"{self._metadata.json_file} has no masks: only boxes are evaluated.")
+            self._tasks = ("bbox",)
+            return
+        raise ValueError(
+            f"{self._metadata.json_file}: {len(lacking)} of {len(annotations)} annotations have no "
+            f"mask ('segmentation' is missing, null or empty); first ids: {lacking[:5]}. Mask AP "
+            "needs a mask on every object, of unseen classes too. Evaluate on annotations that "
+            "have them, or pass tasks=('bbox',) to evaluate boxes alone."
+        )
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)
+        if iou_type not in ("bbox", "segm"):
+            return results
+        results["num_gt"] = len(self._evaluated_objects(coco_eval))
+        self._results[iou_type] = results
+        if coco_eval is None and self._tasks is None:
+            # Without any prediction the parent infers the task "bbox" alone.
+            self._results["segm"] = dict(results)
+            iou_type = "segm"
+        if iou_type == "segm":
+            self._results.update(self._derive_subset_results(coco_eval))
+            logger.info("Results, unseen classes in bold:\n" + results_table(self._results))
+        return results
+
+    def _derive_subset_results(self, coco_eval: COCOeval | None) -> dict[str, dict[str, float]]:
+        seen, unseen = self._split_category_ids()
+        if self._overlaps is None:
+            self._overlaps = compute_overlaps(self._coco_api)
+        objects = self._evaluated_objects(coco_eval)
+        overlapped = {
+            x["id"]
+            for x in objects
+            if x["category_id"] in unseen and self._overlaps[x["id"]] >= self._overlap_threshold
+        }
+        num_gt = {
+            "segm_seen": sum(x["category_id"] in seen for x in objects),
+            "segm_unseen": sum(x["category_id"] in unseen for x in objects),
+            "segm_unseen_overlap": len(overlapped),
+        }
+        if coco_eval is None:
+            results = {task: dict.fromkeys(METRICS, float("nan")) for task in num_gt}
+        else:
+            results = {
+                "segm_seen": summarize_classes(coco_eval, seen),
+                "segm_unseen": summarize_classes(coco_eval, unseen),
+                "segm_unseen_overlap": evaluate_objects(coco_eval, unseen, overlapped),
+            }
+        return {task: {**results[task], "num_gt": num_gt[task]} for task in num_gt}
+
+    def _split_category_ids(self) -> tuple[set[int], set[int]]:
+        """
+        Returns:
+            The json's category ids of the seen and of the unseen classes.
+        """
+        category_ids = set(self._coco_api.getCatIds())
+        # Like the parent, take the ids as contiguous where the metadata has no mapping.
+        to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if to_contiguous is None:
+            to_contiguous = {x: x for x in range(len(self._class_names()))}
+        unknown = sorted(category_ids - set(to_contiguous))
+        if unknown:
+            raise ValueError(
+                f"{self._metadata.json_file}: categories {unknown} are not among the dataset's "
+                f"classes {sorted(to_contiguous)}. A dataset registered from a json must be loaded "
+                "before it is evaluated."
+            )
+        seen = {x for x in category_ids if to_contiguous[x] in self._seen_classes}
+        return seen, category_ids - seen
+
+    def _evaluated_objects(self, coco_eval: COCOeval | None) -> list[dict]:
+        """
+        Returns:
+            The non-crowd annotations of the evaluated images; of all images if there is no eval.
+        """
+        coco = self._coco_api
+        image_ids = set(coco.imgs if coco_eval is None else coco_eval.params.imgIds)
+        return [
+            x
+            for x in coco.dataset["annotations"]
+            if x["image_id"] in image_ids and x["category_id"] in coco.cats and not x["iscrowd"]
+        ]
+
+
+def has_compiled_cocoeval() -> bool:
+    """Whether this Detectron2 has compiled code; a pure Python build has a stand-in `_C.py`."""
+    spec = importlib.util.find_spec("detectron2._C")
+    return spec is not None and not str(spec.origin).endswith(".py")
+
+
+def _resolve_contiguous_ids(seen_classes: str | Iterable[int], class_names: list[str]) -> set[int]:
+    if isinstance(seen_classes, str):
+        return set(resolve_seen_classes(seen_classes, class_names))
+    try:
+        ids = {operator.index(x) for x in seen_classes}
+    except TypeError as e:
+        raise ValueError(
+            f"seen_classes is {seen_classes!r}; it must be one string (class names separated by "
+            "commas) or hold contiguous ids."
+        ) from e
+    wrong = sorted(x for x in ids if not 0 <= x < len(class_names))
+    if wrong:
+        raise ValueError(
+            f"seen_classes has the ids {wrong}; contiguous ids of {len(class_names)} classes are "
+            f"0 to {len(class_names) - 1}."
+        )
+    return ids

@@ -1,0 +1,93 @@
+"""Result tables as text that is also Markdown; the rows of unseen classes are set in bold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tabulate import tabulate
+
+__all__ = ["METRICS", "TASKS", "comparison_table", "results_table"]
+
+TASKS = ("bbox", "segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def results_table(
+    results: Mapping,
+    rows: Sequence[str] = TASKS,
+    metrics: Sequence[str] = METRICS + ("num_gt",),
+) -> str:
+    """
+    One row per task, one column per metric.
+
+    Args:
+        results: {task: {metric: value}} as an evaluator returns it, or {dataset: such a dict},
+            which gives one table per dataset.
+        rows: the tasks to show; those absent from `results` are left out.
+        metrics: the columns. An absent value is shown as "-", an undefined one as "nan".
+
+    Returns:
+        The table, or "no results" if there is no row.
+    """
+    if _is_per_dataset(results):
+        tables = (f"{name}:\n{results_table(x, rows, metrics)}" for name, x in results.items())
+        return "\n\n".join(tables)
+    lines = [
+        _line(task, task, [_format(results[task].get(metric), metric) for metric in metrics])
+        for task in rows
+        if task in results
+    ]
+    return _to_text(("task", *metrics), lines)
+
+
+def comparison_table(
+    results_by_model: Mapping[str, Mapping],
+    rows: Sequence[str] = ("segm_seen", "segm_unseen", "segm_unseen_overlap"),
+    metrics: Sequence[str] = ("AP", "AP50"),
+) -> str:
+    """
+    Several models side by side: one row per task and metric, one column per model.
+
+    Args:
+        results_by_model: {model name: {task: {metric: value}}}, all of one dataset.
+        rows: the tasks to show; those that no model has are left out.
+        metrics: the metrics to show of each task.
+
+    Returns:
+        The table, or "no results" if there is no row.
+    """
+    lines = []
+    for task in rows:
+        by_model = [x.get(task) for x in results_by_model.values()]
+        if all(x is None for x in by_model):
+            continue
+        for metric in metrics:
+            cells = [_format((x or {}).get(metric), metric) for x in by_model]
+            lines.append(_line(task, f"{task} {metric}", cells))
+    return _to_text(("", *results_by_model), lines)
+
+
+def _is_per_dataset(results: Mapping) -> bool:
+    """Detectron2 nests the results once more where there are several test datasets."""
+    tasks = [task for x in results.values() if isinstance(x, Mapping) for task in x.values()]
+    return bool(tasks) and all(isinstance(task, Mapping) for task in tasks)
+
+
+def _format(value, metric: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if metric == "num_gt" else f"{value:.2f}"
+
+
+def _line(task: str, label: str, cells: list[str]) -> list[str]:
+    line = [label, *cells]
+    return [f"**{x}**" for x in line] if "unseen" in task else line
+
+
+def _to_text(header: Sequence[str], lines: list[list[str]]) -> str:
+    if not lines:
+        return "no results"
+    alignment = ("left",) + ("right",) * (len(header) - 1)
+    return tabulate(
+        lines, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True
+    )

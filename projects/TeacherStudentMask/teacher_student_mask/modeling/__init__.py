@@ -1,0 +1,25 @@
+"""
+ROI heads, mask heads, losses and pseudo masks.
+
+Letters used in shapes throughout: N images in the batch; R ROIs over the batch; C foreground
+classes; M side of a mask in cells (28, or 56); D feature channels; H, W height and width of an
+image.
+"""
+
+from .dense_crf import DenseCRF
+from .gt_boxes import GTBoxInference
+from .mask_head import MaskRCNNConvMultiUpsampleHead, build_teacher_mask_head
+from .pseudo_mask import PSEUDO_MASK_METHODS, PseudoMaskGenerator, generate_pseudo_masks
+from .roi_heads import PartiallySupervisedROIHeads, TeacherStudentROIHeads
+
+__all__ = [
+    "DenseCRF",
+    "GTBoxInference",
+    "MaskRCNNConvMultiUpsampleHead",
+    "PSEUDO_MASK_METHODS",
+    "PseudoMaskGenerator",
+    "PartiallySupervisedROIHeads",
+    "TeacherStudentROIHeads",
+    "build_teacher_mask_head",
+    "generate_pseudo_masks",
+]

@@ -1,0 +1,247 @@
+"""From the teacher's output on objects without a mask to the student's targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from detectron2.structures import Instances
+
+__all__ = [
+    "PSEUDO_MASK_METHODS",
+    "PseudoMaskGenerator",
+    "cells_inside_boxes",
+    "fit_to_boxes",
+    "generate_pseudo_masks",
+]
+
+PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit")
+
+# The thresholds that "box_fit" tries.
+_BOX_FIT_THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 20))
+
+
+@torch.no_grad()
+def generate_pseudo_masks(
+    teacher_probs: torch.Tensor,
+    student_probs: torch.Tensor,
+    *,
+    method: str = "interact",
+    threshold: float = 0.5,
+    roi_boxes: torch.Tensor | None = None,
+    gt_boxes: torch.Tensor | None = None,
+    clip_to_box: bool = True,
+    exclusion_masks: torch.Tensor | None = None,
+    crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    roi_images: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Post-process the teacher's masks into targets for the student: sigma of Eq. (4), then cleaning.
+
+    The methods, with p_t and p_s the probabilities of teacher and student:
+
+    * ``"none"``: p_t as it is, a soft target.
+    * ``"threshold"``: p_t >= threshold.
+    * ``"interact"``: (p_t + p_s) / 2 >= threshold; the paper's choice.
+    * ``"crf"``: CRF(p_t) >= threshold.
+    * ``"box_fit"``: per ROI the threshold whose mask fills the object's box best, see
+      :func:`fit_to_boxes`; not in the paper.
+
+    Cleaning (Sec. 5.1 of the paper, whatever the method): cells whose centre lies outside the
+    object's own box are background, and so are cells inside annotated masks of other objects.
+
+    Args:
+        teacher_probs: shape (R, M_t, M_t), probabilities; M_t is a multiple of M (56 for 28), and
+            is averaged down to M.
+        student_probs: shape (R, M, M), probabilities of the label channel.
+        method: one of :data:`PSEUDO_MASK_METHODS`.
+        threshold: probability from which on (inclusive) a cell is foreground.
+        roi_boxes: shape (R, 4), XYXY; the ROIs, over which the M x M grid lies.
+        gt_boxes: shape (R, 4), XYXY, same frame; the matched ground-truth boxes. Both kinds of
+            boxes are needed by ``"box_fit"`` and for ``clip_to_box``.
+        clip_to_box: if there are boxes, cells outside ``gt_boxes`` become background.
+        exclusion_masks: bool, shape (R, M, M); if given, these cells become background.
+        crf: called with (R, M, M) probabilities and ``roi_images``; needed by ``"crf"``.
+        roi_images: shape (R, 3, M, M), RGB in 0-255; needed by ``"crf"``.
+
+    Returns:
+        float, shape (R, M, M), in {0, 1}, or in [0, 1] for ``"none"``; without gradient.
+
+    Raises:
+        ValueError: an unknown method, an argument that the method needs is missing, or M_t is not
+            a multiple of M.
+    """
+    if method not in PSEUDO_MASK_METHODS:
+        raise ValueError(
+            f"Unknown pseudo-mask method {method!r}; allowed: {', '.join(PSEUDO_MASK_METHODS)}."
+        )
+    side = student_probs.shape[-1]
+    if teacher_probs.shape[-1] % side:
+        raise ValueError(
+            f"The teacher's {teacher_probs.shape[-1]}-cell masks do not divide into the student's "
+            f"{side} cells."
+        )
+    probs = F.avg_pool2d(teacher_probs[:, None], teacher_probs.shape[-1] // side)[:, 0]
+
+    has_boxes = roi_boxes is not None and gt_boxes is not None
+    if method == "none":
+        masks = probs
+    elif method == "threshold":
+        masks = probs >= threshold
+    elif method == "interact":
+        masks = (probs + student_probs) / 2 >= threshold
+    elif method == "crf":
+        if crf is None or roi_images is None:
+            raise ValueError("Method 'crf' needs 'crf' and 'roi_images'.")
+        masks = crf(probs, roi_images) >= threshold
+    else:
+        if not has_boxes:
+            raise ValueError("Method 'box_fit' needs 'roi_boxes' and 'gt_boxes'.")
+        masks = fit_to_boxes(probs, cells_inside_boxes(roi_boxes, gt_boxes, side))
+
+    masks = masks.to(teacher_probs.dtype)
+    if has_boxes and clip_to_box:
+        masks = masks * cells_inside_boxes(roi_boxes, gt_boxes, side)
+    if exclusion_masks is not None:
+        masks = masks * ~exclusion_masks
+    return masks
+
+
+class PseudoMaskGenerator:
+    """
+    :func:`generate_pseudo_masks` with its settings, for the ROIs of a batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "interact",
+        threshold: float = 0.5,
+        clip_to_box: bool = True,
+        exclude_seen: bool = True,
+        crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        """
+        Args:
+            method, threshold, clip_to_box, crf: see :func:`generate_pseudo_masks`.
+            exclude_seen: cells inside the image's ``gt_exclusion_masks`` become background.
+
+        Raises:
+            ValueError: an unknown method, or ``"crf"`` without ``crf``.
+        """
+        if method not in PSEUDO_MASK_METHODS:
+            raise ValueError(
+                f"MODEL.PSEUDO_MASK.METHOD is {method!r}; allowed: "
+                f"{', '.join(PSEUDO_MASK_METHODS)}."
+            )
+        if method == "crf" and crf is None:
+            raise ValueError("Pseudo-mask method 'crf' needs the argument 'crf'.")
+        self.method = method
+        self.threshold = threshold
+        self.clip_to_box = clip_to_box
+        self.exclude_seen = exclude_seen
+        self.crf = crf
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether ``roi_images`` must be given."""
+        return self.method == "crf"
+
+    def __call__(
+        self,
+        teacher_probs: torch.Tensor,
+        student_probs: torch.Tensor,
+        rois: list[Instances],
+        roi_images: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            teacher_probs, student_probs, roi_images: see :func:`generate_pseudo_masks`.
+            rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
+                ``gt_exclusion_masks``; an image without ROIs may lack the last two.
+
+        Returns:
+            The pseudo masks, shape (R, M, M), without gradient.
+        """
+        rois = [x for x in rois if len(x) > 0]
+        roi_boxes = [x.proposal_boxes.tensor for x in rois]
+        exclusion_masks = None
+        if self.exclude_seen:
+            side = student_probs.shape[-1]
+            exclusion_masks = torch.cat(
+                [x.gt_exclusion_masks.crop_and_resize(b, side) for x, b in zip(rois, roi_boxes)]
+            )
+        return generate_pseudo_masks(
+            teacher_probs,
+            student_probs,
+            method=self.method,
+            threshold=self.threshold,
+            roi_boxes=torch.cat(roi_boxes),
+            gt_boxes=torch.cat([x.gt_boxes.tensor for x in rois]),
+            clip_to_box=self.clip_to_box,
+            exclusion_masks=exclusion_masks,
+            crf=self.crf,
+            roi_images=roi_images,
+        )
+
+
+def cells_inside_boxes(
+    roi_boxes: torch.Tensor, boxes: torch.Tensor, mask_side_len: int
+) -> torch.Tensor:
+    """
+    Mark the cells of each ROI's grid whose centre lies in the ROI's box.
+
+    Args:
+        roi_boxes: shape (R, 4), XYXY; M x M cells lie over each.
+        boxes: shape (R, 4), XYXY, same frame; edges belong to the box.
+        mask_side_len: M.
+
+    Returns:
+        bool, shape (R, M, M).
+    """
+    centres = (torch.arange(mask_side_len, device=roi_boxes.device) + 0.5) / mask_side_len
+    xs = roi_boxes[:, 0:1] + centres * (roi_boxes[:, 2:3] - roi_boxes[:, 0:1])
+    ys = roi_boxes[:, 1:2] + centres * (roi_boxes[:, 3:4] - roi_boxes[:, 1:2])
+    in_columns = (xs >= boxes[:, 0:1]) & (xs <= boxes[:, 2:3])
+    in_rows = (ys >= boxes[:, 1:2]) & (ys <= boxes[:, 3:4])
+    return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """
+    Binarise each mask at the threshold whose mask spans the object's box best ("box_fit").
+
+    A good mask touches all four sides of its box. For t = 0.05, 0.10 .. 0.95 the extent (first to
+    last occupied row and column) of {p >= t} inside the box is compared with the box; the t of the
+    highest IoU wins, ties go to the higher t. If no t leaves a cell, the whole box is the mask
+    (t = 0), so the result is never empty unless the box is.
+
+    Args:
+        probs: shape (R, M, M), probabilities.
+        inside: bool, shape (R, M, M), the cells inside each ROI's matched box: a rectangle.
+
+    Returns:
+        bool, shape (R, M, M), a subset of ``inside``.
+    """
+    thresholds = probs.new_tensor((0.0,) + _BOX_FIT_THRESHOLDS)
+    # Shape (T, R, M, M).
+    candidates = (probs[None] >= thresholds[:, None, None, None]) & inside[None]
+    height, width = _extent(candidates.any(dim=3)), _extent(candidates.any(dim=2))
+    # Inside the box, IoU with the box is the covered share of it; t = 0 covers all, but is only
+    # the last resort.
+    area = height * width
+    area[0] = area[0].clamp(max=0.5)
+    # Of equal maxima the last one, the highest threshold: look for it in reversed order.
+    best = len(thresholds) - 1 - area.flip(0).argmax(dim=0)
+    return candidates[best, torch.arange(len(probs), device=probs.device)]
+
+
+def _extent(is_occupied: torch.Tensor) -> torch.Tensor:
+    # Length from the first to the last True of the last dimension; 0 if there is none.
+    length = is_occupied.shape[-1]
+    ones = is_occupied.float()
+    first = ones.argmax(dim=-1)
+    last = length - 1 - ones.flip(-1).argmax(dim=-1)
+    return torch.where(is_occupied.any(dim=-1), last - first + 1, 0).float()

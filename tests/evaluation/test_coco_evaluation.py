@@ -1,0 +1,613 @@
+"""The evaluator against pycocotools, which runs on its own on each subset."""
+
+import contextlib
+import copy
+import functools
+import io
+import itertools
+import json
+import logging
+import math
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import print_csv_format
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from teacher_student_mask.evaluation import PartiallySupervisedCOCOEvaluator, compute_overlaps
+from teacher_student_mask.evaluation.coco_evaluation import has_compiled_cocoeval
+from teacher_student_mask.evaluation.subset_ap import evaluate_objects, summarize_classes
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+SIZE = 200
+# Neither contiguous nor in order in the json; sorted ids are classes 0 to 3.
+CATEGORIES = [
+    {"id": 90, "name": "ship"},
+    {"id": 3, "name": "ant"},
+    {"id": 41, "name": "dog"},
+    {"id": 17, "name": "cat"},
+]
+CLASS_NAMES = ["ant", "cat", "dog", "ship"]
+CATEGORY_IDS = [3, 17, 41, 90]
+
+needs_compiled = pytest.mark.skipif(
+    not has_compiled_cocoeval(), reason="this Detectron2 has no compiled COCO evaluation"
+)
+both_implementations = pytest.mark.parametrize(
+    "fast", [False, pytest.param(True, marks=needs_compiled)], ids=["official", "compiled"]
+)
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Write a COCO json, register it, and unregister it after the test."""
+    names = []
+
+    def _register(images, annotations, categories=CATEGORIES, load=True):
+        name = f"evaluation_test_{next(_register.counter)}"
+        path = tmp_path / f"{name}.json"
+        data = {"images": images, "annotations": annotations, "categories": categories}
+        path.write_text(json.dumps({"info": {}, **data}))
+        register_coco_instances(name, {}, str(path), str(tmp_path))
+        names.append(name)
+        if load:
+            DatasetCatalog.get(name)
+        return name
+
+    _register.counter = itertools.count()
+    yield _register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def ellipse(x, y, w, h):
+    """Bool mask (SIZE, SIZE) of the ellipse in a box."""
+    rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
+    return ((columns - x - w / 2) / (w / 2)) ** 2 + ((rows - y - h / 2) / (h / 2)) ** 2 <= 1
+
+
+def to_rle(mask):
+    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}
+
+
+def annotation(annotation_id, box, category_id=3, image_id=1, mask=None, **fields):
+    mask = ellipse(*box) if mask is None else mask
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [float(v) for v in box],
+        "area": float(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": to_rle(mask),
+        **fields,
+    }
+
+
+def make_images(num_images=1):
+    return [
+        {"id": 10 * i + 1, "height": SIZE, "width": SIZE, "file_name": f"{i}.jpg"}
+        for i in range(num_images)
+    ]
+
+
+def make_dataset(seed, num_images=10):
+    """Objects of all sizes and classes that overlap, some of them crowds."""
+    rng = np.random.default_rng(seed)
+    images, annotations = make_images(num_images), []
+    for image in images:
+        for _ in range(rng.integers(3, 9)):
+            side = rng.choice([20, 60, 150])
+            w, h = rng.uniform(0.7, 1.3, 2) * side
+            x, y = rng.uniform(0, 1, 2) * (SIZE - np.array([w, h]).clip(max=SIZE))
+            fields = {"iscrowd": int(rng.random() < 0.1), "image_id": image["id"]}
+            category_id = int(rng.choice(CATEGORY_IDS))
+            annotations.append(
+                annotation(len(annotations) + 1, (x, y, w, h), category_id, **fields)
+            )
+    return images, annotations
+
+
+def make_predictions(images, annotations, seed):
+    """{image id: Instances}: moved objects, some of them twice or misclassified, and noise."""
+    rng = np.random.default_rng(seed)
+    outputs = {}
+    for image in images:
+        boxes = [x["bbox"] for x in annotations if x["image_id"] == image["id"]]
+        classes = [
+            CATEGORY_IDS.index(x["category_id"])
+            for x in annotations
+            if x["image_id"] == image["id"]
+        ]
+        boxes += boxes[::2] + [[20, 30, 40, 50], [100, 90, 15, 20]]
+        classes += classes[::2] + [0, 3]
+        boxes = np.array(boxes) + rng.normal(0, 2, (len(boxes), 4))
+        boxes[:, 2:] = boxes[:, 2:].clip(min=4)
+        classes = [int(rng.integers(4)) if rng.random() < 0.1 else c for c in classes]
+        # Two digits: some scores are equal, whose order must not differ between the runs.
+        outputs[image["id"]] = make_instances(boxes, classes, rng.random(len(boxes)).round(2))
+    return outputs
+
+
+@functools.lru_cache(maxsize=None)
+def make_problem(seed=0):
+    """Images, annotations and predictions, which the tests must not change."""
+    images, annotations = make_dataset(seed)
+    return images, annotations, make_predictions(images, annotations, seed + 1)
+
+
+def make_instances(boxes, classes, scores, masks=None):
+    """boxes: XYWH."""
+    masks = [ellipse(*box) for box in boxes] if masks is None else masks
+    instances = Instances((SIZE, SIZE))
+    boxes = torch.as_tensor(np.asarray(boxes), dtype=torch.float32).reshape(-1, 4)
+    instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+    instances.pred_classes = torch.as_tensor(classes, dtype=torch.int64)
+    instances.scores = torch.as_tensor(np.asarray(scores), dtype=torch.float32)
+    instances.pred_masks = torch.as_tensor(np.asarray(masks)).reshape(-1, SIZE, SIZE) > 0
+    return instances
+
+
+def run(evaluator, outputs, **kwargs):
+    evaluator.reset()
+    for image_id, instances in outputs.items():
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return evaluator.evaluate(**kwargs)
+
+
+def evaluate(name, outputs, seen_classes, img_ids=None, **kwargs):
+    evaluator = PartiallySupervisedCOCOEvaluator(
+        name, distributed=False, seen_classes=seen_classes, **kwargs
+    )
+    return run(evaluator, outputs, **({} if img_ids is None else {"img_ids": img_ids}))
+
+
+def run_pycocotools(images, annotations, outputs, category_ids=None, img_ids=None, iou="segm"):
+    """A COCOeval of its own, official and finished."""
+    detections = []
+    for image_id, x in outputs.items():
+        for k in range(len(x)):
+            x0, y0, x1, y1 = x.pred_boxes.tensor[k].tolist()
+            detection = {
+                "image_id": image_id,
+                "category_id": CATEGORY_IDS[x.pred_classes[k]],
+                "score": x.scores[k].item(),
+            }
+            if iou == "segm":
+                detection["segmentation"] = to_rle(x.pred_masks[k].numpy())
+            else:
+                detection["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            detections.append(detection)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(
+            {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        )
+        coco.createIndex()
+        coco_eval = COCOeval(coco, coco.loadRes(detections), iou)
+        if category_ids is not None:
+            coco_eval.params.catIds = category_ids
+        if img_ids is not None:
+            coco_eval.params.imgIds = img_ids
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return coco_eval
+
+
+def pycocotools_metrics(*args, **kwargs):
+    """The six AP of `run_pycocotools`."""
+    coco_eval = run_pycocotools(*args, **kwargs)
+    return {metric: 100 * x if x > -1 else math.nan for metric, x in zip(METRICS, coco_eval.stats)}
+
+
+def overlaps_of(images, annotations):
+    coco = COCO()
+    coco.dataset = copy.deepcopy({"images": images, "annotations": annotations})
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return compute_overlaps(coco)
+
+
+def ignore_by_area(annotations, keep):
+    """
+    The ground truth in which pycocotools itself ignores all but the annotations `keep`: their area
+    lies outside every range that it evaluates. The IoU does not use it.
+    """
+    return [x if keep(x) else {**x, "area": 1e11} for x in annotations]
+
+
+def assert_equal_metrics(actual, expected, tolerance=1e-6):
+    for metric in METRICS:
+        assert actual[metric] == pytest.approx(expected[metric], abs=tolerance, nan_ok=True), metric
+
+
+@both_implementations
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seen", ["ant, dog", "cat", "ant, cat, ship"])
+def test_every_subset_equals_a_run_of_pycocotools(register, fast, seed, seen):
+    images, annotations, outputs = make_problem(seed)
+    results = evaluate(register(images, annotations), outputs, seen, use_fast_impl=fast)
+    seen_ids = [CATEGORY_IDS[CLASS_NAMES.index(x.strip())] for x in seen.split(",")]
+    unseen_ids = [x for x in CATEGORY_IDS if x not in seen_ids]
+    overlaps = overlaps_of(images, annotations)
+
+    for task, ids in (("segm", CATEGORY_IDS), ("segm_seen", seen_ids), ("segm_unseen", unseen_ids)):
+        expected = pycocotools_metrics(images, annotations, outputs, ids)
+        assert_equal_metrics(results[task], expected)
+        filtered = [x for x in annotations if x["category_id"] in ids]
+        assert_equal_metrics(results[task], pycocotools_metrics(images, filtered, outputs))
+        assert results[task]["num_gt"] == sum(not x["iscrowd"] for x in filtered)
+
+    assert_equal_metrics(
+        results["bbox"], pycocotools_metrics(images, annotations, outputs, iou="bbox")
+    )
+    assert results["bbox"]["num_gt"] == results["segm"]["num_gt"]
+
+    def is_kept(x):
+        return x["iscrowd"] or overlaps[x["id"]] >= 0.3
+
+    expected = pycocotools_metrics(
+        images, ignore_by_area(annotations, is_kept), outputs, unseen_ids
+    )
+    assert_equal_metrics(results["segm_unseen_overlap"], expected)
+    num_gt = sum(
+        not x["iscrowd"] and is_kept(x) and x["category_id"] in unseen_ids for x in annotations
+    )
+    assert 0 < results["segm_unseen_overlap"]["num_gt"] == num_gt < results["segm_unseen"]["num_gt"]
+    # The comparison says something only if the subsets differ and none is trivial.
+    assert len({round(results[t]["AP"], 3) for t in results}) == 5
+    assert all(5 < results[task]["AP"] < 95 for task in results)
+
+
+@both_implementations
+def test_no_subset_changes_the_other_ones(register, fast):
+    """The ground truth is shared: an "ignore" left behind would change whatever comes next."""
+    images, annotations, outputs = make_problem()
+    name = register(images, annotations)
+    evaluator = PartiallySupervisedCOCOEvaluator(
+        name, distributed=False, seen_classes=[0], use_fast_impl=fast
+    )
+    first = run(evaluator, outputs)
+    assert all(x["ignore"] == x["iscrowd"] for x in evaluator._coco_api.anns.values())
+    assert run(evaluator, outputs) == first
+    only_overlap = evaluate(name, outputs, [0], tasks=("segm",), use_fast_impl=fast)
+    assert only_overlap["segm_unseen_overlap"] == first["segm_unseen_overlap"]
+
+
+@both_implementations
+def test_subset_of_the_images(register, fast):
+    images, annotations, outputs = make_problem()
+    img_ids = [x["id"] for x in images[::2]]
+    name = register(images, annotations)
+    results = evaluate(name, outputs, [0], img_ids=img_ids, use_fast_impl=fast)
+    expected = pycocotools_metrics(images, annotations, outputs, CATEGORY_IDS[1:], img_ids)
+    assert_equal_metrics(results["segm_unseen"], expected)
+    objects = [x for x in annotations if x["image_id"] in img_ids and not x["iscrowd"]]
+    assert results["segm"]["num_gt"] == len(objects)
+    overlaps = overlaps_of(images, annotations)
+    assert results["segm_unseen_overlap"]["num_gt"] == sum(
+        x["category_id"] != 3 and overlaps[x["id"]] >= 0.3 for x in objects
+    )
+
+
+# One image with one class. "under" is covered by "over" to 50 %, "alone" by nothing.
+UNDER, OVER, ALONE = (0, 0, 40, 40), (0, 20, 90, 90), (120, 120, 60, 60)
+NOTHING = (150, 10, 30, 30)
+
+
+def square(x, y, w, h):
+    mask = np.zeros((SIZE, SIZE), dtype=bool)
+    mask[y : y + h, x : x + w] = True
+    return mask
+
+
+def make_scene(register):
+    """Classes ant (unseen): "under" and "alone"; cat: "over"."""
+    annotations = [
+        annotation(1, UNDER, 3, mask=square(*UNDER)),
+        annotation(2, OVER, 17, mask=square(*OVER)),
+        annotation(3, ALONE, 3, mask=square(*ALONE)),
+    ]
+    return register(make_images(), annotations)
+
+
+def detect(*boxes):
+    """Detections of class ant with falling scores."""
+    scores = [0.9 - 0.001 * k for k in range(len(boxes))]
+    masks = [square(*box) for box in boxes]
+    return {1: make_instances(boxes, [0] * len(boxes), scores, masks)}
+
+
+@both_implementations
+@pytest.mark.parametrize(
+    "boxes, expected",
+    [
+        ((UNDER,), 100),
+        # On an ignored object: neither right nor wrong. As a false positive it would give 50.
+        ((ALONE, UNDER), 100),
+        # On nothing: wrong.
+        ((NOTHING, UNDER), 50),
+        ((NOTHING, ALONE, UNDER), 50),
+        # On an object of a seen class, which does not take part: wrong.
+        ((OVER, UNDER), 50),
+        # The second detection of an ignored object matches nothing: wrong.
+        ((ALONE, ALONE, UNDER), 50),
+        ((ALONE,), 0),
+        ((NOTHING,), 0),
+    ],
+)
+def test_detections_on_ignored_objects_are_neither_right_nor_wrong(register, fast, boxes, expected):
+    name = make_scene(register)
+    results = evaluate(name, detect(*boxes), [1, 2, 3], use_fast_impl=fast)
+    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(expected, abs=1e-6)
+    assert results["segm_unseen_overlap"]["num_gt"] == 1
+
+
+@both_implementations
+@pytest.mark.parametrize(
+    "num_wrong, limit, is_found",
+    [(20, 15, False), (20, 21, True), (20, None, True), (120, None, False), (120, 150, True)],
+)
+def test_limit_on_detections_follows_the_parent(register, fast, num_wrong, limit, is_found):
+    name = make_scene(register)
+    outputs = detect(*[NOTHING] * num_wrong, UNDER)
+    results = evaluate(name, outputs, [1], use_fast_impl=fast, max_dets_per_image=limit)
+    expected = 100 / (num_wrong + 1) if is_found else 0
+    # Of the two objects of "segm_unseen" one is found: recalls 0 to 0.50 of COCO's 101.
+    assert results["segm_unseen"]["AP"] == pytest.approx(expected * 51 / 101, abs=1e-6)
+    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(expected, abs=1e-6)
+
+
+@both_implementations
+def test_crowd_is_not_counted_and_stays_a_crowd(register, fast):
+    """Many detections may match one crowd, by the share of the detection that it covers."""
+    crowd = annotation(4, (0, 120, 80, 80), 3, mask=square(0, 120, 80, 80), iscrowd=1)
+    base = [
+        annotation(1, UNDER, 3, mask=square(*UNDER)),
+        annotation(2, OVER, 17, mask=square(*OVER)),
+    ]
+    outputs = detect((5, 125, 20, 20), (40, 160, 20, 20), UNDER)
+    with_crowd = evaluate(register(make_images(), [*base, crowd]), outputs, [1], use_fast_impl=fast)
+    without = evaluate(register(make_images(), base), outputs, [1], use_fast_impl=fast)
+    for task in ("segm_unseen", "segm_unseen_overlap"):
+        assert with_crowd[task]["AP"] == pytest.approx(100, abs=1e-6)
+        assert without[task]["AP"] == pytest.approx(100 / 3, abs=1e-6)
+        assert with_crowd[task]["num_gt"] == 1
+
+
+def test_crowd_in_the_subset_stays_ignored():
+    crowd = annotation(2, (0, 120, 80, 80), 3, mask=square(0, 120, 80, 80), iscrowd=1)
+    annotations = [annotation(1, UNDER, 3, mask=square(*UNDER)), crowd]
+    coco_eval = run_pycocotools(make_images(), annotations, detect((5, 125, 20, 20), UNDER))
+    actual = evaluate_objects(coco_eval, [3], [1, 2])
+    assert actual["AP"] == pytest.approx(100, abs=1e-6)
+    assert_equal_metrics(actual, summarize_classes(coco_eval, [3]))
+    for nothing in (evaluate_objects(coco_eval, [], [1]), evaluate_objects(coco_eval, [3], [])):
+        assert nothing.keys() == set(METRICS) and all(map(math.isnan, nothing.values()))
+
+
+@pytest.mark.parametrize(
+    "threshold, num_gt", [(0.29, 1), (0.3, 1), (np.nextafter(0.3, 1), 0), (0.0, 2), (1.0, 0)]
+)
+def test_overlap_threshold_is_inclusive(register, threshold, num_gt):
+    box, cover = (0, 0, 10, 10), (0, 0, 10, 3)
+    annotations = [
+        annotation(1, box, 3, mask=square(*box)),
+        annotation(2, cover, 17, mask=square(*cover)),
+        annotation(3, ALONE, 3, mask=square(*ALONE)),
+    ]
+    name = register(make_images(), annotations)
+    results = evaluate(name, detect(box), "cat, dog, ship", overlap_threshold=threshold)
+    assert results["segm_unseen_overlap"]["num_gt"] == num_gt
+    assert math.isnan(results["segm_unseen_overlap"]["AP"]) == (num_gt == 0)
+
+
+@both_implementations
+@pytest.mark.parametrize("ids", [(0, 1, 2), (5, 0, 9), (-3, 7, 8), ("a", "b", "c")])
+def test_any_unique_annotation_ids_give_the_same_results(register, fast, ids):
+    """pycocotools takes a match with the object 0 as no match."""
+    annotations = [
+        annotation(ids[0], UNDER, 3, mask=square(*UNDER)),
+        annotation(ids[1], OVER, 17, mask=square(*OVER)),
+        annotation(ids[2], ALONE, 3, mask=square(*ALONE)),
+    ]
+    results = evaluate(
+        register(make_images(), annotations), detect(UNDER, ALONE), [1], use_fast_impl=fast
+    )
+    for task in ("bbox", "segm"):
+        # The unmatched "over" has a category of its own with AP 0.
+        assert results[task]["AP"] == pytest.approx(50, abs=1e-6)
+    assert results["segm_unseen"]["AP"] == pytest.approx(100, abs=1e-6)
+    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)
+    assert results["segm_unseen_overlap"]["num_gt"] == 1
+
+
+def test_duplicate_annotation_ids_are_named(register):
+    annotations = [annotation(x, UNDER) for x in (4, 5, 4, 6, 6)]
+    name = register(make_images(), annotations, load=False)
+    with pytest.raises(ValueError, match=rf"{name}.json.*2 are used more than once.*\[4, 6\]"):
+        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
+
+
+@pytest.mark.parametrize("field", ["bbox", "area"])
+def test_missing_field_is_named(register, field):
+    annotations = [annotation(4, UNDER), annotation(5, ALONE)]
+    del annotations[1][field]
+    name = register(make_images(), annotations, load=False)
+    with pytest.raises(ValueError, match=rf"{name}.json: 1 annotations have no '{field}'.*\[5\]"):
+        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
+
+
+def test_annotations_without_iscrowd_are_no_crowds(register):
+    annotations = [annotation(1, UNDER, mask=square(*UNDER))]
+    del annotations[0]["iscrowd"]
+    results = evaluate(register(make_images(), annotations), detect(UNDER), [])
+    assert results["segm_unseen"]["AP"] == pytest.approx(100, abs=1e-6)
+
+
+def box_only_scene(register, num_box_only):
+    annotations = [annotation(k + 1, box) for k, box in enumerate((UNDER, OVER, ALONE))]
+    for x, segmentation in zip(annotations[:num_box_only], (None, [], "missing")):
+        x["segmentation"] = segmentation
+        if segmentation == "missing":
+            del x["segmentation"]
+    return register(make_images(), annotations)
+
+
+@pytest.mark.parametrize("num_box_only", [1, 2])
+def test_some_annotations_without_masks_are_an_error(register, num_box_only):
+    name = box_only_scene(register, num_box_only)
+    message = rf"{name}.json: {num_box_only} of 3 annotations.*\[1.*needs a mask on every object"
+    with pytest.raises(ValueError, match=message):
+        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
+    results = evaluate(name, detect(UNDER, ALONE, OVER), [0], tasks=("bbox",))
+    assert results.keys() == {"bbox"}
+    assert results["bbox"]["AP"] == pytest.approx(100, abs=1e-6)
+
+
+def test_no_masks_at_all_evaluates_boxes_only(register, caplog):
+    name = box_only_scene(register, 3)
+    with caplog.at_level(logging.WARNING, logger="teacher_student_mask"):
+        results = evaluate(name, detect(UNDER, ALONE, OVER), [0])
+    assert "has no masks" in caplog.text
+    assert results.keys() == {"bbox"}
+    assert results["bbox"]["AP"] == pytest.approx(100, abs=1e-6)
+    assert results["bbox"]["num_gt"] == 3
+    assert evaluate(name, {1: make_instances([], [], [])}, [0]).keys() == {"bbox"}
+    with pytest.raises(ValueError, match="3 of 3 annotations have no mask"):
+        PartiallySupervisedCOCOEvaluator(name, tasks=("bbox", "segm"), seen_classes=[0])
+
+
+@pytest.mark.parametrize("tasks", [None, ("bbox", "segm")])
+def test_no_predictions_give_nan_and_object_counts(register, tasks):
+    results = evaluate(make_scene(register), {1: make_instances([], [], [])}, [1], tasks=tasks)
+    assert list(results) == ["bbox", "segm", "segm_seen", "segm_unseen", "segm_unseen_overlap"]
+    assert [x["num_gt"] for x in results.values()] == [3, 3, 1, 2, 1]
+    for task in results.values():
+        assert task.keys() == {*METRICS, "num_gt"}
+        assert all(math.isnan(task[metric]) for metric in METRICS)
+
+
+@both_implementations
+@pytest.mark.parametrize("seen, empty", [("all", "segm_unseen"), ([], "segm_seen")])
+def test_empty_class_subset_is_nan(register, fast, seen, empty):
+    results = evaluate(make_scene(register), detect(UNDER, ALONE), seen, use_fast_impl=fast)
+    assert results[empty]["num_gt"] == 0
+    assert all(math.isnan(results[empty][metric]) for metric in METRICS)
+    full = "segm_seen" if seen == "all" else "segm_unseen"
+    assert_equal_metrics(results[full], results["segm"])
+    if seen == "all":
+        assert results["segm_unseen_overlap"]["num_gt"] == 0
+        assert math.isnan(results["segm_unseen_overlap"]["AP"])
+
+
+def test_every_unseen_class_without_objects_is_nan(register):
+    results = evaluate(make_scene(register), detect(UNDER), "ant, cat")
+    assert results["segm_unseen"]["num_gt"] == 0
+    assert math.isnan(results["segm_unseen"]["AP"])
+
+
+def test_names_and_ids_of_seen_classes_agree(register):
+    images, annotations, outputs = make_problem()
+    name = register(images, annotations)
+    assert evaluate(name, outputs, "dog, ant") == evaluate(name, outputs, np.array([0, 2, 0]))
+
+
+@pytest.mark.parametrize(
+    "seen, message",
+    [
+        ("cat, dgo", "dgo"),
+        ([0, 4, -1], r"ids \[-1, 4\].*0 to 3"),
+        (["cat"], r"\['cat'\].*one string"),
+    ],
+)
+@pytest.mark.parametrize("load", [True, False])
+def test_wrong_seen_classes_fail_at_construction(register, seen, message, load):
+    name = register(make_images(), [annotation(1, UNDER)], load=load)
+    with pytest.raises(ValueError, match=message):
+        PartiallySupervisedCOCOEvaluator(name, seen_classes=seen)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_threshold_outside_the_unit_range_fails(register, threshold):
+    name = make_scene(register)
+    with pytest.raises(ValueError, match=r"overlap_threshold is .*\[0, 1\]"):
+        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0], overlap_threshold=threshold)
+
+
+def test_evaluating_a_dataset_that_was_never_loaded_names_the_reason(register):
+    name = register(make_images(), [annotation(1, UNDER, 90)], load=False)
+    evaluator = PartiallySupervisedCOCOEvaluator(name, distributed=False, seen_classes="ant")
+    with pytest.raises(ValueError, match=r"categories \[17, 41, 90\].*must be loaded"):
+        run(evaluator, {1: make_instances([], [], [])})
+
+
+def test_dataset_without_json_is_converted(tmp_path):
+    """Detectron2's own dicts: contiguous ids, polygons, and annotation ids given by Detectron2."""
+    name = "evaluation_test_dicts"
+    x, y, w, h = UNDER
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    objects = [
+        {"bbox": list(UNDER), "bbox_mode": 1, "category_id": 0, "segmentation": [polygon]},
+        {
+            "bbox": list(OVER),
+            "bbox_mode": 1,
+            "category_id": 1,
+            "segmentation": to_rle(square(*OVER)),
+        },
+    ]
+    image = {"file_name": "0.jpg", "image_id": 1, "height": SIZE, "width": SIZE}
+    DatasetCatalog.register(name, lambda: [{**image, "annotations": copy.deepcopy(objects)}])
+    MetadataCatalog.get(name).thing_classes = ["ant", "cat"]
+    try:
+        results = evaluate(name, detect(UNDER), "cat", output_dir=str(tmp_path))
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert results["segm_unseen_overlap"]["num_gt"] == 1
+    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)
+
+
+def test_results_print_and_save_like_the_parents(register, tmp_path, caplog):
+    images, annotations, outputs = make_problem()
+    with caplog.at_level(logging.INFO):
+        results = evaluate(register(images, annotations), outputs, "ant", output_dir=str(tmp_path))
+        print_csv_format(results)
+    assert "**segm_unseen_overlap**" in caplog.text
+    assert "copypaste: AP,AP50,AP75,APs,APm,APl,num_gt" in caplog.text
+    for task in ("segm_seen", "segm_unseen", "segm_unseen_overlap"):
+        assert list(results[task]) == [*METRICS, "num_gt"]
+        assert f"copypaste: Task: {task}" in caplog.text
+    assert (tmp_path / "coco_instances_results.json").is_file()
+
+
+def test_detection_boxes_without_masks_evaluate_boxes_only(register):
+    outputs = detect(UNDER, ALONE)
+    outputs[1].remove("pred_masks")
+    assert evaluate(make_scene(register), outputs, [0]).keys() == {"bbox"}
+
+
+@pytest.mark.parametrize("origin, expected", [("/x/_C.py", False), ("/x/_C.cpython.so", True)])
+def test_stand_in_module_is_not_compiled_code(monkeypatch, origin, expected):
+    spec = type("Spec", (), {"origin": origin})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    assert has_compiled_cocoeval() is expected
+
+
+def test_fast_implementation_falls_back_to_the_official_one(register, monkeypatch, caplog):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    name = make_scene(register)
+    with caplog.at_level(logging.WARNING, logger="teacher_student_mask"):
+        results = evaluate(name, detect(UNDER), [1], use_fast_impl=True)
+    assert "no compiled COCO evaluation" in caplog.text
+    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)

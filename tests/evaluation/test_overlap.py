@@ -1,0 +1,259 @@
+"""Eq. (1) on drawn rectangles, on COCO, and by properties against a supersampled reference."""
+
+import contextlib
+import io
+import logging
+import os
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+
+from teacher_student_mask.class_splits import resolve_seen_classes
+from teacher_student_mask.evaluation import compute_overlaps
+
+HEIGHT, WIDTH = 20, 24
+
+
+def make_coco(annotations, num_images=1):
+    """Annotations may omit id (numbered from 1), image_id, category_id and iscrowd."""
+    defaults = {"image_id": 1, "category_id": 1, "iscrowd": 0}
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i + 1, "height": HEIGHT, "width": WIDTH} for i in range(num_images)],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [{**defaults, "id": i, **x} for i, x in enumerate(annotations, start=1)],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def rectangle_mask(x, y, w, h):
+    """RLE of the whole pixels of a box."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    return mask_util.encode(mask)
+
+
+def rectangle(x, y, w, h, **fields):
+    return {"bbox": [x, y, w, h], "segmentation": rectangle_mask(x, y, w, h), **fields}
+
+
+def overlaps_of(*annotations):
+    return list(compute_overlaps(make_coco(annotations)).values())
+
+
+def test_overlap_is_the_share_of_the_box_covered_by_the_other_mask():
+    small, large = rectangle(0, 0, 4, 5), rectangle(2, 0, 10, 10)
+    assert overlaps_of(small, large) == [10 / 20, 10 / 100]
+
+
+def test_alone_or_disjoint_is_zero():
+    assert overlaps_of(rectangle(0, 0, 4, 4)) == [0.0]
+    assert overlaps_of(rectangle(0, 0, 4, 4), rectangle(4, 0, 4, 4)) == [0.0, 0.0]
+
+
+def test_covered_box_is_one():
+    assert overlaps_of(rectangle(3, 3, 4, 4), rectangle(0, 0, 20, 20))[0] == 1.0
+
+
+def test_largest_single_object_counts_not_the_union():
+    target = rectangle(0, 0, 10, 10)
+    assert overlaps_of(target, rectangle(0, 0, 10, 3), rectangle(0, 5, 10, 4))[0] == 0.4
+
+
+def test_the_mask_counts_not_its_box():
+    frame = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    frame[0:12, 0:12] = 1
+    frame[1:11, 1:11] = 0
+    around = {"bbox": [0, 0, 12, 12], "segmentation": mask_util.encode(frame)}
+    assert overlaps_of(rectangle(1, 1, 10, 10), around)[0] == 0.0
+
+
+def test_fractional_boxes_count_parts_of_pixels():
+    box = {"bbox": [1.25, 2.5, 2.0, 1.0], "segmentation": None}
+    # One pixel column, x in [2, 3], is covered over the box's whole height: 1 of 2 units of width.
+    assert overlaps_of(box, rectangle(2, 0, 1, 10))[0] == pytest.approx(0.5, abs=1e-12)
+    # x in [3, 4]: a quarter pixel; y in [3, 4]: half a pixel.
+    assert overlaps_of(box, rectangle(3, 3, 1, 1))[0] == pytest.approx(0.125 / 2, abs=1e-12)
+
+
+def test_box_outside_the_image_keeps_its_whole_area():
+    box = {"bbox": [-5, 0, 10, 4], "segmentation": None}
+    assert overlaps_of(box, rectangle(0, 0, 10, 10))[0] == 0.5
+
+
+def test_classes_do_not_matter_but_images_do():
+    a = rectangle(0, 0, 10, 10, category_id=1)
+    b = rectangle(0, 0, 10, 5, category_id=2)
+    c = rectangle(0, 0, 10, 10, image_id=2)
+    assert list(compute_overlaps(make_coco([a, b, c], num_images=2)).values()) == [0.5, 1.0, 0.0]
+
+
+def test_crowd_covers_nothing_and_has_no_overlap():
+    crowd = rectangle(0, 0, 20, 20, iscrowd=1)
+    assert compute_overlaps(make_coco([rectangle(0, 0, 4, 4), crowd])) == {1: 0.0}
+
+
+def test_all_encodings_of_a_mask_agree():
+    target = rectangle(0, 0, 10, 10)
+    compressed = rectangle(2, 0, 6, 5)
+    polygon = {"bbox": [2, 0, 6, 5], "segmentation": [[2, 0, 8, 0, 8, 5, 2, 5]]}
+    in_two_parts = {
+        "bbox": [2, 0, 6, 5],
+        "segmentation": [[2, 0, 5, 0, 5, 5, 2, 5], [5, 0, 8, 0, 8, 5, 5, 5], [0, 0, 9, 9]],
+    }
+    counts = [2 * HEIGHT] + [5, HEIGHT - 5] * 6 + [HEIGHT * (WIDTH - 8)]
+    counts[-2:] = [sum(counts[-2:])]
+    uncompressed = {
+        "bbox": [2, 0, 6, 5],
+        "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts},
+    }
+    for other in (compressed, polygon, in_two_parts, uncompressed):
+        assert overlaps_of(target, other) == [0.3, 1.0]
+
+
+@pytest.mark.parametrize("segmentation", ["missing", None, [], [[]], [[1, 2, 3, 4]], {}])
+def test_objects_without_a_mask_cover_nothing(segmentation, caplog):
+    box_only = {"bbox": [0, 0, 10, 10]}
+    if segmentation != "missing":
+        box_only["segmentation"] = segmentation
+    with caplog.at_level(logging.WARNING, logger="teacher_student_mask"):
+        assert overlaps_of(rectangle(0, 0, 10, 5), box_only) == [0.0, 0.5]
+    assert "1 have no mask" in caplog.text
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])
+def test_box_without_area_is_zero_and_logged(size, caplog):
+    degenerate = {"bbox": [2, 2, *size], "segmentation": rectangle_mask(0, 0, 10, 5)}
+    with caplog.at_level(logging.WARNING, logger="teacher_student_mask"):
+        assert overlaps_of(degenerate, rectangle(0, 0, 10, 10)) == [0.0, 0.5]
+    assert "1 have a box without area" in caplog.text
+
+
+def test_mask_of_another_size_names_the_annotation():
+    wrong = {"bbox": [0, 0, 4, 4], "segmentation": mask_util.encode(np.ones((5, 7), np.uint8, "F"))}
+    with pytest.raises(ValueError, match=r"Annotation 2: .*\[5, 7\].*image 1 has \[20, 24\]"):
+        overlaps_of(rectangle(0, 0, 4, 4), wrong)
+
+
+def test_annotations_are_not_changed():
+    polygon = {"bbox": [0, 0, 4, 4], "segmentation": [[0, 0, 4, 0, 4, 4], [0, 0, 1, 1]]}
+    coco = make_coco([polygon, rectangle(0, 0, 4, 4)])
+    before = repr(coco.dataset)
+    compute_overlaps(coco)
+    assert repr(coco.dataset) == before
+
+
+def test_no_annotations():
+    assert compute_overlaps(make_coco([])) == {}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("instances_val2017.json", (619, 179, 332, 119)),
+        ("instances_train2017.json", (731, 172, 367, 128)),
+    ],
+)
+def test_counts_on_coco(name, expected):
+    """The expected counts come from an independent implementation, run on a part of COCO."""
+    root = os.environ.get("DETECTRON2_DATASETS", "")
+    path = os.path.join(root, "coco", "annotations", name)
+    if not root or not os.path.isfile(path):
+        pytest.skip("DETECTRON2_DATASETS is not set to a folder with COCO's annotations")
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(path)
+    if len(coco.imgs) > 100:
+        pytest.skip("the counts are those of a part of COCO, this is all of it")
+    classes = [coco.cats[i]["name"] for i in sorted(coco.cats)]
+    voc = {classes[i] for i in resolve_seen_classes("voc", classes)}
+    overlaps = compute_overlaps(coco)
+    is_unseen = {x: coco.cats[coco.anns[x]["category_id"]]["name"] not in voc for x in overlaps}
+    actual = (
+        len(overlaps),
+        sum(x >= 0.3 for x in overlaps.values()),
+        sum(is_unseen.values()),
+        sum(x >= 0.3 and is_unseen[i] for i, x in overlaps.items()),
+    )
+    assert actual == expected
+
+
+# Properties. Coordinates are multiples of 1/8, so that supersampling 8 x 8 is exact.
+SUBPIXELS = 8
+
+
+def eighths(low, high):
+    return st.integers(low * SUBPIXELS, high * SUBPIXELS).map(lambda v: v / SUBPIXELS)
+
+
+@st.composite
+def objects(draw):
+    """A box, and a mask that is unrelated to it."""
+    x, y = draw(eighths(-2, WIDTH)), draw(eighths(-2, HEIGHT))
+    w, h = draw(eighths(0, WIDTH)), draw(eighths(0, HEIGHT))
+    density = draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    left, top = draw(st.integers(0, WIDTH - 1)), draw(st.integers(0, HEIGHT - 1))
+    mask[top:, left:] = rng.random((HEIGHT - top, WIDTH - left)) < density
+    iscrowd = int(draw(st.integers(0, 9)) == 0)
+    return {"bbox": [x, y, w, h], "segmentation": mask_util.encode(mask), "iscrowd": iscrowd}
+
+
+def supersampled_overlaps(annotations):
+    """Paint each box on a grid eight times as fine and count the cells that a mask covers."""
+    margin = 2 * max(WIDTH, HEIGHT)
+    result = {}
+    for i, a in enumerate(annotations, start=1):
+        if a["iscrowd"]:
+            continue
+        x, y, w, h = (int(v * SUBPIXELS) for v in a["bbox"])
+        grid = np.zeros(((HEIGHT + 2 * margin) * SUBPIXELS, (WIDTH + 2 * margin) * SUBPIXELS), bool)
+        origin = margin * SUBPIXELS
+        grid[origin + y : origin + y + h, origin + x : origin + x + w] = True
+        result[i] = 0.0
+        for j, b in enumerate(annotations, start=1):
+            if j == i or b["iscrowd"] or w == 0 or h == 0:
+                continue
+            mask = np.pad(mask_util.decode(b["segmentation"]), margin)
+            fine = mask.repeat(SUBPIXELS, axis=0).repeat(SUBPIXELS, axis=1).astype(bool)
+            result[i] = max(result[i], float((fine & grid).sum() / (w * h)))
+    return result
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(objects(), max_size=4))
+def test_agrees_with_supersampling(annotations):
+    actual = compute_overlaps(make_coco(annotations))
+    expected = supersampled_overlaps(annotations)
+    assert actual.keys() == expected.keys()
+    for annotation_id, overlap in expected.items():
+        assert actual[annotation_id] == pytest.approx(overlap, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(objects(), min_size=1, max_size=5), objects())
+def test_in_unit_range_and_adding_an_object_never_lowers(annotations, added):
+    before = compute_overlaps(make_coco(annotations))
+    after = compute_overlaps(make_coco([*annotations, added]))
+    assert all(0.0 <= x <= 1.0 for x in after.values())
+    assert all(after[annotation_id] >= x for annotation_id, x in before.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.floats(0, WIDTH - 1),
+    st.floats(0, HEIGHT - 1),
+    st.floats(0.01, WIDTH),
+    st.floats(0.01, HEIGHT),
+)
+def test_covering_mask_gives_one_for_any_box_in_the_image(x, y, w, h):
+    box = {"bbox": [x, y, min(w, WIDTH - x), min(h, HEIGHT - y)], "segmentation": []}
+    overlap = overlaps_of(box, rectangle(0, 0, WIDTH, HEIGHT))[0]
+    assert overlap <= 1.0
+    assert overlap == pytest.approx(1.0, abs=1e-9)
