@@ -23,7 +23,6 @@ import os
 from collections import OrderedDict
 
 import torch
-
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader

@@ -105,7 +105,7 @@ def test_all_encodings_of_a_mask_agree():
     polygon = {"bbox": [2, 0, 6, 5], "segmentation": [[2, 0, 8, 0, 8, 5, 2, 5]]}
     in_two_parts = {
         "bbox": [2, 0, 6, 5],
-        "segmentation": [[2, 0, 5, 0, 5, 5, 2, 5], [5, 0, 8, 0, 8, 5, 5, 5], [0, 0, 9, 9]],
+        "segmentation": [[0, 0, 9, 9], [2, 0, 5, 0, 5, 5, 2, 5], [5, 0, 8, 0, 8, 5, 5, 5]],
     }
     counts = [2 * HEIGHT] + [5, HEIGHT - 5] * 6 + [HEIGHT * (WIDTH - 8)]
     counts[-2:] = [sum(counts[-2:])]

@@ -8,7 +8,6 @@ from collections.abc import Collection
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
@@ -193,9 +192,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
 
 def _box_as_polygons(annotation: dict) -> list[list[float]]:
-    x0, y0, x1, y1 = BoxMode.convert(
-        annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS
-    )
+    x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     return [[x0, y0, x1, y0, x1, y1, x0, y1]]
 
 

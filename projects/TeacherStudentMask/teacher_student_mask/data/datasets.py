@@ -24,9 +24,7 @@ def register_partial_coco(name: str, json_file: str, image_root: str) -> None:
         image_root: folder that the ``file_name`` of the images is relative to.
     """
     DatasetCatalog.register(name, lambda: load_partial_coco_json(json_file, image_root, name))
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco"
-    )
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="coco")
 
 
 def load_partial_coco_json(

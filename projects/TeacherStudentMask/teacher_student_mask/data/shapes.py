@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 SHAPES_CLASSES = ("arrow", "crescent", "disk", "plus", "ring", "square", "star", "triangle")
 # Half of the classes; the other half is unseen.
-SHAPES_SEEN_CLASSES = ("disk", "ring", "square", "star")
+SHAPES_SEEN_CLASSES = ("arrow", "crescent", "ring", "star")
 
 _SUPERSAMPLING = 4
 # What must stay visible of an object that others cover: a share of it, and a number of pixels.
-_MIN_VISIBLE = (0.35, 40)
+_MIN_VISIBLE = (0.5, 60)
 
 
 def register_shapes(root: str) -> None:
@@ -121,33 +121,34 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list]:
     """One image, uint8 (size, size, 3) RGB, and its (class id, visible bool mask) pairs."""
     pixels = _background(rng, size)
     objects: list[tuple[int, np.ndarray, float]] = []  # class, visible mask, full area
-    num_objects = rng.integers(3, 7)
-    for _ in range(20 * num_objects):  # attempts: a heap may have no room for another object
-        if len(objects) == num_objects:
-            break
-        class_id = int(rng.integers(len(SHAPES_CLASSES)))
-        others = [visible for _, visible, _ in objects]
-        on_heap = bool(others) and rng.random() < 0.95
-        near = others[rng.integers(len(others))] if on_heap else None
-        coverage = _place(rng, SHAPES_CLASSES[class_id], size, near)
-        mask = coverage >= 0.5
-        if mask.sum() < _MIN_VISIBLE[1]:
-            continue
-        remaining = [(c, visible & ~mask, area) for c, visible, area in objects]
-        if any(v.sum() < max(_MIN_VISIBLE[1], _MIN_VISIBLE[0] * a) for _, v, a in remaining):
-            continue
-        if on_heap and not _overlaps(mask, near & ~mask):
-            continue
-        objects = remaining + [(class_id, mask, float(mask.sum()))]
-        texture = _texture(rng, size)
-        pixels += coverage[:, :, None] * (texture - pixels)
+    for _ in range(rng.integers(3, 7)):
+        on_heap = bool(objects) and rng.random() < 0.75
+        for _ in range(20):  # attempts: a heap may have no room for another object
+            class_id = int(rng.integers(len(SHAPES_CLASSES)))
+            coverage = _place(rng, SHAPES_CLASSES[class_id], size, objects if on_heap else [])
+            mask = coverage >= 0.5
+            candidate = [(c, v & ~mask, area) for c, v, area in objects]
+            candidate.append((class_id, mask, float(mask.sum())))
+            if _is_acceptable(candidate, objects, on_heap):
+                objects = candidate
+                pixels += coverage[:, :, None] * (_texture(rng, size) - pixels)
+                break
     noisy = pixels + rng.normal(0, 0.015, pixels.shape)
     return (noisy.clip(0, 1) * 255).round().astype(np.uint8), [(c, m) for c, m, _ in objects]
 
 
-def _overlaps(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether one mask fills at least 0.42 of the other's box."""
-    return max(_share_of_box(first, second), _share_of_box(second, first)) >= 0.42
+def _is_acceptable(candidate: list, objects: list, on_heap: bool) -> bool:
+    min_share, min_pixels = _MIN_VISIBLE
+    if any(v.sum() < max(min_pixels, min_share * area) for _, v, area in candidate):
+        return False
+    return not on_heap or _num_overlapped(candidate) > _num_overlapped(objects)
+
+
+def _num_overlapped(objects: list) -> int:
+    """How many objects have 0.35 or more of their box covered by one other object."""
+    masks = [visible for _, visible, _ in objects]
+    shares = [[_share_of_box(m, other) for other in masks if other is not m] for m in masks]
+    return sum(max(s, default=0) >= 0.35 for s in shares)
 
 
 def _share_of_box(boxed: np.ndarray, mask: np.ndarray) -> float:
@@ -155,13 +156,13 @@ def _share_of_box(boxed: np.ndarray, mask: np.ndarray) -> float:
     return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean()
 
 
-def _place(rng: np.random.Generator, name: str, size: int, near: np.ndarray | None) -> np.ndarray:
-    """Coverage in [0, 1], (size, size), of a shape anywhere or near the middle of a mask."""
-    radius = size * rng.uniform(0.13, 0.27)
+def _place(rng: np.random.Generator, name: str, size: int, objects: list) -> np.ndarray:
+    """Coverage in [0, 1], (size, size), of a shape near one of the objects, if there are any."""
+    radius = size * rng.uniform(0.17, 0.32)
     centre = rng.uniform(0, size, 2)
-    if near is not None:
-        rows, columns = np.nonzero(near)
-        angle, distance = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.02, 0.11)
+    if objects:
+        rows, columns = np.nonzero(objects[rng.integers(len(objects))][1])
+        angle, distance = rng.uniform(0, 2 * np.pi), size * rng.uniform(0.06, 0.18)
         centre = np.array([columns.mean(), rows.mean()])
         centre += distance * np.array([np.cos(angle), np.sin(angle)])
     centre = centre.clip(radius, size - radius)
@@ -228,22 +229,18 @@ def _colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
 
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """A full image, (size, size, 3) in [0, 1], of which an object shows its part."""
-    first, second = _colour(rng, 0.0, 1.0), _colour(rng, 0.0, 1.0)
-    second = first + 0.45 * (second - first)
+    first = _colour(rng, 0.0, 1.0)
+    second = first + 0.25 * (_colour(rng, 0.0, 1.0) - first)
     y, x = np.mgrid[:size, :size] / size
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
-    kind = rng.integers(4)
+    kind = rng.integers(3)
     if kind == 0:  # plain
         weight = np.zeros((size, size))
     elif kind == 1:  # gradient
         weight = (along - along.min()) / np.ptp(along)
-    elif kind == 2:  # stripes
+    else:  # stripes
         weight = (np.sin(along * 2 * np.pi * rng.uniform(8, 16)) > 0).astype(float)
-    else:  # checks
-        across = -x * np.sin(angle) + y * np.cos(angle)
-        frequency = 2 * np.pi * rng.uniform(6, 12)
-        weight = (np.sin(along * frequency) * np.sin(across * frequency) > 0).astype(float)
     return first + weight[:, :, None] * (second - first)
 
 

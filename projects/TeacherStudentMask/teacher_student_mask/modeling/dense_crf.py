@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 import torch
-
 from detectron2.config import CfgNode
 
 __all__ = ["DenseCRF"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from detectron2.structures import Boxes, Instances
 
 __all__ = ["GTBoxInference"]
 

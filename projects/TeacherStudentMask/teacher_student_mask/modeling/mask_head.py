@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fvcore.nn.weight_init as weight_init
-from torch import nn
-
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ConvTranspose2d, ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import (
@@ -12,6 +10,7 @@ from detectron2.modeling.roi_heads.mask_head import (
     BaseMaskRCNNHead,
     MaskRCNNConvUpsampleHead,
 )
+from torch import nn
 
 __all__ = ["MaskRCNNConvMultiUpsampleHead", "build_teacher_mask_head"]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
-
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
+from torch.nn import functional as F
 
 __all__ = ["crop_gt_masks", "log_mask_accuracy", "masked_bce_loss", "select_label_channel"]
 

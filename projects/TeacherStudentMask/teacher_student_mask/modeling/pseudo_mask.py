@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
-
 from detectron2.structures import Instances
+from torch.nn import functional as F
 
 __all__ = [
     "PSEUDO_MASK_METHODS",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
-
 from detectron2.utils.events import get_event_storage
+from torch.nn import functional as F
 
 __all__ = ["log_pseudo_masks", "put_mask_images"]
 

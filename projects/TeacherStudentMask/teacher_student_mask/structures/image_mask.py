@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from detectron2.layers import ROIAlign
 
 __all__ = ["ImageMask"]

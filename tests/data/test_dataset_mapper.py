@@ -1,0 +1,547 @@
+"""The mapper on hand-written annotations: one image of 12 x 16 pixels, one class per object."""
+
+import copy
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
+from PIL import Image
+
+from teacher_student_mask import (
+    ImageMask,
+    TeacherStudentDatasetMapper,
+    add_teacher_student_mask_config,
+)
+
+HEIGHT, WIDTH = 12, 16
+SEEN, UNSEEN = range(10), range(10, 20)  # classes; each object of an image has its own
+FORMATS = pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+
+
+@pytest.fixture
+def make_image(tmp_path):
+    """Return a function from annotations to the dataset dict of an image."""
+    rng = np.random.default_rng(0)
+
+    def make(annotations, height=HEIGHT, width=WIDTH):
+        path = tmp_path / f"{height}x{width}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        return {
+            "file_name": str(path),
+            "image_id": 42,
+            "height": height,
+            "width": width,
+            "annotations": annotations,
+        }
+
+    return make
+
+
+def make_mapper(augmentations=(), mask_format="polygon", **options):
+    return TeacherStudentDatasetMapper(
+        is_train=True,
+        seen_classes=SEEN,
+        augmentations=list(augmentations),
+        image_format="BGR",
+        use_instance_mask=True,
+        instance_mask_format=mask_format,
+        **options,
+    )
+
+
+def annotation(category_id, box, iscrowd=0, **fields):
+    """``box`` is XYXY; the segmentation is among the fields, if there is one."""
+    x0, y0, x1, y1 = box
+    bbox = [float(v) for v in (x0, y0, x1 - x0, y1 - y0)]
+    fields.update(bbox=bbox, bbox_mode=BoxMode.XYWH_ABS, iscrowd=iscrowd, category_id=category_id)
+    return fields
+
+
+def mask_of(*rectangles, height=HEIGHT, width=WIDTH):
+    """Bool array in which the XYXY rectangles are set."""
+    mask = np.zeros((height, width), dtype=bool)
+    for x0, y0, x1, y1 in rectangles:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def to_rle(mask, compressed=True):
+    if compressed:
+        rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+        return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+    pixels = np.concatenate([[0], mask.ravel(order="F"), [2]]).astype(int)
+    starts = np.nonzero(np.diff(pixels))[0]
+    counts = [int(v) for v in np.diff(np.concatenate([[0], starts]))]
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def to_bits(masks, instances):
+    """Masks of either kind as a bool array (N, H, W)."""
+    if isinstance(masks, BitMasks):
+        return masks.tensor.numpy()
+    bits = [polygons_to_bitmask(p, *instances.image_size) for p in masks.polygons]
+    return np.stack(bits) if bits else np.zeros((0, *instances.image_size), dtype=bool)
+
+
+def within_one_pixel(a, b):
+    """Whether every pixel of one mask is one of, or touches one of, the other's."""
+
+    def grown(mask):
+        padded = np.pad(mask, 1)
+        height, width = mask.shape
+        shifted = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        return np.any(shifted, axis=0)
+
+    return not (a & ~grown(b)).any() and not (b & ~grown(a)).any()
+
+
+# An L of 4 x 4 pixels, another beside it, an RLE with a hole.
+L_POLYGON = [1, 1, 5, 1, 5, 3, 3, 3, 3, 5, 1, 5]
+L_MASK = mask_of((1, 1, 5, 3), (1, 3, 3, 5))
+COMPRESSED_MASK = mask_of((6, 1, 11, 6)) & ~mask_of((8, 3, 9, 4))
+UNCOMPRESSED_MASK = mask_of((9, 4, 12, 5), (11, 5, 13, 8))
+
+
+def mixed_annotations():
+    """Every kind side by side, with what must come out: (mask, box, has mask), None = dropped."""
+    boxes = {3: (0, 6, 4, 9), 4: (4, 6, 7, 9), 5: (0, 9, 3, 12), 6: (2, 2, 9, 9)}
+    boxes.update({7: (4, 9, 8, 12), 12: (8, 8, 14, 12), 13: (2, 0, 12, 10), 14: (12, 0, 16, 5)})
+    annotations = [
+        annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON]),
+        annotation(1, (6, 1, 11, 6), segmentation=to_rle(COMPRESSED_MASK)),
+        annotation(2, (9, 4, 13, 8), segmentation=to_rle(UNCOMPRESSED_MASK, compressed=False)),
+        annotation(3, boxes[3]),
+        annotation(4, boxes[4], segmentation=[]),
+        annotation(5, boxes[5], segmentation=None),
+        annotation(6, boxes[6], iscrowd=1, segmentation=to_rle(mask_of((0, 0, 16, 12)), False)),
+        annotation(7, boxes[7], segmentation=to_rle(mask_of())),
+        annotation(12, boxes[12], segmentation=[[8, 8, 14, 8, 14, 12]]),
+        annotation(13, boxes[13], segmentation=to_rle(mask_of((2, 0, 12, 3), (9, 3, 12, 10)))),
+        annotation(14, boxes[14]),
+    ]
+    expected = {
+        0: (L_MASK, (1, 1, 5, 5), True),
+        1: (COMPRESSED_MASK, (6, 1, 11, 6), True),
+        2: (UNCOMPRESSED_MASK, (9, 4, 13, 8), True),
+    }
+    expected.update({i: (mask_of(box), box, False) for i, box in boxes.items() if i != 6})
+    return annotations, expected
+
+
+def check_mixed(instances, expected, move=lambda mask: mask):
+    classes = instances.gt_classes.tolist()
+    assert sorted(classes) == sorted(expected)
+    bits = to_bits(instances.gt_masks, instances)
+    for i, class_id in enumerate(classes):
+        mask, _, has_mask = expected[class_id]
+        assert instances.gt_has_mask[i].item() == has_mask
+        np.testing.assert_array_equal(bits[i], move(mask), f"mask of class {class_id}")
+    union = L_MASK | COMPRESSED_MASK | UNCOMPRESSED_MASK
+    np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor.numpy(), move(union))
+    assert len(instances.gt_exclusion_masks) == len(instances.gt_has_mask) == len(classes)
+
+
+@FORMATS
+@pytest.mark.parametrize("first", range(11))
+def test_all_kinds_of_segmentation_in_one_image(make_image, mask_format, first):
+    # Whichever comes first: Detectron2 looks at the first annotation to decide about all masks.
+    annotations, expected = mixed_annotations()
+    image = make_image(annotations[first:] + annotations[:first])
+    instances = make_mapper(mask_format=mask_format)(image)["instances"]
+    check_mixed(instances, expected)
+    for class_id, box in zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.tolist()):
+        assert tuple(box) == expected[class_id][1]
+    assert isinstance(instances.gt_masks, BitMasks)  # there are RLEs
+    assert isinstance(instances.gt_exclusion_masks, ImageMask)
+    assert instances.gt_has_mask.dtype == torch.bool
+
+
+def test_horizontal_flip_of_all_kinds(make_image):
+    annotations, expected = mixed_annotations()
+    instances = make_mapper([T.RandomFlip(prob=1.0)])(make_image(annotations))["instances"]
+    check_mixed(instances, expected, move=np.fliplr)
+    for class_id, box in zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.tolist()):
+        x0, y0, x1, y1 = expected[class_id][1]
+        assert tuple(box) == (WIDTH - x1, y0, WIDTH - x0, y1)
+
+
+def test_enlarging_all_kinds(make_image):
+    annotations, expected = mixed_annotations()
+    resize = T.Resize((2 * HEIGHT, 2 * WIDTH))
+    instances = make_mapper([resize])(make_image(annotations))["instances"]
+    assert instances.image_size == (2 * HEIGHT, 2 * WIDTH)
+    check_mixed(instances, expected, move=lambda mask: mask.repeat(2, axis=0).repeat(2, axis=1))
+    for class_id, box in zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.tolist()):
+        assert box == [2 * v for v in expected[class_id][1]]
+
+
+def polygon_annotations():
+    return [
+        annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON]),
+        annotation(
+            1, (6, 2, 14, 9), segmentation=[[6, 2, 14, 2, 14, 4, 6, 4], [8, 6, 12, 6, 8, 9]]
+        ),
+        annotation(10, (3, 3, 12, 11), segmentation=[[3, 3, 12, 3, 12, 11]]),
+        annotation(11, (0.5, 6.25, 3.75, 11.5)),
+    ]
+
+
+@FORMATS
+def test_the_mask_of_an_unseen_object_is_the_rectangle_of_its_box(make_image, mask_format):
+    instances = make_mapper(mask_format=mask_format)(make_image(polygon_annotations()))["instances"]
+    masks = instances.gt_masks
+    assert isinstance(masks, PolygonMasks if mask_format == "polygon" else BitMasks)
+    assert instances.gt_has_mask.tolist() == [True, True, False, False]
+    assert instances.gt_boxes.tensor[2:].tolist() == [[3, 3, 12, 11], [0.5, 6.25, 3.75, 11.5]]
+    if mask_format == "polygon":
+        assert torch.equal(masks[2:].get_bounding_boxes().tensor, instances.gt_boxes.tensor[2:])
+        assert masks.area()[2:].tolist() == instances.gt_boxes.area()[2:].tolist()
+    np.testing.assert_array_equal(to_bits(masks, instances)[2], mask_of((3, 3, 12, 11)))
+
+
+@FORMATS
+def test_exclusion_is_the_union_of_the_usable_masks_alone(make_image, mask_format):
+    image = make_image(polygon_annotations())
+    instances = make_mapper(mask_format=mask_format)(image)["instances"]
+    two_parts = polygons_to_bitmask(
+        [np.array(p, dtype=float) for p in image["annotations"][1]["segmentation"]], HEIGHT, WIDTH
+    )
+    np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor, L_MASK | two_parts)
+
+
+def test_an_unseen_rle_does_not_change_the_mask_format(make_image):
+    annotations = polygon_annotations()
+    annotations[3]["segmentation"] = to_rle(mask_of((0, 6, 4, 12)))
+    instances = make_mapper()(make_image(annotations))["instances"]
+    assert isinstance(instances.gt_masks, PolygonMasks)
+
+
+@FORMATS
+def test_image_without_a_seen_object(make_image, mask_format):
+    image = make_image(polygon_annotations()[2:])
+    instances = make_mapper(mask_format=mask_format, recompute_boxes=True)(image)["instances"]
+    assert instances.gt_has_mask.tolist() == [False, False]
+    assert instances.gt_boxes.tensor.tolist() == [[3, 3, 12, 11], [0.5, 6.25, 3.75, 11.5]]
+    assert not instances.gt_exclusion_masks.tensor.any()
+    assert instances.gt_exclusion_masks.image_size == (HEIGHT, WIDTH)
+
+
+@FORMATS
+def test_image_without_an_unseen_object_is_as_detectron2_maps_it(make_image, mask_format):
+    image = make_image(polygon_annotations()[:2])
+    mapper = make_mapper(mask_format=mask_format)
+    instances = mapper(image)["instances"]
+    copied = copy.deepcopy(image)
+    super(TeacherStudentDatasetMapper, mapper)._transform_annotations(
+        copied, T.TransformList([]), (HEIGHT, WIDTH)
+    )
+    reference = copied["instances"]
+    assert instances.gt_has_mask.tolist() == [True, True]
+    assert torch.equal(instances.gt_boxes.tensor, reference.gt_boxes.tensor)
+    assert torch.equal(instances.gt_classes, reference.gt_classes)
+    np.testing.assert_array_equal(
+        to_bits(instances.gt_masks, instances), to_bits(reference.gt_masks, reference)
+    )
+
+
+@FORMATS
+@pytest.mark.parametrize("crowd", [[], [annotation(0, (0, 0, 9, 9), 1, segmentation=[L_POLYGON])]])
+def test_image_without_an_object_has_all_fields(make_image, mask_format, crowd):
+    augmentations = [T.RandomFlip(prob=1.0), T.CropTransform(2, 2, 8, 6)]
+    mapper = make_mapper(augmentations, mask_format, recompute_boxes=True)
+    instances = mapper(make_image(crowd))["instances"]
+    assert len(instances) == 0
+    assert instances.gt_boxes.tensor.shape == (0, 4)
+    assert instances.gt_has_mask.shape == (0,) and instances.gt_has_mask.dtype == torch.bool
+    assert len(instances.gt_masks) == len(instances.gt_exclusion_masks) == 0
+    assert instances.gt_exclusion_masks.image_size == (6, 8)
+    assert not instances.gt_exclusion_masks.tensor.any()
+
+
+@FORMATS
+def test_crop_tightens_boxes_with_a_mask_and_clips_the_others(make_image, mask_format):
+    # The window holds x 3-11, y 2-10.
+    crop = T.CropTransform(3, 2, 8, 8)
+    annotations = [
+        annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON]),  # x 3-5, y 2-3 is left
+        annotation(1, (0, 4, 6, 12), segmentation=[[0, 4, 2, 4, 2, 11, 6, 11, 6, 12, 0, 12]]),
+        annotation(2, (5, 4, 9, 8), segmentation=[[5, 4, 9, 4, 9, 8, 5, 8]]),
+        annotation(3, (12, 3, 15, 9), segmentation=[[12, 3, 15, 3, 15, 9]]),
+        annotation(4, (0, 0, 5, 5)),
+        annotation(10, (1, 1, 5, 5), segmentation=[L_POLYGON]),
+        annotation(11, (10, 9, 16, 12), segmentation=[[13, 11, 16, 11, 16, 12]]),
+        annotation(12, (12, 3, 15, 9), segmentation=[[12, 3, 15, 3, 15, 9]]),
+    ]
+    mapper = make_mapper([crop], mask_format, recompute_boxes=True)
+    instances = mapper(make_image(annotations))["instances"]
+    boxes = dict(zip(instances.gt_classes.tolist(), instances.gt_boxes.tensor.tolist()))
+    assert boxes == {
+        0: [0, 0, 2, 1],  # tight: below it the L is left of the window
+        # 1: its box meets the window, its mask does not. 3 and 12: outside.
+        2: [2, 2, 6, 6],
+        4: [0, 0, 2, 3],  # clipped, like the next two, whatever their masks are
+        10: [0, 0, 2, 3],
+        11: [7, 7, 8, 8],
+    }
+    assert instances.gt_has_mask.tolist() == [True, True, False, False, False]
+    np.testing.assert_array_equal(
+        instances.gt_exclusion_masks.tensor,
+        mask_of((0, 0, 2, 1), (2, 2, 6, 6), height=8, width=8),
+    )
+
+
+@FORMATS
+@pytest.mark.parametrize("as_rle", [False, True], ids=["polygons", "rle"])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_crop_loses_an_unseen_box_or_makes_a_bad_one(make_image, mask_format, as_rle, seed):
+    rng = np.random.default_rng(seed)
+    annotations = []
+    for class_id in range(20):
+        x0, y0 = rng.uniform(0, [28, 36])
+        x1, y1 = min(x0 + rng.uniform(1, 20), 36), min(y0 + rng.uniform(1, 20), 44)
+        triangle = [[x0, y1, x0, y0, x1, y1]]
+        annotations.append(annotation(class_id, (x0, y0, x1, y1), segmentation=triangle))
+        if as_rle and class_id % 2:
+            mask = polygons_to_bitmask([np.array(triangle[0])], 44, 36)
+            annotations[-1]["segmentation"] = to_rle(mask)
+    width, height = rng.integers(4, [36, 44])
+    left, top = rng.integers(0, [36 - width, 44 - height])
+    crop = T.CropTransform(left, top, width, height)
+    mapper = make_mapper([crop], mask_format, recompute_boxes=True)
+    instances = mapper(make_image(annotations, height=44, width=36))["instances"]
+
+    boxes = instances.gt_boxes.tensor
+    assert boxes.isfinite().all()
+    assert (boxes[:, :2] < boxes[:, 2:]).all() and (boxes >= 0).all()
+    assert (boxes <= torch.tensor([width, height, width, height])).all()
+    found = dict(zip(instances.gt_classes.tolist(), boxes.numpy()))
+    for x in annotations[10:]:
+        x0, y0, w, h = np.array(x["bbox"]) - [left, top, 0, 0]
+        clipped = np.clip([x0, y0, x0 + w, y0 + h], 0, [width, height, width, height])
+        if (clipped[2:] > clipped[:2]).all():
+            np.testing.assert_allclose(found.pop(x["category_id"]), clipped, atol=1e-4)
+    assert all(class_id in SEEN for class_id in found)
+    tight = instances.gt_masks[instances.gt_has_mask].get_bounding_boxes().tensor
+    assert torch.equal(boxes[instances.gt_has_mask], tight)
+    bits = to_bits(instances.gt_masks, instances)[instances.gt_has_mask]
+    np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor, bits.any(axis=0))
+
+
+def test_without_recomputing_a_crop_only_clips(make_image):
+    mapper = make_mapper([T.CropTransform(3, 2, 8, 8)])
+    image = make_image([annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON])])
+    assert mapper(image)["instances"].gt_boxes.tensor.tolist() == [[0, 0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "augmentations",
+    [
+        [],
+        [T.RandomFlip(prob=1.0)],
+        [T.Resize((31, 53))],
+        [T.Resize((90, 77)), T.RandomFlip(prob=1.0)],
+        [T.CropTransform(13, 9, 21, 27)],
+        [T.CropTransform(5, 11, 30, 24), T.Resize((50, 61))],
+    ],
+    ids=["none", "flip", "shrink", "enlarge+flip", "crop", "crop+resize"],
+)
+def test_polygons_and_rle_give_the_same_within_a_pixel(make_image, augmentations):
+    height, width = 44, 60
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    polygons = [
+        np.stack([x + a * np.cos(angles), y + b * np.sin(angles)], axis=1).ravel()
+        for x, y, a, b in [(20, 15, 14, 9), (35, 25, 7, 16), (22, 30, 20, 12)]
+    ]
+    as_polygons, as_rles = [], []
+    for class_id, polygon in enumerate(polygons):
+        box = (*polygon.reshape(-1, 2).min(axis=0), *polygon.reshape(-1, 2).max(axis=0))
+        rle = to_rle(polygons_to_bitmask([polygon], height, width))
+        as_polygons.append(annotation(class_id, box, segmentation=[polygon.tolist()]))
+        as_rles.append(annotation(class_id, box, segmentation=rle))
+    results = []
+    for annotations, mask_format in [
+        (as_polygons, "polygon"),
+        (as_polygons, "bitmask"),
+        (as_rles, "polygon"),
+        (as_rles, "bitmask"),
+    ]:
+        mapper = make_mapper(augmentations, mask_format, recompute_boxes=True)
+        results.append(mapper(make_image(annotations, height, width))["instances"])
+    # A pixel of the original image.
+    scale = max(1, results[0].image_size[0] / height, results[0].image_size[1] / width)
+    reference = to_bits(results[0].gt_masks, results[0])
+    for instances in results[1:]:
+        assert instances.gt_classes.tolist() == [0, 1, 2]
+        boxes = instances.gt_boxes.tensor
+        torch.testing.assert_close(boxes, results[0].gt_boxes.tensor, rtol=0, atol=1.01 * scale)
+        bits = to_bits(instances.gt_masks, instances)
+        assert all(within_one_pixel(a, b) for a, b in zip(bits, reference))
+        assert within_one_pixel(
+            instances.gt_exclusion_masks.tensor.numpy(),
+            results[0].gt_exclusion_masks.tensor.numpy(),
+        )
+
+
+def test_the_input_is_not_changed(make_image):
+    image = make_image(mixed_annotations()[0])
+    before = copy.deepcopy(image)
+    mapper = make_mapper(
+        [T.RandomFlip(prob=1.0), T.CropTransform(2, 2, 9, 9)], recompute_boxes=True
+    )
+    mapper(image)
+    assert image == before
+
+
+BAD_SEGMENTATIONS = [
+    (to_rle(mask_of((0, 0, 3, 3)).T), r"RLE has size \[16, 12\], but the image is \[12, 16\]"),
+    ([[1, 1, 5, 1]], r"at least 3 x,y pairs, got \[1, 1, 5, 1\]"),
+    ([[1, 1, 5, 1, 5, 5, 3]], r"x,y pairs, got \[1, 1, 5, 1, 5, 5, 3\]"),
+    ([1, 1, 5, 1, 5, 5], r"flat list of at least 3 x,y pairs, got 1\."),
+    ([L_POLYGON, []], r"pairs, got \[\]"),
+    ([[[1, 1], [5, 1], [5, 5]]], r"flat list .* got \[\[1, 1\], \[5, 1\], \[5, 5\]\]"),
+    ("1 1 5 1 5 5", "must be a list of polygons, an RLE dict .* got 1 1 5 1 5 5"),
+    ({"counts": [3, 189]}, r"RLE dict with 'size' and 'counts', .* got {'counts': \[3, 189\]}"),
+]
+
+
+@pytest.mark.parametrize("segmentation, message", BAD_SEGMENTATIONS)
+def test_unreadable_segmentation_is_an_error_with_file_and_value(make_image, segmentation, message):
+    image = make_image([annotation(0, (1, 1, 5, 5), segmentation=segmentation)])
+    with pytest.raises(ValueError, match=rf"12x16\.png \(image id 42\): .*{message}"):
+        make_mapper()(image)
+
+
+@pytest.mark.parametrize("segmentation", [segmentation for segmentation, _ in BAD_SEGMENTATIONS])
+def test_unseen_and_crowd_segmentations_are_not_even_read(make_image, segmentation):
+    annotations = [
+        annotation(10, (1, 1, 5, 5), segmentation=segmentation),
+        annotation(0, (1, 1, 5, 5), iscrowd=1, segmentation=segmentation),
+    ]
+    instances = make_mapper()(make_image(annotations))["instances"]
+    assert instances.gt_classes.tolist() == [10]
+
+
+def test_keypoints_stay_with_their_objects(make_image):
+    annotations = [
+        annotation(0, (1, 1, 5, 5), keypoints=[2.0, 3.0, 2]),
+        annotation(1, (1, 1, 5, 5), keypoints=[1.0, 2.0, 2], iscrowd=1),
+        annotation(10, (4, 4, 9, 9), keypoints=[5.0, 6.0, 1], segmentation=[L_POLYGON]),
+    ]
+    assert not make_mapper()(make_image(annotations))["instances"].has("gt_keypoints")
+    options = dict(use_keypoint=True, keypoint_hflip_indices=np.array([0]))
+    mapper = make_mapper([T.RandomFlip(prob=1.0)], **options)
+    keypoints = mapper(make_image(annotations))["instances"].gt_keypoints
+    assert keypoints.tensor[:, 0].tolist() == [[14, 3, 2], [11, 6, 1]]
+
+
+def test_without_masks_it_is_detectron2s_mapper(make_image):
+    mapper = make_mapper()
+    mapper.use_instance_mask = False
+    instances = mapper(make_image(polygon_annotations()))["instances"]
+    assert sorted(instances.get_fields()) == ["gt_boxes", "gt_classes"] and len(instances) == 4
+
+
+def test_seen_classes_come_from_the_config(tiny_cfg, tiny_coco):
+    cfg = tiny_cfg(dataset=tiny_coco)
+    assert TeacherStudentDatasetMapper(cfg, is_train=True).seen_classes == {0, 2}
+    cfg.DATASETS.SEEN_CLASSES = "cat"
+    assert TeacherStudentDatasetMapper(cfg, is_train=True).seen_classes == {1}
+    cfg.DATASETS.SEEN_CLASSES = "cat, shipp"
+    with pytest.raises(ValueError, match=r"'shipp' \(nearest: ship\)"):
+        TeacherStudentDatasetMapper(cfg, is_train=True)
+
+
+def test_seen_classes_of_a_builtin_dataset_need_no_file():
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.DATASETS.TRAIN = ("coco_2017_train", "coco_2017_val")
+    mapper = TeacherStudentDatasetMapper(cfg, is_train=True)
+    assert len(mapper.seen_classes) == 20 and 62 in mapper.seen_classes
+
+
+def test_from_config_maps_the_tiny_dataset(tiny_cfg, tiny_coco):
+    mapper = TeacherStudentDatasetMapper(tiny_cfg(dataset=tiny_coco), is_train=True)
+    has_mask = [
+        mapper(x)["instances"].gt_has_mask.tolist() for x in DatasetCatalog.get(tiny_coco.name)
+    ]
+    # Image ids 2, 5, 7, 30: unseen, empty, mixed, seen.
+    assert has_mask == [[False] * 2, [], [True] * 3 + [False] * 4, [True] * 2]
+
+
+def test_train_datasets_with_different_classes_are_refused(tiny_cfg, make_tiny_coco):
+    def rename(data):
+        data["categories"][1]["name"] = "bee"
+
+    first, same, other = make_tiny_coco(), make_tiny_coco(), make_tiny_coco(rename)
+    cfg = tiny_cfg(dataset=first)
+    cfg.DATASETS.TRAIN = (first.name, same.name)
+    assert TeacherStudentDatasetMapper(cfg, is_train=True).seen_classes == {0, 2}
+    cfg.DATASETS.TRAIN = (first.name, same.name, other.name)
+    with pytest.raises(ValueError, match=f"'{first.name}' and '{other.name}' differ"):
+        TeacherStudentDatasetMapper(cfg, is_train=True)
+
+
+def test_two_categories_of_one_name_are_refused(tiny_cfg, make_tiny_coco):
+    def repeat_a_name(data):
+        data["categories"][0]["name"] = data["categories"][1]["name"]
+
+    cfg = tiny_cfg(dataset=make_tiny_coco(repeat_a_name))
+    with pytest.raises(ValueError, match=r"more than once: \['ant'\]"):
+        TeacherStudentDatasetMapper(cfg, is_train=True)
+
+
+def test_at_test_time_there_are_no_annotations(tiny_cfg, tiny_coco):
+    cfg = tiny_cfg(dataset=tiny_coco)
+    example = TeacherStudentDatasetMapper(cfg, is_train=False)(
+        DatasetCatalog.get(tiny_coco.name)[0]
+    )
+    assert "instances" not in example and "annotations" not in example
+
+
+def test_the_test_mapper_needs_no_training_classes(tiny_cfg, tiny_coco):
+    cfg = tiny_cfg(dataset=tiny_coco)
+    cfg.DATASETS.TRAIN = ()
+    cfg.DATASETS.SEEN_CLASSES = "no such class"
+    TeacherStudentDatasetMapper(cfg, is_train=False)
+
+
+def test_at_test_time_gt_boxes_are_scaled_with_the_image(tiny_cfg, tiny_coco):
+    cfg = tiny_cfg(dataset=tiny_coco, opts=["TEST.GT_BOXES", True, "INPUT.MIN_SIZE_TEST", 96])
+    mapper = TeacherStudentDatasetMapper(cfg, is_train=False)
+    images = {x["image_id"]: x for x in DatasetCatalog.get(tiny_coco.name)}
+    before = copy.deepcopy(images)
+
+    unseen = mapper(images[2])["instances"]  # 64 x 80 becomes 96 x 120
+    assert unseen.image_size == (96, 120)
+    assert unseen.gt_boxes.tensor.tolist() == [[9, 12, 54, 72], [45, 15, 105, 81]]
+    assert unseen.gt_classes.tolist() == [1, 1]
+    # Without the crowd.
+    assert mapper(images[7])["instances"].gt_classes.tolist() == [0, 2, 0, 2, 0, 2, 1]
+    empty = mapper(images[5])["instances"]
+    assert empty.gt_boxes.tensor.shape == (0, 4) and empty.gt_classes.dtype == torch.int64
+    assert images == before
+
+
+@FORMATS
+def test_random_crops_from_the_config_are_finite_and_aligned(tiny_cfg, tiny_coco, mask_format):
+    opts = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [0.4, 0.4]]
+    cfg = tiny_cfg(dataset=tiny_coco, opts=[*opts, "INPUT.MASK_FORMAT", mask_format])
+    mapper = TeacherStudentDatasetMapper(cfg, is_train=True)
+    assert mapper.recompute_boxes
+    mixed = DatasetCatalog.get(tiny_coco.name)[2]
+    np.random.seed(0)
+    num_objects = []
+    for _ in range(20):
+        instances = mapper(mixed)["instances"]
+        num_objects.append(len(instances))
+        boxes = instances.gt_boxes.tensor
+        assert boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert not instances.gt_has_mask[instances.gt_classes == 1].any()
+        bits = to_bits(instances.gt_masks, instances)[instances.gt_has_mask]
+        np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor, bits.any(axis=0))
+    assert min(num_objects) < max(num_objects) <= 7

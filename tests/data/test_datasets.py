@@ -1,0 +1,160 @@
+"""The COCO loader: no box gets lost, errors say where, clean files load as in Detectron2."""
+
+import json
+import logging
+import os
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+
+from teacher_student_mask import load_partial_coco_json
+
+
+def by_image_id(dicts):
+    return {x["image_id"]: x for x in dicts}
+
+
+def test_registration_reads_when_first_used(tiny_coco):
+    metadata = MetadataCatalog.get(tiny_coco.name)
+    assert (metadata.json_file, metadata.image_root) == (tiny_coco.json_file, tiny_coco.image_root)
+    assert metadata.evaluator_type == "coco"
+    assert "thing_classes" not in metadata.as_dict()
+    for _ in range(2):
+        DatasetCatalog.get(tiny_coco.name)
+        assert metadata.thing_classes == ["ant", "cat", "ship"]
+        assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 17: 1, 90: 2}
+
+
+def test_images_come_in_the_order_of_their_ids_with_all_their_boxes(tiny_coco):
+    dicts = DatasetCatalog.get(tiny_coco.name)
+    assert [x["image_id"] for x in dicts] == [2, 5, 7, 30]
+    assert [len(x["annotations"]) for x in dicts] == [2, 0, 8, 2]
+    assert [(x["height"], x["width"]) for x in dicts] == [(64, 80), (64, 64), (64, 64), (80, 64)]
+    assert all(os.path.isfile(x["file_name"]) for x in dicts)
+    mixed = by_image_id(dicts)[7]["annotations"]
+    assert [x["category_id"] for x in mixed] == [0, 2, 0, 2, 0, 2, 0, 1]
+    assert [x["iscrowd"] for x in mixed] == [0] * 6 + [1, 0]
+    assert mixed[0]["bbox"] == [2, 2, 20, 16] and mixed[0]["bbox_mode"] == BoxMode.XYWH_ABS
+
+
+def test_segmentation_is_there_only_where_the_json_holds_one(tiny_coco):
+    mixed = by_image_id(load_partial_coco_json(tiny_coco.json_file, "images"))[7]["annotations"]
+    # Polygon, two RLEs, no key, [], null, crowd, polygon.
+    present = [True, True, True, False, False, False, True, True]
+    assert ["segmentation" in x for x in mixed] == present
+    assert mixed[0]["segmentation"] == tiny_coco.data["annotations"][0]["segmentation"]
+    assert mixed[2]["segmentation"] == tiny_coco.data["annotations"][2]["segmentation"]
+
+
+def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, caplog):
+    good = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0]
+
+    def change(data):
+        first, second, third = [x for x in data["annotations"] if x["category_id"] == 17]
+        first["segmentation"] = [[1.0, 1.0, 5.0, 1.0]]
+        second["segmentation"] = [good + [2.0], good, []]
+        third["segmentation"] = [[], [1.0]]
+
+    dataset = make_tiny_coco(change)
+    caplog.set_level(logging.INFO)
+    dicts = by_image_id(load_partial_coco_json(dataset.json_file, ""))
+    assert [len(x["annotations"]) for x in dicts.values()] == [2, 0, 8, 2]
+    assert "segmentation" not in dicts[7]["annotations"][7]
+    assert dicts[7]["annotations"][7]["bbox"] == [30, 20, 26, 34]
+    assert dicts[2]["annotations"][0]["segmentation"] == [good]
+    assert "segmentation" not in dicts[2]["annotations"][1]
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("12 objects" in m and "5 objects have a box only" in m for m in messages)
+    assert any(f"{dataset.json_file}: 5 polygons" in m for m in messages)
+
+
+def test_keypoints_become_coordinates(make_tiny_coco):
+    def change(data):
+        data["annotations"][0]["keypoints"] = [10, 20, 2, 0, 0, 0]
+
+    dicts = by_image_id(load_partial_coco_json(make_tiny_coco(change).json_file, ""))
+    assert dicts[7]["annotations"][0]["keypoints"] == [10.5, 20.5, 2, 0.5, 0.5, 0]
+    assert "keypoints" not in dicts[7]["annotations"][1]
+
+
+def set_first(key, value):
+    def change(data):
+        data["annotations"][0][key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (set_first("image_id", 8), "annotation 101: no image has the id 8"),
+        (set_first("category_id", 4), r"annotation 101: 'category_id' is 4, but .* \[3, 17, 90\]"),
+        (set_first("bbox", [1, 2, 3]), r"annotation 101: 'bbox' must be .* got \[1, 2, 3\]"),
+        (set_first("bbox", None), r"annotation 101: 'bbox' must be .* got None"),
+        (lambda data: data["annotations"][0].pop("bbox"), "annotation 101: 'bbox' .* got None"),
+        (lambda data: data["annotations"][0].pop("image_id"), "no image has the id None"),
+        (lambda data: data.pop("annotations"), "must have a list 'annotations'"),
+        (lambda data: data.pop("images"), "must have a list 'images'"),
+        (lambda data: data.update(categories={}), "must have a list 'categories'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_name_the_file_and_the_annotation(make_tiny_coco, change, message):
+    dataset = make_tiny_coco(change)
+    with pytest.raises(ValueError, match=rf"{dataset.json_file}: .*{message}"):
+        load_partial_coco_json(dataset.json_file, "")
+
+
+def test_a_list_is_no_coco_json(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([1, 2]))
+    with pytest.raises(ValueError, match="must have a list 'images'"):
+        load_partial_coco_json(str(path), "")
+
+
+def check_same_as_detectron2(json_file, image_root, dataset_names):
+    first, second = dataset_names
+    expected = load_coco_json(json_file, image_root, first)
+    assert load_partial_coco_json(json_file, image_root, second) == expected
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        assert MetadataCatalog.get(first).get(key) == MetadataCatalog.get(second).get(key)
+    return expected
+
+
+@pytest.fixture
+def dataset_names():
+    names = ["loaded_by_detectron2", "loaded_by_us"]
+    yield names
+    for name in names:
+        MetadataCatalog.pop(name, None)
+
+
+def test_a_clean_json_loads_as_in_detectron2(make_tiny_coco, dataset_names):
+    def keep_polygons(data):
+        data["annotations"] = [
+            x for x in data["annotations"] if isinstance(x.get("segmentation"), list)
+        ]
+        data["annotations"] = [x for x in data["annotations"] if x["segmentation"]]
+        data["annotations"][1]["keypoints"] = [4, 5, 2]
+
+    dataset = make_tiny_coco(keep_polygons)
+    dicts = check_same_as_detectron2(dataset.json_file, dataset.image_root, dataset_names)
+    assert sum(len(x["annotations"]) for x in dicts) == 6
+
+
+def test_coco_loads_as_in_detectron2(coco_root, dataset_names):
+    json_file = os.path.join(coco_root, "annotations", "instances_val2017.json")
+    with open(json_file) as f:
+        uncompressed = any(x["iscrowd"] for x in json.load(f)["annotations"])
+    ours = load_partial_coco_json(json_file, "val2017", dataset_names[1])
+    expected = load_coco_json(json_file, "val2017", dataset_names[0])
+    if uncompressed:
+        # COCO's crowds are the one thing that Detectron2 changes as it reads: it compresses them.
+        for image in ours + expected:
+            for annotation in image["annotations"]:
+                if annotation["iscrowd"]:
+                    del annotation["segmentation"]
+    assert ours == expected
+    assert len(MetadataCatalog.get(dataset_names[1]).thing_classes) == 80

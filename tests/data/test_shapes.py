@@ -1,0 +1,157 @@
+"""The procedural dataset: the same files every time, heavy occlusion, exact modal masks."""
+
+import filecmp
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from pycocotools.coco import COCO
+
+from teacher_student_mask import compute_overlaps, load_partial_coco_json
+from teacher_student_mask.data.shapes import SHAPES_CLASSES, SHAPES_SEEN_CLASSES, generate_shapes
+
+NUM_IMAGES = 60
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """Folder of a dataset with 60 validation images and no other."""
+    root = tmp_path_factory.mktemp("shapes")
+    generate_shapes(str(root), num_train=0, num_val=NUM_IMAGES, seed=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def coco(sample):
+    return COCO(str(sample / "annotations" / "instances_val.json"))
+
+
+@pytest.fixture(scope="module")
+def masks(coco):
+    """Annotation id -> bool mask of the image."""
+    return {i: coco.annToMask(annotation).astype(bool) for i, annotation in coco.anns.items()}
+
+
+def read_json(root, split):
+    return json.loads((Path(root) / "annotations" / f"instances_{split}.json").read_text())
+
+
+def test_the_same_arguments_give_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        generate_shapes(str(tmp_path / name), num_train=2, num_val=2, image_size=64, seed=3)
+    files = [str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*")]
+    assert len(files) == 6
+    equal, _, _ = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)
+    assert sorted(equal) == sorted(files)
+
+
+def test_the_seed_and_the_split_matter(tmp_path):
+    generate_shapes(str(tmp_path / "a"), num_train=1, num_val=1, seed=0)
+    generate_shapes(str(tmp_path / "b"), num_train=1, num_val=1, seed=1)
+    images = [tmp_path / root / s / "000000.png" for root in "ab" for s in ("train", "val")]
+    assert len({image.read_bytes() for image in images}) == 4
+
+
+def test_an_image_does_not_depend_on_the_number_of_images(sample, tmp_path):
+    generate_shapes(str(tmp_path), num_train=2, num_val=3)
+    few, many = read_json(tmp_path, "val"), read_json(sample, "val")
+    assert few["images"] == many["images"][:3]
+    assert few["annotations"] == many["annotations"][: len(few["annotations"])]
+    assert many["annotations"][len(few["annotations"])]["image_id"] == 4
+    for image in few["images"]:
+        path = Path("val") / image["file_name"]
+        assert (tmp_path / path).read_bytes() == (sample / path).read_bytes()
+
+
+def test_objects_of_all_classes_overlap_heavily(coco):
+    overlaps = compute_overlaps(coco)
+    assert len(overlaps) > 2 * NUM_IMAGES
+    assert np.mean([overlap >= 0.3 for overlap in overlaps.values()]) >= 0.4
+    assert [category["name"] for category in coco.cats.values()] == list(SHAPES_CLASSES)
+    assert {x["category_id"] for x in coco.anns.values()} == set(range(1, 9))
+
+
+def test_half_of_the_classes_is_seen():
+    assert len(SHAPES_CLASSES) == len(set(SHAPES_CLASSES)) == 8
+    assert len(SHAPES_SEEN_CLASSES) == 4 and set(SHAPES_SEEN_CLASSES) < set(SHAPES_CLASSES)
+
+
+def test_boxes_are_tight_and_areas_exact(coco, masks):
+    for annotation_id, mask in masks.items():
+        rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
+        width, height = columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+        annotation = coco.anns[annotation_id]
+        assert annotation["bbox"] == [columns[0], rows[0], width, height]
+        assert annotation["area"] == mask.sum()
+        assert annotation["iscrowd"] == 0
+
+
+def test_masks_of_an_image_are_disjoint_and_every_object_can_be_seen(coco, masks):
+    for image_id in coco.imgs:
+        of_image = [masks[i] for i in coco.getAnnIds(imgIds=image_id)]
+        assert of_image and np.sum(of_image, axis=0).max() == 1
+    assert min(mask.sum() for mask in masks.values()) >= 30
+
+
+def test_colour_does_not_tell_the_class(sample, coco, masks):
+    colours, classes = [], []
+    for image_id, image in coco.imgs.items():
+        pixels = np.asarray(Image.open(sample / "val" / image["file_name"])) / 255.0
+        for annotation_id in coco.getAnnIds(imgIds=image_id):
+            colours.append(pixels[masks[annotation_id]].mean(axis=0))
+            classes.append(coco.anns[annotation_id]["category_id"])
+    colours, classes = np.array(colours), np.array(classes)
+    within = np.mean([colours[classes == c].var(axis=0) for c in classes], axis=0)
+    # Independent colours: 1 - 7 / number of objects; a colour of its own for each class: near 0.
+    assert (within / colours.var(axis=0) > 0.8).all()
+    assert (colours.std(axis=0) > 0.15).all()
+
+
+def test_objects_differ_from_what_is_around_them(sample, coco, masks):
+    image = coco.imgs[1]
+    pixels = np.asarray(Image.open(sample / "val" / image["file_name"])) / 255.0
+    assert pixels.shape == (96, 96, 3)
+    background = ~np.any([masks[i] for i in coco.getAnnIds(imgIds=1)], axis=0)
+    assert 0.2 < background.mean() < 0.95
+    assert pixels[background].std(axis=0).max() > 0.02  # a background with structure
+
+
+def test_objects_scale_with_the_image(coco, tmp_path):
+    generate_shapes(str(tmp_path), num_train=0, num_val=20, image_size=192)
+    data = read_json(tmp_path, "val")
+    assert all((x["height"], x["width"]) == (192, 192) for x in data["images"])
+    assert Image.open(tmp_path / "val" / "000000.png").size == (192, 192)
+    shares = [x["area"] / 192**2 for x in data["annotations"]]
+    expected = np.mean([x["area"] / 96**2 for x in coco.anns.values()])
+    assert 0.75 < np.mean(shares) / expected < 1.33
+
+
+def test_it_loads_as_a_partial_coco(sample):
+    json_file = str(sample / "annotations" / "instances_val.json")
+    dicts = load_partial_coco_json(json_file, str(sample / "val"))
+    assert len(dicts) == NUM_IMAGES
+    assert all(Path(x["file_name"]).is_file() and x["annotations"] for x in dicts)
+    assert all("segmentation" in y for x in dicts for y in x["annotations"])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_it_is_registered_by_the_package(split):
+    assert f"shapes_{split}" in DatasetCatalog.list()
+    json_file = MetadataCatalog.get(f"shapes_{split}").json_file
+    assert json_file.endswith(f"shapes/annotations/instances_{split}.json")
+
+
+def test_progress_counts_all_images(tmp_path):
+    calls = []
+    generate_shapes(
+        str(tmp_path), num_train=2, num_val=1, image_size=32, progress=lambda *x: calls.append(x)
+    )
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_too_small_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least 32 pixels, got 31"):
+        generate_shapes(str(tmp_path), image_size=31)

@@ -1,0 +1,181 @@
+"""The rules about who may import whom, read from the source files."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import teacher_student_mask
+
+PACKAGE = Path(teacher_student_mask.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 340
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE))
+
+
+def subpackage_of(path):
+    """ "data" for data/shapes.py, "config" for config.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path):
+    """Absolute dotted names of all that a file imports, wherever in the file it stands."""
+    package = ("teacher_student_mask", *path.relative_to(PACKAGE).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports_of(path):
+    """Subpackages and modules of ours that a file imports: "data", "class_splits", ..."""
+    prefix = "teacher_student_mask."
+    return {
+        name[len(prefix) :].split(".")[0] for name in imports_of(path) if name.startswith(prefix)
+    }
+
+
+def files_in(*names):
+    files = [path for path in MODULES if subpackage_of(path) in names]
+    assert files, names
+    return files
+
+
+every_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
+
+
+def test_relative_imports_are_resolved():
+    # The rules below see nothing else.
+    assert "teacher_student_mask.structures.ImageMask" in imports_of(
+        PACKAGE / "data/dataset_mapper.py"
+    )
+    assert "teacher_student_mask.modeling.pseudo_mask.PseudoMaskGenerator" in imports_of(
+        PACKAGE / "modeling/roi_heads.py"
+    )
+    assert own_imports_of(PACKAGE / "modeling/roi_heads.py") == {"modeling"}
+
+
+@pytest.mark.parametrize(
+    "subpackage, allowed",
+    [
+        ("class_splits", set()),
+        ("config", set()),
+        ("structures", {"structures"}),
+        ("data", {"data", "class_splits", "structures"}),
+        # Whether an instance has a mask is data: no class lists here.
+        ("modeling", {"modeling", "structures"}),
+        ("evaluation", {"evaluation", "class_splits", "structures"}),
+    ],
+)
+def test_subpackages_import_only_what_is_below_them(subpackage, allowed):
+    for path in files_in(subpackage):
+        assert own_imports_of(path) <= allowed, name_of(path)
+
+
+def test_every_module_falls_under_a_rule():
+    known = {"class_splits", "config", "structures", "data", "modeling", "evaluation", "__init__"}
+    # Above evaluation, below the tools.
+    known |= {"analysis", "report"}
+    assert {subpackage_of(path) for path in MODULES} <= known
+
+
+def test_class_splits_needs_the_standard_library_alone():
+    top_level = {name.split(".")[0] for name in imports_of(PACKAGE / "class_splits.py")}
+    assert top_level <= set(sys.stdlib_module_names)
+
+
+def test_config_needs_detectron2s_config_alone():
+    names = imports_of(PACKAGE / "config.py")
+    assert "detectron2.config.CfgNode" in names
+    assert all(name.startswith(("detectron2.config.", "__future__.")) for name in names)
+
+
+@pytest.mark.parametrize("name", ["pseudo_mask", "mask_loss", "dense_crf"])
+def test_parts_of_the_mask_branch_meet_in_roi_heads_alone(name):
+    assert own_imports_of(PACKAGE / "modeling" / f"{name}.py") <= {"structures"}
+
+
+@every_module
+def test_nothing_private_or_fragile_of_detectron2_is_imported(path):
+    for name in imports_of(path):
+        if name.split(".")[0] == "detectron2":
+            assert not any(part.startswith("_") for part in name.split(".")), name
+            # model_zoo needs pkg_resources, which newer setuptools lack.
+            assert not name.startswith(("detectron2.model_zoo", "detectron2.projects")), name
+
+
+@every_module
+def test_pydensecrf_is_imported_in_one_function_alone(path):
+    imported = {name.split(".")[0] for name in imports_of(path)}
+    assert ("pydensecrf" in imported) == (name_of(path) == "modeling/dense_crf.py")
+    top_level = [
+        x for x in ast.parse(path.read_text()).body if isinstance(x, (ast.Import, ast.ImportFrom))
+    ]
+    assert "pydensecrf" not in ast.unparse(top_level)
+
+
+def config_keys_set_in(path):
+    """Dotted targets of assignments below a name "cfg", such as "cfg.TEST.GT_BOXES"."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            name = ast.unparse(target)
+            if isinstance(target, ast.Attribute) and name.split(".")[0] in ("cfg", "_C", "_CC"):
+                found.append(name)
+    return found
+
+
+def test_only_config_creates_keys():
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    teacher_student_mask.add_teacher_student_mask_config(cfg)
+    known = {f"cfg.{key}" for key in dotted_keys(cfg)}
+    assert len(config_keys_set_in(PACKAGE / "config.py")) > 20
+    for path in MODULES:
+        if name_of(path) != "config.py":
+            # Setting a key that is there, on a clone, creates none.
+            assert set(config_keys_set_in(path)) <= known, name_of(path)
+            assert "CfgNode(" not in path.read_text() and "CN(" not in path.read_text()
+
+
+def dotted_keys(node, prefix=""):
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, type(node)):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+@every_module
+def test_every_module_says_what_is_public(path):
+    module = ast.parse(path.read_text())
+    values = [
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert len(values) == 1 and values[0]
+    defined = {x.name for x in module.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))}
+    defined |= {ast.unparse(t) for x in module.body if isinstance(x, ast.Assign) for t in x.targets}
+    imported = {name.split(".")[-1] for name in imports_of(path)}
+    assert set(values[0]) <= defined | imported
+    if path.name != "__init__.py":
+        public = {x.name for x in module.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))}
+        assert {name for name in public if not name.startswith("_")} <= set(values[0])
+
+
+@every_module
+def test_modules_are_short_and_do_not_print(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    calls = [x.func for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Call)]
+    assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls)

@@ -1,0 +1,258 @@
+#!/usr/bin/env python
+"""
+The whole path on the demo dataset: write it, train three models, evaluate, draw.
+
+The models, on the same data, schedule and seed, half of the classes without masks in training:
+
+  mask_rcnn                the baseline, one class-agnostic mask head
+  teacher_student          the paper's method ("interact")
+  teacher_student_box_fit  ours: pseudo masks that fit their boxes
+  oracle                   with --oracle: masks of all classes, the upper bound
+
+OUTPUT_DIR then holds results.md, demo.png, a picture per model, and a folder per model with
+config.yaml, log.txt, metrics.json and model_final.pth. What is there is used again: a second call
+only prints the results, and an interrupted call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import get_cfg
+from tqdm import tqdm
+
+from demo_pictures import draw_columns, save_grid
+from detectron2_source import describe
+from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
+from teacher_student_mask.evaluation import comparison_table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    "mask_rcnn": "configs/shapes/mask_rcnn_shapes.yaml",
+    "teacher_student": "configs/shapes/teacher_student_shapes.yaml",
+    "teacher_student_box_fit": "configs/shapes/teacher_student_shapes_box_fit.yaml",
+    "oracle": "configs/shapes/oracle_shapes.yaml",
+}
+DATASET = {"num_train": 1000, "num_val": 200, "image_size": 128, "seed": 0}
+SHORT_DATASET = {"num_train": 40, "num_val": 12, "image_size": 128, "seed": 0}
+SHORT_OPTIONS = ["SOLVER.MAX_ITER", "24", "MODEL.PSEUDO_MASK.WARMUP_ITERS", "12"]
+NUM_PICTURES = 8
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    start = time.perf_counter()
+    output = args.output_dir
+    names = [name for name in CONFIGS if args.oracle or name != "oracle"]
+    options = SHORT_OPTIONS if args.short else []
+    # The children, and the registered dataset here, look for it in this folder.
+    os.environ["DETECTRON2_DATASETS"] = str((output / "datasets").resolve())
+
+    make_dataset(output / "datasets" / "shapes", SHORT_DATASET if args.short else DATASET)
+    if not train(output, names, options) or not evaluate_on_gt_boxes(output, names):
+        return 1
+    draw(output, names)
+    report = write_report(output, names, args.short, time.perf_counter() - start)
+    print(report)
+    print(f"Results, pictures, logs and checkpoints are in {output}: see {output}/demo.png")
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("output/demo"))
+    parser.add_argument(
+        "--short", action="store_true", help="a few steps only, to see that everything runs"
+    )
+    parser.add_argument("--oracle", action="store_true", help="train the oracle as well")
+    return parser.parse_args(argv)
+
+
+def make_dataset(root: Path, settings: dict) -> None:
+    """Write the dataset unless one with these settings is there."""
+    marker = root / "settings.json"
+    if marker.is_file() and json.loads(marker.read_text()) == settings:
+        print(f"Using the dataset in {root}")
+        return
+    num_images = settings["num_train"] + settings["num_val"]
+    with tqdm(total=num_images, desc="Drawing images", unit="image") as bar:
+        generate_shapes(str(root), progress=lambda done, total: bar.update(), **settings)
+    # Last, so that an interrupted dataset is written again.
+    marker.write_text(json.dumps(settings))
+
+
+@dataclass
+class Job:
+    """One run of train_net.py; done when its folder holds results.json."""
+
+    name: str
+    folder: Path
+    arguments: list
+    num_iters: int = 0  # of a training, for the progress bar
+
+    def iters_done(self) -> int:
+        metrics = self.folder / "metrics.json"
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        return json.loads(lines[-1])["iteration"] + 1 if lines else 0
+
+
+def train(output: Path, names: list[str], options: list[str]) -> bool:
+    """Train all models at the same time, a share of the cores each."""
+    jobs = []
+    for name in names:
+        cfg = get_cfg()
+        add_teacher_student_mask_config(cfg)
+        cfg.merge_from_file(str(REPOSITORY / CONFIGS[name]))
+        cfg.merge_from_list(options)
+        arguments = ["--resume", "--config-file", CONFIGS[name], *options]
+        arguments += ["OUTPUT_DIR", (output / name).resolve()]
+        jobs.append(Job(name, output / name, arguments, cfg.SOLVER.MAX_ITER))
+    return run_jobs("Training", jobs)
+
+
+def evaluate_on_gt_boxes(output: Path, names: list[str]) -> bool:
+    """Evaluate the masks on ground-truth boxes, of students and teachers."""
+    jobs = []
+    for name in names:
+        model = (output / name).resolve()
+        for head in heads_of(name):
+            folder = model / f"gt_boxes_{head}"
+            arguments = ["--eval-only", "--config-file", model / "config.yaml"]
+            arguments += ["MODEL.WEIGHTS", model / "model_final.pth", "OUTPUT_DIR", folder]
+            arguments += ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", head]
+            jobs.append(Job(f"{name} ({head})", folder, arguments))
+    return run_jobs("Evaluating masks on ground-truth boxes", jobs)
+
+
+def heads_of(name: str) -> list[str]:
+    return ["student", "teacher"] if name.startswith("teacher_student") else ["student"]
+
+
+def run_jobs(title: str, jobs: list[Job]) -> bool:
+    """
+    Run the jobs that are not done, all at the same time; return whether all succeeded.
+
+    What fails is printed with the end of its output, which is in output.txt of its folder.
+    """
+    jobs = [job for job in jobs if not (job.folder / "results.json").is_file()]
+    if not jobs:
+        print(f"{title}: done already")
+        return True
+    # One thread too many makes each of these small models slower than one too few.
+    threads = max(1, (os.cpu_count() or 1) // len(jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    processes = []
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with open(job.folder / "output.txt", "w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "train_net.py", *map(str, job.arguments)],
+                    cwd=REPOSITORY,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        wait_with_progress(title, jobs, processes)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+    failed = [job for job, process in zip(jobs, processes) if process.returncode != 0]
+    for job in failed:
+        end = (job.folder / "output.txt").read_text().splitlines()[-15:]
+        print(f"\n{title} failed for {job.name}; the end of its output:", *end, sep="\n")
+    return not failed
+
+
+def wait_with_progress(title: str, jobs: list[Job], processes: list[subprocess.Popen]) -> None:
+    """Wait for all processes; show iterations of trainings, or else finished jobs."""
+    num_iters = sum(job.num_iters for job in jobs)
+    unit = "iteration" if num_iters else "job"
+    with tqdm(total=num_iters or len(jobs), desc=title, unit=unit, smoothing=0.1) as bar:
+        while any(process.poll() is None for process in processes):
+            time.sleep(1)
+            if num_iters:
+                done = sum(min(job.iters_done(), job.num_iters) for job in jobs)
+            else:
+                done = sum(process.poll() is not None for process in processes)
+            bar.update(done - bar.n)
+
+
+def load_results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def write_report(output: Path, names: list[str], short: bool, seconds: float) -> str:
+    """Put the models side by side, whatever the outcome is; write and return results.md."""
+    on_detections = {name: load_results(output / name) for name in names}
+    on_gt_boxes = {
+        f"{name}: {head}" if len(heads_of(name)) > 1 else name: load_results(
+            output / name / f"gt_boxes_{head}"
+        )
+        for name in names
+        for head in heads_of(name)
+    }
+    coco = load_annotations(output)
+    classes = [c["name"] for c in coco["categories"]]
+    unseen = [name for name in classes if name not in SHAPES_SEEN_CLASSES]
+    rows = ("segm_seen", "segm_unseen", "segm_unseen_overlap")
+    num_gt = {row: on_detections[names[0]][row]["num_gt"] for row in rows}
+    command = "python tools/demo.py" + (" --short" if short else "")
+    lines = [
+        "# Results of the demo",
+        "",
+        f"Classes with masks in training: {', '.join(SHAPES_SEEN_CLASSES)}; with boxes only: "
+        f"{', '.join(unseen)}. COCO AP in percent on {len(coco['images'])} validation images with "
+        f"{num_gt['segm_seen']} objects of seen and {num_gt['segm_unseen']} of unseen classes, "
+        f"{num_gt['segm_unseen_overlap']} of these overlapped (O >= 0.3).",
+        "",
+        "Masks and boxes detected by the model:",
+        "",
+        comparison_table(on_detections, rows=("bbox",) + rows),
+        "",
+        "Masks alone, on the ground-truth boxes and classes:",
+        "",
+        comparison_table(on_gt_boxes, rows=rows),
+        "",
+        "One seed and a small dataset: differences of a few points mean nothing.",
+        "",
+        f"Command: `{command}`. Seed 1 (training), {DATASET['seed']} (data). This call took "
+        f"{seconds:.0f} s on {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"{torch.cuda.device_count()} GPUs. " + ". ".join(str(line) for line in describe()) + ".",
+    ]
+    report = "\n".join(lines) + "\n"
+    (output / "results.md").write_text(report)
+    return report
+
+
+def load_annotations(output: Path) -> dict:
+    path = output / "datasets" / "shapes" / "annotations" / "instances_val.json"
+    return json.loads(path.read_text())
+
+
+def draw(output: Path, names: list[str]) -> None:
+    """Write one picture per model of the same validation images, and all side by side."""
+    columns = draw_columns(output, names, NUM_PICTURES)
+    save_grid(columns, output / "demo.png")
+    for name in names:
+        save_grid({k: columns[k] for k in ("image", "ground truth", name)}, output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
