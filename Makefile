@@ -11,7 +11,7 @@ PYTEST_OPTIONS ?=
 SETUP := $(PYTHON) tools/setup_environment.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-short test test-slow lint clean
+.PHONY: help env demo demo-short test test-quick lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,13 +25,13 @@ demo: env  ## the whole path on the demo dataset: train, evaluate, draw (CPU, mi
 demo-short: env  ## the demo in a few steps, to see that it runs
 	$(VENV_PYTHON) tools/demo.py --short --output-dir output/demo-short
 
-test: env  ## the quick tests
+test: env  ## the whole test suite
+	@$(SETUP) --describe
+	$(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS)
+
+test-quick: env  ## the unit tests, without whole trainings and programs
 	@$(SETUP) --describe
 	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS)
-
-test-slow: env  ## the slow tests: trainings, whole programs
-	@$(SETUP) --describe
-	$(VENV_PYTHON) -m pytest -m slow $(PYTEST_OPTIONS)
 
 lint: env  ## black, isort and flake8, without changing a file
 	$(VENV_PYTHON) -m black --quiet --check --diff -l 100 .

@@ -99,7 +99,7 @@ def test_files(tmp_path, file_name, content):
 
 @pytest.mark.parametrize(
     "name, nearest",
-    [("dinning table", "dining table"), ("Person", "person"), ("motorcyle", "motorcycle")],
+    [("dinning table", "dining table"), ("PERSON", "person"), ("motorcyle", "motorcycle")],
 )
 def test_unknown_name_is_an_error_with_the_nearest_names(name, nearest, coco_metadata):
     with pytest.raises(ValueError, match=f"no class '{name}' .*nearest: .*{nearest}"):

@@ -333,9 +333,25 @@ def test_no_crop_loses_an_unseen_box_or_makes_a_bad_one(make_image, mask_format,
 
 
 def test_without_recomputing_a_crop_only_clips(make_image):
-    mapper = make_mapper([T.CropTransform(3, 2, 8, 8)])
-    image = make_image([annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON])])
-    assert mapper(image)["instances"].gt_boxes.tensor.tolist() == [[0, 0, 2, 3]]
+    annotations = [
+        annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON]),
+        # The window meets the box of the L, not the L.
+        annotation(1, (0, 0, 9, 9), segmentation=[[0, 0, 1, 0, 1, 8, 9, 8, 9, 9, 0, 9]]),
+    ]
+    window = T.CropTransform(3, 2, 5, 5)
+    for recompute_boxes, box in [(False, [0, 0, 2, 3]), (True, [0, 0, 2, 1])]:
+        mapper = make_mapper([window], recompute_boxes=recompute_boxes)
+        instances = mapper(make_image(annotations))["instances"]
+        assert instances.gt_classes.tolist() == [0]
+        assert instances.gt_boxes.tensor.tolist() == [box]
+
+
+@FORMATS
+def test_an_unseen_box_without_a_pixel_stays(make_image, mask_format):
+    # Its rectangle has no pixel in a bitmask.
+    image = make_image([annotation(10, (4.1, 4.1, 4.3, 4.4)), annotation(11, (6, 6, 6, 9))])
+    instances = make_mapper(mask_format=mask_format)(image)["instances"]
+    assert instances.gt_classes.tolist() == [10]  # the other one has no width
 
 
 @pytest.mark.parametrize(
@@ -525,6 +541,19 @@ def test_at_test_time_gt_boxes_are_scaled_with_the_image(tiny_cfg, tiny_coco):
     empty = mapper(images[5])["instances"]
     assert empty.gt_boxes.tensor.shape == (0, 4) and empty.gt_classes.dtype == torch.int64
     assert images == before
+
+
+def test_at_test_time_gt_boxes_follow_an_image_that_is_stretched(make_image):
+    mapper = TeacherStudentDatasetMapper(
+        is_train=False,
+        seen_classes=(),
+        add_gt_boxes_at_test=True,
+        augmentations=[T.Resize((3 * HEIGHT, 2 * WIDTH))],
+        image_format="BGR",
+    )
+    instances = mapper(make_image(mixed_annotations()[0]))["instances"]
+    assert instances.image_size == (36, 32)
+    assert instances.gt_boxes.tensor[0].tolist() == [2, 3, 10, 15]
 
 
 @FORMATS

@@ -48,7 +48,7 @@ def test_segmentation_is_there_only_where_the_json_holds_one(tiny_coco):
     assert mixed[2]["segmentation"] == tiny_coco.data["annotations"][2]["segmentation"]
 
 
-def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, caplog):
+def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, caplog, monkeypatch):
     good = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0]
 
     def change(data):
@@ -58,7 +58,9 @@ def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, ca
         third["segmentation"] = [[], [1.0]]
 
     dataset = make_tiny_coco(change)
-    caplog.set_level(logging.INFO)
+    # setup_logger of Detectron2, in another test, would keep messages from pytest.
+    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="teacher_student_mask")
     dicts = by_image_id(load_partial_coco_json(dataset.json_file, ""))
     assert [len(x["annotations"]) for x in dicts.values()] == [2, 0, 8, 2]
     assert "segmentation" not in dicts[7]["annotations"][7]
@@ -95,6 +97,7 @@ def set_first(key, value):
         (set_first("bbox", None), r"annotation 101: 'bbox' must be .* got None"),
         (lambda data: data["annotations"][0].pop("bbox"), "annotation 101: 'bbox' .* got None"),
         (lambda data: data["annotations"][0].pop("image_id"), "no image has the id None"),
+        (set_first("segmentation", [1, 2, 3, 4, 5, 6]), r"annotation 101: .* a list of polygons"),
         (lambda data: data.pop("annotations"), "must have a list 'annotations'"),
         (lambda data: data.pop("images"), "must have a list 'images'"),
         (lambda data: data.update(categories={}), "must have a list 'categories'"),

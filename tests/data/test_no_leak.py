@@ -1,4 +1,4 @@
-"""Training must not depend on the masks of unseen classes: what the json says of them is changed."""
+"""Whatever the json says of the masks of unseen classes, training sees the same tensors."""
 
 import copy
 

@@ -87,9 +87,14 @@ def test_to_moves_the_map_and_keeps_the_length(image_map):
     assert ImageMask(image_map, 3).to(device="cpu").tensor.data_ptr() == image_map.data_ptr()
 
 
-def test_indexing_by_a_tensor_of_another_device_needs_no_copy_of_the_map(image_map):
-    on_meta = ImageMask(image_map, 3).to("meta")
-    assert len(on_meta[torch.tensor([0, 2])]) == 2
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("map_device", ["cpu", "cuda"])
+def test_indices_may_be_on_a_gpu(image_map, map_device):
+    mask = ImageMask(image_map, 3).to(map_device)
+    assert len(mask[torch.tensor([0, 2], device="cuda")]) == 2
+    assert len(mask[torch.tensor([True, False, False], device="cuda")]) == 1
+    crops = mask.crop_and_resize(torch.tensor([[0.0, 0, 7, 5]] * 3, device="cuda"), 28)
+    assert crops.device.type == "cuda"
 
 
 def test_cat_adds_up_instances_of_one_image(image_map):

@@ -23,6 +23,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 
+import overlays
 import predict
 from teacher_student_mask import add_teacher_student_mask_config, register_partial_coco
 
@@ -187,7 +188,7 @@ def test_overlays_show_the_objects_on_the_enlarged_image(run, tmp_path):
 
 
 def test_overlay_colors_are_far_from_black_and_white():
-    colors = np.array([predict._color(k) for k in range(150)])
+    colors = np.array([overlays._color(k) for k in range(150)])
     assert ((colors > 0.05) & (colors < 0.95)).all()
     assert len(np.unique(colors.round(3), axis=0)) == 150
 

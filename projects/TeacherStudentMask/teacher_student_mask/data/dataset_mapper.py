@@ -77,6 +77,8 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     @classmethod
     def _resolve_seen_classes(cls, cfg: CfgNode) -> list[int]:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
         names = {}
         for dataset in cfg.DATASETS.TRAIN:
             metadata = MetadataCatalog.get(dataset)
@@ -93,8 +95,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         seen = resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, thing_classes)
         unseen = [name for i, name in enumerate(thing_classes) if i not in set(seen)]
         logger.info(
-            f"DATASETS.SEEN_CLASSES {cfg.DATASETS.SEEN_CLASSES!r}: masks of {len(seen)} classes are "
-            f"used; of {len(unseen)} classes only the boxes are: {', '.join(unseen) or '-'}"
+            f"DATASETS.SEEN_CLASSES {cfg.DATASETS.SEEN_CLASSES!r}: training uses the masks of "
+            f"{len(seen)} classes; of {len(unseen)} classes it uses the boxes alone: "
+            f"{', '.join(unseen) or '-'}"
         )
         return seen
 

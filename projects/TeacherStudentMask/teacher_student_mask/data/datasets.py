@@ -100,6 +100,11 @@ def load_partial_coco_json(
             ]
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, list):
+            if not all(isinstance(polygon, list) for polygon in segmentation):
+                raise ValueError(
+                    f"{where}: 'segmentation' must be a list of polygons [[x, y, x, y, ...], ...], "
+                    f"an RLE or null, got {str(segmentation)[:80]}."
+                )
             valid = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
             num_malformed += len(segmentation) - len(valid)
             segmentation = valid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import logging
 import math
@@ -18,13 +19,13 @@ __all__ = ["SHAPES_CLASSES", "SHAPES_SEEN_CLASSES", "generate_shapes", "register
 
 logger = logging.getLogger(__name__)
 
-SHAPES_CLASSES = ("arrow", "crescent", "disk", "plus", "ring", "square", "star", "triangle")
+SHAPES_CLASSES = ("crescent", "disk", "heart", "hexagon", "plus", "ring", "square", "star")
 # Half of the classes; the other half is unseen.
-SHAPES_SEEN_CLASSES = ("arrow", "crescent", "ring", "star")
+SHAPES_SEEN_CLASSES = ("crescent", "disk", "ring", "star")
 
 _SUPERSAMPLING = 4
 # What must stay visible of an object that others cover: a share of it, and a number of pixels.
-_MIN_VISIBLE = (0.5, 60)
+_MIN_VISIBLE = (0.55, 60)
 
 
 def register_shapes(root: str) -> None:
@@ -57,7 +58,7 @@ def generate_shapes(
     Eight classes differ in shape alone: hue, texture, size and rotation are drawn per object, so
     that "foreground" can be learned from some classes and holds for all. Objects lie in heaps; a
     mask is the visible part of its object, a box the tight box around that part, and every object
-    keeps at least 35 % and 40 pixels in view. The background has soft structure of its own.
+    keeps at least 55 % and 60 pixels in view. The background has soft structure of its own.
 
     The files depend on the arguments alone: image k of a split is the same whatever the number of
     images is.
@@ -122,7 +123,7 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list]:
     pixels = _background(rng, size)
     objects: list[tuple[int, np.ndarray, float]] = []  # class, visible mask, full area
     for _ in range(rng.integers(3, 7)):
-        on_heap = bool(objects) and rng.random() < 0.75
+        on_heap = bool(objects) and rng.random() < 0.85
         for _ in range(20):  # attempts: a heap may have no room for another object
             class_id = int(rng.integers(len(SHAPES_CLASSES)))
             coverage = _place(rng, SHAPES_CLASSES[class_id], size, objects if on_heap else [])
@@ -201,16 +202,16 @@ def _outlines(name: str) -> list[tuple[int, list[tuple[float, float]]]]:
         return [(255, _circle(1.0)), (0, _circle(0.8, centre=(0.55, 0.0)))]
     if name == "square":
         return [(255, _regular([0.95] * 4))]
-    if name == "triangle":
-        return [(255, _regular([1.05] * 3))]
+    if name == "hexagon":
+        return [(255, _regular([0.95] * 6))]
+    if name == "heart":
+        return [(255, [(x / 17, (y + 2) / 17) for x, y in map(_heart, np.linspace(0, 6.28, 64))])]
     if name == "star":
         return [(255, _regular([1.1, 0.5] * 5))]
-    a = 0.33
     if name == "plus":
+        a = 0.4
         corners = [(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a)]
         return [(255, corners + [(-x, -y) for x, y in corners])]
-    if name == "arrow":
-        return [(255, [(1, 0), (0, 0.9), (0, a), (-1, a), (-1, -a), (0, -a), (0, -0.9)])]
     raise ValueError(f"Unknown shape {name!r}; allowed: {', '.join(SHAPES_CLASSES)}.")
 
 
@@ -218,19 +219,22 @@ def _circle(radius: float, centre: tuple[float, float] = (0.0, 0.0)) -> list[tup
     return [(x + centre[0], y + centre[1]) for x, y in _regular([radius] * 64)]
 
 
+def _heart(t: float) -> tuple[float, float]:
+    x = 16 * math.sin(t) ** 3
+    return x, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+
+
 def _regular(radii: list[float]) -> list[tuple[float, float]]:
     step = 2 * math.pi / len(radii)
     return [(r * math.cos(k * step), r * math.sin(k * step)) for k, r in enumerate(radii)]
 
 
-def _colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    return rng.uniform(low, high, 3)
-
-
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A full image, (size, size, 3) in [0, 1], of which an object shows its part."""
-    first = _colour(rng, 0.0, 1.0)
-    second = first + 0.25 * (_colour(rng, 0.0, 1.0) - first)
+    """A full image, (size, size, 3) in [0, 1], of which an object shows its part: vivid colours."""
+    hue, saturation, value = rng.random(), rng.uniform(0.6, 1.0), rng.uniform(0.55, 1.0)
+    first = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+    hue, value = hue + rng.uniform(-0.06, 0.06), value * rng.uniform(0.75, 1.0)
+    second = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
     y, x = np.mgrid[:size, :size] / size
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -245,8 +249,8 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Soft blobs between two muted colours, (size, size, 3) in [0, 1]."""
+    """Soft blobs between two greyish colours, (size, size, 3) in [0, 1]."""
     grid = Image.fromarray(rng.random((5, 5)).astype(np.float32))
     blobs = np.asarray(grid.resize((size, size), Image.BICUBIC), dtype=np.float64).clip(0, 1)
-    first, second = _colour(rng, 0.25, 0.75), _colour(rng, 0.25, 0.75)
+    first, second = (rng.uniform(0.25, 0.75) + rng.uniform(-0.03, 0.03, 3) for _ in range(2))
     return first + blobs[:, :, None] * (second - first)

@@ -1,0 +1,230 @@
+"""train_net.py as people run it: on a tiny dataset in this process, on real COCO as a program."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+
+import train_net
+from teacher_student_mask import VOC_CLASSES, register_partial_coco
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap"}
+
+
+@pytest.fixture
+def run(tiny_cfg, tiny_coco, tmp_path):
+    """Return ``run(*flags, opts)``: train_net.main with a tiny model; gives the output folder."""
+    for annotation in tiny_coco.data["annotations"]:
+        # Mask AP needs a mask on every object of the test set.
+        if not annotation.get("segmentation"):
+            x, y, w, h = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    complete = tmp_path / "complete.json"
+    complete.write_text(json.dumps(tiny_coco.data))
+    DatasetCatalog.get(tiny_coco.name)  # the metadata's classes come from the json
+    name = f"{tiny_coco.name}_complete"
+    register_partial_coco(name, str(complete), tiny_coco.image_root)
+    cfg = tiny_cfg(dataset=tiny_coco)
+    cfg.MODEL.ROI_HEADS.NAME = "TeacherStudentROIHeads"
+    cfg.DATASETS.TEST = (name,)
+    cfg.SOLVER.MAX_ITER = 2
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    config_file = tmp_path / "tiny.yaml"
+    config_file.write_text(cfg.dump())
+    output = tmp_path / "output"
+
+    def run(*flags, opts=()):
+        arguments = [*flags, "--config-file", str(config_file), "OUTPUT_DIR", str(output)]
+        args = default_argument_parser().parse_args([*arguments, *map(str, opts)])
+        train_net.main(args)
+        return output
+
+    yield run
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def test_train_resume_and_evaluate(run):
+    output = run()
+    assert (output / "config.yaml").is_file()
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == {"bbox", "segm"} | SUBSETS
+    assert results["segm_unseen"]["num_gt"] == 3
+    (last,) = [m for m in metrics(output) if "segm_unseen/AP" in m]
+    assert {"segm_seen/AP50", "segm_unseen_overlap/AP75"} <= set(last)
+
+    weights = torch.load(output / "model_final.pth", weights_only=False)["model"]
+    assert any("roi_heads.teacher_mask_head" in key for key in weights)
+    run("--resume", opts=["SOLVER.MAX_ITER", 4])
+    assert "Starting training from iteration 2" in (output / "log.txt").read_text()
+    assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
+
+    (output / "results.json").unlink()
+    trained = json.dumps(results)
+    run("--eval-only", opts=["MODEL.WEIGHTS", output / "model_0000001.pth"])
+    again = json.loads((output / "results.json").read_text())
+    assert json.dumps(again) == trained  # the checkpoint after iteration 2 gives the same AP
+
+
+@pytest.mark.parametrize("head", ["student", "teacher"])
+def test_evaluation_on_ground_truth_boxes(run, head):
+    output = run(
+        "--eval-only", opts=["MODEL.WEIGHTS", "", "TEST.GT_BOXES", True, "TEST.MASK_HEAD", head]
+    )
+    results = json.loads((output / "results.json").read_text())
+    # Every object is detected, at its own box and of its own class.
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert set(results) == {"bbox", "segm"} | SUBSETS
+    assert f"{head} mask head, ground-truth boxes" in (output / "log.txt").read_text()
+
+
+def test_loss_scalars_are_logged(run):
+    output = run(opts=["SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0, "VIS_PERIOD", 10])
+    names = {
+        "loss_mask",
+        "loss_mask_teacher",
+        "pseudo_mask/fg_ratio",
+        "pseudo_mask/agreement",
+        "teacher_mask/accuracy",
+        "student_mask/accuracy",
+    }
+    # A scalar is written in the line of its last iteration: not every batch has every kind of ROI.
+    assert names <= set().union(*metrics(output))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output))
+    events.Reload()
+    assert any("teacher | student | target" in tag for tag in events.Tags()["images"])
+
+
+def program(*arguments, datasets=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    if datasets is not None:
+        environment["DETECTRON2_DATASETS"] = str(datasets)
+    command = [sys.executable, "train_net.py", *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path):
+    """The paper's config as it is, only shorter, on smaller images and from scratch."""
+    config = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
+    common = ["--config-file", config, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
+    common += ["MODEL.WEIGHTS", "", "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2]
+    common += ["INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MIN_SIZE_TEST", 128]
+    common += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
+    program(*common, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
+    assert (tmp_path / "model_0000001.pth").is_file()
+    output = program("--resume", *common, "SOLVER.MAX_ITER", 3)
+    assert "Starting training from iteration 2" in output
+    losses = [m for m in metrics(tmp_path) if "loss_mask_teacher" in m]
+    assert losses and all(m["total_loss"] < 100 for m in losses)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert SUBSETS <= set(results)
+    # The counts of the shared real data; a fuller COCO has more.
+    with open(os.path.join(coco_root, "annotations", "instances_val2017.json")) as f:
+        objects = [x for x in json.load(f)["annotations"] if not x["iscrowd"]]
+    num_evaluated = sum(results[t]["num_gt"] for t in ("segm_seen", "segm_unseen"))
+    assert num_evaluated == len(objects)
+    assert "**segm_unseen**" in output  # the unseen rows of the table stand out
+
+
+def four_real_images(coco_root, folder):
+    """Datasets "coco_2017_train" and "_val" of 4 images with large seen and unseen objects."""
+    source = Path(coco_root)
+    coco = json.loads((source / "annotations" / "instances_train2017.json").read_text())
+    voc = {c["id"] for c in coco["categories"] if c["name"] in VOC_CLASSES}
+    chosen = []
+    for image in coco["images"]:
+        objects = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
+        area = image["height"] * image["width"]
+        num_seen = sum(x["category_id"] in voc for x in objects)
+        if (
+            0 < num_seen < len(objects) <= 6
+            and not any(x["iscrowd"] for x in objects)
+            and all(x["area"] > 0.01 * area for x in objects)
+        ):
+            chosen.append(image)
+    chosen = chosen[:4]
+    ids = {image["id"] for image in chosen}
+    coco["images"] = chosen
+    coco["annotations"] = [x for x in coco["annotations"] if x["image_id"] in ids]
+    assert len(chosen) == 4
+    (folder / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (folder / "coco" / f"{split}2017").symlink_to(source / "train2017")
+        path = folder / "coco" / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(coco))
+    return coco, voc
+
+
+def overfit(output, datasets, num_iters, *options):
+    """The paper's config with a small backbone, on all four images in every step."""
+    program(
+        *("--config-file", "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"),
+        *("OUTPUT_DIR", output, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
+        *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+        *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0),
+        *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.FPN.NORM", "GN"),
+        *("MODEL.ROI_BOX_HEAD.FC_DIM", 256, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32),
+        *("MODEL.ROI_MASK_HEAD.CONV_DIM", 64, "MODEL.ROI_MASK_HEAD.NORM", "GN"),
+        *("MODEL.TEACHER_MASK_HEAD.CONV_DIM", 64, "MODEL.TEACHER_MASK_HEAD.NORM", "GN"),
+        *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 100, "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200),
+        *("MODEL.PSEUDO_MASK.WARMUP_ITERS", num_iters // 2),
+        *("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", 128, "INPUT.RANDOM_FLIP", "none"),
+        *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.BASE_LR", 0.03),
+        *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", 20),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
+        *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0),
+        *("SOLVER.MAX_ITER", num_iters, "DATALOADER.NUM_WORKERS", 0, *options),
+        datasets=datasets,
+    )
+    return torch.load(output / "model_final.pth", weights_only=False)["model"]
+
+
+@pytest.mark.slow
+def test_four_real_images_are_learned_until_seen_masks_are_segmented(coco_root, tmp_path):
+    four_real_images(coco_root, tmp_path)
+    overfit(tmp_path / "output", tmp_path, 250)
+    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    assert results["segm_seen"]["AP50"] > 50, results
+
+
+@pytest.mark.slow
+def test_unseen_masks_of_real_images_play_no_part(coco_root, tmp_path):
+    """Weights after some steps are the same bit for bit when the unseen masks are other ones."""
+    weights = []
+    for name in ("as_it_is", "scrambled", "stripped", "seen_changed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        coco, voc = four_real_images(coco_root, folder)
+        for x in coco["annotations"]:
+            is_seen = x["category_id"] in voc
+            if name == "seen_changed" and is_seen or name == "scrambled" and not is_seen:
+                x["segmentation"] = [[0, 0, 30, 0, 30, 30]]
+            elif name == "stripped" and not is_seen:
+                del x["segmentation"]
+        path = folder / "coco" / "annotations" / "instances_train2017.json"
+        path.write_text(json.dumps(coco))
+        weights.append(overfit(folder / "output", folder, 6, "DATASETS.TEST", "()"))
+    first, scrambled, stripped, seen_changed = weights
+    for other in (scrambled, stripped):
+        assert all(torch.equal(first[key], other[key]) for key in first)
+    # The comparison can tell: other masks of seen objects do change the weights.
+    assert not all(torch.equal(first[key], seen_changed[key]) for key in first)
