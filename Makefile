@@ -25,7 +25,8 @@ demo: env  ## the whole path on the demo dataset: train, evaluate, draw (CPU, mi
 demo-short: env  ## the demo in a few steps, to see that it runs
 	$(VENV_PYTHON) tools/demo.py --short --output-dir output/demo-short
 
-test: env  ## the whole test suite
+test:  ## the whole test suite
+	@$(SETUP) $(ENV_OPTIONS) --with-crf
 	@$(SETUP) --describe
 	$(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS)
 

@@ -97,7 +97,9 @@ def tiny_cfg(tmp_path) -> Callable[..., CfgNode]:
         cfg.merge_from_list(
             ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "output")]
             + ["MODEL.ROI_HEADS.NUM_CLASSES", num_classes]
-            + ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.FPN.OUT_CHANNELS", 16]
+            + ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+            + ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", ""]
+            + ["MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.TEACHER_MASK_HEAD.NORM", ""]
             + ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
             + ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
             + ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.TEACHER_MASK_HEAD.CONV_DIM", 8]

@@ -9,11 +9,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 
-from teacher_student_mask import (
-    ImageMask,
-    PartiallySupervisedROIHeads,
-    TeacherStudentROIHeads,
-)
+from teacher_student_mask import ImageMask, TeacherStudentROIHeads
 from teacher_student_mask.modeling import MaskRCNNConvMultiUpsampleHead
 from teacher_student_mask.modeling.pseudo_mask import PseudoMaskGenerator
 
@@ -28,7 +24,11 @@ def mask_head(num_classes, num_deconv=1):
 
 
 def make_heads(
-    teacher_student=True, num_channels=NUM_CLASSES, teacher_deconv=1, method="interact", **kwargs
+    heads_class=TeacherStudentROIHeads,
+    num_channels=NUM_CLASSES,
+    teacher_deconv=1,
+    method="interact",
+    **kwargs,
 ):
     torch.manual_seed(0)
     box_head = FastRCNNConvFCHead(
@@ -53,8 +53,8 @@ def make_heads(
         "mask_pooler": ROIPooler(14, (1 / STRIDE,), 0, "ROIAlignV2"),
         "mask_head": mask_head(num_channels),
     }
-    if not teacher_student:
-        return PartiallySupervisedROIHeads(**arguments, **kwargs)
+    if heads_class is not TeacherStudentROIHeads:
+        return heads_class(**arguments, **kwargs)
     arguments["teacher_mask_head"] = mask_head(1, teacher_deconv)
     kwargs.setdefault("pseudo_masks", PseudoMaskGenerator(method=method))
     kwargs.setdefault("warmup_iters", 0)

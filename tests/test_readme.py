@@ -50,6 +50,8 @@ def write_demo_output(folder):
     cfg.merge_from_file(str(ROOT / "configs/shapes/teacher_student_shapes_box_fit.yaml"))
     cfg.merge_from_list(
         ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]
+        + ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", ""]
+        + ["MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.TEACHER_MASK_HEAD.NORM", ""]
         + ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.TEACHER_MASK_HEAD.CONV_DIM", 8]
         + ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
         + ["INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5]

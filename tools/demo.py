@@ -43,8 +43,8 @@ CONFIGS = {
     "teacher_student_box_fit": "configs/shapes/teacher_student_shapes_box_fit.yaml",
     "oracle": "configs/shapes/oracle_shapes.yaml",
 }
-DATASET = {"num_train": 1000, "num_val": 200, "image_size": 128, "seed": 0}
-SHORT_DATASET = {"num_train": 40, "num_val": 12, "image_size": 128, "seed": 0}
+DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
+SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
 SHORT_OPTIONS = ["SOLVER.MAX_ITER", "24", "MODEL.PSEUDO_MASK.WARMUP_ITERS", "12"]
 NUM_PICTURES = 8
 

@@ -116,25 +116,26 @@ class Progress:
         return time.monotonic() - self.start
 
 
-def install_crf(environment: VirtualEnvironment, progress: Progress) -> None:
+def install_crf(environment: VirtualEnvironment) -> None:
     """
-    Tries to install the extra `crf`; the project and its tests do without.
+    Tries to install the extra `crf`, which compiles for minutes; all but its own tests do without.
     """
+    print("install pydensecrf (optional; compiles for some minutes)", flush=True)
     missing = detectron2_source.missing_build_tool()
     if missing:
-        progress.note(f"left out: {missing}")
+        print(f"left out: {missing}")
         return
     try:
         environment.pip("install", *environment.pins(), "pydensecrf2")
     except SetupError as error:
-        progress.note(f"left out: {error}")
+        print(f"left out: {error}")
 
 
 def set_up(environment: VirtualEnvironment, args: argparse.Namespace) -> None:
     """
     Makes the environment, step by step.
     """
-    progress = Progress(total=6)
+    progress = Progress(total=5)
     progress.step("check Python and the disk")
     check_python()
     check_venv_module()
@@ -154,8 +155,6 @@ def set_up(environment: VirtualEnvironment, args: argparse.Namespace) -> None:
     detectron2_source.obtain_detectron2(environment, args.detectron2, log=progress.note)
     progress.step("install this project with the tools for its tests")
     environment.pip("install", *environment.pins(), "-e", f"{ROOT}[dev]")
-    progress.step("install pydensecrf (optional)")
-    install_crf(environment, progress)
     print(f"ready after {progress.seconds():.0f} s: {environment.folder}")
 
 
@@ -198,6 +197,12 @@ def get_parser() -> argparse.ArgumentParser:
         "torch); pins then hold only for what is missing",
     )
     parser.add_argument(
+        "--with-crf",
+        action="store_true",
+        help='also try to compile pydensecrf, for pseudo masks by "crf"; skipped with a reason '
+        "where there is no compiler",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="empty the folder first and do every step again"
     )
     parser.add_argument(
@@ -222,11 +227,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         inputs = inputs_hash([str(args.system_site_packages)])
         if not args.force and is_current(stamp, inputs, args.detectron2):
             print(f"{args.venv} is up to date (--force makes it anew)")
-            return 0
-        if stamp.exists():
-            stamp.unlink()  # so that an interrupted run does not pass for a complete one
-        set_up(environment, args)
-        stamp.write_text(json.dumps({"inputs": inputs, "detectron2": args.detectron2}) + "\n")
+        else:
+            if stamp.exists():
+                stamp.unlink()  # so that an interrupted run does not pass for a complete one
+            set_up(environment, args)
+            stamp.write_text(json.dumps({"inputs": inputs, "detectron2": args.detectron2}) + "\n")
+        written = json.loads(stamp.read_text())
+        if args.with_crf and not written.get("tried_crf"):
+            install_crf(environment)
+            # Also where it could not be had: each `make test` would try again for minutes.
+            stamp.write_text(json.dumps({**written, "tried_crf": True}) + "\n")
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

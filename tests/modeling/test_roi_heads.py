@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -20,6 +21,7 @@ from roi_heads_factory import (
     targets_of,
 )
 
+from teacher_student_mask import PartiallySupervisedROIHeads, TeacherStudentROIHeads
 from teacher_student_mask.modeling.mask_loss import select_label_channel
 from teacher_student_mask.modeling.pseudo_mask import PseudoMaskGenerator
 
@@ -72,7 +74,7 @@ def test_whole_forward_with_sampling_gives_all_losses(batch):
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 def test_baseline_gives_its_loss_with_all_parameters_attached(batch):
-    heads = make_heads(teacher_student=False, num_channels=1)
+    heads = make_heads(PartiallySupervisedROIHeads, num_channels=1)
     losses, _ = mask_losses(heads, batch)
     assert set(losses) == {"loss_mask"}
     losses["loss_mask"].backward()
@@ -100,14 +102,14 @@ def test_losses_are_detectron2s_when_everything_is_seen(num_channels, bitmask):
     batch = NONE_UNSEEN
     features = make_features(1)
     rois = make_proposals(targets_of(batch, bitmask))
-    for teacher_student in (True, False):
-        heads = make_heads(teacher_student, num_channels=num_channels)
+    for heads_class in (TeacherStudentROIHeads, PartiallySupervisedROIHeads):
+        heads = make_heads(heads_class, num_channels=num_channels)
         losses, _ = mask_losses(heads, batch, features, bitmask=bitmask)
         pooled = heads.mask_pooler([features["p2"]], [x.proposal_boxes for x in rois])
         with EventStorage():
             expected = mask_rcnn_loss(heads.mask_head.layers(pooled), rois)
             assert torch.equal(losses["loss_mask"], expected)
-            if teacher_student:
+            if heads_class is TeacherStudentROIHeads:
                 expected = mask_rcnn_loss(heads.teacher_mask_head.layers(pooled), rois)
                 assert torch.equal(losses["loss_mask_teacher"], expected)
 
@@ -318,7 +320,7 @@ def test_pictures_of_unseen_rois_every_vis_period(iteration, is_vis_iteration):
 
 
 def test_stock_mask_rcnn_weights_load_into_the_student():
-    stock = make_heads(teacher_student=False).state_dict()
+    stock = make_heads(StandardROIHeads).state_dict()
     heads = make_heads()
     result = heads.load_state_dict(stock, strict=False)
     assert not result.unexpected_keys

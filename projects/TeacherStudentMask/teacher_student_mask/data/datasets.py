@@ -78,40 +78,12 @@ def load_partial_coco_json(
         where = f"{json_file}: annotation {annotation.get('id')}"
         if annotation.get("image_id") not in records:
             raise ValueError(f"{where}: no image has the id {annotation.get('image_id')!r}.")
-        if annotation.get("category_id") not in contiguous_ids:
-            raise ValueError(
-                f"{where}: 'category_id' is {annotation.get('category_id')!r}, but 'categories' "
-                f"has the ids {list(contiguous_ids)[:20]}."
-            )
-        if len(annotation.get("bbox") or ()) != 4:
-            raise ValueError(
-                f"{where}: 'bbox' must be [x, y, width, height], got {annotation.get('bbox')!r}."
-            )
-        obj = {
-            "bbox": list(annotation["bbox"]),
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": contiguous_ids[annotation["category_id"]],
-            "iscrowd": annotation.get("iscrowd", 0),
-        }
-        if annotation.get("keypoints"):
-            # COCO's keypoints are pixel indices, Detectron2's are coordinates.
-            obj["keypoints"] = [
-                v + 0.5 if i % 3 != 2 else v for i, v in enumerate(annotation["keypoints"])
-            ]
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, list):
-            if not all(isinstance(polygon, list) for polygon in segmentation):
-                raise ValueError(
-                    f"{where}: 'segmentation' must be a list of polygons [[x, y, x, y, ...], ...], "
-                    f"an RLE or null, got {str(segmentation)[:80]}."
-                )
-            valid = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
-            num_malformed += len(segmentation) - len(valid)
-            segmentation = valid
+        obj = _read_object(annotation, contiguous_ids, where)
+        segmentation, num_dropped = _read_segmentation(annotation.get("segmentation"), where)
         if segmentation:
             obj["segmentation"] = segmentation
-        else:
-            num_without_mask += 1
+        num_without_mask += not segmentation
+        num_malformed += num_dropped
         records[annotation["image_id"]]["annotations"].append(obj)
 
     logger.info(
@@ -124,3 +96,41 @@ def load_partial_coco_json(
             "coordinates and are left out; their objects keep their boxes."
         )
     return list(records.values())
+
+
+def _read_object(annotation: dict, contiguous_ids: dict[int, int], where: str) -> dict:
+    # All of an object in Detectron2's format but its mask.
+    if annotation.get("category_id") not in contiguous_ids:
+        raise ValueError(
+            f"{where}: 'category_id' is {annotation.get('category_id')!r}, but 'categories' "
+            f"has the ids {list(contiguous_ids)[:20]}."
+        )
+    if len(annotation.get("bbox") or ()) != 4:
+        raise ValueError(
+            f"{where}: 'bbox' must be [x, y, width, height], got {annotation.get('bbox')!r}."
+        )
+    obj = {
+        "bbox": list(annotation["bbox"]),
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": contiguous_ids[annotation["category_id"]],
+        "iscrowd": annotation.get("iscrowd", 0),
+    }
+    if annotation.get("keypoints"):
+        # COCO's keypoints are pixel indices, Detectron2's are coordinates.
+        obj["keypoints"] = [
+            v + 0.5 if i % 3 != 2 else v for i, v in enumerate(annotation["keypoints"])
+        ]
+    return obj
+
+
+def _read_segmentation(segmentation, where: str) -> tuple[list | dict | None, int]:
+    # The segmentation, without malformed polygons, and how many these were.
+    if not isinstance(segmentation, list):
+        return segmentation, 0
+    if not all(isinstance(polygon, list) for polygon in segmentation):
+        raise ValueError(
+            f"{where}: 'segmentation' must be a list of polygons [[x, y, x, y, ...], ...], an RLE "
+            f"or null, got {str(segmentation)[:80]}."
+        )
+    valid = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+    return valid, len(segmentation) - len(valid)

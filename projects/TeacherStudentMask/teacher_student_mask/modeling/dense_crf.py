@@ -95,7 +95,7 @@ def _import_pydensecrf():
         import pydensecrf.densecrf as crf
     except ImportError as e:
         raise ImportError(
-            'MODEL.PSEUDO_MASK.METHOD "crf" needs pydensecrf: pip install '
-            '"teacher-student-mask[crf]" (a C++ compiler is needed). The other methods do not.'
+            'MODEL.PSEUDO_MASK.METHOD "crf" needs pydensecrf: pip install pydensecrf2 '
+            "(compiles, so it needs a C++ compiler). The other methods do not."
         ) from e
     return crf
