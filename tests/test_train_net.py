@@ -110,7 +110,7 @@ def test_loss_scalars_are_logged(run):
 
 
 def program(*arguments, datasets=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if datasets is not None:
         environment["DETECTRON2_DATASETS"] = str(datasets)
     command = [sys.executable, "train_net.py", *map(str, arguments)]

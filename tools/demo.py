@@ -46,7 +46,7 @@ CONFIGS = {
 DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
 SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
 SHORT_OPTIONS = ["SOLVER.MAX_ITER", "24", "MODEL.PSEUDO_MASK.WARMUP_ITERS", "12"]
-NUM_PICTURES = 8
+NUM_PICTURES = 6
 
 
 def main(argv: list[str] | None = None) -> int:

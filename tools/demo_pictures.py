@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
 
-from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask import GTBoxInference, add_teacher_student_mask_config
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES
 
 __all__ = ["draw_columns", "save_grid"]
 
 _SCALE = 2
-_MIN_SCORE = 0.5
 _SEEN_COLOUR, _UNSEEN_COLOUR = (40, 120, 255), (255, 140, 0)
-_LEGEND = "blue: class with masks in training    orange: class with boxes only"
+_LEGEND = (
+    "masks on ground-truth boxes; blue: class with masks in training, orange: class with boxes only"
+)
 
 
 def draw_columns(output: Path, names: list[str], num_images: int) -> dict[str, list[np.ndarray]]:
     """
-    Draw the first validation images: plain, with the ground truth, and with each model's masks.
+    Draw the first validation images: plain, with the ground truth, with each model's masks.
 
     Args:
         output: folder of the demo.
@@ -33,31 +36,30 @@ def draw_columns(output: Path, names: list[str], num_images: int) -> dict[str, l
         num_images: how many images.
 
     Returns:
-        Title -> one RGB uint8 picture per image; ground truth and detections with a score of at
-        least 0.5.
+        Title -> one RGB uint8 picture per image. The models' masks are those on the ground-truth
+        boxes and classes, so that the pictures differ by the masks alone.
     """
     root = output / "datasets" / "shapes"
-    coco = json.loads((root / "annotations" / "instances_val.json").read_text())
-    classes = [category["name"] for category in coco["categories"]]
-    records = coco["images"][:num_images]
+    coco = COCO(str(root / "annotations" / "instances_val.json"))
+    records = coco.loadImgs(sorted(coco.imgs)[:num_images])
     images = [cv2.imread(str(root / "val" / record["file_name"])) for record in records]
-    truth = {record["id"]: [] for record in records}
-    for x in coco["annotations"]:
-        if x["image_id"] in truth:
-            name = classes[x["category_id"] - 1]
-            truth[x["image_id"]].append((name, mask_util.decode(x["segmentation"]) > 0))
+    truth = [coco.imgToAnns[record["id"]] for record in records]
+    names_of = [[coco.cats[x["category_id"]]["name"] for x in objects] for objects in truth]
+
+    def draw(masks: list) -> list[np.ndarray]:
+        return [_draw(i, n, m) for i, n, m in zip(images, names_of, masks)]
 
     columns = {
-        "image": [_draw(image, []) for image in images],
-        "ground truth": [_draw(i, truth[r["id"]]) for i, r in zip(images, records)],
+        "image": [_draw(image, [], []) for image in images],
+        "ground truth": draw([[coco.annToMask(x) > 0 for x in objects] for objects in truth]),
     }
     for name in names:
         cfg = get_cfg()
         add_teacher_student_mask_config(cfg)
         cfg.merge_from_file(str(output / name / "config.yaml"))
-        cfg.MODEL.WEIGHTS = str(output / name / "model_final.pth")
-        predictor = DefaultPredictor(cfg)
-        columns[name] = [_draw(image, _predict(predictor, image, classes)) for image in images]
+        model = build_model(cfg).eval()
+        DetectionCheckpointer(model).load(str(output / name / "model_final.pth"))
+        columns[name] = draw([_predict(model, i, x) for i, x in zip(images, truth)])
     return columns
 
 
@@ -76,26 +78,30 @@ def save_grid(columns: dict[str, list[np.ndarray]], path: Path) -> None:
     grid.save(path)
 
 
-def _predict(
-    predictor: DefaultPredictor, image: np.ndarray, classes: list[str]
-) -> list[tuple[str, np.ndarray]]:
-    instances = predictor(image)["instances"].to("cpu")
-    instances = instances[instances.scores >= _MIN_SCORE]
-    names = [classes[k] for k in instances.pred_classes.tolist()]
-    return list(zip(names, instances.pred_masks.numpy()))
+@torch.no_grad()
+def _predict(model: torch.nn.Module, image: np.ndarray, objects: list[dict]) -> np.ndarray:
+    targets = Instances(image.shape[:2])
+    boxes = [BoxMode.convert(x["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS) for x in objects]
+    targets.gt_boxes = Boxes(torch.tensor(boxes))
+    # The dataset's category ids start at 1.
+    targets.gt_classes = torch.tensor([x["category_id"] - 1 for x in objects])
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    height, width = image.shape[:2]
+    inputs = {"image": pixels, "instances": targets, "height": height, "width": width}
+    return GTBoxInference(model)([inputs])[0]["instances"].pred_masks.numpy()
 
 
-def _draw(image: np.ndarray, objects: list[tuple[str, np.ndarray]]) -> np.ndarray:
-    # BGR image and (class, bool mask) pairs -> enlarged RGB picture with outlined masks.
+def _draw(image: np.ndarray, names: list[str], masks: list[np.ndarray]) -> np.ndarray:
+    # BGR image, classes and bool masks -> enlarged RGB picture with outlined masks.
     size = (image.shape[1] * _SCALE, image.shape[0] * _SCALE)
     picture = cv2.resize(image[:, :, ::-1], size, interpolation=cv2.INTER_LINEAR)
-    for name, mask in objects:
+    for name, mask in zip(names, masks):
         colour = _SEEN_COLOUR if name in SHAPES_SEEN_CLASSES else _UNSEEN_COLOUR
         mask = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_LINEAR)
         picture[mask > 0] = (0.6 * picture[mask > 0] + 0.4 * np.array(colour)).astype(np.uint8)
         contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, contours, -1, colour, 1)
-    for name, mask in objects:
+    for name, mask in zip(names, masks):
         if mask.any():
             y, x = (int(v.mean()) * _SCALE for v in np.nonzero(mask))
             place = (x - 4 * len(name), y + 4)
