@@ -81,11 +81,21 @@ def setup(args) -> CfgNode:
     add_teacher_student_mask_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    from_scratch = not cfg.MODEL.WEIGHTS and not args.eval_only
+    if from_scratch and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
+        cfg.MODEL.RESNETS.NORM = "BN"
+        cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(
         output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="teacher_student_mask"
     )
+    if from_scratch:
+        logger.warning(
+            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
+            f"{cfg.MODEL.RESNETS.NORM!r} and MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
+        )
     return cfg
 
 
