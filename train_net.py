@@ -94,7 +94,7 @@ def setup(args) -> CfgNode:
     if from_scratch:
         logger.warning(
             "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
-            f"{cfg.MODEL.RESNETS.NORM!r} and MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
+            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
         )
     return cfg
 
