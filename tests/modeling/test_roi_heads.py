@@ -16,7 +16,6 @@ from roi_heads_factory import (
     make_heads,
     make_images,
     make_proposals,
-    mask_head,
     plain_proposals,
     targets_of,
 )
@@ -79,6 +78,14 @@ def test_baseline_gives_its_loss_with_all_parameters_attached(batch):
     assert set(losses) == {"loss_mask"}
     losses["loss_mask"].backward()
     assert all(p.grad is not None for p in heads.mask_head.parameters())
+
+
+def test_rois_without_a_mask_give_the_baseline_nothing():
+    heads = make_heads(PartiallySupervisedROIHeads, num_channels=1)
+    features = make_features(2)
+    losses, _ = mask_losses(heads, MIXED, features)
+    seen_only, _ = mask_losses(heads, [([[4, 4, 30, 30]], [0], [True]), ([], [], [])], features)
+    torch.testing.assert_close(losses["loss_mask"], seen_only["loss_mask"])
 
 
 def test_box_losses_use_all_objects_whether_they_have_a_mask_or_not():
@@ -211,10 +218,14 @@ def test_loss_weights_are_applied():
 def test_train_on_gt_boxes_uses_each_sampled_object_once_at_its_own_box():
     heads = make_heads(train_on_gt_boxes=True).train()
     targets = targets_of(MIXED)
+    proposals = plain_proposals(2)
+    for x, targets_per_image in zip(proposals, targets):
+        # Close enough to be foreground, but not the box itself.
+        x.proposal_boxes.tensor[: len(targets_per_image)] = targets_per_image.gt_boxes.tensor + 1
     pooled_boxes = []
     heads.mask_pooler.register_forward_hook(lambda m, args, out: pooled_boxes.append(args[1]))
     with EventStorage():
-        heads(make_images(2), make_features(2), plain_proposals(2), targets)
+        heads(make_images(2), make_features(2), proposals, targets)
     for boxes, (gt_boxes, _, _) in zip(pooled_boxes[0], MIXED):
         assert sorted(boxes.tensor.tolist()) == sorted([float(v) for v in b] for b in gt_boxes)
 
@@ -349,17 +360,3 @@ def test_scrambled_unseen_masks_change_no_loss_and_no_gradient():
     (losses, gradients), (scrambled_losses, scrambled_gradients) = results
     assert all(torch.equal(losses[k], scrambled_losses[k]) for k in losses)
     assert all(torch.equal(a, b) for a, b in zip(gradients, scrambled_gradients))
-
-
-def test_multi_upsample_head_extends_the_stock_head():
-    one, two = mask_head(3), mask_head(3, num_deconv=2)
-    stock_names = {
-        f"{n}.{w}" for n in ("mask_fcn1", "deconv", "predictor") for w in ("weight", "bias")
-    }
-    assert set(one.state_dict()) == stock_names
-    assert set(two.state_dict()) == stock_names | {"deconv2.weight", "deconv2.bias"}
-    x = torch.randn(2, 6, 14, 14)
-    assert one.layers(x).shape == (2, 3, 28, 28)
-    assert two.layers(x).shape == (2, 3, 56, 56)
-    with pytest.raises(ValueError, match="NUM_DECONV must be at least 1, got 0"):
-        mask_head(3, num_deconv=0)
