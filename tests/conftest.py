@@ -13,6 +13,7 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from tiny_model import TINY_MODEL
 
 from detectron2_source import describe
 from teacher_student_mask import add_teacher_student_mask_config, register_partial_coco
@@ -95,14 +96,11 @@ def tiny_cfg(tmp_path) -> Callable[..., CfgNode]:
         add_teacher_student_mask_config(cfg)
         cfg.merge_from_file(str(REPOSITORY / "configs/shapes/Base-Shapes.yaml"))
         cfg.merge_from_list(
-            ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "output")]
+            TINY_MODEL
+            + ["OUTPUT_DIR", str(tmp_path / "output"), "MODEL.FPN.OUT_CHANNELS", 16]
             + ["MODEL.ROI_HEADS.NUM_CLASSES", num_classes]
-            + ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
-            + ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", ""]
-            + ["MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.TEACHER_MASK_HEAD.NORM", ""]
             + ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.RPN.POST_NMS_TOPK_TEST", 20]
             + ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
-            + ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.TEACHER_MASK_HEAD.CONV_DIM", 8]
             + ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0]
             + ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64]
             + ["SOLVER.IMS_PER_BATCH", 2]

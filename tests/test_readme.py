@@ -12,6 +12,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
+from tiny_model import TINY_MODEL
 
 from teacher_student_mask import add_teacher_student_mask_config
 
@@ -49,11 +50,9 @@ def write_demo_output(folder):
     add_teacher_student_mask_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs/shapes/teacher_student_shapes_box_fit.yaml"))
     cfg.merge_from_list(
-        ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]
-        + ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", ""]
-        + ["MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.TEACHER_MASK_HEAD.NORM", ""]
-        + ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.TEACHER_MASK_HEAD.CONV_DIM", 8]
-        + ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+        TINY_MODEL
+        + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]
+        + ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
         + ["INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5]
     )
     (run / "config.yaml").write_text(cfg.dump())

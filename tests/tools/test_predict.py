@@ -22,6 +22,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
+from tiny_model import TINY_MODEL
 
 import overlays
 import predict
@@ -40,10 +41,8 @@ def model(tmp_path_factory):
     add_teacher_student_mask_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs/shapes/mask_rcnn_shapes.yaml"))
     cfg.merge_from_list(
-        ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]
-        + ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", ""]
-        + ["MODEL.ROI_MASK_HEAD.NORM", "", "MODEL.TEACHER_MASK_HEAD.NORM", ""]
-        + ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+        TINY_MODEL
+        + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]
         + ["INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5]
         + ["DATASETS.TEST", ("predict_no_such_dataset",), "DATASETS.TRAIN", ()]
     )
