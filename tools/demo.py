@@ -246,8 +246,8 @@ def write_report(output: Path, names: list[str], short: bool, seconds: float) ->
         "",
         comparison_table(on_gt_boxes, rows=rows),
         "",
-        "One seed and a small dataset: differences of a few points mean nothing. Foreground in the "
-        "pseudo masks at the end of training (near 0: they died out, and the student with them): "
+        "One seed and no intervals: no difference here is established. Foreground in the pseudo "
+        "masks at the end of training (near 0 or 100 % tells of a collapse): "
         + ", ".join(f"{n} {fg_ratio(output / n)}" for n in names if len(heads_of(n)) > 1)
         + ".",
         "",
