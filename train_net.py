@@ -63,6 +63,7 @@ class Trainer(DefaultTrainer):
             seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
             overlap_threshold=cfg.TEST.OVERLAP_THRESHOLD,
+            overlap_bin_edges=cfg.TEST.OVERLAP_BINS,
         )
 
     @classmethod

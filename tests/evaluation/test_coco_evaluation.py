@@ -22,7 +22,6 @@ from pycocotools.cocoeval import COCOeval
 
 from teacher_student_mask.evaluation import PartiallySupervisedCOCOEvaluator, compute_overlaps
 from teacher_student_mask.evaluation.coco_evaluation import has_compiled_cocoeval
-from teacher_student_mask.evaluation.subset_ap import evaluate_objects, summarize_classes
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SIZE = 200
@@ -383,17 +382,6 @@ def test_crowd_is_not_counted_and_stays_a_crowd(register, fast):
         assert with_crowd[task]["AP"] == pytest.approx(100, abs=1e-6)
         assert without[task]["AP"] == pytest.approx(100 / 3, abs=1e-6)
         assert with_crowd[task]["num_gt"] == 1
-
-
-def test_crowd_in_the_subset_stays_ignored():
-    crowd = annotation(2, (0, 120, 80, 80), 3, mask=square(0, 120, 80, 80), iscrowd=1)
-    annotations = [annotation(1, UNDER, 3, mask=square(*UNDER)), crowd]
-    coco_eval = run_pycocotools(make_images(), annotations, detect(UNDER))
-    actual = evaluate_objects(coco_eval, [3], [1, 2])
-    assert actual["AP"] == pytest.approx(100, abs=1e-6)
-    assert_equal_metrics(actual, summarize_classes(coco_eval, [3]))
-    for nothing in (evaluate_objects(coco_eval, [], [1]), evaluate_objects(coco_eval, [3], [])):
-        assert nothing.keys() == set(METRICS) and all(map(math.isnan, nothing.values()))
 
 
 @pytest.mark.parametrize(

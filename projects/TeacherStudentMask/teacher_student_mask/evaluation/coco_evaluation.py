@@ -8,15 +8,23 @@ import io
 import logging
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
 from ..class_splits import resolve_seen_classes
-from .overlap import compute_overlaps, has_mask
+from .average_precision import (
+    AREA_RANGES,
+    PrecisionOfSubsets,
+    Subset,
+    mean_percent,
+    subset_metrics,
+)
+from .matching import Matches, find_candidate_pairs
+from .overlap import OverlapBin, compute_overlaps, has_mask, overlap_bins
 from .results_table import METRICS, results_table
-from .subset_ap import evaluate_objects, summarize_classes
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +43,10 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
       right nor wrong. A detection matched to no object is a false positive as always.
 
     Each has AP, AP50, AP75, APs, APm, APl in 0-100, and num_gt, the number of non-crowd objects
-    that count; an AP over no objects is nan.
+    that count; an AP over no objects is nan. With ``overlap_bin_edges`` there is also
+
+    - "segm_unseen_overlap_bins": AP of the unseen objects in each bin of the overlap, "AP_0" for
+      those with O = 0, "AP_0.1_0.2" for 0.1 < O <= 0.2 (Fig. 2 of the paper).
 
     Mask AP needs a mask on every object, of unseen classes too. With annotations that have no masks
     at all, boxes alone are evaluated.
@@ -50,6 +61,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         *,
         seen_classes: str | Iterable[int],
         overlap_threshold: float = 0.3,
+        overlap_bin_edges: Sequence[float] | None = None,
         use_fast_impl: bool | None = None,
         **kwargs,
     ):
@@ -59,6 +71,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             seen_classes: the classes whose masks training used: a specification for
                 `resolve_seen_classes` ("voc", "nonvoc", "all", names, a path), or contiguous ids.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
+            overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: leave it out.
             use_fast_impl: whether to match with Detectron2's compiled implementation; its AP
                 differs from the official one by rounding only. None: where it is available.
         """
@@ -76,6 +89,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             **kwargs,
         )
         self._overlap_threshold = overlap_threshold
+        self._overlap_bins = overlap_bins(overlap_bin_edges) if overlap_bin_edges else []
         self._overlaps: dict[int, float] | None = None
         self._seen_classes = _resolve_contiguous_ids(seen_classes, self._class_names())
         if self._do_evaluation:
@@ -152,25 +166,50 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         if self._overlaps is None:
             self._overlaps = compute_overlaps(self._coco_api)
         objects = self._evaluated_objects(coco_eval)
-        overlapped = {
-            x["id"]
-            for x in objects
-            if x["category_id"] in unseen and self._overlaps[x["id"]] >= self._overlap_threshold
-        }
+        overlaps = [self._overlaps[x["id"]] for x in objects if x["category_id"] in unseen]
         num_gt = {
-            "segm_seen": sum(x["category_id"] in seen for x in objects),
-            "segm_unseen": sum(x["category_id"] in unseen for x in objects),
-            "segm_unseen_overlap": len(overlapped),
+            "segm_seen": len(objects) - len(overlaps),
+            "segm_unseen": len(overlaps),
+            "segm_unseen_overlap": sum(x >= self._overlap_threshold for x in overlaps),
+        }
+        bins = {
+            "AP_0" if x.high == 0 else f"AP_{x.low:g}_{x.high:g}": x for x in self._overlap_bins
         }
         if coco_eval is None:
             results = {task: dict.fromkeys(METRICS, float("nan")) for task in num_gt}
+            of_bins = dict.fromkeys(bins, float("nan"))
         else:
-            results = {
-                "segm_seen": summarize_classes(coco_eval, seen),
-                "segm_unseen": summarize_classes(coco_eval, unseen),
-                "segm_unseen_overlap": evaluate_objects(coco_eval, unseen, overlapped),
-            }
-        return {task: {**results[task], "num_gt": num_gt[task]} for task in num_gt}
+            results, of_bins = self._evaluate_subsets(coco_eval, seen, unseen, bins)
+        results = {task: {**results[task], "num_gt": num_gt[task]} for task in num_gt}
+        if bins:
+            results["segm_unseen_overlap_bins"] = of_bins
+        return results
+
+    def _evaluate_subsets(
+        self, coco_eval: COCOeval, seen: set[int], unseen: set[int], bins: dict[str, OverlapBin]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        pairs = find_candidate_pairs(
+            coco_eval.cocoGt,
+            coco_eval.cocoDt.dataset["annotations"],
+            max_detections=coco_eval.params.maxDets[-1],
+            image_ids=coco_eval.params.imgIds,
+            ious=coco_eval.ious,
+        )
+        # Crowds have no overlap, and count nowhere.
+        overlaps = np.array([self._overlaps.get(x, 0.0) for x in pairs.gt_ids.tolist()])
+        is_unseen = np.isin(pairs.category_ids[pairs.gt_classes], list(unseen))
+        is_overlapped = is_unseen & (overlaps >= self._overlap_threshold)
+        subsets = {name: Subset(is_unseen & x.contains(overlaps)) for name, x in bins.items()}
+        for area in AREA_RANGES:
+            subsets[f"all/{area}"] = Subset(np.ones_like(is_unseen), area)
+            subsets[f"overlap/{area}"] = Subset(is_overlapped, area)
+        precision = PrecisionOfSubsets(Matches(pairs), subsets)()
+        results = {
+            "segm_seen": subset_metrics(precision, "all", pairs.positions_of_classes(seen)),
+            "segm_unseen": subset_metrics(precision, "all", pairs.positions_of_classes(unseen)),
+            "segm_unseen_overlap": subset_metrics(precision, "overlap"),
+        }
+        return results, {name: mean_percent(precision[name]) for name in bins}
 
     def _split_category_ids(self) -> tuple[set[int], set[int]]:
         """

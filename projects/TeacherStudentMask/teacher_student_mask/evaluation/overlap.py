@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -10,7 +12,7 @@ from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["compute_overlaps", "has_mask"]
+__all__ = ["OverlapBin", "compute_overlaps", "has_mask", "overlap_bins"]
 
 # A polygon needs three points; pycocotools would read four numbers as a box.
 _MIN_POLYGON_COORDINATES = 6
@@ -28,6 +30,46 @@ def has_mask(annotation: dict) -> bool:
     if isinstance(segmentation, dict):
         return bool(segmentation.get("counts"))
     return bool(_valid_polygons(segmentation or []))
+
+
+@dataclass(frozen=True)
+class OverlapBin:
+    """The objects with low < O <= high, or O = 0 where both are 0."""
+
+    low: float
+    high: float
+
+    def contains(self, overlaps: np.ndarray) -> np.ndarray:
+        """
+        Args:
+            overlaps: any shape, in [0, 1].
+
+        Returns:
+            bool, the same shape.
+        """
+        if self.high == 0:
+            return overlaps == 0
+        return (overlaps > self.low) & (overlaps <= self.high)
+
+
+def overlap_bins(edges: Sequence[float]) -> list[OverlapBin]:
+    """
+    The bins of Fig. 2 of the paper: objects that stand alone, O = 0, then one per two edges.
+
+    Args:
+        edges: rising, from 0 to 1 (``TEST.OVERLAP_BINS``), so that every object is in one bin.
+
+    Raises:
+        ValueError: the edges do not rise, or do not begin with 0 and end with 1.
+    """
+    edges = [float(x) for x in edges]
+    if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not all(np.diff(edges) > 0):
+        raise ValueError(
+            f"The overlap bins have the edges {edges}; they must rise from 0 to 1, for example "
+            "[0, 0.25, 0.5, 1]."
+        )
+    bins = [OverlapBin(low, high) for low, high in zip(edges, edges[1:])]
+    return [OverlapBin(0.0, 0.0), *bins]
 
 
 def compute_overlaps(coco: COCO) -> dict[int, float]:

@@ -1,0 +1,111 @@
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_student_mask.evaluation import TIE_RULES, count_pixels, find_object_regions
+
+
+def encode(mask):
+    return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def row(text):
+    """A mask of one row: "#" is inside."""
+    return encode([[c == "#" for c in text]])
+
+
+def count(predicted, own, others=(), crowds=(), ties="seen"):
+    """Masks of one row; ``others`` are pairs (mask, is seen). The own object is an unseen one."""
+    objects = [row(own), *(row(mask) for mask, _ in others)]
+    is_seen = [False, *(seen for _, seen in others)]
+    size = (1, len(own))
+    regions = find_object_regions(size, objects, is_seen, [row(x) for x in crowds], ties=ties)
+    return count_pixels(row(predicted), row(own), regions)
+
+
+def test_each_pixel_counts_once_by_hand():
+    counts = count(
+        predicted=". # # # # # # # . ".replace(" ", ""),
+        own="##.......",
+        others=[("..##.....", True), (".....#...", False), ("...#.....", False)],
+        crowds=["......#.."],
+    )
+    # Column 1 is right; 2 and 3 lie on the seen object (3 on an unseen one too); 4 on nothing; 5 on
+    # an unseen one; 6 under a crowd alone; 7 on nothing.
+    assert (counts.intersection, counts.union) == (1, 8)
+    assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (2, 1, 2, 1)
+
+
+def test_pixels_of_the_own_mask_are_never_false():
+    # The own object is itself an unseen one, and a seen object lies on top of it.
+    counts = count("####", own="####", others=[("##..", True)])
+    assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (0, 0, 0, 0)
+    assert counts.intersection == counts.union == 4
+
+
+@pytest.mark.parametrize(
+    "seen, unseen, ties, expected",
+    [
+        ("####..", "##....", "seen", (2, 0)),
+        ("####..", "##....", "smaller", (0, 2)),
+        ("##....", "####..", "smaller", (2, 0)),
+        # Of equal areas the seen one.
+        ("##....", "##....", "smaller", (2, 0)),
+    ],
+)
+def test_pixels_on_objects_of_both_kinds(seen, unseen, ties, expected):
+    for others in ([(seen, True), (unseen, False)], [(unseen, False), (seen, True)]):
+        counts = count("##....", own="....##", others=others, ties=ties)
+        assert (counts.seen, counts.unseen) == expected
+
+
+def test_object_on_a_crowd_is_an_object():
+    counts = count("###.", own="...#", others=[("#...", True), (".#..", False)], crowds=["###."])
+    assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (1, 1, 0, 1)
+
+
+def test_nothing_predicted_and_no_other_object():
+    counts = count("....", own="##..")
+    assert counts == count("....", own="##..", ties="smaller")
+    assert (counts.intersection, counts.union, counts.background) == (0, 2, 0)
+    assert count("####", own="##..").background == 2
+
+
+def test_unknown_rule_for_ties_names_the_allowed_ones():
+    with pytest.raises(ValueError, match="'random'.*seen, smaller"):
+        find_object_regions((1, 1), [], [], ties="random")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(TIE_RULES))
+def test_equals_a_loop_over_the_pixels(seed, ties):
+    rng = np.random.default_rng(seed)
+    size = (9, 11)
+    masks = rng.random((5, *size)) < 0.3
+    is_seen = rng.random(5) < 0.5
+    crowd, predicted = rng.random(size) < 0.2, rng.random(size) < 0.5
+    own = int(rng.integers(5))
+    regions = find_object_regions(
+        size, [encode(x) for x in masks], is_seen, [encode(crowd)], ties=ties
+    )
+    counts = count_pixels(encode(predicted), encode(masks[own]), regions)
+
+    expected = dict(seen=0, unseen=0, background=0, crowd=0)
+    for y, x in np.argwhere(predicted & ~masks[own]):
+        covering = [i for i in range(5) if masks[i][y, x]]
+        if not covering:
+            kind = "crowd" if crowd[y, x] else "background"
+        elif ties == "seen":
+            kind = "seen" if any(is_seen[i] for i in covering) else "unseen"
+        else:
+            smallest = min(masks[i].sum() for i in covering)
+            of_smallest = [i for i in covering if masks[i].sum() == smallest]
+            kind = "seen" if any(is_seen[i] for i in of_smallest) else "unseen"
+        expected[kind] += 1
+    assert {kind: getattr(counts, kind) for kind in expected} == expected
+    total = counts.background + counts.seen + counts.unseen + counts.crowd
+    assert total == np.count_nonzero(predicted & ~masks[own])
+    assert counts.intersection == np.count_nonzero(predicted & masks[own])
+    assert counts.union == np.count_nonzero(predicted | masks[own])
