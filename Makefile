@@ -26,7 +26,7 @@ demo-short: env  ## the demo in a few steps, to see that it runs
 	$(VENV_PYTHON) tools/demo.py --short --output-dir output/demo-short
 
 test:  ## the whole test suite
-	@$(SETUP) $(ENV_OPTIONS) --with-crf
+	@$(SETUP) $(ENV_OPTIONS) --with crf browser
 	@$(SETUP) --describe
 	$(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS)
 

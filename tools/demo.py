@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-The whole path on the demo dataset: write it, train three models, evaluate, draw.
+The whole path on the demo dataset: write it, train three models, evaluate, analyse, draw.
 
 The models, on the same data, schedule and seed, half of the classes without masks in training:
 
@@ -9,9 +9,9 @@ The models, on the same data, schedule and seed, half of the classes without mas
   teacher_student_box_fit  ours: pseudo masks that fit their boxes
   oracle                   with --oracle: masks of all classes, the upper bound
 
-OUTPUT_DIR then holds results.md, demo.png, a picture per model, and a folder per model with
-config.yaml, log.txt, metrics.json and model_final.pth. What is there is used again: a second call
-only prints the results, and an interrupted call goes on where it stopped.
+OUTPUT_DIR then holds results.md, report/report.html, demo.png, a picture per model, and a folder
+per model with config.yaml, log.txt, metrics.json and model_final.pth. What is there is used again:
+a second call only prints the results, and an interrupted call goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from detectron2.config import get_cfg
 from tqdm import tqdm
 
 from demo_pictures import draw_columns, save_grid
+from demo_report import write_analysis
 from detectron2_source import describe
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
@@ -60,15 +61,17 @@ def main(argv: list[str] | None = None) -> int:
 
     if is_done(output, names):
         print((output / "results.md").read_text())
+        print(f"Report, to be opened in a browser: {output / 'report' / 'report.html'}")
         print(f"All of this was there already; remove {output} to do it again.")
         return 0
     make_dataset(output / "datasets" / "shapes", SHORT_DATASET if args.short else DATASET)
     if not train(output, names, options) or not evaluate_on_gt_boxes(output, names):
         return 1
     draw(output, names)
-    report = write_report(output, names, args.short, time.perf_counter() - start)
-    print(report)
+    report = analyse(output, names)
+    print(write_results(output, names, args.short, time.perf_counter() - start))
     print(f"Results, pictures, logs and checkpoints are in {output}: see {output}/demo.png")
+    print(f"Report, to be opened in a browser: {report}")
     return 0
 
 
@@ -214,7 +217,7 @@ def load_results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def write_report(output: Path, names: list[str], short: bool, seconds: float) -> str:
+def write_results(output: Path, names: list[str], short: bool, seconds: float) -> str:
     """Put the models side by side, whatever the outcome is; write and return results.md."""
     on_detections = {name: load_results(output / name) for name in names}
     on_gt_boxes = {
@@ -258,6 +261,23 @@ def write_report(output: Path, names: list[str], short: bool, seconds: float) ->
     report = "\n".join(lines) + "\n"
     (output / "results.md").write_text(report)
     return report
+
+
+def analyse(output: Path, names: list[str]) -> Path:
+    """Write the report of baseline, students and teachers, and return its path."""
+    # The models to look at come first: the report's pictures compare the first two.
+    names = sorted(names, key=lambda name: name == "teacher_student")
+    labels = {
+        (name, head): f"{name}: {head}" if len(heads_of(name)) > 1 else name
+        for name in names
+        for head in heads_of(name)
+    }
+    return write_analysis(
+        output,
+        {labels[name, "student"]: output / name for name in names},
+        {label: gt_boxes_folder(output, *key) for key, label in labels.items()},
+        {label: output / name for (name, head), label in labels.items() if head == "teacher"},
+    )
 
 
 def fg_ratio(folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import List, Optional
 
 import detectron2_source
 from detectron2_wheel import SetupError
+from optional_parts import PARTS
 from virtual_environment import VirtualEnvironment, check_disk, check_python, check_venv_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,21 +117,6 @@ class Progress:
         return time.monotonic() - self.start
 
 
-def install_crf(environment: VirtualEnvironment) -> None:
-    """
-    Tries to install the extra `crf`, which compiles for minutes; all but its own tests do without.
-    """
-    print("install pydensecrf (optional; compiles for some minutes)", flush=True)
-    missing = detectron2_source.missing_build_tool()
-    if missing:
-        print(f"left out: {missing}")
-        return
-    try:
-        environment.pip("install", *environment.pins(), "pydensecrf2")
-    except SetupError as error:
-        print(f"left out: {error}")
-
-
 def set_up(environment: VirtualEnvironment, args: argparse.Namespace) -> None:
     """
     Makes the environment, step by step.
@@ -154,7 +140,7 @@ def set_up(environment: VirtualEnvironment, args: argparse.Namespace) -> None:
     progress.step("install Detectron2")
     detectron2_source.obtain_detectron2(environment, args.detectron2, log=progress.note)
     progress.step("install this project with the tools for its tests")
-    environment.pip("install", *environment.pins(), "-e", f"{ROOT}[dev]")
+    environment.pip("install", *environment.pins(), "-e", f"{ROOT}[report,dev]")
     print(f"ready after {progress.seconds():.0f} s: {environment.folder}")
 
 
@@ -197,10 +183,14 @@ def get_parser() -> argparse.ArgumentParser:
         "torch); pins then hold only for what is missing",
     )
     parser.add_argument(
-        "--with-crf",
-        action="store_true",
-        help='also try to compile pydensecrf, for pseudo masks by "crf"; skipped with a reason '
-        "where there is no compiler",
+        "--with",
+        dest="parts",
+        nargs="+",
+        choices=tuple(PARTS),
+        default=[],
+        help='also try to get: "crf", pydensecrf for pseudo masks by that method (compiles); '
+        '"browser", Playwright, and Debian\'s Chromium where root runs this, for tests of the '
+        "report. What cannot be had is left out with a reason",
     )
     parser.add_argument(
         "--force", action="store_true", help="empty the folder first and do every step again"
@@ -233,10 +223,13 @@ def main(argv: Optional[List[str]] = None) -> int:
             set_up(environment, args)
             stamp.write_text(json.dumps({"inputs": inputs, "detectron2": args.detectron2}) + "\n")
         written = json.loads(stamp.read_text())
-        if args.with_crf and not written.get("tried_crf"):
-            install_crf(environment)
+        for part in args.parts:
+            if part in written.get("tried", []):
+                continue
+            PARTS[part](environment)
             # Also where it could not be had: each `make test` would try again for minutes.
-            stamp.write_text(json.dumps({**written, "tried_crf": True}) + "\n")
+            written["tried"] = [*written.get("tried", []), part]
+            stamp.write_text(json.dumps(written) + "\n")
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

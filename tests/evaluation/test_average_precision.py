@@ -196,7 +196,7 @@ def test_weights_of_images_equal_repeating_them(seed):
     for x in found.dataset["annotations"]:
         x["score"] = float(rng.random())
     pairs = pairs_of(coco, found)
-    weights = next(resample_images(6, 1, seed))
+    weights = next(resample_images(6, 1, seed))[0]
     assert weights.sum() == 6 and weights.max() > 1
     counts = rng.random(len(pairs.gt_ids)) < 0.7
     actual = PrecisionOfSubsets(Matches(pairs), subsets_of(counts))(weights)
@@ -248,12 +248,25 @@ def test_nothing_found_is_0_and_no_object_is_nan(what):
     assert np.isnan(evaluate(weights)["all"]).all()
 
 
+def test_several_draws_at_once_equal_one_after_the_other():
+    pairs = pairs_of(*make_problem(9))
+    counts = np.random.default_rng(0).random(len(pairs.gt_ids)) < 0.6
+    evaluate = PrecisionOfSubsets(Matches(pairs), subsets_of(counts))
+    weights = np.concatenate(list(resample_images(4, 5, seed=1)))
+    together = evaluate(weights)
+    for area in AREA_RANGES:
+        alone = np.stack([evaluate(x)[area] for x in weights])
+        np.testing.assert_array_equal(together[area], alone)
+
+
 def test_resamples_are_seeded_and_keep_the_number_of_images():
-    first, again = (list(resample_images(50, 20, 4)) for _ in range(2))
+    first, again = (np.concatenate(list(resample_images(50, 20, 4))) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    assert (np.sum(first, axis=1) == 50).all()
-    other = list(resample_images(50, 20, 5))
-    assert not np.array_equal(first, other)
+    in_batches = list(resample_images(50, 20, 4, batch_size=7))
+    assert [len(x) for x in in_batches] == [7, 7, 6]
+    np.testing.assert_array_equal(first, np.concatenate(in_batches))
+    assert first.shape == (20, 50) and (first.sum(axis=1) == 50).all()
+    assert not np.array_equal(first, np.concatenate(list(resample_images(50, 20, 5))))
     # Every image is drawn as often as any other, on average.
-    mean = np.mean(list(resample_images(10, 4000, 0)), axis=0)
+    mean = np.concatenate(list(resample_images(10, 4000, 0))).mean(axis=0)
     np.testing.assert_allclose(mean, 1, atol=0.06)

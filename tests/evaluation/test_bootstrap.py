@@ -28,7 +28,7 @@ def test_confidence_outside_the_unit_range_fails(confidence):
 def test_interval_of_a_mean_is_the_one_of_statistics():
     """The bootstrap interval of a mean over many images is near mean +- 1.96 standard errors."""
     values = np.random.default_rng(1).normal(10, 3, size=900)
-    weights = np.stack(list(resample_images(900, 2000, seed=2)))
+    weights = np.concatenate(list(resample_images(900, 2000, seed=2, batch_size=100)))
     low, high = percentile_intervals((weights * values).sum(axis=1) / 900, 0.95)
     error = 1.96 * values.std() / 30
     assert low == pytest.approx(values.mean() - error, abs=0.02)

@@ -18,6 +18,7 @@ import pytest
 
 import detectron2_source
 import detectron2_wheel
+import optional_parts
 import setup_environment
 import virtual_environment
 from detectron2_wheel import SetupError
@@ -477,3 +478,66 @@ class TestProgram:
         for line in setup_environment.CONSTRAINTS.read_text().splitlines():
             requirement = line.split("#")[0].split(";")[0].strip()
             assert not requirement or requirement.count("==") == 1
+
+
+class FakeApt:
+    """Stands for subprocess.run; the command that contains `failing` fails."""
+
+    def __init__(self, failing="nothing"):
+        self.failing = failing
+        self.commands = []
+
+    def __call__(self, command, **options):
+        self.commands.append(" ".join(command))
+        code = int(self.failing in self.commands[-1])
+        return subprocess.CompletedProcess(command, code, stdout="E: no route\nE: really\n")
+
+
+class TestBrowser:
+    @pytest.fixture(autouse=True)
+    def debian(self, monkeypatch):
+        monkeypatch.setattr(optional_parts.os, "geteuid", lambda: 0)
+        monkeypatch.setattr(optional_parts.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    def test_root_installs_chromium(self):
+        apt = FakeApt()
+        assert optional_parts.install_chromium(apt) is None
+        assert len(apt.commands) == 2 and apt.commands[-1].endswith("chromium")
+
+    @pytest.mark.parametrize("failing", ["update", "install"])
+    def test_failure_is_reported_with_the_last_line(self, failing):
+        reason = optional_parts.install_chromium(FakeApt(failing))
+        assert failing in reason and "E: really" in reason
+
+    def test_nothing_is_installed_for_other_users(self, monkeypatch):
+        monkeypatch.setattr(optional_parts.os, "geteuid", lambda: 1000)
+        apt = FakeApt()
+        assert "sudo apt install chromium" in optional_parts.install_chromium(apt)
+        assert apt.commands == []
+
+    def test_a_browser_that_is_there_is_used(self, monkeypatch, capsys):
+        monkeypatch.setattr(optional_parts, "install_chromium", lambda: pytest.fail("installs"))
+        environment = FakeEnvironment(True)
+        optional_parts.install_browser(environment)
+        assert environment.installed() == ["playwright"]
+        assert "left out" not in capsys.readouterr().out
+
+    def test_without_a_browser_playwright_is_left_out(self, monkeypatch, capsys):
+        monkeypatch.setattr(optional_parts, "find_browser", lambda: None)
+        monkeypatch.setattr(optional_parts, "install_chromium", lambda: "no route")
+        environment = FakeEnvironment(True)
+        optional_parts.install_browser(environment)
+        assert environment.commands == []
+        assert "left out: no route" in capsys.readouterr().out
+
+
+def test_optional_parts_are_tried_once(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setitem(optional_parts.PARTS, "crf", lambda environment: tried.append("crf"))
+    monkeypatch.setitem(optional_parts.PARTS, "browser", lambda environment: tried.append("web"))
+    monkeypatch.setattr(setup_environment, "set_up", lambda environment, args: None)
+    options = ["--venv", str(tmp_path), "--with", "crf"]
+    assert setup_environment.main(options) == 0
+    assert setup_environment.main([*options, "browser"]) == 0
+    assert setup_environment.main([*options, "browser"]) == 0
+    assert tried == ["crf", "web"]

@@ -69,17 +69,18 @@ class PrecisionOfSubsets:
     def __call__(self, image_weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """
         Args:
-            image_weights: int, how often each of ``image_ids`` counts; None: once.
+            image_weights: int, shape (..., images), how often each of ``image_ids`` counts, for one
+                or several draws of the images; None: once.
 
         Returns:
-            {name of the subset: AP in [0, 1], shape (IoU thresholds, classes)}; nan for a class
-            without an object.
+            {name of the subset: AP in [0, 1], shape (..., IoU thresholds, classes)}; nan for a
+            class without an object.
         """
         if image_weights is None:
             image_weights = np.ones(len(self._pairs.image_ids))
-        image_weights = image_weights.astype(np.int32)
-        dt_weights = image_weights[self._pairs.dt_images]
-        entry_weights = image_weights[self._entry_images]
+        image_weights = np.asarray(image_weights).astype(np.int32)
+        dt_weights = image_weights[..., self._pairs.dt_images]
+        entry_weights = image_weights[..., self._entry_images]
         counts = {
             area: (
                 _exclusive_cumsum(dt_weights * self._dt_counts[area]),
@@ -104,8 +105,10 @@ class _TruePositives:
         pairs = matches.pairs
         self.area = subset.area
         counts = subset.counts & ~pairs.gt_is_crowd & _in_range(pairs.gt_areas, subset.area)
-        self._gt_images, self._gt_classes = pairs.gt_images[counts], pairs.gt_classes[counts]
         self._num_classes = len(pairs.category_ids)
+        # Objects per image and class; float, as BLAS multiplies no integers: exact to 2^24 objects.
+        self._num_gt = np.zeros((len(pairs.image_ids), self._num_classes), dtype=np.float32)
+        np.add.at(self._num_gt, (pairs.gt_images[counts], pairs.gt_classes[counts]), 1)
 
         matched = matches.match(~counts)
         is_tp = matched >= 0
@@ -119,7 +122,6 @@ class _TruePositives:
         self._lengths = np.diff(np.append(self._starts, len(self._entries)))
         # A band of values for each segment, higher than the bands behind it.
         self._bands = np.repeat(2.0 * np.arange(len(self._starts), 0, -1), self._lengths)
-        self._segment_of_tp = np.repeat(self._segments, self._lengths)
         self._first_entry = np.searchsorted(segment, self._segments)
         self._first_position = np.searchsorted(pairs.dt_classes, self._segments % self._num_classes)
         # Where ignoring objects has changed the matching: false positives more or fewer.
@@ -136,49 +138,59 @@ class _TruePositives:
     ) -> np.ndarray:
         """
         Args:
-            dts_before: int, shape (D + 1,), weight of the detections before each, all classes.
-            matched_before: int, shape (entries + 1,), weight of the matched ones before each entry.
-            image_weights: int, shape (images,).
+            dts_before: int, shape (..., D + 1), weight of the detections before each, all classes.
+            matched_before: int, shape (..., entries + 1), weight of the matched ones before each
+                entry.
+            image_weights: int, shape (..., images).
 
         Returns:
-            Shape (IoU thresholds, classes).
+            Shape (..., IoU thresholds, classes).
         """
-        weights = _exclusive_cumsum(image_weights[self._images])
-        tp = weights[1:] - np.repeat(weights[self._starts], self._lengths)
-        offset = dts_before[self._first_position] - matched_before[self._first_entry]
-        fp = dts_before[self._positions] - matched_before[self._entries]
+        num_gt = image_weights.astype(np.float32) @ self._num_gt
+        sums = np.zeros((*num_gt.shape[:-1], len(IOU_THRESHOLDS) * self._num_classes))
+        if len(self._entries):
+            sums[..., self._segments] = self._sum_precision(
+                dts_before, matched_before, image_weights, num_gt
+            )
+        shape = (*num_gt.shape[:-1], len(IOU_THRESHOLDS), self._num_classes)
+        return np.where(num_gt[..., None, :] == 0, np.nan, sums.reshape(shape) / len(_RECALLS))
+
+    def _sum_precision(
+        self,
+        dts_before: np.ndarray,
+        matched_before: np.ndarray,
+        image_weights: np.ndarray,
+        num_gt: np.ndarray,
+    ) -> np.ndarray:
+        """Sum over the recall thresholds of the interpolated precision, per segment."""
+        weights = _exclusive_cumsum(image_weights[..., self._images])
+        tp = weights[..., 1:] - self._spread(weights[..., self._starts])
+        offset = dts_before[..., self._first_position] - matched_before[..., self._first_entry]
+        fp = dts_before[..., self._positions] - matched_before[..., self._entries]
         if len(self._changes):
-            changes = _exclusive_cumsum(image_weights[self._changed_images] * self._changes)
-            fp += changes[self._changes_before]
-            offset += changes[self._changes_before_segment]
-        fp -= np.repeat(offset, self._lengths)
+            changes = _exclusive_cumsum(image_weights[..., self._changed_images] * self._changes)
+            fp += changes[..., self._changes_before]
+            offset += changes[..., self._changes_before_segment]
+        fp -= self._spread(offset)
         precision = tp / (tp + fp + np.spacing(1))
         # The highest precision from each true positive to the end of its segment.
         precision += self._bands
-        highest = np.maximum.accumulate(precision[::-1])[::-1] - self._bands
+        highest = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1] - self._bands
 
-        num_gt = np.bincount(
-            self._gt_classes,
-            weights=image_weights[self._gt_images],
-            minlength=self._num_classes,
-        )
-        num_gt_of_segment = np.maximum(num_gt, 1)[self._segments % self._num_classes]
-        reached = _recalls_reached(tp / np.repeat(num_gt_of_segment, self._lengths))
-        newly = np.diff(reached, prepend=0)
-        newly[self._starts] = reached[self._starts]
-        sums = np.bincount(
-            self._segment_of_tp,
-            weights=highest * newly,
-            minlength=len(IOU_THRESHOLDS) * self._num_classes,
-        )
-        result = (sums / len(_RECALLS)).reshape(len(IOU_THRESHOLDS), self._num_classes)
-        result[:, num_gt == 0] = np.nan
-        return result
+        num_gt_of_segment = np.maximum(num_gt, 1)[..., self._segments % self._num_classes]
+        reached = _recalls_reached(tp / self._spread(num_gt_of_segment))
+        newly = np.diff(reached, prepend=0, axis=-1)
+        newly[..., self._starts] = reached[..., self._starts]
+        return np.add.reduceat(highest * newly, self._starts, axis=-1)
+
+    def _spread(self, values: np.ndarray) -> np.ndarray:
+        """From one value per segment to one per true positive."""
+        return np.repeat(values, self._lengths, axis=-1)
 
 
 def subset_metrics(
     precision: Mapping[str, np.ndarray], name: str, classes: Collection[int] | None = None
-) -> dict[str, float]:
+) -> dict[str, np.ndarray]:
     """
     The six AP of COCO.
 
@@ -188,10 +200,10 @@ def subset_metrics(
         classes: positions of the classes to average over; None: all.
 
     Returns:
-        {metric: AP in 0-100}, nan where there is no object.
+        {metric: AP in 0-100, shape (...)}, nan where there is no object.
     """
     take = slice(None) if classes is None else np.asarray(sorted(classes), dtype=np.int64)
-    by_area = {area: precision[f"{name}/{area}"][:, take] for area in AREA_RANGES}
+    by_area = {area: precision[f"{name}/{area}"][..., take] for area in AREA_RANGES}
     values = (
         by_area["all"],
         at_iou(by_area["all"], 0.5),
@@ -204,14 +216,17 @@ def subset_metrics(
 
 
 def at_iou(precision: np.ndarray, threshold: float) -> np.ndarray:
-    """The row of one IoU threshold; shape (classes,)."""
-    return precision[int(np.argmin(np.abs(IOU_THRESHOLDS - threshold)))]
+    """The row of one IoU threshold; shape (..., 1, classes)."""
+    row = int(np.argmin(np.abs(IOU_THRESHOLDS - threshold)))
+    return precision[..., row : row + 1, :]
 
 
-def mean_percent(precision: np.ndarray) -> float:
-    """Mean of what is defined, times 100; nan if nothing is."""
-    values = precision[~np.isnan(precision)]
-    return 100 * float(values.mean()) if values.size else float("nan")
+def mean_percent(precision: np.ndarray) -> np.ndarray:
+    """Mean over thresholds and classes of what is defined, times 100; nan if nothing is."""
+    is_defined = ~np.isnan(precision)
+    count = is_defined.sum(axis=(-2, -1))
+    total = np.where(is_defined, precision, 0).sum(axis=(-2, -1))
+    return np.where(count > 0, 100 * total / np.maximum(count, 1), np.nan)
 
 
 def _in_range(areas: np.ndarray, name: str) -> np.ndarray:
@@ -220,8 +235,8 @@ def _in_range(areas: np.ndarray, name: str) -> np.ndarray:
 
 
 def _exclusive_cumsum(values: np.ndarray) -> np.ndarray:
-    result = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum(values, out=result[1:])
+    result = np.zeros((*values.shape[:-1], values.shape[-1] + 1), dtype=np.int32)
+    np.cumsum(values, axis=-1, out=result[..., 1:])
     return result
 
 

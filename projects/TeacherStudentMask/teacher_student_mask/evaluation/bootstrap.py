@@ -9,19 +9,24 @@ import numpy as np
 __all__ = ["percentile_intervals", "resample_images"]
 
 
-def resample_images(num_images: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+def resample_images(
+    num_images: int, num_resamples: int, seed: int, batch_size: int = 1
+) -> Iterator[np.ndarray]:
     """
     Draw images with replacement, as many as there are (Efron's bootstrap).
 
-    The same seed draws the same images, so that models are compared on the same resamples.
+    The same seed draws the same images, whatever the batch size, so that models are compared on the
+    same resamples.
 
     Yields:
-        int, shape (num_images,), how often each image was drawn.
+        int, shape (batch, num_images), how often each image was drawn; ``num_resamples`` rows in
+        all, ``batch_size`` at a time.
     """
     rng = np.random.default_rng(seed)
-    for _ in range(num_resamples):
-        drawn = rng.integers(num_images, size=num_images)
-        yield np.bincount(drawn, minlength=num_images)
+    for start in range(0, num_resamples, batch_size):
+        size = min(batch_size, num_resamples - start)
+        drawn = rng.integers(num_images, size=(size, num_images))
+        yield np.stack([np.bincount(x, minlength=num_images) for x in drawn])
 
 
 def percentile_intervals(samples: np.ndarray, confidence: float) -> np.ndarray:

@@ -209,7 +209,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             "segm_unseen": subset_metrics(precision, "all", pairs.positions_of_classes(unseen)),
             "segm_unseen_overlap": subset_metrics(precision, "overlap"),
         }
-        return results, {name: mean_percent(precision[name]) for name in bins}
+        results = {task: {k: float(x) for k, x in of.items()} for task, of in results.items()}
+        return results, {name: float(mean_percent(precision[name])) for name in bins}
 
     def _split_category_ids(self) -> tuple[set[int], set[int]]:
         """

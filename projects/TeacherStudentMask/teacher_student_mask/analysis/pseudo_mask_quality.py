@@ -1,0 +1,218 @@
+"""How good the pseudo masks of unseen objects are where their true masks are known."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Instances
+from tqdm import tqdm
+
+from ..modeling import (
+    PSEUDO_MASK_METHODS,
+    DenseCRF,
+    PseudoMaskGenerator,
+    TeacherStudentROIHeads,
+)
+from ..modeling.mask_loss import crop_gt_masks, select_label_channel
+from .trained_model import find_test_dataset, load_config, load_model
+from .unseen_objects import UnseenObjectReader
+
+__all__ = ["measure_pseudo_masks"]
+
+logger = logging.getLogger(__name__)
+
+
+def measure_pseudo_masks(
+    config_file: str,
+    weights: str | None,
+    *,
+    methods: Sequence[str] = PSEUDO_MASK_METHODS,
+    overlap_bins: Sequence[float] = tuple(k / 10 for k in range(11)),
+    opts: Sequence = (),
+    max_images: int | None = None,
+) -> dict:
+    """
+    Compare pseudo masks with the true masks of unseen objects, without training.
+
+    For every non-crowd object of an unseen class in the first dataset of ``DATASETS.TEST`` both
+    heads run on its ground-truth box. Each method then makes the target that the student would be
+    trained on: threshold, clipping and exclusion are the config's, and the exclusion masks are
+    those of the image's objects of ``DATASETS.SEEN_CLASSES``. The true mask is cropped to the same
+    M x M cells as a training target and used for the comparison only. Unlike in training the model
+    is in evaluation mode, there is no augmentation but the resize of testing, and the ROI is the
+    ground-truth box, as with ``TRAIN_ON_GT_BOXES``.
+
+    IoU is measured over the cells. "none" gives soft masks, so for all methods intersection and
+    union are the sums of the cells' minima and maxima; of binary masks that is the usual IoU. If
+    both masks are empty it is 0, as in pycocotools.
+
+    Args:
+        config_file: of a model with a teacher, as for ``train_net.py``.
+        weights: checkpoint; None = the config's ``MODEL.WEIGHTS``.
+        methods: of :data:`PSEUDO_MASK_METHODS`. "crf" is left out, with a warning, where
+            pydensecrf is not installed.
+        overlap_bins: edges of the bins over the overlap O, Eq. (1) of the paper, from 0 upwards.
+        opts: KEY, VALUE, KEY, VALUE, ...; they win over the config file.
+        max_images: only the first images of the dataset, by image id; None = all.
+
+    Returns:
+        ``{"num_objects": n, "mask_side": M, "methods": {METHOD: {"mask_iou": mean,
+        "overlap_bins": [{"low", "high", "num_gt", "mask_iou"}, ...]}}}``. The first bin is O = 0
+        (low = high = 0), the others are low < O <= high. A mean over no object, and M where no
+        object was measured, is None.
+
+    Raises:
+        ValueError: an argument, the config, the weights or the dataset is wrong or lacking, or the
+            model has no teacher.
+    """
+    methods = tuple(dict.fromkeys(methods))
+    _check_arguments(methods, overlap_bins, max_images)
+    cfg = load_config(config_file, weights, opts)
+    dataset = find_test_dataset(cfg)
+    generators = _make_generators(cfg, methods)
+    model, _ = load_model(cfg)
+    if not isinstance(model.roi_heads, TeacherStudentROIHeads):
+        raise ValueError(
+            f"{config_file}: MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}, which makes no "
+            "pseudo masks; give the config of a model with TeacherStudentROIHeads."
+        )
+    reader = UnseenObjectReader(cfg, dataset)
+    images = reader.images[:max_images]
+
+    start = time.perf_counter()
+    overlaps: list[float] = []
+    ious: dict[str, list[float]] = {method: [] for method in generators}
+    mask_side = None
+    for image in tqdm(images, desc=f"{dataset.name}, pseudo masks", unit="image"):
+        objects = reader.read(image)
+        if objects is None:
+            continue
+        rois = objects.rois.to(model.device)
+        teacher_probs, student_probs, pixels = _predict(model, objects.inputs, rois)
+        mask_side = student_probs.shape[-1]
+        truth = crop_gt_masks([objects.truth], mask_side, model.device)
+        roi_images = None
+        if any(x.needs_images for x in generators.values()):
+            roi_images = _crop_pixels(pixels, rois, mask_side)
+        for method, generator in generators.items():
+            masks = generator(teacher_probs, student_probs, [rois], roi_images)
+            ious[method] += _soft_ious(masks, truth).tolist()
+        overlaps += objects.overlaps
+    seconds = time.perf_counter() - start
+    reader.log_left_out()
+    logger.info(
+        f"Measured the pseudo masks of {len(overlaps)} objects in {len(images)} images of "
+        f"{dataset.name} in {seconds:.0f} s, {seconds / max(1, len(images)):.3f} s an image"
+    )
+    return {
+        "num_objects": len(overlaps),
+        "mask_side": mask_side,
+        "methods": {
+            method: _summarize(np.array(overlaps), np.array(values), overlap_bins)
+            for method, values in ious.items()
+        },
+    }
+
+
+def _check_arguments(methods: tuple, overlap_bins: Sequence[float], max_images: int | None) -> None:
+    if not methods or set(methods) - set(PSEUDO_MASK_METHODS):
+        raise ValueError(
+            f"methods is {methods!r}; allowed: one or more of {', '.join(PSEUDO_MASK_METHODS)}."
+        )
+    edges = list(overlap_bins)
+    is_increasing = all(a < b for a, b in itertools.pairwise(edges))
+    if len(edges) < 2 or edges[0] != 0 or edges[-1] > 1 or not is_increasing:
+        raise ValueError(
+            f"overlap_bins is {edges}; the edges must increase from 0 to at most 1, as in "
+            "[0, 0.3, 1]."
+        )
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images is {max_images}; it must be at least 1, or None for all.")
+
+
+def _make_generators(cfg: CfgNode, methods: Iterable[str]) -> dict[str, PseudoMaskGenerator]:
+    settings = cfg.MODEL.PSEUDO_MASK
+    generators = {}
+    for method in methods:
+        crf = None
+        if method == "crf":
+            try:
+                crf = DenseCRF.from_config(settings.CRF)
+            except ImportError as error:
+                logger.warning(f"Pseudo masks by 'crf' are left out: {error}")
+                continue
+        generators[method] = PseudoMaskGenerator(
+            method=method,
+            threshold=settings.THRESHOLD,
+            clip_to_box=settings.CLIP_TO_BOX,
+            exclude_seen=settings.EXCLUDE_SEEN,
+            crf=crf,
+        )
+    return generators
+
+
+@torch.no_grad()
+def _predict(
+    model: GeneralizedRCNN, inputs: dict, rois: Instances
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Run both heads as in training, but in evaluation mode.
+
+    Args:
+        inputs: of the model, one image.
+        rois: ``proposal_boxes`` and ``gt_classes``, on the model's device.
+
+    Returns:
+        The teacher's probabilities, shape (R, M_t, M_t); the student's in the channel of each
+        ROI's class, shape (R, M, M); the pixels, shape (1, 3, H, W), RGB in 0-255.
+    """
+    heads = model.roi_heads
+    images = model.preprocess_image([inputs])
+    features = model.backbone(images.tensor)
+    roi_features = heads.mask_pooler(
+        [features[f] for f in heads.mask_in_features], [rois.proposal_boxes]
+    )
+    teacher_logits = heads.teacher_mask_head.layers(roi_features)[:, 0]
+    student_logits = select_label_channel(heads.mask_head.layers(roi_features), rois.gt_classes)
+    mean, std = images.tensor.new_tensor(heads.pixel_mean), images.tensor.new_tensor(
+        heads.pixel_std
+    )
+    pixels = images.tensor * std[:, None, None] + mean[:, None, None]
+    if heads.image_format == "BGR":
+        pixels = pixels.flip(1)
+    return teacher_logits.sigmoid(), student_logits.sigmoid(), pixels
+
+
+def _crop_pixels(pixels: torch.Tensor, rois: Instances, side: int) -> torch.Tensor:
+    # (1, 3, H, W) -> (R, 3, side, side), with what lies around the image as in training.
+    pooler = ROIPooler(side, scales=(1.0,), sampling_ratio=0, pooler_type="ROIAlignV2")
+    return pooler([pixels], [rois.proposal_boxes])
+
+
+def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    # (R, M, M) each, in [0, 1] -> (R,).
+    masks, truth = masks.double().flatten(1), truth.double().flatten(1)
+    unions = torch.maximum(masks, truth).sum(dim=1)
+    return torch.minimum(masks, truth).sum(dim=1) / unions.clamp(min=1e-9)
+
+
+def _summarize(overlaps: np.ndarray, ious: np.ndarray, edges: Sequence[float]) -> dict:
+    bins = []
+    for low, high in [(0.0, 0.0), *itertools.pairwise(float(x) for x in edges)]:
+        selected = ious[(overlaps == 0) if high == 0 else (low < overlaps) & (overlaps <= high)]
+        bins.append(
+            {"low": low, "high": high, "num_gt": len(selected), "mask_iou": _mean(selected)}
+        )
+    return {"mask_iou": _mean(ious), "overlap_bins": bins}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) > 0 else None

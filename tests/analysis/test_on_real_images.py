@@ -1,0 +1,180 @@
+"""The whole analysis on COCO images, with results made from the ground truth: known answers."""
+
+import json
+import os
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from pycocotools.coco import COCO
+
+import analyze as program
+from teacher_student_mask import VOC_CLASSES
+from teacher_student_mask.evaluation import PartiallySupervisedCOCOEvaluator
+
+
+@pytest.fixture(scope="module")
+def coco(coco_root):
+    return COCO(os.path.join(coco_root, "annotations", "instances_val2017.json"))
+
+
+def shift(mask, others):
+    return np.roll(mask, 4, axis=1)
+
+
+def merge_with_neighbour(mask, others):
+    """The object and the other one that covers most of its box."""
+    y, x = np.nonzero(mask)
+    box = np.s_[y.min() : y.max() + 1, x.min() : x.max() + 1]
+    covered = [other[box].sum() for other in others]
+    return mask | others[int(np.argmax(covered))] if covered and max(covered) else mask
+
+
+def dilate(mask, others):
+    return cv2.dilate(mask, np.ones((9, 9), np.uint8))
+
+
+def make_results(coco, change, path):
+    """One detection per object, on its box: the truth, changed."""
+    results = []
+    for image_id in coco.imgs:
+        objects = [x for x in coco.imgToAnns[image_id] if not x["iscrowd"]]
+        masks = [coco.annToMask(x) for x in objects]
+        for k, x in enumerate(objects):
+            changed = masks[k]
+            if changed.any():
+                changed = change(masks[k], masks[:k] + masks[k + 1 :])
+            rle = mask_util.encode(np.asfortranarray(changed, dtype=np.uint8))
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": x["category_id"],
+                    "bbox": x["bbox"],
+                    "score": 0.9,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+    path.write_text(json.dumps(results))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def summary(coco, coco_root, tmp_path_factory):
+    """Run the program as a user would, and read analysis.json."""
+    folder = tmp_path_factory.mktemp("analysis")
+    changes = {"shifted": shift, "merged": merge_with_neighbour, "dilated": dilate}
+    files = {
+        name: make_results(coco, change, folder / f"{name}.json")
+        for name, change in changes.items()
+    }
+    named = [f"{name}={path}" for name, path in files.items()]
+    annotations = os.path.join(coco_root, "annotations", "instances_val2017.json")
+    arguments = ["--annotations", annotations, "--seen", "voc", "--output-dir", str(folder / "out")]
+    arguments += ["--images", os.path.join(coco_root, "val2017"), "--results", *named]
+    arguments += ["--gt-box-results", named[1], "--resamples", "50", "--num-pictures", "20"]
+    assert program.main(arguments) == 0
+    assert (folder / "out" / "report.html").stat().st_size > 1e6
+    result = json.loads((folder / "out" / "analysis.json").read_text())
+    result["files"] = files
+    return result
+
+
+def false_positives(summary, model):
+    counts = summary["models"][model]["false_positives"]
+    assert counts["background"] + counts["seen"] + counts["unseen"] == counts["total"] > 0
+    return {kind: counts[kind] / counts["total"] for kind in ("background", "seen", "unseen")}
+
+
+def test_merged_masks_are_wrong_on_other_objects(summary):
+    shares = false_positives(summary, "merged")
+    # All of the neighbour is an object.
+    assert shares["background"] == 0
+    assert shares["seen"] > 0.1 and shares["unseen"] > 0.1
+
+
+def test_dilated_masks_are_wrong_on_the_background(summary):
+    assert false_positives(summary, "dilated")["background"] > 0.5
+
+
+def test_attribution_equals_counting_pixels(coco, summary):
+    """An independent count for the dilated masks, pixel by pixel."""
+    seen_ids = set(coco.getCatIds(catNms=list(VOC_CLASSES)))
+    expected = dict.fromkeys(("background", "seen", "unseen"), 0)
+    for image_id in coco.imgs:
+        annotations = coco.imgToAnns[image_id]
+        objects = [x for x in annotations if not x["iscrowd"]]
+        masks = [coco.annToMask(x) for x in objects]
+        zero = np.zeros((coco.imgs[image_id]["height"], coco.imgs[image_id]["width"]), bool)
+        on = {True: zero.copy(), False: zero.copy()}
+        for x, mask in zip(objects, masks):
+            on[x["category_id"] in seen_ids] |= mask > 0
+        crowd = zero.copy()
+        for x in annotations:
+            if x["iscrowd"]:
+                crowd |= coco.annToMask(x) > 0
+        for x, mask in zip(objects, masks):
+            if x["category_id"] in seen_ids:
+                continue
+            wrong = (dilate(mask, None) > 0) & (mask == 0)
+            expected["seen"] += int((wrong & on[True]).sum())
+            expected["unseen"] += int((wrong & on[False] & ~on[True]).sum())
+            expected["background"] += int((wrong & ~on[False] & ~on[True] & ~crowd).sum())
+    counts = summary["models"]["dilated"]["false_positives"]
+    # Objects with the same box and class can swap their detections; here at most a few do.
+    for kind, value in expected.items():
+        assert counts[kind] == pytest.approx(value, rel=0.01)
+    assert counts["num_objects"] == summary["dataset"]["num_unseen"] == 332
+
+
+def test_overlapped_objects_suffer_from_merging_alone(summary):
+    """What Fig. 2 of the paper shows: a mask that swallows its neighbour fails with overlap."""
+    bins = summary["models"]["merged"]["overlap_bins"]
+    # Not 100: a merged mask that fits no object any more is a false positive in every bin.
+    assert bins[0]["AP"] > 70
+    crowded = [x for x in bins if x["low"] >= 0.5 and x["num_gt"]]
+    assert crowded and all(x["AP"] < 50 for x in crowded)
+    assert sum(x["num_gt"] for x in bins) == 332
+    assert [x["few"] for x in bins] == [x["num_gt"] < 100 for x in bins]
+    shifted = summary["models"]["shifted"]["overlap_bins"]
+    assert abs(shifted[0]["AP"] - shifted[5]["AP"]) < 30
+
+
+def test_mask_iou_on_ground_truth_boxes_falls_with_the_overlap(summary):
+    gt_boxes = summary["models"]["merged"]["gt_boxes"]
+    bins = gt_boxes["overlap_bins"]
+    assert bins[0]["mask_iou"] == 1 and bins[0]["boundary_iou"] == 1
+    ious = [x["mask_iou"] for x in bins if x["num_gt"] >= 10]
+    assert ious[0] > ious[len(ious) // 2] > ious[-1]
+    assert 0 < gt_boxes["boundary_iou"] < 1 and gt_boxes["mask_iou"] < 1
+
+
+def test_tasks_equal_the_evaluator(coco_root, summary):
+    """One definition of the subsets, in training and in the report."""
+    evaluator = PartiallySupervisedCOCOEvaluator(
+        "coco_2017_val", distributed=False, seen_classes="voc", tasks=("bbox", "segm")
+    )
+    evaluator.reset()
+    evaluator._predictions = [{"instances": json.load(open(summary["files"]["merged"]))}]
+    for x in evaluator._predictions[0]["instances"]:
+        x["category_id"] = evaluator._metadata.thing_dataset_id_to_contiguous_id[x["category_id"]]
+    expected = evaluator.evaluate()
+    for task in ("segm", "segm_seen", "segm_unseen", "segm_unseen_overlap"):
+        actual = summary["models"]["merged"][task]
+        for metric in ("AP", "AP50", "AP75", "APs", "APm", "APl", "num_gt"):
+            assert actual[metric] == pytest.approx(expected[task][metric], abs=1e-9), (task, metric)
+    assert summary["models"]["merged"]["segm_unseen_overlap"]["num_gt"] == 119
+
+
+def test_difference_is_significant_where_it_is_large_alone(summary):
+    pairs = {(x["baseline"], x["model"]): x for x in summary["differences"]}
+    assert set(pairs) == {("shifted", "merged"), ("shifted", "dilated"), ("merged", "dilated")}
+    tasks = pairs["shifted", "merged"]["tasks"]
+    entry = tasks["segm_unseen_overlap"]["AP"]
+    models = summary["models"]
+    expected = models["merged"]["segm_unseen_overlap"]["AP"]
+    expected -= models["shifted"]["segm_unseen_overlap"]["AP"]
+    assert entry["difference"] == pytest.approx(expected)
+    low, high = entry["interval"]
+    assert low < entry["difference"] < high
+    assert entry["includes_zero"] == (low <= 0 <= high)

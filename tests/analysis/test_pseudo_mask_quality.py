@@ -1,0 +1,380 @@
+"""IoU of pseudo masks with the truth, worked out by hand on a grid of 4 x 4 cells."""
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from saved_model import TEACHER_STUDENT, save_model
+
+from teacher_student_mask import VOC_CLASSES
+from teacher_student_mask.analysis import pseudo_mask_quality
+from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
+from teacher_student_mask.modeling import DenseCRF, PseudoMaskGenerator
+
+ANT, CAT = 3, 17
+METHODS = ("none", "threshold", "interact", "box_fit")
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """The log, also where another test has set up Detectron2's logging."""
+    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
+    return caplog
+
+
+@pytest.fixture
+def save(tiny_cfg, tmp_path):
+    """Save a teacher-student model for a dataset; returns the paths of config and weights."""
+
+    def _save(dataset, opts=()):
+        cfg = tiny_cfg(opts=[*TEACHER_STUDENT, *opts], dataset=dataset)
+        return save_model(cfg, tmp_path / "model")
+
+    return _save
+
+
+@pytest.fixture
+def stub_heads(monkeypatch):
+    """Return ``stub(teacher, student)``: all ROIs of any model then have these probabilities."""
+    load_model = pseudo_mask_quality.load_model
+
+    def stub(teacher, student, cat_channel=1):
+        def load_stub(cfg, *args):
+            model, heads = load_model(cfg, *args)
+            teacher_logits = torch.tensor(teacher).logit()[None]
+            # Only the channel of the object's class counts.
+            student_logits = torch.full((3, len(student), len(student)), 7.0)
+            student_logits[cat_channel] = torch.tensor(student).logit()
+            set_layers(model.roi_heads.teacher_mask_head, teacher_logits)
+            set_layers(model.roi_heads.mask_head, student_logits)
+            return model, heads
+
+        monkeypatch.setattr(pseudo_mask_quality, "load_model", load_stub)
+
+    return stub
+
+
+def set_layers(head, logits):
+    head.layers = lambda features: logits.expand(len(features), *logits.shape[-3:])
+
+
+@pytest.fixture
+def seen_methods(monkeypatch):
+    """The pseudo masks that are made during the test: {method: [one tensor an image]}."""
+    made = {}
+    call = PseudoMaskGenerator.__call__
+
+    def record(self, *args):
+        masks = call(self, *args)
+        made.setdefault(self.method, []).append(masks.clone())
+        return masks
+
+    monkeypatch.setattr(PseudoMaskGenerator, "__call__", record)
+    return made
+
+
+def rectangle(x, y, w, h):
+    return [float(v) for v in (x, y, x + w, y, x + w, y + h, x, y + h)]
+
+
+def annotation(number, image_id, category_id, box, mask, **fields):
+    segmentation = None if mask is None else [rectangle(*mask)]
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [float(v) for v in box],
+        "area": 1.0,
+        "iscrowd": 0,
+        "segmentation": segmentation,
+        **fields,
+    }
+
+
+def one_cat(data):
+    """A cat (unseen) of 4 x 4 cells of 8 pixels, its left half set; an ant covers the top row."""
+    data["annotations"] = [
+        annotation(1, 7, CAT, [8, 8, 32, 32], [8, 8, 16, 32]),
+        annotation(2, 7, ANT, [8, 8, 32, 8], [8, 8, 32, 8]),
+    ]
+
+
+# By column; all rows are equal. Fits the box at 0.2, for which alone the last column is needed.
+TEACHER = [[0.9, 0.6, 0.4, 0.22]] * 4
+STUDENT = [[0.9, 0.3, 0.7, 0.2]] * 4
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_iou_of_each_method_by_hand(make_tiny_coco, save, stub_heads, side):
+    stub_heads(TEACHER, STUDENT)
+    config, weights = save(make_tiny_coco(one_cat), ["INPUT.MIN_SIZE_TEST", side])
+    result = measure_pseudo_masks(config, weights, methods=METHODS)
+    assert result["num_objects"] == 1
+    assert result["mask_side"] == 4
+    ious = {method: values["mask_iou"] for method, values in result["methods"].items()}
+    assert list(ious) == list(METHODS)
+    assert ious == pytest.approx(
+        {
+            # Row 0 is cleared, but belongs to the truth: 2 cells. The other three rows have
+            # minima 0.9 + 0.6 and maxima 1 + 1 + 0.4 + 0.22.
+            "none": 3 * 1.5 / (2 + 3 * 2.62),
+            # Columns 0 and 1 of three rows, of a truth of 8 cells.
+            "threshold": 6 / 8,
+            # Means 0.9, 0.45, 0.55, 0.21: columns 0 and 2.
+            "interact": 3 / (8 + 3),
+            # All columns of three rows.
+            "box_fit": 6 / (12 + 2),
+        },
+        rel=1e-5,
+    )
+
+
+def test_settings_are_the_configs(make_tiny_coco, save, stub_heads):
+    stub_heads(TEACHER, STUDENT)
+    config, weights = save(make_tiny_coco(one_cat))
+
+    def measure(*opts):
+        result = measure_pseudo_masks(config, weights, methods=["threshold"], opts=opts)
+        return result["methods"]["threshold"]["mask_iou"]
+
+    assert measure() == 6 / 8
+    assert measure("MODEL.PSEUDO_MASK.THRESHOLD", 0.7) == 3 / 8
+    assert measure("MODEL.PSEUDO_MASK.THRESHOLD", 0.3) == 6 / 11
+    assert measure("MODEL.PSEUDO_MASK.EXCLUDE_SEEN", False) == 1
+
+
+def test_masks_of_other_unseen_objects_are_not_cleared(make_tiny_coco, save, stub_heads):
+    # A bug here would use masks that training does not have.
+    def change(data):
+        one_cat(data)
+        data["annotations"][1]["category_id"] = CAT
+
+    stub_heads(TEACHER, STUDENT)
+    config, weights = save(make_tiny_coco(change))
+    result = measure_pseudo_masks(config, weights, methods=["threshold"])
+    assert result["num_objects"] == 2
+    # The first cat's mask is exact; the second fills its box, of which half is found.
+    assert result["methods"]["threshold"]["mask_iou"] == (1 + 0.5) / 2
+
+
+def test_finer_teacher_is_averaged_down(make_tiny_coco, save, stub_heads):
+    fine = [[0.9, 0.7, 0.6, 0.5, 0.1, 0.5, 0.2, 0.2]] * 8  # means 0.8, 0.55, 0.3, 0.2
+    stub_heads(fine, STUDENT)
+    config, weights = save(make_tiny_coco(one_cat))
+    result = measure_pseudo_masks(config, weights, methods=["threshold"])
+    assert (result["mask_side"], result["methods"]["threshold"]["mask_iou"]) == (4, 6 / 8)
+
+
+def test_two_empty_masks_have_iou_zero(make_tiny_coco, save, stub_heads):
+    def change(data):
+        # Between the samples of the cells, so that no cell is set.
+        one_cat(data)
+        data["annotations"][0]["segmentation"] = [rectangle(8, 8, 0.5, 0.5)]
+
+    stub_heads([[0.1] * 4] * 4, STUDENT)
+    config, weights = save(make_tiny_coco(change))
+    result = measure_pseudo_masks(config, weights, methods=["threshold"])
+    assert result["methods"]["threshold"]["mask_iou"] == 0
+
+
+def test_crf_gets_the_colours_of_the_roi(make_tiny_coco, save, stub_heads, monkeypatch):
+    def change(data):
+        one_cat(data)
+        data["annotations"][1]["segmentation"] = None
+
+    calls = []
+
+    def crf(probs, roi_images):
+        calls.append(roi_images)
+        return probs + 0.15  # 0.55 in column 2
+
+    monkeypatch.setattr(DenseCRF, "from_config", lambda cfg: crf)
+    stub_heads(TEACHER, STUDENT)
+    dataset = make_tiny_coco(change)
+    config, weights = save(dataset)
+    paint(dataset, "mixed.png", (10, 100, 200))
+    result = measure_pseudo_masks(config, weights, methods=["crf"])
+    assert result["methods"]["crf"]["mask_iou"] == 8 / 12
+    (roi_images,) = calls
+    assert roi_images.shape == (1, 3, 4, 4)
+    expected = torch.tensor([10.0, 100.0, 200.0]).reshape(1, 3, 1, 1)  # RGB
+    assert (roi_images - expected).abs().max() < 0.01
+
+
+def paint(dataset, file_name, colour):
+    path = os.path.join(dataset.image_root, file_name)
+    Image.new("RGB", Image.open(path).size, colour).save(path)
+
+
+@pytest.mark.parametrize("configured", ["crf", "interact"])
+def test_without_pydensecrf_crf_is_left_out(tiny_coco, save, log, monkeypatch, configured):
+    def missing(cfg):
+        raise ImportError("pip install pydensecrf2")
+
+    monkeypatch.setattr(DenseCRF, "from_config", missing)
+    config, weights = save(tiny_coco)
+    opts = ["MODEL.PSEUDO_MASK.METHOD", configured]
+    result = measure_pseudo_masks(config, weights, opts=opts)
+    assert list(result["methods"]) == list(METHODS)
+    assert "'crf' are left out: pip install pydensecrf2" in log.text
+
+
+def test_scrambled_unseen_masks_change_the_iou_but_no_pseudo_mask(
+    make_tiny_coco, save, seen_methods
+):
+    def scramble(data):
+        for x in data["annotations"]:
+            if x["category_id"] == CAT:
+                left, top, w, h = x["bbox"]
+                x["segmentation"] = [rectangle(left + w / 2, top, w / 2, h / 3)]
+
+    results, made = [], []
+    for change in (None, scramble):
+        seen_methods.clear()
+        config, weights = save(make_tiny_coco(change))
+        results.append(measure_pseudo_masks(config, weights, methods=METHODS))
+        made.append(dict(seen_methods))
+    assert made[0].keys() == made[1].keys() == set(METHODS)
+    for method in METHODS:
+        # Images 2 and 7 have unseen objects.
+        assert [len(x) for x in made[0][method]] == [2, 1]
+        assert all(torch.equal(a, b) for a, b in zip(made[0][method], made[1][method]))
+        before, after = (x["methods"][method]["mask_iou"] for x in results)
+        assert abs(before - after) > 0.01
+
+
+def three_cats(data):
+    """Cats with O = 0, 0.25 and 0.5, and an image with nothing but an ant."""
+    data["annotations"] = [
+        annotation(1, 7, CAT, [8, 8, 32, 32], [8, 8, 32, 32]),
+        annotation(2, 7, ANT, [8, 8, 32, 8], [8, 8, 32, 8]),
+        annotation(3, 2, CAT, [0, 0, 16, 16], [0, 0, 8, 16]),
+        annotation(4, 2, CAT, [40, 0, 32, 32], [40, 0, 32, 32]),
+        annotation(5, 2, ANT, [40, 0, 32, 16], [40, 0, 32, 16]),
+        annotation(6, 30, ANT, [8, 8, 32, 8], [8, 8, 32, 8]),
+        annotation(7, 30, CAT, [8, 8, 32, 8], [8, 8, 32, 8], iscrowd=1),
+    ]
+
+
+def test_objects_fall_into_bins_by_their_overlap(make_tiny_coco, save, stub_heads):
+    stub_heads([[0.9] * 4] * 4, STUDENT)
+    config, weights = save(make_tiny_coco(three_cats))
+    result = measure_pseudo_masks(
+        config, weights, methods=["threshold"], overlap_bins=[0, 0.25, 0.3, 1]
+    )
+    assert result["num_objects"] == 3
+    # All cells but those of the ant: 0.5 of the truth or as much of the pseudo mask.
+    assert result["methods"]["threshold"] == {
+        "mask_iou": pytest.approx((0.5 + 0.75 + 0.5) / 3),
+        "overlap_bins": [
+            {"low": 0.0, "high": 0.0, "num_gt": 1, "mask_iou": 0.5},
+            {"low": 0.0, "high": 0.25, "num_gt": 1, "mask_iou": 0.75},
+            {"low": 0.25, "high": 0.3, "num_gt": 0, "mask_iou": None},
+            {"low": 0.3, "high": 1.0, "num_gt": 1, "mask_iou": 0.5},
+        ],
+    }
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_default_bins_are_tenths(tiny_coco, save):
+    result = measure_pseudo_masks(*save(tiny_coco), methods=["none"])
+    bins = result["methods"]["none"]["overlap_bins"]
+    edges = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    assert [x["high"] for x in bins] == edges
+    assert [x["low"] for x in bins] == [0, *edges[:-1]]
+
+
+def test_images_can_be_limited_to_the_first(make_tiny_coco, save):
+    config, weights = save(make_tiny_coco(three_cats))
+    # In the order of the ids: 2, 5, 7, 30.
+    counts = [
+        measure_pseudo_masks(config, weights, methods=["none"], max_images=n)["num_objects"]
+        for n in (1, 2, 3, None)
+    ]
+    assert counts == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("why", ["no unseen class", "no unseen object", "no object"])
+def test_nothing_to_measure_is_none(make_tiny_coco, save, why):
+    def change(data):
+        kept = [] if why == "no object" else [x for x in data["annotations"] if keeps(x)]
+        data["annotations"] = kept
+
+    def keeps(x):
+        return why == "no unseen class" or x["category_id"] != CAT
+
+    config, weights = save(make_tiny_coco(change))
+    opts = ["DATASETS.SEEN_CLASSES", "all"] if why == "no unseen class" else []
+    result = measure_pseudo_masks(
+        config, weights, opts=opts, methods=METHODS, overlap_bins=[0, 0.5, 1]
+    )
+    assert (result["num_objects"], result["mask_side"]) == (0, None)
+    empty = {"num_gt": 0, "mask_iou": None}
+    bins = [{"low": a, "high": b, **empty} for a, b in ((0.0, 0.0), (0.0, 0.5), (0.5, 1.0))]
+    assert result["methods"] == {m: {"mask_iou": None, "overlap_bins": bins} for m in METHODS}
+
+
+def test_nothing_is_printed(tiny_coco, save, capfd):
+    config, weights = save(tiny_coco)
+    capfd.readouterr()
+    measure_pseudo_masks(config, weights, methods=["none"])
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "4/4" in captured.err
+
+
+def test_model_without_a_teacher_is_refused(tiny_cfg, tiny_coco, tmp_path):
+    config, weights = save_model(tiny_cfg(dataset=tiny_coco), tmp_path / "model")
+    with pytest.raises(ValueError, match="'PartiallySupervisedROIHeads', which makes no pseudo"):
+        measure_pseudo_masks(config, weights)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"methods": ["interacts"]}, "methods is .*allowed: .*none, threshold, interact"),
+        ({"methods": []}, "methods is"),
+        ({"overlap_bins": [0]}, "overlap_bins is"),
+        ({"overlap_bins": [0.1, 1]}, "overlap_bins is .*increase from 0"),
+        ({"overlap_bins": [0, 0.5, 0.5, 1]}, "overlap_bins is"),
+        ({"overlap_bins": [0, 1.5]}, "overlap_bins is .*at most 1"),
+        ({"overlap_bins": [0, math.nan, 1]}, "overlap_bins is"),
+        ({"max_images": 0}, "max_images is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        measure_pseudo_masks("no such file", None, **arguments)
+
+
+def test_real_coco(tiny_cfg, coco_root, tmp_path, capsys):
+    opts = [*TEACHER_STUDENT, "DATASETS.TEST", ("coco_2017_val",)]
+    opts += ["DATASETS.SEEN_CLASSES", "voc", "INPUT.MIN_SIZE_TEST", 200]
+    opts += ["MODEL.PSEUDO_MASK.EXCLUDE_SEEN", False, "MODEL.PSEUDO_MASK.THRESHOLD", 0.0]
+    config, weights = save_model(tiny_cfg(80, opts), tmp_path / "model")
+    result = measure_pseudo_masks(config, weights, methods=METHODS, max_images=2)
+
+    coco = COCO(os.path.join(coco_root, "annotations", "instances_val2017.json"))
+    voc = coco.getCatIds(catNms=list(VOC_CLASSES))
+    ids = coco.getAnnIds(imgIds=sorted(coco.imgs)[:2], iscrowd=False)
+    objects = [x for x in coco.loadAnns(ids) if x["category_id"] not in voc]
+    assert result["num_objects"] == len(objects) > 2
+    assert result["mask_side"] == 20
+    # At threshold 0 the whole box is the mask, whose IoU is the share of the box that is object.
+    shares = [x["area"] / (x["bbox"][2] * x["bbox"][3]) for x in objects]
+    assert result["methods"]["threshold"]["mask_iou"] == pytest.approx(
+        sum(shares) / len(shares), abs=0.02
+    )
+    for values in result["methods"].values():
+        bins = values["overlap_bins"]
+        counts = Counter({i: x["num_gt"] for i, x in enumerate(bins)})
+        assert counts.total() == len(objects)
+        weighted = sum(x["num_gt"] * x["mask_iou"] for x in bins if x["num_gt"])
+        assert values["mask_iou"] == pytest.approx(weighted / len(objects))
+        assert 0 < values["mask_iou"] < 1
