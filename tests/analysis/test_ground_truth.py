@@ -286,6 +286,14 @@ def test_ids_that_cocoeval_cannot_use_are_renumbered(load, bad):
     assert "all annotations of the file are renumbered from 1: 1 (ids " in warning.message
 
 
+def test_messages_can_be_written_as_utf8(load):
+    warnings = []
+    load(change_at("annotations", 1, id="\ud800"), warnings)
+    assert "(ids '\\ud800')" in warnings[0].message
+    with pytest.raises(InputError, match=r"\(id '.ud800'\)"):
+        load(change_at("annotations", 1, id="\ud800", area="\ud800"))
+
+
 def test_missing_ids_are_renumbered(load):
     def change(data):
         for annotation in data["annotations"]:
@@ -435,7 +443,10 @@ ERRORS = {
     ),
     "ids equal as text": (
         lambda data: [x.update(id="a") for x in data["annotations"]] and None,
-        ["annotation 1 (id a): \"id\" is 'a'; allowed: another id than annotation 0 (id a) has"],
+        [
+            "annotation 1 (id 'a'): \"id\" is 'a'; allowed: another id than ",
+            "annotation 0 (id 'a') has",
+        ],
     ),
     "mask text": (
         change_at("annotations", 2, segmentation="x"),

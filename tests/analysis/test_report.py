@@ -529,9 +529,10 @@ def test_models_differ_in_more_than_colour():
 
 
 def test_interval_beside_its_value_has_no_negative_bar():
-    bars = chart_style.error_bars([1.0, 2.0, None], [[1.5, 2.0], None, [0.0, 1.0]])
-    assert bars["array"] == [1.0, 0.0, 0.0]
-    assert bars["arrayminus"] == [0.0, 0.0, 0.0]
+    intervals = [[1.5, 2.0], None, [0.0, 1.0], [1.0, 2.0]]
+    bars = chart_style.error_bars([1.0, 2.0, None, 3.0], intervals)
+    assert bars["array"] == [1.0, 0.0, 0.0, 0.0]
+    assert bars["arrayminus"] == [0.0, 0.0, 0.0, 2.0]
 
 
 def test_attribution_bars_have_three_kinds(analysis):

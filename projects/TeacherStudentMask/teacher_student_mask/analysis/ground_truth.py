@@ -18,6 +18,7 @@ from .input_checks import (
     list_some,
     paused_gc,
     refusal,
+    shorten,
     to_floats,
     to_id,
 )
@@ -25,7 +26,7 @@ from .rle import MAX_PIXELS, check_rles, compress_mask
 
 __all__ = ["load_ground_truth"]
 
-# And what messages call one row of each.
+# The lists of a file, and what messages call one row of each.
 _LISTS = {"images": "image", "annotations": "annotation", "categories": "category"}
 _LAYOUT = (
     'a COCO ground truth, which is a dict with the lists "images", "annotations", "categories"'
@@ -158,10 +159,13 @@ class _Annotations:
 
     def _where(self, index: int) -> str:
         where = f"annotation {index}"
-        return f"{where} (id {self._ids[index]})" if "id" in self._rows[index] else where
+        if self._ids[index] is not None:
+            where += f" (id {shorten(self._ids[index])})"
+        return where
 
     def _warn(self, what: str, indices: Sequence[int]) -> None:
-        self._file.warn(what, len(indices), "ids " + list_some([self._ids[i] for i in indices[:6]]))
+        places = list_some([shorten(self._ids[i]) for i in indices[:6]])
+        self._file.warn(what, len(indices), f"ids {places}")
 
     def _check_references(self) -> None:
         for field, known in (

@@ -24,6 +24,7 @@ __all__ = [
     "list_some",
     "paused_gc",
     "refusal",
+    "shorten",
     "to_floats",
     "to_id",
 ]
@@ -101,7 +102,7 @@ class InputFile:
         """Raise InputError unless every row is a dict."""
         for i, row in enumerate(rows):
             if type(row) is not dict:
-                raise self.error(f"is {_shorten(row)}; allowed: a dict", where(i))
+                raise self.error(f"is {shorten(row)}; allowed: a dict", where(i))
 
     def required(self, row: dict, field: str, where: str) -> object:
         """The value of a field; InputError where there is none."""
@@ -131,7 +132,12 @@ class InputFile:
 
 def refusal(field: str, value: object, allowed: str) -> str:
     """The sentence about a value that is not allowed; a long value is cut."""
-    return f'"{field}" is {_shorten(value)}; allowed: {allowed}'
+    return f'"{field}" is {shorten(value)}; allowed: {allowed}'
+
+
+def shorten(value: object) -> str:
+    """`value` as Python writes it, cut to a length that fits a sentence."""
+    return _short_repr.repr(value)
 
 
 def list_some(values: Sequence, num: int = 5) -> str:
@@ -187,10 +193,6 @@ def paused_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _shorten(value: object) -> str:
-    return _short_repr.repr(value)
 
 
 def _is_box(box: object) -> bool:
