@@ -135,6 +135,11 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
             parser.error(
                 "give --annotations, --seen and --results (or --gt-box-results), or --config-file."
             )
+    if args.images and not os.path.isdir(args.images):
+        # Now rather than after the measurements.
+        parser.error(f"--images {args.images}: no such folder.")
+    if args.num_pictures < 0:
+        parser.error(f"--num-pictures is {args.num_pictures}; it must be 0 or more.")
     for option in ("results", "gt_box_results"):
         names = [name for name, _ in getattr(args, option)]
         if len(set(names)) < len(names):

@@ -104,6 +104,8 @@ def test_bad_input_ends_with_one_sentence(files, capsys, change, words):
         ([], "--annotations, --seen and --results"),
         (["--results", "no-equals-sign"], "NAME=FILE"),
         (["--config-file", "x", "--results", "a=x", "a=y"], "stands twice"),
+        (["--config-file", "x", "--images", "no/such/folder"], "no/such/folder"),
+        (["--config-file", "x", "--num-pictures", "-1"], "0 or more"),
     ],
 )
 def test_wrong_command_lines_are_explained(files, capsys, options, message):

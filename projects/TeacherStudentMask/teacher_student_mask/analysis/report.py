@@ -43,7 +43,7 @@ def write_report(
         analysis: of one or more models; not changed.
         output_dir: made if it is not there. Files of an earlier report are replaced.
         image_root: folder of the images. None: the pictures show the masks on grey.
-        num_objects: how many objects to picture at most, >= 0. 200 take 4 to 8 MB.
+        num_objects: how many objects to picture at most, >= 0. 200 take about 5 MB.
 
     Returns:
         The path of ``report.html``.

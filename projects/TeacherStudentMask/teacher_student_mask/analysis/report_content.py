@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,7 @@ def make_content(
             "unseen-class objects": f"{dataset['num_unseen']:,}",
             "crowd regions, ignored": f"{dataset['num_crowd']:,}",
         },
-        "sentences": glance_sentences(summary),
+        "sentences": [_keep_intervals_together(x) for x in glance_sentences(summary)],
         "results": _results(summary),
         "differences": _differences(summary),
         "overlap": _overlap(summary, figures),
@@ -126,6 +127,11 @@ def make_content(
         "data_files": DATA_FILES,
         "figures": list(figures),
     }
+
+
+def _keep_intervals_together(sentence: str) -> str:
+    """Put no-break spaces into "[0.4, 4.1]"."""
+    return re.sub(r"\[(\S+), (\S+)\]", "[\\1,\u00a0\\2]", sentence)
 
 
 def _by_protocol(summary: Mapping) -> dict[str, list[ResultSet]]:
