@@ -121,7 +121,9 @@ def test_settings_out_of_range_are_explained(files, capsys, option, value):
     assert value in capsys.readouterr().err
 
 
-def test_help_shows_examples_that_parse(capsys):
+def test_help_shows_examples_that_parse(capsys, monkeypatch):
+    # The folder of the example's images.
+    monkeypatch.setattr(program.os.path, "isdir", lambda path: True)
     with pytest.raises(SystemExit):
         program.main(["--help"])
     text = capsys.readouterr().out
