@@ -13,6 +13,8 @@ import analyze as program
 from teacher_student_mask import VOC_CLASSES
 from teacher_student_mask.evaluation import PartiallySupervisedCOCOEvaluator
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def coco(coco_root):

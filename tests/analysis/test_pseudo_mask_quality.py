@@ -340,11 +340,11 @@ def test_model_without_a_teacher_is_refused(tiny_cfg, tiny_coco, tmp_path):
     [
         ({"methods": ["interacts"]}, "methods is .*allowed: .*none, threshold, interact"),
         ({"methods": []}, "methods is"),
-        ({"overlap_bins": [0]}, "overlap_bins is"),
-        ({"overlap_bins": [0.1, 1]}, "overlap_bins is .*increase from 0"),
-        ({"overlap_bins": [0, 0.5, 0.5, 1]}, "overlap_bins is"),
-        ({"overlap_bins": [0, 1.5]}, "overlap_bins is .*at most 1"),
-        ({"overlap_bins": [0, math.nan, 1]}, "overlap_bins is"),
+        ({"overlap_bins": [0]}, "edges .*must rise from 0 to 1"),
+        ({"overlap_bins": [0.1, 1]}, "edges .*must rise from 0 to 1"),
+        ({"overlap_bins": [0, 0.5, 0.5, 1]}, "edges .*must rise from 0 to 1"),
+        ({"overlap_bins": [0, 1.5]}, "edges .*must rise from 0 to 1"),
+        ({"overlap_bins": [0, math.nan, 1]}, "edges .*must rise from 0 to 1"),
         ({"max_images": 0}, "max_images is 0; it must be at least 1"),
     ],
 )

@@ -8,6 +8,8 @@ from report_example import HOSTILE, SEEN, example_analysis, write_photos
 
 from teacher_student_mask.analysis.report import write_report
 
+pytestmark = pytest.mark.slow
+
 # A name of JavaScript's own is no colour.
 MODELS = (f"a {HOSTILE}", "constructor")
 UNSEEN = (HOSTILE, "kite", "umbrella", "toaster")

@@ -23,6 +23,7 @@ from roi_heads_factory import (
 from teacher_student_mask import PartiallySupervisedROIHeads, TeacherStudentROIHeads
 from teacher_student_mask.modeling.mask_loss import select_label_channel
 from teacher_student_mask.modeling.pseudo_mask import PseudoMaskGenerator
+from teacher_student_mask.modeling.roi_pixels import InputPixels
 
 BATCHES = {
     "mixed": MIXED,
@@ -277,7 +278,7 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="TEST.MASK_HEAD is 'pupil'"):
         make_heads(test_mask_head="pupil")
     with pytest.raises(ValueError, match="INPUT.FORMAT is 'YUV-BT.601'"):
-        make_heads(image_format="YUV-BT.601")
+        InputPixels(image_format="YUV-BT.601")
 
 
 def test_crf_sees_the_rgb_pixels_of_each_roi():
@@ -289,9 +290,7 @@ def test_crf_sees_the_rgb_pixels_of_each_roi():
 
     heads = make_heads(
         pseudo_masks=PseudoMaskGenerator(method="crf", crf=crf),
-        pixel_mean=(10.0, 20.0, 30.0),
-        pixel_std=(2.0, 2.0, 2.0),
-        image_format="BGR",
+        pixels=InputPixels((10.0, 20.0, 30.0), (2.0, 2.0, 2.0), "BGR"),
     ).train()
     images = make_images(1)
     images.tensor[:] = torch.tensor([1.0, 2.0, 3.0])[:, None, None]  # B, G, R as the model sees it
@@ -317,7 +316,7 @@ class RecordingStorage(EventStorage):
 
 @pytest.mark.parametrize("iteration, is_vis_iteration", [(4, False), (5, True)])
 def test_pictures_of_unseen_rois_every_vis_period(iteration, is_vis_iteration):
-    heads = make_heads(vis_period=5, pixel_mean=(100.0,) * 3, pixel_std=(50.0,) * 3).train()
+    heads = make_heads(vis_period=5, pixels=InputPixels((100.0,) * 3, (50.0,) * 3)).train()
     with RecordingStorage(iteration) as storage:
         heads(make_images(2), make_features(2), plain_proposals(2), targets_of(MIXED))
     # At least the box of each of the two unseen objects is a foreground ROI.

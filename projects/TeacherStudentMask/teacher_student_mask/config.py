@@ -20,6 +20,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
 
     # Number of 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV = 1
+    # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
+    cfg.MODEL.ROI_MASK_HEAD.HOURGLASS = 52
     # Train the mask heads on the ground-truth boxes of the sampled objects, each once, instead of
     # on the sampled foreground proposals. The paper does not say; deep mask heads need it.
     cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES = False
@@ -36,7 +38,40 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # "" or any norm of detectron2.layers.get_norm. "GN" is safe when a GPU has no ROI; "SyncBN"
     # is not, "naiveSyncBN_N" is.
     cfg.MODEL.TEACHER_MASK_HEAD.NORM = ""
+    cfg.MODEL.TEACHER_MASK_HEAD.HOURGLASS = 52
     cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 1.0
+
+    # Widths of the 3x3 convolutions of "FeatureMapBoxHead", whose map OPMask's prior needs. The
+    # default is OPMask's own; [256, 256, 256, 256, 256] that of its later re-implementation.
+    cfg.MODEL.ROI_BOX_HEAD.CONV_WIDTHS = [512, 1024, 1024, 1024]
+
+    # What enriches the ROI features of the mask heads: "" = nothing, or a name of
+    # ROI_MASK_PRIOR_REGISTRY: "ClassActivationPrior" (OPMask).
+    cfg.MODEL.ROI_MASK_PRIOR = CN()
+    cfg.MODEL.ROI_MASK_PRIOR.NAME = ""
+    # At inference the prior sees the box head's map of the proposal, as OPMask has it; True pools
+    # that map once more at the detected box, where the mask features come from.
+    cfg.MODEL.ROI_MASK_PRIOR.REPOOL = False
+    # Keep mask losses from training the box head through the prior.
+    cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT = False
+
+    # Losses on the boxes of objects without a mask, for the teacher, or for the only mask head:
+    # "" = none, "boxinst" = BoxInst's projection and pairwise losses on the ROI grid.
+    cfg.MODEL.BOX_SUPERVISION = CN()
+    cfg.MODEL.BOX_SUPERVISION.NAME = ""
+    # Loss of the objects with a mask, of all mask heads, while box supervision is on: "dice"
+    # (BoxInst's), or "bce".
+    cfg.MODEL.BOX_SUPERVISION.MASK_LOSS = "dice"
+    cfg.MODEL.BOX_SUPERVISION.PROJECTION_WEIGHT = 1.0
+    cfg.MODEL.BOX_SUPERVISION.PAIRWISE_WEIGHT = 1.0
+    # Neighbours of at least this colour similarity, in [0, 1], should have the same label.
+    cfg.MODEL.BOX_SUPERVISION.COLOR_THRESHOLD = 0.3
+    # Distance of the neighbours in cells of the grid; ROIs with a side under 56 pixels have 1.
+    cfg.MODEL.BOX_SUPERVISION.DILATION = 2
+    # The pairwise loss grows linearly to its weight over these iterations.
+    cfg.MODEL.BOX_SUPERVISION.WARMUP_ITERS = 10000
+    # Rows at the bottom of the image, in pixels of the resized image, that take no part.
+    cfg.MODEL.BOX_SUPERVISION.BOTTOM_ROWS = 10
 
     # How the teacher's output becomes the student's target where an object has no mask.
     cfg.MODEL.PSEUDO_MASK = CN()

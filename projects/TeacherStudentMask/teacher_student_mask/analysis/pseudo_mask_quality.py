@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -11,17 +10,19 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
 from tqdm import tqdm
 
+from ..evaluation import OverlapBin
+from ..evaluation import overlap_bins as to_overlap_bins
 from ..modeling import (
     PSEUDO_MASK_METHODS,
     DenseCRF,
     PseudoMaskGenerator,
     TeacherStudentROIHeads,
 )
-from ..modeling.mask_loss import crop_gt_masks, select_label_channel
+from ..modeling.mask_loss import crop_gt_masks
+from ..modeling.roi_pixels import crop_pixels
 from .trained_model import find_test_dataset, load_config, load_model
 from .unseen_objects import UnseenObjectReader
 
@@ -59,7 +60,7 @@ def measure_pseudo_masks(
         weights: checkpoint; None = the config's ``MODEL.WEIGHTS``.
         methods: of :data:`PSEUDO_MASK_METHODS`. "crf" is left out, with a warning, where
             pydensecrf is not installed.
-        overlap_bins: edges of the bins over the overlap O, Eq. (1) of the paper, from 0 upwards.
+        overlap_bins: edges of the bins over the overlap O, Eq. (1), rising from 0 to 1.
         opts: KEY, VALUE, KEY, VALUE, ...; they win over the config file.
         max_images: only the first images of the dataset, by image id; None = all.
 
@@ -74,7 +75,8 @@ def measure_pseudo_masks(
             model has no teacher.
     """
     methods = tuple(dict.fromkeys(methods))
-    _check_arguments(methods, overlap_bins, max_images)
+    _check_arguments(methods, max_images)
+    bins = to_overlap_bins(overlap_bins)
     cfg = load_config(config_file, weights, opts)
     dataset = find_test_dataset(cfg)
     generators = _make_generators(cfg, methods)
@@ -101,7 +103,7 @@ def measure_pseudo_masks(
         truth = crop_gt_masks([objects.truth], mask_side, model.device)
         roi_images = None
         if any(x.needs_images for x in generators.values()):
-            roi_images = _crop_pixels(pixels, rois, mask_side)
+            roi_images = crop_pixels(pixels, [rois.proposal_boxes], mask_side)
         for method, generator in generators.items():
             masks = generator(teacher_probs, student_probs, [rois], roi_images)
             ious[method] += _soft_ious(masks, truth).tolist()
@@ -116,23 +118,16 @@ def measure_pseudo_masks(
         "num_objects": len(overlaps),
         "mask_side": mask_side,
         "methods": {
-            method: _summarize(np.array(overlaps), np.array(values), overlap_bins)
+            method: _summarize(np.array(overlaps), np.array(values), bins)
             for method, values in ious.items()
         },
     }
 
 
-def _check_arguments(methods: tuple, overlap_bins: Sequence[float], max_images: int | None) -> None:
+def _check_arguments(methods: tuple, max_images: int | None) -> None:
     if not methods or set(methods) - set(PSEUDO_MASK_METHODS):
         raise ValueError(
             f"methods is {methods!r}; allowed: one or more of {', '.join(PSEUDO_MASK_METHODS)}."
-        )
-    edges = list(overlap_bins)
-    is_increasing = all(a < b for a, b in itertools.pairwise(edges))
-    if len(edges) < 2 or edges[0] != 0 or edges[-1] > 1 or not is_increasing:
-        raise ValueError(
-            f"overlap_bins is {edges}; the edges must increase from 0 to at most 1, as in "
-            "[0, 0.3, 1]."
         )
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images is {max_images}; it must be at least 1, or None for all.")
@@ -177,24 +172,8 @@ def _predict(
     heads = model.roi_heads
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor)
-    roi_features = heads.mask_pooler(
-        [features[f] for f in heads.mask_in_features], [rois.proposal_boxes]
-    )
-    teacher_logits = heads.teacher_mask_head.layers(roi_features)[:, 0]
-    student_logits = select_label_channel(heads.mask_head.layers(roi_features), rois.gt_classes)
-    mean, std = images.tensor.new_tensor(heads.pixel_mean), images.tensor.new_tensor(
-        heads.pixel_std
-    )
-    pixels = images.tensor * std[:, None, None] + mean[:, None, None]
-    if heads.image_format == "BGR":
-        pixels = pixels.flip(1)
-    return teacher_logits.sigmoid(), student_logits.sigmoid(), pixels
-
-
-def _crop_pixels(pixels: torch.Tensor, rois: Instances, side: int) -> torch.Tensor:
-    # (1, 3, H, W) -> (R, 3, side, side), with what lies around the image as in training.
-    pooler = ROIPooler(side, scales=(1.0,), sampling_ratio=0, pooler_type="ROIAlignV2")
-    return pooler([pixels], [rois.proposal_boxes])
+    teacher_logits, student_logits, _ = heads.compute_mask_logits(features, [rois])
+    return teacher_logits.sigmoid(), student_logits.sigmoid(), heads.pixels.to_rgb(images.tensor)
 
 
 def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -204,14 +183,13 @@ def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return torch.minimum(masks, truth).sum(dim=1) / unions.clamp(min=1e-9)
 
 
-def _summarize(overlaps: np.ndarray, ious: np.ndarray, edges: Sequence[float]) -> dict:
-    bins = []
-    for low, high in [(0.0, 0.0), *itertools.pairwise(float(x) for x in edges)]:
-        selected = ious[(overlaps == 0) if high == 0 else (low < overlaps) & (overlaps <= high)]
-        bins.append(
-            {"low": low, "high": high, "num_gt": len(selected), "mask_iou": _mean(selected)}
-        )
-    return {"mask_iou": _mean(ious), "overlap_bins": bins}
+def _summarize(overlaps: np.ndarray, ious: np.ndarray, bins: list[OverlapBin]) -> dict:
+    rows = []
+    for x in bins:
+        selected = ious[x.contains(overlaps)]
+        row = {"low": x.low, "high": x.high, "num_gt": len(selected), "mask_iou": _mean(selected)}
+        rows.append(row)
+    return {"mask_iou": _mean(ious), "overlap_bins": rows}
 
 
 def _mean(values: np.ndarray) -> float | None:

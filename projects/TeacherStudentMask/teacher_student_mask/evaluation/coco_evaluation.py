@@ -71,7 +71,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             seen_classes: the classes whose masks training used: a specification for
                 `resolve_seen_classes` ("voc", "nonvoc", "all", names, a path), or contiguous ids.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
-            overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: leave it out.
+            overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
             use_fast_impl: whether to match with Detectron2's compiled implementation; its AP
                 differs from the official one by rounding only. None: where it is available.
         """

@@ -7,18 +7,25 @@ image.
 """
 
 from .dense_crf import DenseCRF
+from .feature_map_box_head import FeatureMapBoxHead
 from .gt_boxes import GTBoxInference
+from .hourglass_mask_head import HourglassMaskHead
 from .mask_head import MaskRCNNConvMultiUpsampleHead, build_teacher_mask_head
+from .priors import ROI_MASK_PRIOR_REGISTRY
 from .pseudo_mask import PSEUDO_MASK_METHODS, PseudoMaskGenerator, generate_pseudo_masks
-from .roi_heads import PartiallySupervisedROIHeads, TeacherStudentROIHeads
+from .roi_heads import PartiallySupervisedROIHeads
+from .teacher_student_roi_heads import TeacherStudentROIHeads
 
 __all__ = [
     "DenseCRF",
+    "FeatureMapBoxHead",
     "GTBoxInference",
+    "HourglassMaskHead",
     "MaskRCNNConvMultiUpsampleHead",
     "PSEUDO_MASK_METHODS",
     "PseudoMaskGenerator",
     "PartiallySupervisedROIHeads",
+    "ROI_MASK_PRIOR_REGISTRY",
     "TeacherStudentROIHeads",
     "build_teacher_mask_head",
     "generate_pseudo_masks",

@@ -7,7 +7,26 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch.nn import functional as F
 
-__all__ = ["crop_gt_masks", "log_mask_accuracy", "masked_bce_loss", "select_label_channel"]
+__all__ = [
+    "crop_gt_masks",
+    "has_mask_of",
+    "log_mask_accuracy",
+    "masked_bce_loss",
+    "select_label_channel",
+]
+
+
+def has_mask_of(rois: Instances) -> torch.Tensor:
+    """
+    Which ROIs have an object with a mask.
+
+    Args:
+        rois: of one image, with ``gt_has_mask``; an image without ROIs may lack it.
+
+    Returns:
+        bool, shape (R_i,).
+    """
+    return rois.gt_has_mask if len(rois) > 0 else rois.gt_classes.to(torch.bool)
 
 
 def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

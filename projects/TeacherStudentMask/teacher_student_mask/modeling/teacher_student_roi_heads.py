@@ -1,0 +1,196 @@
+"""A teacher and a student mask head: the method of the paper."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from .dense_crf import DenseCRF
+from .mask_head import build_teacher_mask_head
+from .mask_loss import crop_gt_masks, has_mask_of, log_mask_accuracy, select_label_channel
+from .pseudo_mask import PseudoMaskGenerator
+from .roi_heads import PartiallySupervisedROIHeads
+from .roi_pixels import PIXELS, crop_pixels
+from .visualization import log_pseudo_masks, put_mask_images
+
+__all__ = ["TeacherStudentROIHeads"]
+
+
+@ROI_HEADS_REGISTRY.register()
+class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
+    """
+    A class-agnostic teacher and a class-specific student on the same ROI features.
+
+    The teacher ``teacher_mask_head`` learns from the ROIs whose object has a mask, Eq. (5); the
+    student ``mask_head`` learns from all of them, Eq. (6), with the teacher's cleaned-up output as
+    target where there is no mask. Only the student runs at inference, and by its name a plain
+    Mask R-CNN's weights load into it. One deviation from the paper: before ``warmup_iters`` ROIs
+    without a mask give the student no loss, see ``MODEL.PSEUDO_MASK.WARMUP_ITERS``.
+
+    A mask prior enriches what both heads see; box supervision is the teacher's.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        teacher_mask_head: nn.Module,
+        pseudo_masks: PseudoMaskGenerator,
+        warmup_iters: int = 1000,
+        test_mask_head: str = "student",
+        vis_period: int = 0,
+        **kwargs,
+    ):
+        """
+        Args:
+            teacher_mask_head: class-agnostic mask head; its ``layers`` turn ROI features of shape
+                (R, D, H, W) into logits (R, 1, M_t, M_t).
+            pseudo_masks: makes the student's targets where there is no mask.
+            warmup_iters: first iteration at which ROIs without a mask train the student.
+            test_mask_head: "student", or "teacher" for analysis.
+            vis_period: iterations between pictures in the event storage; 0 = none.
+            **kwargs: of :class:`PartiallySupervisedROIHeads`.
+
+        Raises:
+            ValueError: an unknown test head.
+        """
+        super().__init__(**kwargs)
+        if test_mask_head not in ("student", "teacher"):
+            raise ValueError(
+                f"TEST.MASK_HEAD is {test_mask_head!r}; allowed: 'student', 'teacher'."
+            )
+        self.teacher_mask_head = teacher_mask_head
+        self.pseudo_masks = pseudo_masks
+        self.warmup_iters = warmup_iters
+        self.test_mask_head = test_mask_head
+        self.vis_period = vis_period
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        settings = cfg.MODEL.PSEUDO_MASK
+        ret.update(
+            pseudo_masks=PseudoMaskGenerator(
+                method=settings.METHOD,
+                threshold=settings.THRESHOLD,
+                clip_to_box=settings.CLIP_TO_BOX,
+                exclude_seen=settings.EXCLUDE_SEEN,
+                crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,
+            ),
+            warmup_iters=settings.WARMUP_ITERS,
+            test_mask_head=cfg.TEST.MASK_HEAD,
+            vis_period=cfg.VIS_PERIOD,
+        )
+        return ret
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super()._init_mask_head(cfg, input_shape)
+        if not ret:
+            raise ValueError("TeacherStudentROIHeads needs MODEL.MASK_ON True.")
+        ret["teacher_mask_head"] = build_teacher_mask_head(cfg, cls._roi_shape(cfg, input_shape))
+        return ret
+
+    def _needs_pixels(self) -> bool:
+        return super()._needs_pixels() or self.pseudo_masks.needs_images or self._is_vis_iteration()
+
+    def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
+        if not self.training:
+            head = self.mask_head if self.test_mask_head == "student" else self.teacher_mask_head
+            return self._predict_masks(head, features, instances)
+
+        rois = self._select_training_rois(instances)
+        has_mask = torch.cat([has_mask_of(x) for x in rois])
+        teacher_logits, student_logits, losses = self.compute_mask_logits(features, rois)
+
+        side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
+        gt_masks = crop_gt_masks(rois, side, has_mask.device)
+        # Rasterised again only for a teacher with a finer grid.
+        teacher_targets = (
+            gt_masks if teacher_side == side else crop_gt_masks(rois, teacher_side, has_mask.device)
+        )
+        loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
+
+        targets, is_supervised = gt_masks, has_mask
+        if get_event_storage().iter >= self.warmup_iters:
+            targets = self._fill_in_pseudo_masks(
+                gt_masks, has_mask, features, rois, teacher_logits, student_logits
+            )
+            is_supervised = torch.ones_like(has_mask)
+        loss_student = self.mask_loss(student_logits, targets, is_supervised)
+
+        log_mask_accuracy("teacher_mask/accuracy", teacher_logits, teacher_targets, has_mask)
+        log_mask_accuracy("student_mask/accuracy", student_logits, gt_masks, has_mask)
+        if self._is_vis_iteration():
+            self._put_images(features, rois, teacher_logits, student_logits, targets)
+        teacher_weight = self.teacher_mask_head.loss_weight
+        return {
+            **losses,
+            "loss_mask": loss_student * self.mask_head.loss_weight,
+            "loss_mask_teacher": loss_teacher * teacher_weight,
+            **self._box_losses(teacher_logits, features, rois, teacher_weight),
+        }
+
+    def compute_mask_logits(
+        self, features: dict[str, torch.Tensor], rois: list[Instances]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Run both heads on the same ROI features, Eq. (2) of the paper.
+
+        Args:
+            features: of the backbone.
+            rois: one per image, R rows in all, with ``proposal_boxes`` and ``gt_classes``.
+
+        Returns:
+            The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
+            (R, M, M), and the losses of the mask prior.
+        """
+        labels = torch.cat([x.gt_classes for x in rois])
+        mask_features, losses = self.compute_mask_features(features, rois)
+        teacher_logits = self.teacher_mask_head.layers(mask_features)[:, 0]
+        student_logits = select_label_channel(self.mask_head.layers(mask_features), labels)
+        return teacher_logits, student_logits, losses
+
+    @torch.no_grad()
+    def _fill_in_pseudo_masks(
+        self,
+        gt_masks: torch.Tensor,
+        has_mask: torch.Tensor,
+        features: dict[str, torch.Tensor],
+        rois: list[Instances],
+        teacher_logits: torch.Tensor,
+        student_logits: torch.Tensor,
+    ) -> torch.Tensor:
+        # The student's targets, shape (R, M, M): gt_masks, and pseudo masks in the other rows.
+        if has_mask.all():
+            return gt_masks
+        rois = [x[~has_mask_of(x)] for x in rois]
+        teacher_probs = teacher_logits[~has_mask].sigmoid()
+        student_probs = student_logits[~has_mask].sigmoid()
+        roi_images = None
+        if self.pseudo_masks.needs_images:
+            boxes = [x.proposal_boxes for x in rois]
+            roi_images = crop_pixels(features[PIXELS], boxes, gt_masks.shape[-1])
+        masks = self.pseudo_masks(teacher_probs, student_probs, rois, roi_images)
+        log_pseudo_masks(masks, teacher_probs, student_probs)
+        targets = gt_masks.clone()
+        targets[~has_mask] = masks.to(targets.dtype)
+        return targets
+
+    def _is_vis_iteration(self) -> bool:
+        return self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0
+
+    def _put_images(self, features, rois, teacher_logits, student_logits, targets) -> None:
+        unmasked = ~torch.cat([has_mask_of(x) for x in rois])
+        boxes = [x[~has_mask_of(x)].proposal_boxes for x in rois]
+        put_mask_images(
+            "ROIs without a mask: image | teacher | student | target",
+            crop_pixels(features[PIXELS], boxes, 4 * targets.shape[-1]),
+            [teacher_logits[unmasked].sigmoid(), student_logits[unmasked].sigmoid()]
+            + [targets[unmasked]],
+        )

@@ -1,0 +1,285 @@
+"""Deep-MAC's hourglass mask heads, against counts made from the description of the network."""
+
+import pytest
+import torch
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, build_mask_head
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torch.nn import functional as F
+
+from teacher_student_mask.modeling import build_teacher_mask_head
+from teacher_student_mask.modeling.hourglass_mask_head import (
+    Hourglass,
+    HourglassMaskHead,
+    ResidualBlock,
+)
+
+DEPTHS = (20, 52, 100)
+NORMS = ("", "BN", "GN")
+# Channels and blocks of the levels and of the smallest map, as the authors' code has them.
+CHANNELS = {20: [128, 128, 192], 52: [128, 128, 192, 192, 192, 256]}
+CHANNELS[100] = CHANNELS[52]
+BLOCKS = {20: [1, 2, 2], 52: [2, 2, 2, 2, 2, 4], 100: [4, 4, 4, 4, 4, 8]}
+
+
+def make_head(depth=20, norm="BN", *, channels=6, num_classes=1, width=4, seed=0):
+    # GN has 32 groups.
+    width = 32 if norm == "GN" else width
+    torch.manual_seed(seed)
+    shape = ShapeSpec(channels=channels, height=14, width=14)
+    return HourglassMaskHead(
+        shape, num_classes=num_classes, depth=depth, conv_norm=norm, width=width
+    )
+
+
+def expected_counts(depth, channels_in, num_classes):
+    """(3x3 convolutions, 1x1 shortcuts, parameters with BN or GN), level by level."""
+    channels, blocks = CHANNELS[depth], BLOCKS[depth]
+    num_3x3 = num_shortcuts = num_parameters = 0
+
+    def conv(before, after, kernel):
+        nonlocal num_3x3, num_shortcuts, num_parameters
+        num_3x3 += kernel == 3
+        num_shortcuts += kernel == 1
+        num_parameters += before * after * kernel**2 + 2 * after  # no bias; scale and shift
+
+    def block(before, after, has_stride=False):
+        conv(before, after, 3)
+        conv(after, after, 3)
+        if has_stride or before != after:
+            conv(before, after, 1)
+
+    conv(channels_in, 64, 3)
+    block(64, 128)
+    for outer, inner, n in zip(channels, channels[1:], blocks):
+        for _ in range(n):
+            block(outer, outer)  # beside the smaller map
+        block(outer, inner, has_stride=True)
+        for _ in range(n - 1):
+            block(inner, inner)
+        for _ in range(n - 1):
+            block(inner, inner)  # on the way up
+        block(inner, outer)
+    for _ in range(blocks[-1]):
+        block(channels[-1], channels[-1])
+    conv(128, 128, 3)
+    num_parameters += 128 * 64 * 2 * 2 + 2 * 64  # deconvolution
+    num_parameters += 64 * num_classes + num_classes
+    return num_3x3, num_shortcuts, num_parameters
+
+
+def longest_way(output):
+    """Most 3x3 convolutions on a way through the graph that autograd has recorded."""
+    longest = {}
+    stack = [(output.grad_fn, False)]
+    while stack:
+        node, is_expanded = stack.pop()
+        inputs = [x for x, _ in node.next_functions if x is not None]
+        if not is_expanded:
+            stack.append((node, True))
+            stack += [(x, False) for x in inputs if x not in longest]
+            continue
+        weights = [x.variable.shape for x in inputs if hasattr(x, "variable")]
+        is_3x3 = "Convolution" in node.name() and any(x[2:] == (3, 3) for x in weights)
+        longest[node] = is_3x3 + max((longest[x] for x in inputs), default=0)
+    return longest[output.grad_fn]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_depth_is_the_number_of_3x3_convolutions_on_the_longest_way(depth):
+    head = make_head(depth, width=1)
+    assert longest_way(head.layers(torch.randn(2, 6, 8, 8))) == depth
+
+
+@pytest.mark.parametrize(
+    "depth, num_levels, num_3x3, num_parameters",
+    # In millions: read once from the head itself, and as large as expected_counts says.
+    [(20, 2, 26, 5.7), (52, 5, 72, 23.6), (100, 5, 140, 47.4)],
+)
+def test_convolutions_and_parameters_are_those_of_the_description(
+    depth, num_levels, num_3x3, num_parameters
+):
+    with torch.device("meta"):
+        head = make_head(depth, channels=256, num_classes=80, width=64)
+    convs = [x for x in head.modules() if isinstance(x, Conv2d) and x is not head.predictor]
+    kernels = [x.kernel_size for x in convs]
+    counts = (kernels.count((3, 3)), kernels.count((1, 1)), sum(p.numel() for p in head.parameters()))
+    assert counts == expected_counts(depth, 256, 80)
+    assert counts[0] == num_3x3
+    assert counts[2] == pytest.approx(num_parameters * 1e6, rel=0.01)
+    levels = [x for x in head.modules() if isinstance(x, Hourglass)]
+    assert len(levels) == num_levels
+    # The smaller maps have the listed channels.
+    inner = [level.down[-1].conv2.out_channels for level in levels]
+    assert [128, *inner] == CHANNELS[depth]
+    assert all(level.up[-1].conv2.out_channels == c for level, c in zip(levels, CHANNELS[depth]))
+    assert all(p.is_floating_point() and p.requires_grad for p in head.parameters())
+
+
+def test_a_residual_block_is_two_convolutions_and_a_shortcut():
+    torch.manual_seed(0)
+    block = ResidualBlock(3, 4, "", stride=2)
+    x = torch.randn(2, 3, 5, 5)
+    weights = dict(block.named_parameters())
+    inside = F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"], stride=2, padding=1)
+    inside = F.conv2d(inside.relu(), weights["conv2.weight"], weights["conv2.bias"], padding=1)
+    around = F.conv2d(x, weights["shortcut.weight"], weights["shortcut.bias"], stride=2)
+    torch.testing.assert_close(block(x), (inside + around).relu())
+    assert block(x).shape == (2, 4, 3, 3)
+
+    same = ResidualBlock(3, 3, "BN").eval()
+    assert set(dict(same.named_children())) == {"conv1", "conv2", "shortcut"}
+    assert not list(same.shortcut.parameters())
+    for conv in (same.conv1, same.conv2):
+        nn.init.zeros_(conv.weight)
+    torch.testing.assert_close(same(x), x.relu())
+
+
+@pytest.mark.parametrize("size", [1, 7, 8])
+def test_a_level_puts_each_cell_of_the_small_map_back_where_it_came_from(size):
+    level = Hourglass([1, 1], [1, 1], "")
+    level.skip = nn.Identity()
+    level.inner = level.up = nn.Identity()
+
+    class EveryOther(nn.Module):
+        def forward(self, x):
+            return x[:, :, ::2, ::2]
+
+    level.down = EveryOther()
+    x = torch.arange(float(size * size)).reshape(1, 1, size, size)
+    source = [2 * (i // 2) for i in range(size)]
+    torch.testing.assert_close(level(x), x + x[:, :, source][:, :, :, source])
+
+
+@pytest.mark.parametrize("size", [7, 10, 14, 28, 32])
+@pytest.mark.parametrize("depth", [20, 52])
+def test_masks_are_twice_as_large_as_the_features(depth, size):
+    head = make_head(depth, num_classes=3)
+    assert head.layers(torch.randn(2, 6, size, size)).shape == (2, 3, 2 * size, 2 * size)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_gradients_reach_all_parameters(depth, norm):
+    head = make_head(depth, norm)
+    x = torch.randn(4, 6, 14, 14, requires_grad=True)
+    # A mask of one half: a constant one would say nothing about where.
+    target = torch.zeros(4, 1, 28, 28)
+    target[..., :14] = 1
+    F.binary_cross_entropy_with_logits(head.layers(x), target).backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [20, 52])
+def test_without_rois_every_parameter_gets_a_gradient_of_zero(depth, norm):
+    head = make_head(depth, norm, num_classes=3)
+    before = {name: value.clone() for name, value in head.named_buffers()}
+    x = torch.zeros(0, 6, 14, 14, requires_grad=True)
+    logits = head.layers(x)
+    assert logits.shape == (0, 3, 28, 28)
+    (logits.sum() * 0).backward()
+    assert x.grad.shape == x.shape
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    for name, value in head.named_buffers():
+        if "num_batches_tracked" not in name:
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_roi_on_a_map_of_one_cell_can_be_trained(norm):
+    # PyTorch's batch normalisation raises there: "Expected more than 1 value per channel".
+    head = make_head(52, norm)
+    head.layers(torch.randn(1, 6, 14, 14)).mean().backward()
+    for name, value in [*head.named_buffers(), *((n, p.grad) for n, p in head.named_parameters())]:
+        assert value.isfinite().all(), name
+    if norm == "BN":
+        smallest, largest = head.hourglass.inner.inner.inner.inner.inner, head.stem
+        assert not smallest[0].conv1.norm.running_mean.any()
+        assert largest[0].norm.running_mean.any()
+        # Two ROIs are normalised with their own statistics.
+        head.layers(torch.randn(2, 6, 14, 14))
+        assert smallest[0].conv1.norm.running_mean.any()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_without_a_norm_the_features_keep_their_size(depth):
+    head = make_head(depth, "", channels=32, width=16)
+    with torch.no_grad():
+        before = head.stem(torch.randn(2, 32, 8, 8).relu())
+        after = head.hourglass(before)
+    assert before.std() / 5 < after.std() < 5 * before.std()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_head_learns_to_tell_the_halves_of_its_features(norm):
+    head = make_head(20, norm, width=8)
+    # Without a norm the larger steps overshoot.
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01 if norm else 0.002)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(25):
+        is_left = torch.rand(8, generator=generator) < 0.5
+        target = torch.zeros(8, 1, 12, 12)
+        target[is_left, :, :, :6] = 1
+        target[~is_left, :, :, 6:] = 1
+        x = torch.randn(8, 6, 6, 6, generator=generator)
+        x[:, 0] += 3 * F.avg_pool2d(target, 2)[:, 0]
+        loss = F.binary_cross_entropy_with_logits(head.layers(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(0.693, abs=0.05)
+    assert losses[-1] < 0.5, losses
+
+
+def test_the_head_is_built_by_name_and_from_its_own_keys(tiny_cfg):
+    cfg = tiny_cfg(num_classes=3)
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "HourglassMaskHead"
+    cfg.MODEL.ROI_MASK_HEAD.HOURGLASS = 20
+    cfg.MODEL.ROI_MASK_HEAD.NORM = "GN"
+    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = False
+    assert ROI_MASK_HEAD_REGISTRY.get("HourglassMaskHead") is HourglassMaskHead
+    shape = ShapeSpec(channels=6, height=10, width=10)
+    head = build_mask_head(cfg, shape)
+    assert sum(isinstance(x, Hourglass) for x in head.modules()) == 2
+    assert head.predictor.out_channels == 3 and head.predictor.in_channels == 64
+    assert sum(isinstance(x, nn.GroupNorm) for x in head.modules()) > 20
+    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
+    assert build_mask_head(cfg, shape).predictor.out_channels == 1
+
+
+def test_the_head_can_teach(tiny_cfg):
+    cfg = tiny_cfg(num_classes=3)
+    cfg.MODEL.ROI_MASK_HEAD.HOURGLASS = 20
+    cfg.MODEL.TEACHER_MASK_HEAD.NAME = "HourglassMaskHead"
+    cfg.MODEL.TEACHER_MASK_HEAD.HOURGLASS = 52
+    cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 0.25
+    teacher = build_teacher_mask_head(cfg, ShapeSpec(channels=6, height=10, width=10))
+    assert sum(isinstance(x, Hourglass) for x in teacher.modules()) == 5
+    assert teacher.loss_weight == 0.25
+    assert teacher.layers(torch.randn(1, 6, 10, 10)).shape == (1, 1, 20, 20)
+
+
+def test_inference_takes_the_predicted_class():
+    head = make_head(num_classes=3).eval()
+    x = torch.randn(2, 6, 14, 14)
+    detections = Instances((64, 64))
+    detections.pred_boxes = Boxes(torch.tensor([[0.0, 0, 9, 9], [4.0, 4, 20, 20]]))
+    detections.pred_classes = torch.tensor([2, 0])
+    (detections,) = head(x, [detections])
+    logits = head.layers(x)
+    expected = torch.stack([logits[0, 2], logits[1, 0]])[:, None].sigmoid()
+    torch.testing.assert_close(detections.pred_masks, expected)
+
+
+@pytest.mark.parametrize("depth", [0, 50, "52"])
+def test_other_depths_are_refused(depth):
+    with pytest.raises(ValueError, match=rf"HOURGLASS .* is {depth!r}; allowed: 20, 52, 100"):
+        make_head(depth)

@@ -1,0 +1,345 @@
+"""Every method of configs/: one step, inference, gradients, and no leak, on the whole model."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tiny_model import TINY_MODEL
+
+from teacher_student_mask import (
+    GTBoxInference,
+    TeacherStudentDatasetMapper,
+    TeacherStudentROIHeads,
+    add_teacher_student_mask_config,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OPMASK = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]
+OPMASK += ["MODEL.ROI_BOX_HEAD.CONV_WIDTHS", [16, 24]]
+OPMASK += ["MODEL.ROI_MASK_PRIOR.NAME", "ClassActivationPrior"]
+BOXINST = ["MODEL.BOX_SUPERVISION.NAME", "boxinst", "MODEL.BOX_SUPERVISION.WARMUP_ITERS", 0]
+AGNOSTIC = ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]
+OURS = ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads"]
+HOURGLASS = ["MODEL.TEACHER_MASK_HEAD.NAME", "HourglassMaskHead"]
+HOURGLASS += ["MODEL.TEACHER_MASK_HEAD.HOURGLASS", 20]
+HOURGLASS += ["MODEL.TEACHER_MASK_HEAD.NORM", "naiveSyncBN_N"]
+ON_GT_BOXES = ["MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES", True]
+METHODS = {
+    "baseline": AGNOSTIC,
+    "ours": OURS,
+    "ours, threshold": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "threshold"],
+    "ours, soft": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "none"],
+    "ours, box_fit": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "box_fit"],
+    "opmask": [*AGNOSTIC, *OPMASK],
+    "opmask, batch norm": [*AGNOSTIC, *OPMASK, "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"],
+    "opmask, GT boxes": [*AGNOSTIC, *OPMASK, *ON_GT_BOXES],
+    "opmask + ours": [*OURS, *OPMASK],
+    "boxinst": [*AGNOSTIC, *BOXINST],
+    "boxinst, BCE": [*AGNOSTIC, *BOXINST, "MODEL.BOX_SUPERVISION.MASK_LOSS", "bce"],
+    "boxinst + ours": [*OURS, *BOXINST],
+    "opmask + boxinst + ours": [*OURS, *OPMASK, *BOXINST],
+    "hourglass teacher": [*OURS, *HOURGLASS, *ON_GT_BOXES],
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+# The others run with the slow tests.
+QUICK = ("opmask + ours", "boxinst + ours")
+quick_methods_first = pytest.mark.parametrize(
+    "method", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in METHODS]
+)
+
+
+def build(cfg):
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def batch_of(cfg, dataset, names=("mixed.png", "unseen.png")):
+    np.random.seed(0)
+    mapper = TeacherStudentDatasetMapper(cfg, is_train=True)
+    images = DatasetCatalog.get(dataset.name)
+    return [mapper(copy.deepcopy(x)) for x in images if x["file_name"].endswith(tuple(names))]
+
+
+def step(model, batch, iteration=0):
+    torch.manual_seed(1)
+    with EventStorage(iteration):
+        return model(batch)
+
+
+@every_method
+def test_one_step_gives_finite_losses_and_all_mask_parameters_a_gradient(
+    tiny_cfg, tiny_coco, method
+):
+    cfg = tiny_cfg(opts=METHODS[method], dataset=tiny_coco)
+    model = build(cfg).train()
+    losses = step(model, batch_of(cfg, tiny_coco))
+    assert all(x.isfinite() for x in losses.values())
+    names = {"loss_mask"}
+    if "ours" in method or "hourglass" in method:
+        names.add("loss_mask_teacher")
+    if "boxinst" in method:
+        names |= {"loss_mask_projection", "loss_mask_pairwise"}
+        assert losses["loss_mask_projection"] > 0
+    assert {x for x in losses if "mask" in x} == names
+    sum(losses.values()).backward()
+    for name, parameter in model.roi_heads.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@quick_methods_first
+@pytest.mark.parametrize("names", [("seen.png",), ("unseen.png",), ("empty.png",)])
+def test_batches_without_seen_unseen_or_any_objects(tiny_cfg, tiny_coco, method, names):
+    """In multi-GPU training each of these can be the whole batch of a rank."""
+    filter_off = ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False]
+    cfg = tiny_cfg(opts=[*METHODS[method], *filter_off], dataset=tiny_coco)
+    model = build(cfg).train()
+    losses = step(model, batch_of(cfg, tiny_coco, names))
+    assert all(x.isfinite() for x in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.roi_heads.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def change_unseen_masks(kind):
+    def change(data):
+        rng = np.random.default_rng(0)
+        for x in data["annotations"]:
+            if x["category_id"] != 17:
+                continue
+            left, top, width, height = x["bbox"]
+            if kind == "deleted":
+                del x["segmentation"]
+            elif kind == "rectangles":
+                right, bottom = left + width, top + height
+                x["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
+            else:
+                x["segmentation"] = [(rng.random(10) * 60).tolist()]
+
+    return change
+
+
+def train(cfg, dataset, num_steps=5):
+    model = build(cfg).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    record = []
+    for iteration in range(num_steps):
+        losses = step(model, batch_of(cfg, dataset), iteration)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        record += [x.detach().clone() for x in losses.values()]
+        record += [x.grad.clone() for x in model.parameters() if x.grad is not None]
+        optimizer.step()
+    return record + [x.detach().clone() for x in model.parameters()]
+
+
+@quick_methods_first
+def test_unseen_masks_change_no_loss_gradient_or_weight(
+    tiny_cfg, tiny_coco, make_tiny_coco, method
+):
+    """The promise of this project, bit for bit over five steps."""
+    expected = train(tiny_cfg(opts=METHODS[method], dataset=tiny_coco), tiny_coco)
+    for kind in ("deleted", "rectangles", "scrambled"):
+        dataset = make_tiny_coco(change_unseen_masks(kind))
+        actual = train(tiny_cfg(opts=METHODS[method], dataset=dataset), dataset)
+        assert len(actual) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected)), kind
+
+
+def test_seen_masks_do_change_the_weights(tiny_cfg, tiny_coco, make_tiny_coco):
+    """Else the test above would compare nothing."""
+
+    def change(data):
+        data["annotations"][0]["segmentation"] = [[2, 2, 22, 2, 22, 18]]
+
+    dataset = make_tiny_coco(change)
+    first = train(tiny_cfg(opts=OURS, dataset=tiny_coco), tiny_coco)
+    second = train(tiny_cfg(opts=OURS, dataset=dataset), dataset)
+    assert not all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@every_method
+def test_inference_on_detected_and_on_given_boxes(tiny_cfg, tiny_coco, method):
+    opts = [*METHODS[method], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.GT_BOXES", True]
+    cfg = tiny_cfg(opts=opts, dataset=tiny_coco)
+    model = build(cfg).eval()
+    loader = build_detection_test_loader(
+        cfg, tiny_coco.name, mapper=TeacherStudentDatasetMapper(cfg, is_train=False)
+    )
+    with torch.no_grad():
+        for inputs in loader:
+            (detected,), (given,) = model(inputs), GTBoxInference(model)(inputs)
+            for output, name in ((detected, "detected"), (given, "given")):
+                instances = output["instances"]
+                size = (inputs[0]["height"], inputs[0]["width"])
+                assert instances.pred_masks.shape == (len(instances), *size), name
+                # What the box head kept for the masks stays inside.
+                fields = {"pred_boxes", "pred_classes", "pred_masks", "scores"}
+                assert set(instances.get_fields()) == fields, name
+            assert len(given["instances"]) == len(inputs[0]["instances"])
+            assert len(detected["instances"]) > 0
+
+
+def test_only_the_student_runs_at_inference(tiny_cfg, tiny_coco):
+    for opts in (METHODS["opmask + ours"], METHODS["boxinst + ours"]):
+        cfg = tiny_cfg(opts=opts, dataset=tiny_coco)
+        model = build(cfg).eval()
+        assert isinstance(model.roi_heads, TeacherStudentROIHeads)
+        model.roi_heads.teacher_mask_head = None
+        with torch.no_grad():
+            model([{"image": torch.zeros(3, 64, 64), "height": 64, "width": 64}])
+
+
+def mask_loss_gradients(cfg, dataset):
+    model = build(cfg).train()
+    losses = step(model, batch_of(cfg, dataset))
+    sum(x for name, x in losses.items() if "mask" in name).backward()
+    return {
+        name: parameter.grad is not None and bool(parameter.grad.any())
+        for name, parameter in model.roi_heads.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("method", ["opmask", "opmask + ours"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_mask_losses_train_the_box_convolutions_but_never_the_classifier(
+    tiny_cfg, tiny_coco, method, stops
+):
+    opts = [*METHODS[method], "MODEL.ROI_MASK_PRIOR.STOP_GRADIENT", stops]
+    has_gradient = mask_loss_gradients(tiny_cfg(opts=opts, dataset=tiny_coco), tiny_coco)
+    for name, value in has_gradient.items():
+        if name.startswith("box_predictor"):
+            assert not value, name
+        elif name.startswith("box_head"):
+            assert value == (not stops), name
+
+
+def test_without_a_prior_mask_losses_do_not_touch_the_box_head(tiny_cfg, tiny_coco):
+    for method in ("baseline", "ours", "boxinst + ours"):
+        cfg = tiny_cfg(opts=METHODS[method], dataset=tiny_coco)
+        has_gradient = mask_loss_gradients(cfg, tiny_coco)
+        assert not any(x for name, x in has_gradient.items() if name.startswith("box_"))
+        assert has_gradient["mask_head.predictor.weight"]
+
+
+@pytest.mark.parametrize("method, trains", [("ours", False), ("boxinst + ours", True)])
+def test_unseen_objects_train_the_teacher_by_their_boxes_alone(tiny_cfg, tiny_coco, method, trains):
+    """Eq. (5) gives the teacher nothing; BoxInst's losses stay its own in "+ ours" (S10)."""
+    model = build(tiny_cfg(opts=METHODS[method], dataset=tiny_coco)).train()
+    batch = batch_of(tiny_cfg(opts=METHODS[method], dataset=tiny_coco), tiny_coco, ["unseen.png"])
+    losses = step(model, batch)
+    sum(x for name, x in losses.items() if "mask" in name).backward()
+    teacher = model.roi_heads.teacher_mask_head.predictor.weight.grad
+    student = model.roi_heads.mask_head.predictor.weight.grad
+    assert bool(teacher.any()) == trains
+    # Class 1 is the unseen one, and the only one of the image.
+    assert student[1].any() and not student[0].any() and not student[2].any()
+
+
+def test_prior_takes_the_rows_of_each_image(tiny_cfg, tiny_coco):
+    """A batch gives what its images give one by one (a known bug elsewhere)."""
+    opts = [*METHODS["opmask"], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    cfg = tiny_cfg(opts=opts, dataset=tiny_coco)
+    model = build(cfg).eval()
+    images = [x["image"] for x in batch_of(cfg, tiny_coco, ["mixed.png", "empty.png"])]
+    assert images[0].shape == images[1].shape
+    inputs = [{"image": x, "height": 64, "width": 64} for x in images]
+    with torch.no_grad():
+        together = model(inputs)
+        alone = [model([x])[0] for x in inputs]
+    for a, b in zip(together, alone):
+        a, b = a["instances"], b["instances"]
+        assert len(a) == len(b) > 0
+        assert torch.equal(a.pred_classes, b.pred_classes)
+        assert (a.pred_masks == b.pred_masks).float().mean() > 0.999
+
+
+def test_maps_are_pooled_again_at_the_detected_boxes_if_asked(tiny_cfg, tiny_coco):
+    masks = {}
+    for repool in (False, True):
+        opts = [*METHODS["opmask"], "MODEL.ROI_MASK_PRIOR.REPOOL", repool]
+        cfg = tiny_cfg(opts=[*opts, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0], dataset=tiny_coco)
+        model = build(cfg).eval()
+        with torch.no_grad():
+            # Boxes that move away from their proposals, and masks that depend on the maps.
+            model.roi_heads.box_predictor.bbox_pred.weight *= 1000
+            model.roi_heads.mask_head.predictor.weight *= 1000
+        (x,) = batch_of(cfg, tiny_coco, ["mixed.png"])
+        with torch.no_grad():
+            images = model.preprocess_image([x])
+            features = model.backbone(images.tensor)
+            proposals, _ = model.proposal_generator(images, features)
+            instances, _ = model.roi_heads(images, features, proposals)
+            # Given boxes have no maps of the box head: these are always pooled there.
+            given = Instances(images.image_sizes[0])
+            given.pred_boxes = Boxes(instances[0].pred_boxes.tensor.clone())
+            given.pred_classes = instances[0].pred_classes
+            (given,) = model.roi_heads.forward_with_given_boxes(features, [given])
+        masks[repool] = instances[0].pred_masks, given.pred_masks
+    assert not torch.allclose(*masks[False], atol=1e-3)
+    assert torch.allclose(*masks[True], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.ROI_MASK_PRIOR.NAME", "ClassActivationPrior"], "FeatureMapBoxHead"),
+        (["MODEL.BOX_SUPERVISION.NAME", "boxinstt"], "boxinstt"),
+        ([*BOXINST, "MODEL.BOX_SUPERVISION.MASK_LOSS", "focal"], "focal.*bce.*dice"),
+        (["MODEL.ROI_MASK_PRIOR.NAME", "NoSuchPrior"], "NoSuchPrior"),
+    ],
+)
+def test_wrong_settings_are_named_when_the_model_is_built(tiny_cfg, opts, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        build(tiny_cfg(opts=[*AGNOSTIC, *opts]))
+
+
+# R-101 differs from R-50 in the depth alone, and nonvoc2voc from voc2nonvoc in the classes; see
+# test_config.py.
+LEAVES = sorted((REPOSITORY / "configs/voc2nonvoc").glob("*R_50*.yaml"))
+
+
+def leaf_cfg(path, output_dir):
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.merge_from_list(
+        [*TINY_MODEL, "MODEL.WEIGHTS", "", "OUTPUT_DIR", str(output_dir)]
+        + ["MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+        + ["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
+        + ["MODEL.ROI_BOX_HEAD.CONV_WIDTHS", [16, 16], "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32]
+        + ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0, "MODEL.BOX_SUPERVISION.WARMUP_ITERS", 0]
+        + ["INPUT.MIN_SIZE_TRAIN", (128,), "INPUT.MIN_SIZE_TEST", 128]
+        + ["DATASETS.TRAIN", ("coco_2017_val",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    )
+    return cfg
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+def test_every_config_trains_and_predicts_on_real_images(coco_root, tmp_path, path):
+    if path.stem.endswith("crf"):
+        pytest.importorskip("pydensecrf", reason="needs the extra 'crf'")
+    cfg = leaf_cfg(path, tmp_path)
+    model = build(cfg).train()
+    mapper = TeacherStudentDatasetMapper(cfg, is_train=True)
+    images = [x for x in DatasetCatalog.get("coco_2017_val") if len(x["annotations"]) > 8][:2]
+    batch = [mapper(copy.deepcopy(x)) for x in images]
+    has_mask = torch.cat([x["instances"].gt_has_mask for x in batch])
+    assert has_mask.any() and (path.stem.startswith("oracle") or not has_mask.all())
+    losses = step(model, batch)
+    assert all(x.isfinite() for x in losses.values())
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    model.eval()
+    with torch.no_grad():
+        (output,) = model([{"image": batch[0]["image"], "height": 100, "width": 120}])
+    assert output["instances"].pred_masks.shape[1:] == (100, 120)
+    assert len(output["instances"]) > 0
