@@ -185,8 +185,8 @@ class BoxSupervision(nn.Module):
                 pixels have neighbours at distance 1, whatever the dilation.
             projection_weight, pairwise_weight: of the two losses.
             warmup_iters: the pairwise loss grows linearly from 0 at iteration 0 to its full weight
-                at this one; 0 = full weight from the start. Two cells agree at once if the mask is
-                empty, so at first the projection must have its say.
+                at this one; 0 = full weight from the start. An empty mask has no pairwise loss, so
+                the projection gets a head start.
             bottom_rows: see :func:`crop_lab`.
 
         Raises:
