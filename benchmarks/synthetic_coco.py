@@ -1,4 +1,4 @@
-"""COCO annotations and detections of any size, drawn by a random generator: nothing is downloaded."""
+"""COCO annotations and detections of any size, drawn at random: nothing is downloaded."""
 
 from __future__ import annotations
 

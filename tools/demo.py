@@ -20,10 +20,8 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,13 +34,20 @@ from detectron2_source import describe
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
 from teacher_student_mask.evaluation import comparison_table
+from training_jobs import REPOSITORY, Job, run_jobs
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "mask_rcnn": "configs/shapes/mask_rcnn_shapes.yaml",
     "teacher_student": "configs/shapes/teacher_student_shapes.yaml",
     "teacher_student_box_fit": "configs/shapes/teacher_student_shapes_box_fit.yaml",
     "oracle": "configs/shapes/oracle_shapes.yaml",
+}
+# In the report, where long names leave no room for the charts.
+LABELS = {
+    "mask_rcnn": "baseline",
+    "teacher_student": "interact",
+    "teacher_student_box_fit": "box_fit",
+    "oracle": "oracle",
 }
 DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
 SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
@@ -108,21 +113,6 @@ def make_dataset(root: Path, settings: dict) -> None:
     marker.write_text(json.dumps(settings))
 
 
-@dataclass
-class Job:
-    """One run of train_net.py; done when its folder holds results.json."""
-
-    name: str
-    folder: Path
-    arguments: list
-    num_iters: int = 0  # of a training, for the progress bar
-
-    def iters_done(self) -> int:
-        metrics = self.folder / "metrics.json"
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        return json.loads(lines[-1])["iteration"] + 1 if lines else 0
-
-
 def train(output: Path, names: list[str], options: list[str]) -> bool:
     """Train all models at the same time, a share of the cores each."""
     jobs = []
@@ -157,60 +147,6 @@ def heads_of(name: str) -> list[str]:
 
 def gt_boxes_folder(output: Path, name: str, head: str) -> Path:
     return output / name / f"gt_boxes_{head}"
-
-
-def run_jobs(title: str, jobs: list[Job]) -> bool:
-    """
-    Run the jobs that are not done, all at the same time; return whether all succeeded.
-
-    What fails is printed with the end of its output, which is in output.txt of its folder.
-    """
-    jobs = [job for job in jobs if not (job.folder / "results.json").is_file()]
-    if not jobs:
-        print(f"{title}: done already")
-        return True
-    # One thread too many makes each of these small models slower than one too few.
-    threads = max(1, (os.cpu_count() or 1) // len(jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    processes = []
-    for job in jobs:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with open(job.folder / "output.txt", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "train_net.py", *map(str, job.arguments)],
-                    cwd=REPOSITORY,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        wait_with_progress(title, jobs, processes)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait()
-    failed = [job for job, process in zip(jobs, processes) if process.returncode != 0]
-    for job in failed:
-        end = (job.folder / "output.txt").read_text().splitlines()[-15:]
-        print(f"\n{title} failed for {job.name}; the end of its output:", *end, sep="\n")
-    return not failed
-
-
-def wait_with_progress(title: str, jobs: list[Job], processes: list[subprocess.Popen]) -> None:
-    """Wait for all processes; show iterations of trainings, or else finished jobs."""
-    num_iters = sum(job.num_iters for job in jobs)
-    unit = "iteration" if num_iters else "job"
-    with tqdm(total=num_iters or len(jobs), desc=title, unit=unit, smoothing=0.1) as bar:
-        while any(process.poll() is None for process in processes):
-            time.sleep(1)
-            if num_iters:
-                done = sum(min(job.iters_done(), job.num_iters) for job in jobs)
-            else:
-                done = sum(process.poll() is not None for process in processes)
-            bar.update(done - bar.n)
 
 
 def load_results(folder: Path) -> dict:
@@ -268,7 +204,7 @@ def analyse(output: Path, names: list[str]) -> Path:
     # The models to look at come first: the report's pictures compare the first two.
     names = sorted(names, key=lambda name: name == "teacher_student")
     labels = {
-        (name, head): f"{name}: {head}" if len(heads_of(name)) > 1 else name
+        (name, head): f"{LABELS[name]} {head}" if len(heads_of(name)) > 1 else LABELS[name]
         for name in names
         for head in heads_of(name)
     }
@@ -276,7 +212,7 @@ def analyse(output: Path, names: list[str]) -> Path:
         output,
         {labels[name, "student"]: output / name for name in names},
         {label: gt_boxes_folder(output, *key) for key, label in labels.items()},
-        {label: output / name for (name, head), label in labels.items() if head == "teacher"},
+        {labels["teacher_student_box_fit", "teacher"]: output / "teacher_student_box_fit"},
     )
 
 

@@ -157,6 +157,17 @@ def test_masks_on_ground_truth_boxes(files):
     assert gt_boxes["false_positives"]["seen"] == 600
 
 
+def test_objects_are_those_on_the_boxes_that_all_models_share(files):
+    both = {name: files[name] for name in ("exact", "swollen")}
+    for gt_box_results, protocols in (
+        (both, ["gt_boxes", "gt_boxes"]),
+        ({"swollen": files["swollen"]}, ["detections", "detections"]),
+        ({}, ["detections", "detections"]),
+    ):
+        analysis = run(files, gt_box_results=gt_box_results)
+        assert [analysis.objects[name].protocol for name in both] == protocols
+
+
 def test_an_object_left_out_of_ground_truth_box_results_counts_as_0(files, tmp_path):
     entries = json.loads(open(files["exact"]).read())
     path = tmp_path / "fewer.json"

@@ -33,28 +33,31 @@ def test_a_demo_is_done_when_all_its_results_are_there(tmp_path):
     assert not demo.is_done(tmp_path, [*names, "oracle"])
 
 
-def test_iterations_and_foreground_share_come_from_the_metrics(tmp_path):
-    job = demo.Job("a", tmp_path, [], num_iters=40)
-    assert job.iters_done() == 0
+def test_the_foreground_share_comes_from_the_metrics(tmp_path):
     lines = [
         {"iteration": 19, "pseudo_mask/fg_ratio": 0.3},
         {"iteration": 39, "pseudo_mask/fg_ratio": 0.25},
         {"iteration": 39, "segm/AP": 1.0},
     ]
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
-    assert job.iters_done() == 40
     assert demo.fg_ratio(tmp_path) == "25 %"
 
 
-def test_a_failing_job_is_reported_with_the_end_of_its_output(tmp_path, capsys):
-    done = demo.Job("done", tmp_path / "done", ["--no-such-flag"])
-    done.folder.mkdir()
-    (done.folder / "results.json").write_text("{}")
-    assert demo.run_jobs("Training", [done])
-    broken = demo.Job("broken", tmp_path / "broken", ["--no-such-flag"])
-    assert not demo.run_jobs("Training", [done, broken])
-    output = capsys.readouterr().out
-    assert "Training failed for broken" in output and "unrecognized arguments" in output
+def test_what_the_demo_trains_are_jobs_of_its_configs(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "run_jobs", lambda title, jobs: calls.append((title, jobs)) or True)
+    assert demo.train(tmp_path, ["mask_rcnn", "teacher_student"], ["SOLVER.MAX_ITER", "24"])
+    assert demo.evaluate_on_gt_boxes(tmp_path, ["mask_rcnn", "teacher_student"])
+    (_, trainings), (_, evaluations) = calls
+    assert [job.name for job in trainings] == ["mask_rcnn", "teacher_student"]
+    assert all(job.num_iters == 24 and job.arguments[0] == "--resume" for job in trainings)
+    folders = [job.folder.relative_to(tmp_path) for job in evaluations]
+    assert [str(x) for x in folders] == [
+        "mask_rcnn/gt_boxes_student",
+        "teacher_student/gt_boxes_student",
+        "teacher_student/gt_boxes_teacher",
+    ]
+    assert all(job.num_iters == 0 for job in evaluations)
 
 
 def test_a_grid_has_a_column_per_title_and_a_row_per_image(tmp_path):

@@ -30,8 +30,8 @@ class Analysis:
     Args:
         summary: all measurements, as analysis.json holds them (docs/ANALYSIS.md).
         coco: the ground truth.
-        objects: what each model did on each object; on detected boxes where there are results
-            for them, else on ground-truth boxes.
+        objects: what each model did on each object; on ground-truth boxes if all models have
+            results for these, which leave out no object, else on detected boxes where it can be.
     """
 
     summary: dict
@@ -82,13 +82,18 @@ def analyze(
     models: dict[str, dict] = {}
     objects: dict[str, ObjectTable] = {}
     statistics: dict[str, dict[str, Statistics]] = {"detections": {}, "gt_boxes": {}}
+    protocols = ["gt_boxes", "detections"]
+    if set(names) == set(gt_box_results):
+        protocols.reverse()
     for name in names:
         models[name] = {"results": results.get(name), "gt_box_results": gt_box_results.get(name)}
-        for protocol, files in (("gt_boxes", gt_box_results), ("detections", results)):
+        for protocol in protocols:
+            files = gt_box_results if protocol == "gt_boxes" else results
             if name not in files:
                 continue
             detections = load_results(files[name], coco, warnings)
             found, table = run.measure(detections, protocol, name)
+            # The last protocol wins.
             statistics[protocol][name], objects[name] = found, table
             if protocol == "detections":
                 models[name]["num_detections"] = len(detections)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec, get_norm
+from detectron2.layers import (
+    Conv2d,
+    ConvTranspose2d,
+    NaiveSyncBatchNorm,
+    ShapeSpec,
+    get_norm,
+)
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, BaseMaskRCNNHead
+from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["HourglassMaskHead"]
+__all__ = ["Hourglass", "HourglassMaskHead", "ResidualBlock"]
 
 # {depth: (channels in multiples of the width, residual blocks)}, for each level and, last, for the
 # smallest map.
@@ -74,7 +82,7 @@ class HourglassMaskHead(BaseMaskRCNNHead):
                 f"{', '.join(map(str, _HOURGLASSES))}."
             )
         super().__init__(**kwargs)
-        norm = _RoiBatchNorm2d if conv_norm == "BN" else conv_norm
+        norm = _ROI_NORMS.get(conv_norm, conv_norm)
         multiples, num_blocks = _HOURGLASSES[depth]
         channels = [width * multiple for multiple in multiples]
         self.stem = nn.Sequential(
@@ -154,7 +162,7 @@ class Hourglass(nn.Module):
         """Args: x: shape (R, c_k, S, S). Returns the same shape."""
         skip = self.skip(x)
         up = self.up(self.inner(self.down(x)))
-        # Cell i of the large map gets cell i // 2, which the stride of 2 centred on cell 2 (i // 2);
+        # Cell i of the large map gets cell i // 2, which the stride of 2 put on cell 2 (i // 2);
         # so it is for odd sizes, too.
         return skip + F.interpolate(up, size=skip.shape[-2:], mode="nearest")
 
@@ -186,16 +194,35 @@ class ResidualBlock(nn.Module):
         return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))
 
 
-class _RoiBatchNorm2d(nn.BatchNorm2d):
-    # One ROI on a map of one cell has no variance: PyTorch raises. Here the running statistics
+class _OneValueIsEnough:
+    # One ROI on a map of one cell has no variance, and PyTorch raises. Here the running statistics
     # are taken for it.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        has_one_value = x.shape[0] * x.shape[2] * x.shape[3] == 1
+        if has_one_value and not self._has_values_elsewhere():
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(x)
+
+    def _has_values_elsewhere(self) -> bool:
+        return isinstance(self, NaiveSyncBatchNorm) and comm.get_world_size() > 1
+
+
+class _RoiBatchNorm2d(_OneValueIsEnough, nn.BatchNorm2d):
+    pass
+
+
+class _RoiSyncBatchNorm2d(_OneValueIsEnough, NaiveSyncBatchNorm):
+    pass
+
+
+_ROI_NORMS = {
+    "BN": _RoiBatchNorm2d,
+    "naiveSyncBN": _RoiSyncBatchNorm2d,
+    "naiveSyncBN_N": functools.partial(_RoiSyncBatchNorm2d, stats_mode="N"),
+}
 
 
 def _make_blocks(
