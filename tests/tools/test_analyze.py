@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from saved_model import save_model
 
 import analyze as program
 
@@ -132,3 +133,35 @@ def test_help_shows_examples_that_parse(capsys, monkeypatch):
     command = examples.split("\n\n")[0].replace("\\\n", " ").split(":", 1)[1].split()[1:]
     _, args = program.parse_args(command)
     assert [name for name, _ in args.results] == ["baseline", "ours"]
+
+
+def give_all_objects_a_mask(data):
+    for x in data["annotations"]:
+        left, top, width, height = x["bbox"]
+        if not x.get("segmentation"):
+            x["segmentation"] = [[left, top, left + width, top, left, top + height]]
+
+
+def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
+    """Student and teacher become two models, compared on detected and on the same given boxes."""
+    dataset = make_tiny_coco(give_all_objects_a_mask)
+    opts = ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads"]
+    config, weights = save_model(tiny_cfg(opts=opts, dataset=dataset), tmp_path / "model")
+    options = ["--config-file", config, "--weights", weights, "--resamples", 5]
+    options += [
+        "--output-dir",
+        tmp_path / "out",
+        "--opts",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        0.0,
+    ]
+    assert program.main([str(x) for x in options]) == 0
+    assert "Ground-truth boxes:" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert list(summary["models"]) == ["student", "teacher"]
+    assert summary["dataset"]["seen_classes"] == ["ant", "ship"]
+    for model in summary["models"].values():
+        assert model["num_detections"] > 0
+        assert model["gt_boxes"]["num_masks"] == summary["dataset"]["num_unseen"] == 3
+    assert "box_fit" in summary["models"]["teacher"]["pseudo_masks"]["methods"]
+    assert {x["protocol"] for x in summary["differences"]} == {"detections", "gt_boxes"}
