@@ -15,7 +15,7 @@ import train_net
 from teacher_student_mask import VOC_CLASSES, register_partial_coco
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap"}
+SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap", "segm_unseen_overlap_bins"}
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_train_resume_and_evaluate(run):
     assert results["segm_unseen"]["num_gt"] == 3
     (last,) = [m for m in metrics(output) if "segm_unseen/AP" in m]
     assert {"segm_seen/AP50", "segm_unseen_overlap/AP75"} <= set(last)
+    assert {"segm_unseen_overlap_bins/AP_0", "segm_unseen_overlap_bins/AP_0.9_1"} <= set(last)
 
     weights = torch.load(output / "model_final.pth", weights_only=False)["model"]
     assert any("roi_heads.teacher_mask_head" in key for key in weights)
