@@ -125,7 +125,7 @@ def run_jobs(
             while is_running:
                 is_running = runner.step()
                 bar.set_postfix_str(f"{runner.num_done} of {len(to_run)} done", refresh=False)
-                bar.update(_amount_done(to_run) - bar.n)
+                _show(bar, _amount_done(to_run))
                 if is_running:
                     time.sleep(POLL_SECONDS)
     finally:
@@ -222,6 +222,15 @@ def _progress_bar(title: str, jobs: list[Job]) -> tqdm:
         unit="iteration" if num_iters else "job",
         smoothing=0.1,
     )
+
+
+def _show(bar: tqdm, amount_done: int) -> None:
+    # An update by nothing would start the clock of the rate anew: then the 20 iterations that a
+    # training reports at a time would seem to be those of the last second.
+    if amount_done != bar.n:
+        bar.update(amount_done - bar.n)
+    else:
+        bar.refresh()
 
 
 def _amount_done(jobs: list[Job]) -> int:
