@@ -202,7 +202,12 @@ def test_an_interrupted_sweep_goes_on_with_resume(run, out, capsys, monkeypatch,
 
     monkeypatch.setattr(training_jobs.tqdm, "refresh", interrupt)
     monkeypatch.setenv("HANG", "seed_2")
-    assert run("--seeds", 1, 2) == 130
+    # A shell lets what it starts in the background ignore SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("--seeds", 1, 2) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert "the same command goes on" in capsys.readouterr().err
     assert [row["seed"] for row in rows_of(out)] == [1]
     assert not (folder / "results.json").exists()
