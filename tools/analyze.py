@@ -110,6 +110,11 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         "or the path of a list (default: that of the config)",
     )
     inputs.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="the model that the others are compared with (default: each pair is compared)",
+    )
+    inputs.add_argument(
         "--images", metavar="DIR", help="folder of the images, for the report's pictures"
     )
     model = parser.add_argument_group("a trained model")
@@ -240,6 +245,7 @@ def run(args: argparse.Namespace) -> Analysis:
         gt_box_results=gt_box_results,
         settings=settings,
         pseudo_masks=pseudo_masks,
+        baseline=args.baseline,
         command="python " + shlex.join(sys.argv),
     )
 

@@ -34,7 +34,7 @@ from detectron2_source import describe
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
 from teacher_student_mask.evaluation import comparison_table
-from training_jobs import REPOSITORY, Job, run_jobs
+from training_jobs import REPOSITORY, Job, gt_boxes_folder, gt_boxes_job, run_jobs
 
 CONFIGS = {
     "mask_rcnn": "configs/shapes/mask_rcnn_shapes.yaml",
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def is_done(output: Path, names: list[str]) -> bool:
     """Whether an earlier call went to its end with all these models."""
-    folders = [gt_boxes_folder(output, name, head) for name in names for head in heads_of(name)]
+    folders = [gt_boxes_folder(output / name, head) for name in names for head in heads_of(name)]
     return (output / "results.md").is_file() and all(
         (folder / "results.json").is_file() for folder in folders
     )
@@ -129,24 +129,12 @@ def train(output: Path, names: list[str], options: list[str]) -> bool:
 
 def evaluate_on_gt_boxes(output: Path, names: list[str]) -> bool:
     """Evaluate the masks on ground-truth boxes, of students and teachers."""
-    jobs = []
-    for name in names:
-        model = (output / name).resolve()
-        for head in heads_of(name):
-            folder = gt_boxes_folder(output, name, head).resolve()
-            arguments = ["--eval-only", "--config-file", model / "config.yaml"]
-            arguments += ["MODEL.WEIGHTS", model / "model_final.pth", "OUTPUT_DIR", folder]
-            arguments += ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", head]
-            jobs.append(Job(f"{name} ({head})", folder, arguments))
+    jobs = [gt_boxes_job(name, output / name, head) for name in names for head in heads_of(name)]
     return run_jobs("Evaluating masks on ground-truth boxes", jobs)
 
 
 def heads_of(name: str) -> list[str]:
     return ["student", "teacher"] if name.startswith("teacher_student") else ["student"]
-
-
-def gt_boxes_folder(output: Path, name: str, head: str) -> Path:
-    return output / name / f"gt_boxes_{head}"
 
 
 def load_results(folder: Path) -> dict:
@@ -158,7 +146,7 @@ def write_results(output: Path, names: list[str], short: bool, seconds: float) -
     on_detections = {name: load_results(output / name) for name in names}
     on_gt_boxes = {
         f"{name}: {head}" if len(heads_of(name)) > 1 else name: load_results(
-            gt_boxes_folder(output, name, head)
+            gt_boxes_folder(output / name, head)
         )
         for name in names
         for head in heads_of(name)
@@ -211,7 +199,7 @@ def analyse(output: Path, names: list[str]) -> Path:
     return write_analysis(
         output,
         {labels[name, "student"]: output / name for name in names},
-        {label: gt_boxes_folder(output, *key) for key, label in labels.items()},
+        {label: gt_boxes_folder(output / key[0], key[1]) for key, label in labels.items()},
         {labels["teacher_student_box_fit", "teacher"]: output / "teacher_student_box_fit"},
     )
 

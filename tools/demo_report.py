@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from teacher_student_mask import register_partial_coco
 from teacher_student_mask.analysis import analyze, write_report
 from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES
+from training_jobs import result_file
 
 __all__ = ["write_analysis"]
 
@@ -31,7 +31,7 @@ def write_analysis(
     root = output / "datasets" / "shapes"
     annotations, image_root = str(root / "annotations" / "instances_val.json"), str(root / "val")
     results, gt_box_results = (
-        {name: _result_file(folder) for name, folder in folders.items()}
+        {name: result_file(folder) for name, folder in folders.items()}
         for folders in (on_detections, on_gt_boxes)
     )
     # "shapes_val" is looked for under DETECTRON2_DATASETS as it was when this process began.
@@ -52,12 +52,3 @@ def write_analysis(
         pseudo_masks=quality,
     )
     return write_report(analysis, output / "report", image_root=image_root, num_objects=60)
-
-
-def _result_file(folder: Path) -> str:
-    path = folder / "inference" / "coco_instances_results.json"
-    if not path.is_file():
-        # Detectron2 writes none for a model that finds nothing.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([]))
-    return str(path)

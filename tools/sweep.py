@@ -19,11 +19,12 @@ from sweep_records import (
     append_row,
     check_settings,
     finished_row,
-    has_always_unseen,
+    has_all_evaluations,
     read_rows,
     record_seconds,
     record_start,
 )
+from sweep_reports import check_reports, write_reports
 from sweep_runs import Run, plan_runs
 from sweep_summary import draw_summary, write_summary
 from training_jobs import TRAIN_PROGRAM, Job, run_jobs, threads_per_job
@@ -38,8 +39,11 @@ at once. DIR then holds
   summary.md               mean and standard deviation over the seeds
   summary.png              AP of unseen classes over the number of seen classes (Fig. 8 of the
                            paper); without --seen-sets, bars of all configs
+  reports/SET/seed_N/      with --report: report.html, analysis.json, tables
 With several sets the unseen classes are others at each of them. So each model is also evaluated on
 the classes that are unseen in all sets, which can be compared.
+With --report students and teachers are also evaluated on ground-truth boxes, which leaves out what
+the detector does, and tools/analyze.py's report compares the first config with each other one.
 
 Runs that are finished are not repeated, and one that was interrupted goes on from its last
 checkpoint: give the same command again. More configs, seeds or sets with the same DIR add to it.
@@ -50,6 +54,10 @@ examples:
   two methods, three seeds, on the small dataset of the demo (tools/make_shapes.py writes it):
     %(prog)s --output-dir output/shapes --seeds 1 2 3 --jobs 2 --num-gpus 0 --configs \\
         configs/shapes/mask_rcnn_shapes.yaml configs/shapes/teacher_student_shapes_box_fit.yaml
+
+  all methods on that dataset, with the analysis:
+    %(prog)s --report --output-dir output/shapes --seeds 1 2 --jobs 2 --num-gpus 0 \\
+        --configs configs/shapes/*_shapes*.yaml
 
   Fig. 8 of the paper, a GPU for each of four runs at a time:
     %(prog)s --output-dir output/fig8 --seen-sets configs/seen_sets/*.json --jobs 4 --configs \\
@@ -86,6 +94,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         help="lists of seen classes, json or text, in the place of the configs' "
         "DATASETS.SEEN_CLASSES",
     )
+    add("--report", action="store_true", help="evaluate on ground-truth boxes, too, and analyse")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
     add(
         "--num-gpus",
@@ -198,7 +207,7 @@ def run_sweep(args: argparse.Namespace, runs: list[Run]) -> bool:
         if run in to_run:
             hardware = {"threads": int(slots[0]["OMP_NUM_THREADS"]), "runs_at_once": len(slots)}
             record_start(run, {**hardware, "gpus_per_run": args.num_gpus})
-        elif run.name not in rows or not has_always_unseen(rows[run.name], run):
+        elif run.name not in rows or not has_all_evaluations(rows[run.name], run):
             add_row(run)
     all_done = run_jobs("Sweep", list(runs_by_job), slots, args.train_program, on_end)
     if rows:
@@ -206,6 +215,9 @@ def run_sweep(args: argparse.Namespace, runs: list[Run]) -> bool:
         print("\n" + write_summary(args.output_dir / "summary.md", list(rows.values()), missing))
         draw_summary(args.output_dir / "summary.png", list(rows.values()))
         print(f"Results: {results_file}, and summary.md and summary.png beside it")
+    if args.report:
+        for page in write_reports(args.output_dir, runs):
+            print(f"Report, to be opened in a browser: {page}")
     return all_done
 
 
@@ -219,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         runs = plan_runs(args)
         with locked(args.output_dir):
             check_settings(runs)
+            if args.report:
+                check_reports(runs)
             return 0 if run_sweep(args, runs) else 1
     except UsageError as error:
         parser.error(str(error))

@@ -24,7 +24,7 @@ __all__ = [
     "append_row",
     "check_settings",
     "finished_row",
-    "has_always_unseen",
+    "has_all_evaluations",
     "read_rows",
     "record_seconds",
     "record_start",
@@ -104,11 +104,14 @@ def finished_row(run: Run) -> dict:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "results": _results_of(run.training.folder),
         "always_unseen": always_unseen,
+        "gt_boxes": {head: _results_of(job.folder) for head, job in run.gt_boxes.items()} or None,
     }
 
 
-def has_always_unseen(row: dict, run: Run) -> bool:
-    """Whether a line of results.jsonl has the evaluation that the run asks for."""
+def has_all_evaluations(row: dict, run: Run) -> bool:
+    """Whether a line of results.jsonl has the evaluations that the run asks for."""
+    if not set(run.gt_boxes) <= set(row.get("gt_boxes") or {}):
+        return False
     if run.always_unseen is None:
         return True
     found = row["always_unseen"]

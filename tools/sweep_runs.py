@@ -23,7 +23,7 @@ from sweep_configs import (
     seen_classes_value,
     seen_ids,
 )
-from training_jobs import REPOSITORY, Job
+from training_jobs import Job, evaluation_job, gt_boxes_job, path_for_child
 
 __all__ = ["AlwaysUnseen", "Run", "plan_runs"]
 
@@ -55,23 +55,31 @@ class Run:
     Args:
         name: also its folder below OUTPUT/runs.
         facts: what its line of results.jsonl says of what was run.
-        settings: {key: value} of its config, in plain Python types.
+        cfg: its config.
         training: the job.
         always_unseen: None if there are not several sets.
         evaluation: of the model on these classes; None if the training's own does it.
+        gt_boxes: {head: evaluation of its masks on the ground-truth boxes}; empty without a report.
     """
 
     name: str
     facts: dict
-    settings: dict
+    cfg: CfgNode
     training: Job
     always_unseen: AlwaysUnseen | None = None
     evaluation: Job | None = None
+    gt_boxes: dict[str, Job] = dataclasses.field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict:
+        """{key: value} of its config, in plain Python types."""
+        return flatten(self.cfg)
 
     @property
     def jobs(self) -> list[Job]:
         """In the order in which they run."""
-        return [self.training] + ([self.evaluation] if self.evaluation else [])
+        evaluations = [self.evaluation] if self.evaluation else []
+        return [self.training, *evaluations, *self.gt_boxes.values()]
 
     def is_done(self) -> bool:
         """Whether all its results are there."""
@@ -144,22 +152,27 @@ def _make_run(
     cfg = cfg.clone()
     cfg.merge_from_list(changes)
 
-    arguments = ["--resume", "--config-file", _for_child(config), *args.opts, *changes]
-    arguments += ["SEED", seed, "OUTPUT_DIR", _for_child(folder)]
+    arguments = ["--resume", "--config-file", path_for_child(config), *args.opts, *changes]
+    arguments += ["SEED", seed, "OUTPUT_DIR", path_for_child(folder)]
     if args.num_gpus > 1:
         arguments = ["--num-gpus", args.num_gpus, "--dist-url", "auto", *arguments]
-    program = ["python", _for_child(args.train_program)]
+    program = ["python", path_for_child(args.train_program)]
     facts = {
         "run": name,
-        "config": _for_child(config),
+        "config": path_for_child(config),
         "seed": seed,
-        "seen_set": seen_set and _for_child(seen_set),
+        "seen_set": seen_set and path_for_child(seen_set),
         "num_seen_classes": count_seen_classes(cfg),
         "opts": args.opts,
         "command": shlex.join([*program, *map(str, arguments)]),
     }
     training = Job(name, folder, arguments, _num_iters(config, cfg, args.num_gpus))
-    return Run(name, facts, flatten(cfg), training)
+    gt_boxes = {}
+    if args.report:
+        has_teacher = cfg.MODEL.ROI_HEADS.NAME == "TeacherStudentROIHeads"
+        heads = ["student", "teacher"] if has_teacher else ["student"]
+        gt_boxes = {head: gt_boxes_job(name, folder, head, after=training) for head in heads}
+    return Run(name, facts, cfg, training, gt_boxes=gt_boxes)
 
 
 def _with_always_unseen(
@@ -170,12 +183,10 @@ def _with_always_unseen(
         return run
     model = run.training.folder
     folder = model / f"always_unseen_{always_unseen.key}"
-    arguments = ["--eval-only", "--config-file", _for_child(model / "config.yaml")]
-    arguments += ["MODEL.WEIGHTS", _for_child(model / "model_final.pth")]
-    arguments += ["OUTPUT_DIR", _for_child(folder)]
-    arguments += ["TEST.SEEN_CLASSES", _for_child(folder / "seen_classes.json")]
+    options = ["TEST.SEEN_CLASSES", path_for_child(folder / "seen_classes.json")]
     name = f"{run.name}, on the classes unseen in all sets"
-    return dataclasses.replace(run, evaluation=Job(name, folder, arguments, after=run.training))
+    job = evaluation_job(name, model, folder, options, after=run.training)
+    return dataclasses.replace(run, evaluation=job)
 
 
 def _num_iters(config: str, cfg: CfgNode, num_gpus: int) -> int:
@@ -185,9 +196,3 @@ def _num_iters(config: str, cfg: CfgNode, num_gpus: int) -> int:
     except AssertionError as error:
         raise UsageError(f"{config}: SOLVER.REFERENCE_WORLD_SIZE: {error}") from error
     return scaled.SOLVER.MAX_ITER
-
-
-def _for_child(path: str | Path) -> str:
-    # The training program runs in the repository.
-    path = Path(path).resolve()
-    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)

@@ -24,6 +24,13 @@ COLUMNS = (
     ("unseen AP50", "segm_unseen", "AP50"),
     ("overlapped unseen AP", "segm_unseen_overlap", "AP"),
 )
+# Of the masks alone, on given boxes.
+MASK_COLUMNS = COLUMNS[2:]
+GT_BOXES_TITLE = "Masks alone, on the ground-truth boxes and classes:"
+# Where in a line of results.jsonl the results of an evaluation are.
+Source = tuple[str, ...]
+RESULTS: Source = ("results",)
+ALWAYS_UNSEEN: Source = ("always_unseen", "results")
 BAR_TASKS = {
     "segm_seen": "Mask AP, seen classes",
     "segm_unseen": "Mask AP, unseen classes",
@@ -53,11 +60,13 @@ class Group:
     def num_seen_classes(self) -> int | None:
         return self.rows[0]["num_seen_classes"]
 
-    def values(self, task: str, metric: str = "AP", source: str = "results") -> list[float]:
+    def values(self, task: str, metric: str = "AP", source: Source = RESULTS) -> list[float]:
         """One value a seed, without those that are undefined."""
         values = []
         for row in self.rows:
-            results = row[source] if source == "results" else (row[source] or {}).get("results", {})
+            results = row
+            for key in source:
+                results = results.get(key) or {}
             value = _of_first_dataset(results).get(task, {}).get(metric)
             values += [] if value is None else [value]
         return values
@@ -110,7 +119,7 @@ def write_summary(path: Path, rows: Sequence[dict], missing: Sequence[str]) -> s
         missing: names of the runs of this call that are not done.
 
     Returns:
-        The table alone.
+        The tables alone.
     """
     groups = group_rows(rows)
     table = _table(groups)
@@ -127,6 +136,10 @@ def write_summary(path: Path, rows: Sequence[dict], missing: Sequence[str]) -> s
     ]
     if always_unseen:
         lines += [f"Unseen in all sets: {', '.join(always_unseen)}.", ""]
+    on_gt_boxes = _gt_boxes_table(groups)
+    if on_gt_boxes:
+        table = f"{table}\n\n{GT_BOXES_TITLE}\n\n{on_gt_boxes}"
+        lines += [GT_BOXES_TITLE, "", on_gt_boxes, ""]
     if missing:
         lines += [f"Not finished: {', '.join(missing)}.", ""]
     lines += [
@@ -150,7 +163,7 @@ def _table(groups: list[Group]) -> str:
         line = [_label(group, groups), seen_set, num_seen, str(len(group.rows))]
         line += [_mean_and_spread(group.values(task, metric)) for _, task, metric in COLUMNS]
         if has_always_unseen:
-            line.append(_mean_and_spread(group.values("segm_unseen", source="always_unseen")))
+            line.append(_mean_and_spread(group.values("segm_unseen", source=ALWAYS_UNSEEN)))
         lines.append(line)
     if has_always_unseen:
         header.append("unseen in all sets AP")
@@ -158,6 +171,29 @@ def _table(groups: list[Group]) -> str:
     return tabulate(
         lines, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True
     )
+
+
+def _gt_boxes_table(groups: list[Group]) -> str:
+    # "" without an evaluation on ground-truth boxes.
+    lines = []
+    for group in groups:
+        heads = {head for row in group.rows for head in row.get("gt_boxes") or {}}
+        for head in sorted(heads):
+            values = [group.values(task, x, ("gt_boxes", head)) for _, task, x in MASK_COLUMNS]
+            name = f"{_label(group, groups)}{_set_suffix(group)}"
+            seeds = max(len(x) for x in values)
+            lines.append([name, head, str(seeds), *map(_mean_and_spread, values)])
+    header = ["config", "mask head", "seeds", *(heading for heading, *_ in MASK_COLUMNS)]
+    alignment = ("left", "left") + ("right",) * (len(header) - 2)
+    return (
+        tabulate(lines, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
+        if lines
+        else ""
+    )
+
+
+def _set_suffix(group: Group) -> str:
+    return f" ({Path(group.seen_set).stem})" if group.seen_set else ""
 
 
 def _mean_and_spread(values: list[float]) -> str:
@@ -213,9 +249,9 @@ def draw_summary(path: Path, rows: Sequence[dict]) -> None:
 
 def _draw_lines(groups: list[Group]) -> Figure:
     always_unseen = _always_unseen_classes(groups)
-    panels = [("results", "classes unseen in each set")]
+    panels = [(RESULTS, "classes unseen in each set")]
     if always_unseen:
-        panels.append(("always_unseen", f"the {len(always_unseen)} classes unseen in all sets"))
+        panels.append((ALWAYS_UNSEEN, f"the {len(always_unseen)} classes unseen in all sets"))
     figure = Figure(figsize=(5.4 * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     configs = list(dict.fromkeys(group.config for group in groups))
@@ -248,8 +284,7 @@ def _draw_bars(groups: list[Group]) -> Figure:
     configs = list(dict.fromkeys(group.config for group in groups))
     labels = []
     for group in groups:
-        seen_set = f" ({Path(group.seen_set).stem})" if group.seen_set else ""
-        labels.append(_label(group, groups) + seen_set)
+        labels.append(_label(group, groups) + _set_suffix(group))
     for ax, (task, title) in zip(axes, BAR_TASKS.items()):
         for y, group in enumerate(groups):
             values = group.values(task)

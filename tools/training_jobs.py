@@ -15,7 +15,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["REPOSITORY", "TRAIN_PROGRAM", "Job", "even_slots", "run_jobs", "threads_per_job"]
+__all__ = [
+    "REPOSITORY",
+    "TRAIN_PROGRAM",
+    "Job",
+    "even_slots",
+    "evaluation_job",
+    "gt_boxes_folder",
+    "gt_boxes_job",
+    "path_for_child",
+    "result_file",
+    "run_jobs",
+    "threads_per_job",
+]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN_PROGRAM = REPOSITORY / "train_net.py"
@@ -76,6 +88,59 @@ class Job:
     def end_of_output(self, num_lines: int = 15) -> list[str]:
         """The last lines that it printed."""
         return (self.folder / "output.txt").read_text(errors="replace").splitlines()[-num_lines:]
+
+
+def path_for_child(path: str | Path) -> str:
+    """A path as a job understands it, which runs in the repository."""
+    path = Path(path).resolve()
+    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
+
+
+def evaluation_job(
+    name: str, model: Path, folder: Path, options: Sequence, after: Job | None = None
+) -> Job:
+    """
+    An evaluation of a trained model, with the config that its training has written.
+
+    Args:
+        name: for messages.
+        model: OUTPUT_DIR of the training.
+        folder: of the evaluation.
+        options: KEY VALUE changes to the config.
+        after: the training, unless it is done.
+    """
+    arguments = ["--eval-only", "--config-file", path_for_child(model / "config.yaml")]
+    arguments += ["MODEL.WEIGHTS", path_for_child(model / "model_final.pth")]
+    arguments += ["OUTPUT_DIR", path_for_child(folder), *options]
+    return Job(name, folder, arguments, after=after)
+
+
+def gt_boxes_job(name: str, model: Path, head: str, after: Job | None = None) -> Job:
+    """
+    The evaluation of a mask head on the ground-truth boxes, in a folder of the model.
+
+    Args:
+        name, model, after: see :func:`evaluation_job`.
+        head: "student", which is the only one of some models, or "teacher".
+    """
+    options = ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", head]
+    folder = gt_boxes_folder(model, head)
+    return evaluation_job(f"{name}, {head} on ground-truth boxes", model, folder, options, after)
+
+
+def gt_boxes_folder(model: Path, head: str) -> Path:
+    """Where :func:`gt_boxes_job` writes."""
+    return model / f"gt_boxes_{head}"
+
+
+def result_file(folder: Path) -> str:
+    """Path of what the model has found in an evaluation with this OUTPUT_DIR."""
+    path = folder / "inference" / "coco_instances_results.json"
+    if not path.is_file():
+        # Detectron2 writes none for a model that finds nothing.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([]))
+    return str(path)
 
 
 def threads_per_job(num_jobs: int) -> int:

@@ -204,6 +204,24 @@ def test_differences_and_their_intervals(files):
     assert classes["pole"]["includes_zero"] is True
 
 
+def test_with_a_baseline_only_it_is_compared(files):
+    three = {name: files["exact"] for name in ("a", "b", "c")}
+    settings = Settings(bootstrap=Bootstrap(num_resamples=0))
+
+    def pairs(**kwargs):
+        found = analyze(files["truth"], three, seen_classes="dog", settings=settings, **kwargs)
+        return [(x["baseline"], x["model"]) for x in found.summary["differences"]]
+
+    assert pairs() == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert pairs(baseline="b") == [("b", "a"), ("b", "c")]
+    # No pair has masks of the baseline on ground-truth boxes.
+    boxes = {"a": files["exact"], "c": files["exact"]}
+    found = pairs(baseline="b", gt_box_results=boxes)
+    assert found == [("b", "a"), ("b", "c")]
+    with pytest.raises(ValueError, match="baseline is 'd'; it must be one of the models: a, b, c"):
+        pairs(baseline="d")
+
+
 def test_intervals_contain_the_value_and_are_seeded(files):
     first, again = run(files).summary, run(files).summary
     assert first["models"] == again["models"] and first["differences"] == again["differences"]

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 import sweep
 import sweep_summary
 import training_jobs
+from sweep_reports import short_names
 from sweep_summary import draw_summary, group_rows, write_summary
 from teacher_student_mask import NONVOC_CLASSES, VOC_CLASSES
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
@@ -27,8 +28,9 @@ BASELINE = "configs/voc2nonvoc/mask_rcnn_R_50_FPN_1x.yaml"
 OURS = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
 OPTS = ["SOLVER.MAX_ITER", "40", "SOLVER.REFERENCE_WORLD_SIZE", "0"]
 
-# AP of unseen classes: 10 x seed for the baseline and 1 more for ours; of an evaluation, the number
-# of classes that it takes for seen. $FAIL and $HANG name runs that fail and that do not end.
+# AP of unseen classes: 10 x seed for the baseline, 1 more for ours; on ground-truth boxes 50, and
+# 60 of a teacher; of another evaluation, the number of classes that it takes for seen. $FAIL and
+# $HANG name runs that fail and that do not end.
 STUB = """
 import json, os, pathlib, sys, time
 argv = sys.argv[1:]
@@ -42,7 +44,10 @@ if os.environ.get("FAIL", "no run") in str(out):
     sys.exit("the stub failed on purpose")
 if "--eval-only" in argv:
     assert pathlib.Path(keys["MODEL.WEIGHTS"]).is_file()
-    ap = len(json.loads(pathlib.Path(keys["TEST.SEEN_CLASSES"]).read_text()))
+    if "TEST.GT_BOXES" in argv:
+        ap = 60 if keys["TEST.MASK_HEAD"] == "teacher" else 50
+    else:
+        ap = len(json.loads(pathlib.Path(keys["TEST.SEEN_CLASSES"]).read_text()))
 else:
     with open(out / "metrics.json", "a") as f:
         f.write(json.dumps({"iteration": 19}) + "\\n")
@@ -97,8 +102,9 @@ def folder_of(out, config, *parts):
 
 
 def table_of(text):
-    """{heading: [cells]} of a Markdown table."""
-    lines = [x for x in text.splitlines() if x.startswith("|")]
+    """{heading: [cells]} of the first Markdown table."""
+    lines = text[text.index("|") :].split("\n\n")[0].splitlines()
+    lines = [x for x in lines if x.startswith("|")]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return dict(zip(table[0], zip(*table[2:])))
 
@@ -234,6 +240,100 @@ def test_a_result_on_the_way_is_not_taken_for_the_last(run, out):
     (out / "results.jsonl").unlink()
     assert run() == 0
     assert len(calls_of(folder)) == 2 and len(rows_of(out)) == 1
+
+
+@pytest.fixture
+def reported(monkeypatch):
+    """The names of the runs of each call of write_reports, which writes none here."""
+    calls = []
+    monkeypatch.setattr(sweep, "check_reports", lambda runs: None)
+
+    def write_reports(output, runs):
+        calls.append([run.name for run in runs if run.is_done()])
+        return [output / "report.html"]
+
+    monkeypatch.setattr(sweep, "write_reports", write_reports)
+    return calls
+
+
+def test_a_report_is_asked_for_after_the_trainings(run, out, reported, capsys):
+    assert run("--seeds", 1, 2, configs=(BASELINE, OURS)) == 0
+    assert reported == [] and "Masks alone" not in capsys.readouterr().out
+    assert all(row["gt_boxes"] is None for row in rows_of(out))
+    assert run("--report", "--seeds", 1, 2, configs=(BASELINE, OURS)) == 0
+    (names,) = reported
+    assert len(names) == 4 and names[0] == "voc2nonvoc/mask_rcnn_R_50_FPN_1x/seed_1"
+    # The trainings are those of the first call; their lines are written again.
+    folder = folder_of(out, OURS, "seed_2")
+    assert len(calls_of(folder)) == 1 and len(rows_of(out)) == 8
+    last = {row["run"]: row for row in rows_of(out)}
+    aps = {
+        name: {head: results["segm_unseen"]["AP"] for head, results in row["gt_boxes"].items()}
+        for name, row in last.items()
+    }
+    assert aps["voc2nonvoc/mask_rcnn_R_50_FPN_1x/seed_1"] == {"student": 50}
+    assert aps["voc2nonvoc/teacher_student_R_50_FPN_1x/seed_2"] == {"student": 50, "teacher": 60}
+    (call,) = calls_of(folder / "gt_boxes_teacher")
+    assert call["argv"][:3] == ["--eval-only", "--config-file", str(folder / "config.yaml")]
+    assert call["argv"][-4:] == ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", "teacher"]
+    printed = capsys.readouterr().out
+    assert f"Report, to be opened in a browser: {out / 'report.html'}" in printed
+    for text in (printed, (out / "summary.md").read_text()):
+        table = table_of(text[text.index("Masks alone") :])
+        names = ["mask_rcnn_R_50_FPN_1x", *2 * ["teacher_student_R_50_FPN_1x"]]
+        assert table["config"] == tuple(names)
+        assert table["mask head"] == ("student", "student", "teacher")
+        assert table["**unseen AP**"] == ("50.00 ± 0.00", "50.00 ± 0.00", "60.00 ± 0.00")
+        assert table["seeds"] == ("2", "2", "2")
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["mask_rcnn_shapes", "teacher_student_shapes_crf"], ["mask_rcnn", "teacher_student_crf"]),
+        (["a_R_50_FPN_1x", "b_R_50_FPN_1x", "b_R_101_FPN_1x"], ["a_50", "b_50", "b_101"]),
+        # Nothing would be left, or they would be the same.
+        (["a_x", "x"], ["a_x", "x"]),
+        (["a_b_x", "b_a_x"], ["a_b_x", "b_a_x"]),
+        (["alone"], ["alone"]),
+    ],
+)
+def test_names_in_a_report_leave_out_what_all_have(names, expected):
+    assert short_names(names) == expected
+
+
+def test_models_of_other_data_cannot_be_compared_in_a_report(run, out, capsys, tiny_dataset):
+    opts = [*OPTS, "DATASETS.TRAIN", f"('{tiny_dataset}',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    opts += ["DATASETS.SEEN_CLASSES", "a"]
+    with pytest.raises(SystemExit):
+        run("--report", opts=[*opts, "DATASETS.TEST", f"('{tiny_dataset}', 'coco_2017_val')"])
+    assert "--report needs one dataset in DATASETS.TEST, got ('tiny" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--report", opts=[*opts, "DATASETS.TEST", "('nowhere',)"])
+    assert "'nowhere', which is not registered" in capsys.readouterr().err
+    other = out.parent / "other" / "other.yaml"
+    other.parent.mkdir()
+    other.write_text(f"_BASE_: {REPOSITORY / BASELINE}\nTEST:\n  SEEN_CLASSES: 'b'\n")
+    opts += ["DATASETS.TEST", f"('{tiny_dataset}',)"]
+    with pytest.raises(SystemExit):
+        run("--report", configs=(BASELINE, other), opts=opts)
+    message = capsys.readouterr().err
+    assert "mask_rcnn_R_50_FPN_1x/seed_1 and other/other/seed_1 are tested on other" in message
+    assert not (out / "runs").exists()
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path):
+    """The name of a dataset of the classes a and b, without images, until the end of the test."""
+    path = tmp_path / "tiny.json"
+    categories = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    metadata = MetadataCatalog.get("tiny_of_sweep")
+    metadata.set(json_file=str(path), image_root=str(tmp_path), thing_classes=["a", "b"])
+    DatasetCatalog.register("tiny_of_sweep", list)
+    yield "tiny_of_sweep"
+    DatasetCatalog.remove("tiny_of_sweep")
+    MetadataCatalog.remove("tiny_of_sweep")
 
 
 @pytest.fixture
@@ -576,7 +676,7 @@ def test_two_methods_are_trained_and_evaluated_for_real(tmp_path):
 
     configs = [f"configs/shapes/{name}_shapes.yaml" for name in ("mask_rcnn", "teacher_student")]
     command = [sys.executable, "tools/sweep.py", "--output-dir", tmp_path / "out"]
-    command += ["--jobs", 2, "--num-gpus", 0, "--configs", *configs]
+    command += ["--report", "--jobs", 2, "--num-gpus", 0, "--configs", *configs]
     command += ["--seen-sets", *(tmp_path / f"{name}.txt" for name in sets)]
     command += ["--opts", "SOLVER.MAX_ITER", 2, "MODEL.PSEUDO_MASK.WARMUP_ITERS", 1]
     command += ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
@@ -604,4 +704,19 @@ def test_two_methods_are_trained_and_evaluated_for_real(tmp_path):
         assert row["results"]["segm_unseen"]["num_gt"] == num_unseen[name]
         of_always_unseen = row["always_unseen"]["results"]["segm_unseen"]
         assert of_always_unseen["num_gt"] == num_unseen["five"]
+        heads = {"student", "teacher"} if "teacher" in row["config"] else {"student"}
+        assert set(row["gt_boxes"]) == heads
+        for results in row["gt_boxes"].values():
+            assert results["segm_unseen"]["num_gt"] == num_unseen[name]
     assert (tmp_path / "out" / "summary.png").is_file()
+    for name in sets:
+        folder = tmp_path / "out" / "reports" / name / "seed_1"
+        assert "teacher_student" in (folder / "report.html").read_text()
+        analysis = json.loads((folder / "analysis.json").read_text())
+        assert set(analysis["dataset"]["seen_classes"]) == set(sets[name])
+        assert list(analysis["models"]) == ["mask_rcnn", "teacher_student"]
+        for results in analysis["models"].values():
+            assert results["gt_boxes"]["segm_unseen"]["num_gt"] == num_unseen[name]
+        quality = analysis["models"]["teacher_student"]["pseudo_masks"]
+        assert quality["num_objects"] == num_unseen[name]
+        assert {x["baseline"] for x in analysis["differences"]} == {"mask_rcnn"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ def analyze(
     gt_box_results: Mapping[str, str] | None = None,
     settings: Settings = Settings(),
     pseudo_masks: Mapping[str, dict] | None = None,
+    baseline: str | None = None,
     command: str | None = None,
     show_progress: bool = True,
 ) -> Analysis:
@@ -62,6 +64,7 @@ def analyze(
             which tells the mask head from the detector. A name may stand in both.
         settings: thresholds, bins, intervals.
         pseudo_masks: {name: quality}, as :func:`measure_pseudo_masks` returns it.
+        baseline: the model that all others are compared with; None: every pair is compared.
         command: for the record; None: that of this process.
         show_progress: write progress bars to stderr.
 
@@ -70,12 +73,16 @@ def analyze(
 
     Raises:
         InputError: a file is not what it should be; the message names file, entry and field.
-        ValueError: no results, or a setting is out of range.
+        ValueError: no results, an unknown baseline, or a setting is out of range.
     """
     results, gt_box_results = dict(results or {}), dict(gt_box_results or {})
     names = list(dict.fromkeys([*results, *gt_box_results]))
     if not names:
         raise ValueError("There is nothing to analyse: give results, gt_box_results, or both.")
+    if baseline is not None and baseline not in names:
+        raise ValueError(
+            f"The baseline is {baseline!r}; it must be one of the models: {', '.join(names)}."
+        )
     warnings: list[InputWarning] = []
     coco = load_ground_truth(annotations, warnings)
     run = Measurement(coco, seen_classes, settings, show_progress)
@@ -113,12 +120,17 @@ def analyze(
         "differences": [
             run.compare(statistics[protocol], first, second, protocol)
             for protocol in statistics
-            for k, first in enumerate(statistics[protocol])
-            for second in list(statistics[protocol])[k + 1 :]
+            for first, second in _pairs(list(statistics[protocol]), baseline)
         ],
         "warnings": [asdict(x) for x in warnings],
     }
     return Analysis(without_nan(summary), coco, objects)
+
+
+def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
+    if baseline is None:
+        return list(itertools.combinations(names, 2))
+    return [(baseline, name) for name in names if name != baseline and baseline in names]
 
 
 def without_nan(value):
