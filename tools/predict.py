@@ -11,24 +11,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from coco_results import Classes, Predictions
+from inference_setup import UsageError, check_output_dir, find_classes, setup_cfg
 from media import Source, SourceError, find_sources
 from overlays import OverlayWriter
-from teacher_student_mask import add_teacher_student_mask_config
 
 logger = logging.getLogger("teacher_student_mask")
 
@@ -70,10 +65,6 @@ done, the list is printed at the end); 2 if nothing could be started.
 """
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why and what would be right."""
-
-
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
@@ -102,103 +93,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         help="changes to the config; everything after --opts belongs to it",
     )
     return parser, parser.parse_args(argv)
-
-
-def setup_cfg(args: argparse.Namespace) -> CfgNode:
-    """
-    Build the config.
-
-    Raises:
-        UsageError: the config or the weights are missing, or a key or value is wrong.
-    """
-    if not os.path.isfile(args.config_file):
-        raise UsageError(f"--config-file {args.config_file}: no such file.")
-    if not 0 <= args.score_threshold <= 1:
-        raise UsageError(f"--score-threshold must be in [0, 1], got {args.score_threshold}.")
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    try:
-        cfg.merge_from_file(args.config_file)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UsageError(f"--config-file {args.config_file}: {error}") from error
-    try:
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise UsageError(f"--opts {' '.join(args.opts)}: {error}") from error
-
-    if args.weights is not None:
-        cfg.MODEL.WEIGHTS = args.weights
-    _check_weights(cfg.MODEL.WEIGHTS, args.config_file)
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.score_threshold
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.score_threshold
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
-    return cfg
-
-
-def _check_weights(weights: str, config_file: str) -> None:
-    if "://" in weights or os.path.isfile(weights):
-        return
-    if weights:
-        message = f"The weights {weights} do not exist."
-    else:
-        message = f"{config_file} names no MODEL.WEIGHTS, and a model without them finds nothing."
-    nearby = Path(config_file).with_name("model_final.pth")
-    hint = f"There are weights next to the config: --weights {nearby}" if nearby.is_file() else ""
-    raise UsageError(f"{message} {hint or 'Give --weights.'}")
-
-
-def find_classes(cfg: CfgNode) -> Classes:
-    """
-    The classes of the config's first test or training dataset that can be loaded.
-
-    If there is none, or it has another number of classes than the model, the classes are "class 0",
-    "class 1", ... and their ids the contiguous ones.
-    """
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    problems = []
-    for name in (*cfg.DATASETS.TEST[:1], *cfg.DATASETS.TRAIN[:1]):
-        if name not in DatasetCatalog.list():
-            problems.append(f"{name} is not registered")
-            continue
-        metadata = MetadataCatalog.get(name)
-        if not metadata.get("thing_classes"):
-            # The names of many datasets are known only once their json has been read.
-            try:
-                DatasetCatalog.get(name)
-            except (KeyError, OSError, ValueError) as error:
-                problems.append(f"{name}: {error}")
-                continue
-        names = list(metadata.get("thing_classes", []))
-        if len(names) != num_classes:
-            problems.append(f"{name} has {len(names)} classes, the model {num_classes}")
-            continue
-        contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
-        dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
-        return Classes(names, [dataset_ids.get(i, i) for i in range(num_classes)])
-    logger.warning(
-        "The classes have no names, and their ids are contiguous: "
-        f"{'; '.join(problems) or 'the config names no dataset'}. "
-        "Datasets are looked for under $DETECTRON2_DATASETS (default: ./datasets)."
-    )
-    return Classes([f"class {i}" for i in range(num_classes)], list(range(num_classes)))
-
-
-def check_output_dir(output_dir: Path) -> None:
-    """
-    Make the folder.
-
-    Raises:
-        UsageError: it cannot be made or written to.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UsageError(f"Cannot write to --output-dir {output_dir}: {error}") from error
 
 
 class Runner:
@@ -260,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     overlay_dir = args.output_dir / "overlays"
     try:
         sources = find_sources(args.inputs, overlay_dir)
-        cfg = setup_cfg(args)
+        cfg = setup_cfg(args.config_file, args.weights, args.score_threshold, args.opts)
         check_output_dir(args.output_dir)
     except (SourceError, UsageError) as error:
         parser.error(str(error))
