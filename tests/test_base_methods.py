@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, build_detection_test_loader
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tiny_model import TINY_MODEL
@@ -206,6 +206,34 @@ def mask_loss_gradients(cfg, dataset):
     }
 
 
+class RecordingStorage(EventStorage):
+    """An event storage that keeps its pictures where a test can see them."""
+
+    def put_image(self, img_name, img_tensor):
+        self.pictures = {**getattr(self, "pictures", {}), img_name: img_tensor}
+
+
+@pytest.mark.parametrize("method", ["opmask", "opmask + ours", "baseline"])
+@pytest.mark.parametrize("iteration, is_vis_iteration", [(3, False), (4, True)])
+def test_class_activation_maps_are_shown_in_tensorboard(
+    tiny_cfg, tiny_coco, method, iteration, is_vis_iteration
+):
+    cfg = tiny_cfg(opts=[*METHODS[method], "VIS_PERIOD", 4], dataset=tiny_coco)
+    model = build(cfg).train()
+    torch.manual_seed(1)
+    with RecordingStorage(iteration) as storage:
+        model(batch_of(cfg, tiny_coco))
+    pictures = getattr(storage, "pictures", {})
+    shown = [x for name, x in pictures.items() if "image | class activation" in name]
+    assert bool(shown) == (method != "baseline" and is_vis_iteration)
+    for picture in shown:
+        side = picture.shape[1]
+        assert picture.shape == (3, side, 2 * side)
+        assert 0 <= picture.min() and picture.max() <= 1
+        # Each map reaches from 0 to almost 1.
+        assert picture[:, :, side:].min() == 0 and picture[:, :, side:].max() > 0.9
+
+
 @pytest.mark.parametrize("method", ["opmask", "opmask + ours"])
 @pytest.mark.parametrize("stops", [False, True])
 def test_mask_losses_train_the_box_convolutions_but_never_the_classifier(
@@ -284,6 +312,27 @@ def test_maps_are_pooled_again_at_the_detected_boxes_if_asked(tiny_cfg, tiny_coc
         masks[repool] = instances[0].pred_masks, given.pred_masks
     assert not torch.allclose(*masks[False], atol=1e-3)
     assert torch.allclose(*masks[True], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ours", "opmask", "opmask + ours"])
+def test_test_time_augmentation(tiny_cfg, tiny_coco, method):
+    """Detectron2's own: boxes of all views are merged, and masks predicted for them averaged."""
+    opts = [*METHODS[method], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    opts += ["TEST.AUG.MIN_SIZES", (48, 64), "TEST.AUG.MAX_SIZE", 96]
+    cfg = tiny_cfg(opts=opts, dataset=tiny_coco)
+    model = build(cfg).eval()
+    image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
+    inputs = {"image": image.to(torch.uint8), "height": 64, "width": 64, "file_name": ""}
+    with torch.no_grad():
+        (result,) = GeneralizedRCNNWithTTA(cfg, model)([inputs])
+    instances = result["instances"]
+    assert len(instances) > 0
+    assert instances.pred_masks.shape == (len(instances), 64, 64)
+    assert not instances.has("box_features")
+    # Not switched off for good by the step that looks for boxes alone.
+    with torch.no_grad():
+        (plain,) = model([inputs])
+    assert plain["instances"].has("pred_masks")
 
 
 @pytest.mark.parametrize(

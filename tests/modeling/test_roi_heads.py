@@ -193,6 +193,69 @@ def test_before_the_gate_the_student_learns_from_masks_alone():
     assert logged["pseudo_mask/num_rois"] == 4
 
 
+def rows_of(head):
+    """Numbers of ROIs of each of the next calls of a mask head, with whether gradient is on."""
+    calls = []
+    forward = head.layers
+
+    def layers(features):
+        calls.append((len(features), torch.is_grad_enabled()))
+        return forward(features)
+
+    # An attribute on top of the method: the head then computes all channels, too.
+    head.layers = layers
+    return calls
+
+
+def test_no_head_runs_on_what_adds_nothing_to_its_loss():
+    heads = make_heads(warmup_iters=10)
+    teacher, student = rows_of(heads.teacher_mask_head), rows_of(heads.mask_head)
+    # MIXED has 2 ROIs with a mask and 4 without.
+    mask_losses(heads, MIXED, iteration=9)
+    assert teacher == [(2, True)] and student == [(2, True)]
+    teacher.clear(), student.clear()
+    mask_losses(heads, MIXED, iteration=10)
+    assert teacher == [(2, True), (4, False)] and student == [(6, True)]
+
+
+def test_the_teachers_logits_keep_the_order_of_the_rois():
+    heads = make_heads()
+    rois = make_proposals(targets_of(MIXED))
+    has_mask = torch.cat([x.gt_has_mask for x in rois])
+    assert has_mask.any() and not has_mask.all()
+    features = make_features(2)
+    in_parts, student, _ = heads.compute_mask_logits(features, rois, has_mask)
+    at_once, same_student, _ = heads.compute_mask_logits(features, rois)
+    torch.testing.assert_close(in_parts, at_once)
+    assert torch.equal(student, same_student)
+    weight = torch.randn(in_parts.shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(heads.teacher_mask_head.parameters())
+    for got, want in zip(
+        torch.autograd.grad((in_parts * weight).sum(), parameters),
+        torch.autograd.grad((at_once * weight * has_mask[:, None, None]).sum(), parameters),
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_with_batch_statistics_all_rois_are_one_batch():
+    heads = make_heads(warmup_iters=10)
+    heads.teacher_mask_head.mask_fcn1.norm = torch.nn.BatchNorm2d(8)
+    rows = rows_of(heads.teacher_mask_head)
+    for iteration in (9, 10):
+        mask_losses(heads, MIXED, iteration=iteration)
+    assert rows == [(6, True), (6, True)]
+
+
+@pytest.mark.parametrize("limit, num_without_mask", [(0, 4), (1, 2), (3, 4)])
+def test_rois_without_a_mask_can_be_capped_per_image(limit, num_without_mask):
+    """MIXED has two images with two ROIs without a mask each."""
+    heads = make_heads(max_rois_without_mask=limit)
+    _, logged = mask_losses(heads, MIXED)
+    assert logged["pseudo_mask/num_rois"] == num_without_mask
+    with pytest.raises(ValueError, match="MAX_ROIS_PER_IMAGE must be 0 .all. or more, got -1"):
+        make_heads(max_rois_without_mask=-1)
+
+
 def test_a_56_cell_teacher_learns_at_56_and_teaches_at_28():
     heads = make_heads(teacher_deconv=2, method="threshold")
     rois = make_proposals(targets_of(NONE_UNSEEN))

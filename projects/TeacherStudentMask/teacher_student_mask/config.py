@@ -87,6 +87,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Before this iteration objects without a mask give the student no loss at all. Ours: the
     # paper starts at 0, where "interact" can collapse to empty pseudo masks for good.
     cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 1000
+    # How many ROIs without a mask an image gives to the mask heads at most, a random choice: less
+    # time per step. 0 = all, as in the paper.
+    cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE = 0
 
     # Dense CRF on the teacher's probabilities, for METHOD "crf". Widths in cells of the ROI grid
     # (SXY) and in 0-255 colour values (SRGB); the values of pydensecrf's README.

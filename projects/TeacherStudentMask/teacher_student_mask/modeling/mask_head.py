@@ -12,7 +12,7 @@ from detectron2.modeling.roi_heads.mask_head import (
 )
 from torch import nn
 
-__all__ = ["MaskRCNNConvMultiUpsampleHead", "build_teacher_mask_head"]
+__all__ = ["MaskRCNNConvMultiUpsampleHead", "build_teacher_mask_head", "has_batch_norm"]
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -76,3 +76,8 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
     head = ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.TEACHER_MASK_HEAD.NAME)(cfg, input_shape)
     head.loss_weight = cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT
     return head
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether what a module computes for a ROI depends on the others of the batch."""
+    return any(isinstance(x, nn.BatchNorm2d) for x in module.modules())

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import torch
 from detectron2.structures import Instances
-from detectron2.utils.events import get_event_storage
 from torch.nn import functional as F
+
+from .training_rois import rois_with_mask
 
 __all__ = [
     "crop_gt_masks",
-    "has_mask_of",
-    "log_mask_accuracy",
+    "mask_accuracy",
     "masked_bce_loss",
     "select_label_channel",
 ]
-
-
-def has_mask_of(rois: Instances) -> torch.Tensor:
-    """
-    Which ROIs have an object with a mask.
-
-    Args:
-        rois: of one image, with ``gt_has_mask``; an image without ROIs may lack it.
-
-    Returns:
-        bool, shape (R_i,).
-    """
-    return rois.gt_has_mask if len(rois) > 0 else rois.gt_classes.to(torch.bool)
 
 
 def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -66,7 +53,7 @@ def crop_gt_masks(
         target = torch.zeros(len(instances_per_image), mask_side_len, mask_side_len, device=device)
         if len(instances_per_image) > 0:
             has_mask = instances_per_image.gt_has_mask
-            annotated = instances_per_image[has_mask]
+            annotated = rois_with_mask(instances_per_image)
             if len(annotated) > 0:
                 crops = annotated.gt_masks.crop_and_resize(
                     annotated.proposal_boxes.tensor, mask_side_len
@@ -98,18 +85,20 @@ def masked_bce_loss(
     )
 
 
-def log_mask_accuracy(
-    name: str, pred_mask_logits: torch.Tensor, targets: torch.Tensor, selected: torch.Tensor
-) -> None:
+def mask_accuracy(
+    pred_mask_logits: torch.Tensor, targets: torch.Tensor, selected: torch.Tensor
+) -> torch.Tensor:
     """
-    Log under ``name`` the share of the selected ROIs' pixels that are on the right side of 0.5.
+    The share of the selected ROIs' pixels that are on the right side of 0.5.
 
     Args:
-        name: of the scalar in the event storage; nothing is logged without a selected ROI.
         pred_mask_logits: shape (R, M, M), logits.
         targets: shape (R, M, M), in [0, 1].
         selected: bool, shape (R,).
+
+    Returns:
+        A scalar without gradient, NaN without a selected ROI.
     """
-    if selected.any():
-        is_right = (pred_mask_logits[selected] > 0) == (targets[selected] > 0.5)
-        get_event_storage().put_scalar(name, is_right.float().mean().item())
+    is_right = (pred_mask_logits.detach() > 0) == (targets > 0.5)
+    num_right = (is_right.flatten(1).sum(1) * selected).sum()
+    return num_right / (selected.sum() * is_right[:1].numel())

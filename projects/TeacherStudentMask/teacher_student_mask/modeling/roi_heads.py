@@ -17,16 +17,21 @@ from torch import nn
 
 from .box_supervision import BoxSupervision, masked_dice_loss
 from .feature_map_box_head import FeatureMapBoxHead, PooledFastRCNNOutputLayers
-from .mask_loss import (
-    crop_gt_masks,
-    has_mask_of,
-    log_mask_accuracy,
-    masked_bce_loss,
-    select_label_channel,
-)
+from .deferred_scalars import DeferredScalars
+from .label_channel import predict_label_channel
+from .mask_head import has_batch_norm
+from .mask_loss import crop_gt_masks, mask_accuracy, masked_bce_loss
 from .priors import KeptBoxFeatures, build_mask_prior
 from .pseudo_mask import cells_inside_boxes
 from .roi_pixels import PIXELS, InputPixels
+from .training_rois import (
+    boxes_of,
+    has_mask_of,
+    one_roi_per_object,
+    rois_with_mask,
+    rois_without_mask,
+)
+from .visualization import put_class_activation
 
 __all__ = ["PartiallySupervisedROIHeads"]
 
@@ -54,6 +59,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         box_supervision: BoxSupervision | None = None,
         mask_loss: str = "bce",
         pixels: InputPixels | None = None,
+        vis_period: int = 0,
         **kwargs,
     ):
         """
@@ -66,6 +72,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             box_supervision: losses of ROIs whose object has no mask.
             mask_loss: of those whose object has one, "bce" or "dice".
             pixels: how to get the pixels back from the input; None = the input is BGR in 0-255.
+            vis_period: iterations between pictures in the event storage; 0 = none.
             **kwargs: of :class:`StandardROIHeads`. The mask head must have a ``layers`` method
                 that returns logits, as every :class:`BaseMaskRCNNHead` has.
 
@@ -92,6 +99,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         self.box_supervision = box_supervision
         self.mask_loss = _MASK_LOSSES[mask_loss]
         self.pixels = pixels or InputPixels()
+        self.vis_period = vis_period
+        self.scalars = DeferredScalars()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -114,6 +123,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         ret["train_on_gt_boxes"] = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES
         ret["repool_box_features"] = cfg.MODEL.ROI_MASK_PRIOR.REPOOL
         ret["pixels"] = InputPixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT)
+        ret["vis_period"] = cfg.VIS_PERIOD
         return ret
 
     @classmethod
@@ -176,21 +186,21 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         return super().forward(images, features, proposals, targets)
 
     def _needs_pixels(self) -> bool:
-        return self.box_supervision is not None
+        return self.box_supervision is not None or self._is_vis_iteration()
+
+    def _is_vis_iteration(self) -> bool:
+        return self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
         if not self.mask_on or not self.training:
             return self._predict_masks(self.mask_head, features, instances)
         rois = self._select_training_rois(instances)
-        if not self._uses_rois_without_mask():
-            # They add nothing to the loss, so they need not be computed.
-            rois = [x[has_mask_of(x)] for x in rois]
         mask_features, losses = self.compute_mask_features(features, rois)
         labels = torch.cat([x.gt_classes for x in rois])
         has_mask = torch.cat([has_mask_of(x) for x in rois])
-        logits = select_label_channel(self.mask_head.layers(mask_features), labels)
+        logits = predict_label_channel(self.mask_head, mask_features, labels)
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device)
-        log_mask_accuracy("mask_head/accuracy", logits, targets, has_mask)
+        self.scalars.put({"mask_head/accuracy": mask_accuracy(logits, targets, has_mask)})
         weight = self.mask_head.loss_weight
         losses["loss_mask"] = self.mask_loss(logits, targets, has_mask) * weight
         losses.update(self._box_losses(logits, features, rois, weight))
@@ -201,7 +211,9 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     ):
         if self.mask_on:
             mask_features, _ = self.compute_mask_features(features, instances)
-            mask_rcnn_inference(head.layers(mask_features), instances)
+            classes = torch.cat([x.pred_classes for x in instances])
+            logits = predict_label_channel(head, mask_features, classes)
+            mask_rcnn_inference(logits[:, None], instances)
         for x in instances:
             if x.has("box_features"):
                 x.remove("box_features")
@@ -209,14 +221,14 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _uses_rois_without_mask(self) -> bool:
         # Batch statistics are those of all objects, as at inference.
-        has_batch_norm = any(isinstance(x, nn.BatchNorm2d) for x in self.mask_head.modules())
-        return self.box_supervision is not None or has_batch_norm
+        return self.box_supervision is not None or has_batch_norm(self.mask_head)
 
     def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
         rois, _ = select_foreground_proposals(proposals, self.num_classes)
         if self.train_on_gt_boxes:
-            rois = [_one_roi_per_object(x) if len(x) > 0 else x for x in rois]
-        return rois
+            rois = [one_roi_per_object(x) if len(x) > 0 else x for x in rois]
+        # What would add nothing to the loss need not be computed.
+        return rois if self._uses_rois_without_mask() else [rois_with_mask(x) for x in rois]
 
     def compute_mask_features(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
@@ -232,21 +244,33 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         Returns:
             shape (R, D, S, S), and the prior's losses.
         """
-        boxes = [_boxes_of(x) for x in instances]
+        boxes = [boxes_of(x) for x in instances]
         pooled = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
         if self.mask_prior is None:
             return pooled, {}
         kept = None
         if self.mask_prior.needs_box_features:
-            is_kept = all(x.has("box_features") for x in instances)
-            if is_kept and (self.training or not self.repool_box_features):
-                maps = torch.cat([x.box_features for x in instances])
-            else:
-                # Boxes that the box head has not seen: given ones, or refined ones.
-                box_features = [features[f] for f in self.box_in_features]
-                maps = self.box_head(self.box_pooler(box_features, boxes))
-            kept = KeptBoxFeatures(maps, self.box_predictor.cls_score)
+            kept = self.keep_box_features(features, instances)
+            if self.training and self._is_vis_iteration():
+                put_class_activation(features[PIXELS], instances, kept)
         return self.mask_prior(pooled, instances, kept)
+
+    def keep_box_features(
+        self, features: dict[str, torch.Tensor], instances: list[Instances]
+    ) -> KeptBoxFeatures:
+        """
+        What the mask prior is given of the box head; arguments of :meth:`compute_mask_features`.
+
+        These are the maps of the proposals. They are computed for boxes that the box head has not
+        seen: given ones, those of ``train_on_gt_boxes``, refined ones with ``repool_box_features``.
+        """
+        is_kept = all(x.has("box_features") for x in instances)
+        if is_kept and (self.training or not self.repool_box_features):
+            maps = torch.cat([x.box_features for x in instances])
+        else:
+            box_features = [features[f] for f in self.box_in_features]
+            maps = self.box_head(self.box_pooler(box_features, [boxes_of(x) for x in instances]))
+        return KeptBoxFeatures(maps, self.box_predictor.cls_score)
 
     def _box_losses(
         self,
@@ -259,7 +283,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         if self.box_supervision is None:
             return {}
         has_mask = torch.cat([has_mask_of(x) for x in rois])
-        rois = [x[~has_mask_of(x)] for x in rois]
+        rois = [rois_without_mask(x) for x in rois]
         boxes, side = [x.proposal_boxes for x in rois], logits.shape[-1]
         image_sizes = [x.image_size for x in rois]
         lab, valid = self.box_supervision.crop_lab(features[PIXELS], image_sizes, boxes, side)
@@ -271,20 +295,3 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             logits[~has_mask], box_masks, roi_boxes, lab, valid, get_event_storage().iter
         )
         return {name: loss * weight for name, loss in losses.items()}
-
-
-def _boxes_of(instances: Instances) -> Boxes:
-    name = "pred_boxes" if instances.has("pred_boxes") else "proposal_boxes"
-    return instances.get(name)
-
-
-def _one_roi_per_object(rois: Instances) -> Instances:
-    index, order = rois.gt_index.sort(stable=True)
-    is_first = torch.ones_like(index, dtype=torch.bool)
-    is_first[1:] = index[1:] != index[:-1]
-    rois = rois[order[is_first]]
-    rois.proposal_boxes = Boxes(rois.gt_boxes.tensor.clone())
-    if rois.has("box_features"):
-        # They belong to the proposals.
-        rois.remove("box_features")
-    return rois

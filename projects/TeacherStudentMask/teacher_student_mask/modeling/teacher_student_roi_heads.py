@@ -11,12 +11,18 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .dense_crf import DenseCRF
-from .mask_head import build_teacher_mask_head
-from .mask_loss import crop_gt_masks, has_mask_of, log_mask_accuracy, select_label_channel
+from .label_channel import predict_label_channel
+from .mask_head import build_teacher_mask_head, has_batch_norm
+from .mask_loss import crop_gt_masks, mask_accuracy
 from .pseudo_mask import PseudoMaskGenerator
 from .roi_heads import PartiallySupervisedROIHeads
 from .roi_pixels import PIXELS, crop_pixels
-from .visualization import log_pseudo_masks, put_mask_images
+from .training_rois import (
+    drop_surplus_rois_without_mask,
+    has_mask_of,
+    rois_without_mask,
+)
+from .visualization import describe_pseudo_masks, put_mask_images
 
 __all__ = ["TeacherStudentROIHeads"]
 
@@ -42,8 +48,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         teacher_mask_head: nn.Module,
         pseudo_masks: PseudoMaskGenerator,
         warmup_iters: int = 1000,
+        max_rois_without_mask: int = 0,
         test_mask_head: str = "student",
-        vis_period: int = 0,
         **kwargs,
     ):
         """
@@ -52,14 +58,20 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
                 (R, D, H, W) into logits (R, 1, M_t, M_t).
             pseudo_masks: makes the student's targets where there is no mask.
             warmup_iters: first iteration at which ROIs without a mask train the student.
+            max_rois_without_mask: how many ROIs without a mask an image gives to the mask heads
+                at most, chosen at random; 0 = all.
             test_mask_head: "student", or "teacher" for analysis.
-            vis_period: iterations between pictures in the event storage; 0 = none.
             **kwargs: of :class:`PartiallySupervisedROIHeads`.
 
         Raises:
-            ValueError: an unknown test head.
+            ValueError: an unknown test head, or a negative number of ROIs.
         """
         super().__init__(**kwargs)
+        if max_rois_without_mask < 0:
+            raise ValueError(
+                "MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE must be 0 (all) or more, got "
+                f"{max_rois_without_mask}."
+            )
         if test_mask_head not in ("student", "teacher"):
             raise ValueError(
                 f"TEST.MASK_HEAD is {test_mask_head!r}; allowed: 'student', 'teacher'."
@@ -67,8 +79,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
+        self.max_rois_without_mask = max_rois_without_mask
         self.test_mask_head = test_mask_head
-        self.vis_period = vis_period
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -83,8 +95,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
                 crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,
             ),
             warmup_iters=settings.WARMUP_ITERS,
+            max_rois_without_mask=settings.MAX_ROIS_PER_IMAGE,
             test_mask_head=cfg.TEST.MASK_HEAD,
-            vis_period=cfg.VIS_PERIOD,
         )
         return ret
 
@@ -97,7 +109,25 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         return ret
 
     def _needs_pixels(self) -> bool:
-        return super()._needs_pixels() or self.pseudo_masks.needs_images or self._is_vis_iteration()
+        return super()._needs_pixels() or self.pseudo_masks.needs_images
+
+    def _uses_rois_without_mask(self) -> bool:
+        return (
+            self._has_pseudo_masks()
+            # Its pictures show them before they train the student, too.
+            or self._is_vis_iteration()
+            or has_batch_norm(self.teacher_mask_head)
+            or super()._uses_rois_without_mask()
+        )
+
+    def _has_pseudo_masks(self) -> bool:
+        return get_event_storage().iter >= self.warmup_iters
+
+    def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
+        rois = super()._select_training_rois(proposals)
+        if self.max_rois_without_mask > 0:
+            return [drop_surplus_rois_without_mask(x, self.max_rois_without_mask) for x in rois]
+        return rois
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
         if not self.training:
@@ -106,7 +136,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
 
         rois = self._select_training_rois(instances)
         has_mask = torch.cat([has_mask_of(x) for x in rois])
-        teacher_logits, student_logits, losses = self.compute_mask_logits(features, rois)
+        teacher_logits, student_logits, losses = self.compute_mask_logits(features, rois, has_mask)
 
         side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
         gt_masks = crop_gt_masks(rois, side, has_mask.device)
@@ -117,15 +147,19 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
 
         targets, is_supervised = gt_masks, has_mask
-        if get_event_storage().iter >= self.warmup_iters:
+        if self._has_pseudo_masks():
             targets = self._fill_in_pseudo_masks(
                 gt_masks, has_mask, features, rois, teacher_logits, student_logits
             )
             is_supervised = torch.ones_like(has_mask)
         loss_student = self.mask_loss(student_logits, targets, is_supervised)
 
-        log_mask_accuracy("teacher_mask/accuracy", teacher_logits, teacher_targets, has_mask)
-        log_mask_accuracy("student_mask/accuracy", student_logits, gt_masks, has_mask)
+        self.scalars.put(
+            {
+                "teacher_mask/accuracy": mask_accuracy(teacher_logits, teacher_targets, has_mask),
+                "student_mask/accuracy": mask_accuracy(student_logits, gt_masks, has_mask),
+            }
+        )
         if self._is_vis_iteration():
             self._put_images(features, rois, teacher_logits, student_logits, targets)
         teacher_weight = self.teacher_mask_head.loss_weight
@@ -137,7 +171,10 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         }
 
     def compute_mask_logits(
-        self, features: dict[str, torch.Tensor], rois: list[Instances]
+        self,
+        features: dict[str, torch.Tensor],
+        rois: list[Instances],
+        has_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
         Run both heads on the same ROI features, Eq. (2) of the paper.
@@ -145,6 +182,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         Args:
             features: of the backbone.
             rois: one per image, R rows in all, with ``proposal_boxes`` and ``gt_classes``.
+            has_mask: bool, shape (R,): the rows that train the teacher. The others' logits get no
+                gradient where no loss could use it. None = all.
 
         Returns:
             The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
@@ -152,9 +191,25 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         """
         labels = torch.cat([x.gt_classes for x in rois])
         mask_features, losses = self.compute_mask_features(features, rois)
-        teacher_logits = self.teacher_mask_head.layers(mask_features)[:, 0]
-        student_logits = select_label_channel(self.mask_head.layers(mask_features), labels)
+        teacher_logits = self._compute_teacher_logits(mask_features, has_mask)
+        student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         return teacher_logits, student_logits, losses
+
+    def _compute_teacher_logits(
+        self, mask_features: torch.Tensor, has_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        head = self.teacher_mask_head
+        # With batch statistics all ROIs belong into one batch.
+        if has_mask is None or self.box_supervision is not None or has_batch_norm(head):
+            return head.layers(mask_features)[:, 0]
+        rows = [x.nonzero().squeeze(1) for x in (has_mask, ~has_mask)]
+        # First, and attached to the head without any row, too: every rank needs gradients.
+        logits = head.layers(mask_features[rows[0]])[:, 0]
+        if len(rows[1]) == 0:
+            return logits
+        with torch.no_grad():
+            others = head.layers(mask_features[rows[1]])[:, 0]
+        return torch.cat([logits, others])[torch.cat(rows).argsort()]
 
     @torch.no_grad()
     def _fill_in_pseudo_masks(
@@ -167,27 +222,25 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         student_logits: torch.Tensor,
     ) -> torch.Tensor:
         # The student's targets, shape (R, M, M): gt_masks, and pseudo masks in the other rows.
-        if has_mask.all():
+        rows = (~has_mask).nonzero().squeeze(1)
+        if len(rows) == 0:
             return gt_masks
-        rois = [x[~has_mask_of(x)] for x in rois]
-        teacher_probs = teacher_logits[~has_mask].sigmoid()
-        student_probs = student_logits[~has_mask].sigmoid()
+        rois = [rois_without_mask(x) for x in rois]
+        teacher_probs, student_probs = (
+            teacher_logits[rows].sigmoid(),
+            student_logits[rows].sigmoid(),
+        )
         roi_images = None
         if self.pseudo_masks.needs_images:
             boxes = [x.proposal_boxes for x in rois]
             roi_images = crop_pixels(features[PIXELS], boxes, gt_masks.shape[-1])
         masks = self.pseudo_masks(teacher_probs, student_probs, rois, roi_images)
-        log_pseudo_masks(masks, teacher_probs, student_probs)
-        targets = gt_masks.clone()
-        targets[~has_mask] = masks.to(targets.dtype)
-        return targets
-
-    def _is_vis_iteration(self) -> bool:
-        return self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0
+        self.scalars.put(describe_pseudo_masks(masks, teacher_probs, student_probs))
+        return gt_masks.index_copy(0, rows, masks.to(gt_masks.dtype))
 
     def _put_images(self, features, rois, teacher_logits, student_logits, targets) -> None:
         unmasked = ~torch.cat([has_mask_of(x) for x in rois])
-        boxes = [x[~has_mask_of(x)].proposal_boxes for x in rois]
+        boxes = [rois_without_mask(x).proposal_boxes for x in rois]
         put_mask_images(
             "ROIs without a mask: image | teacher | student | target",
             crop_pixels(features[PIXELS], boxes, 4 * targets.shape[-1]),
