@@ -103,7 +103,7 @@ def test_config_needs_detectron2s_config_alone():
     assert all(name.startswith(("detectron2.config.", "__future__.")) for name in names)
 
 
-@pytest.mark.parametrize("name", ["pseudo_mask", "mask_loss", "dense_crf", "feature_map_box_head"])
+@pytest.mark.parametrize("name", ["pseudo_mask", "mask_loss", "mean_field", "feature_map_box_head"])
 def test_parts_of_the_mask_branch_meet_in_roi_heads_alone(name):
     assert own_imports_of(PACKAGE / "modeling" / f"{name}.py") <= {"structures"}
 

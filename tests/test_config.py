@@ -62,8 +62,6 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_config_builds(path):
     cfg = load(path)
-    if cfg.MODEL.PSEUDO_MASK.METHOD == "crf":
-        pytest.importorskip("pydensecrf", reason="needs the extra 'crf'")
     # Modules and shapes without numbers in them: a tenth of a second each.
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -244,7 +242,8 @@ def test_every_key_of_the_teacher_reaches_it_and_not_the_student(tiny_cfg):
 
 def test_every_key_of_the_crf_is_a_setting_of_it():
     keys = {key.split(".")[-1].lower() for key in our_keys() if ".CRF." in key}
-    assert keys == {field.name for field in dataclasses.fields(DenseCRF)} | {"backend"}
+    # How much memory it takes changes no result.
+    assert keys == {field.name for field in dataclasses.fields(DenseCRF)} - {"memory_mb"}
 
 
 def test_the_crf_is_optional(monkeypatch):
@@ -252,5 +251,8 @@ def test_the_crf_is_optional(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     cfg = load(REPOSITORY / "configs/voc2nonvoc/teacher_student_R_50_FPN_1x_crf.yaml")
     cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"), pytest.raises(ImportError, match="pip install pydensecrf2"):
+    with torch.device("meta"):
         build_model(cfg)
+        cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "pydensecrf"
+        with pytest.raises(ImportError, match="pip install pydensecrf2"):
+            build_model(cfg)

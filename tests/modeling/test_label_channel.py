@@ -47,6 +47,13 @@ class OwnHead(BaseMaskRCNNHead):
         return self.predictor(x).relu()
 
 
+class DoubledConv(nn.Conv2d):
+    """A convolution of another class."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def own_layers():
     return OwnLayers(SHAPE, num_classes=NUM_CLASSES, conv_dims=[8, 8])
 
@@ -112,6 +119,7 @@ WHOLE = {
     "padded": lambda: another_predictor(lambda _: nn.Conv2d(8, NUM_CLASSES, 1, padding=1)),
     "strided": lambda: another_predictor(lambda _: nn.Conv2d(8, NUM_CLASSES, 1, stride=2)),
     "grouped": lambda: another_predictor(lambda _: nn.Conv2d(8, 4, 1, groups=2)),
+    "subclass": lambda: another_predictor(lambda _: DoubledConv(8, NUM_CLASSES, 1)),
     "wrapped": lambda: another_predictor(lambda p: nn.Sequential(p, nn.Tanh())),
     "parametrised": lambda: another_predictor(parametrizations.weight_norm),
     "own forward": lambda: another_predictor(double_forward),

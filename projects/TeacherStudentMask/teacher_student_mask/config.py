@@ -94,7 +94,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Dense CRF on the teacher's probabilities, for METHOD "crf". Widths in cells of the ROI grid
     # (SXY) and in 0-255 colour values (SRGB); the values of pydensecrf's README.
     cfg.MODEL.PSEUDO_MASK.CRF = CN()
-    cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "pydensecrf"
+    # "torch": exact mean field; "pydensecrf": the reference, an approximation on the CPU, needs the
+    # extra "crf"; "auto": whichever is faster for the device and the size of the masks.
+    cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "auto"
     cfg.MODEL.PSEUDO_MASK.CRF.NUM_ITERS = 5
     cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_SXY = 3.0
     cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_COMPAT = 3.0

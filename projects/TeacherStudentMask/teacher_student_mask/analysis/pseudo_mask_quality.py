@@ -58,8 +58,8 @@ def measure_pseudo_masks(
     Args:
         config_file: of a model with a teacher, as for ``train_net.py``.
         weights: checkpoint; None = the config's ``MODEL.WEIGHTS``.
-        methods: of :data:`PSEUDO_MASK_METHODS`. "crf" is left out, with a warning, where
-            pydensecrf is not installed.
+        methods: of :data:`PSEUDO_MASK_METHODS`. "crf" is left out, with a warning, where the
+            config names a backend for it that is not installed.
         overlap_bins: edges of the bins over the overlap O, Eq. (1), rising from 0 to 1.
         opts: KEY, VALUE, KEY, VALUE, ...; they win over the config file.
         max_images: only the first images of the dataset, by image id; None = all.

@@ -6,8 +6,6 @@ import torch
 from detectron2.structures import Instances
 from torch.nn import functional as F
 
-from .training_rois import rois_with_mask
-
 __all__ = [
     "crop_gt_masks",
     "mask_accuracy",
@@ -53,7 +51,8 @@ def crop_gt_masks(
         target = torch.zeros(len(instances_per_image), mask_side_len, mask_side_len, device=device)
         if len(instances_per_image) > 0:
             has_mask = instances_per_image.gt_has_mask
-            annotated = rois_with_mask(instances_per_image)
+            # By index: with a bool mask every field would wait for the device to count its True.
+            annotated = instances_per_image[has_mask.nonzero().squeeze(1)]
             if len(annotated) > 0:
                 crops = annotated.gt_masks.crop_and_resize(
                     annotated.proposal_boxes.tensor, mask_side_len

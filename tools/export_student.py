@@ -1,0 +1,248 @@
+#!/usr/bin/env python
+"""Write the student of a trained model as a plain Detectron2 Mask R-CNN. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY, build_model
+from detectron2.structures import Instances
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from inference_setup import UsageError, check_output_dir, find_classes
+from teacher_student_mask.analysis.trained_model import load_config, load_model
+
+logger = logging.getLogger("teacher_student_mask")
+
+DESCRIPTION = """
+Writes the student (or the only mask head of a baseline or oracle) as a plain Detectron2 Mask R-CNN:
+whoever runs it needs Detectron2 alone, and this project not at all. DIR then holds
+  config.yaml   what differs from Detectron2's defaults; MODEL.WEIGHTS is DIR/model.pth
+  model.pth     the weights, without the teacher's
+  classes.json  the names of the classes, in the order of pred_classes
+Before anything is written both models run on the same random images and must find the same.
+
+Models with parts that Detectron2 does not have (OPMask's prior, hourglass heads, masks of 56x56)
+cannot be written as one; the message names the part.
+"""
+
+EXAMPLES = """
+examples:
+  %(prog)s --config-file output/ts/config.yaml --weights output/ts/model_final.pth \\
+      --output-dir exported
+
+  then, without this project:
+    from detectron2.config import get_cfg
+    from detectron2.engine import DefaultPredictor
+    cfg = get_cfg()
+    cfg.merge_from_file("exported/config.yaml")
+    instances = DefaultPredictor(cfg)(image)["instances"]
+
+exit code: 0, or 2 if the model cannot be exported.
+"""
+
+# Ours -> what computes the same in Detectron2, where it can.
+ROI_HEADS = {
+    "TeacherStudentROIHeads": "StandardROIHeads",
+    "PartiallySupervisedROIHeads": "StandardROIHeads",
+}
+MASK_HEADS = {"MaskRCNNConvMultiUpsampleHead": "MaskRCNNConvUpsampleHead"}
+# Whose modules a plain model may have.
+PACKAGES = ("torch", "detectron2", "fvcore")
+TOLERANCE = 1e-5
+NUM_CHECKS, CHECK_SIDE = 3, 320
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML", help="config of the model")
+    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="changes to the config; everything after --opts belongs to it",
+    )
+    return parser, parser.parse_args(argv)
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """
+    The values of a config for Detectron2's own keys.
+
+    Args:
+        cfg: with this project's keys; not changed.
+
+    Returns:
+        A config with Detectron2's keys alone, whose ROI heads and mask head are Detectron2's where
+        they compute the same as ours.
+
+    Raises:
+        UsageError: what the student computes depends on one of our keys.
+    """
+    plain = get_cfg()
+    _copy_values(cfg, plain)
+    if cfg.MODEL.ROI_MASK_PRIOR.NAME:
+        raise UsageError(
+            f"MODEL.ROI_MASK_PRIOR.NAME is {cfg.MODEL.ROI_MASK_PRIOR.NAME!r}; a plain Mask R-CNN "
+            "has no mask prior."
+        )
+    mask_head = plain.MODEL.ROI_MASK_HEAD
+    if mask_head.NAME in MASK_HEADS and cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV != 1:
+        raise UsageError(
+            f"MODEL.ROI_MASK_HEAD.NUM_DECONV is {cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV}; the mask "
+            "head of a plain Mask R-CNN has one deconvolution."
+        )
+    mask_head.NAME = MASK_HEADS.get(mask_head.NAME, mask_head.NAME)
+    heads = {
+        "ROI_MASK_HEAD": (ROI_MASK_HEAD_REGISTRY, mask_head.NAME),
+        "ROI_BOX_HEAD": (ROI_BOX_HEAD_REGISTRY, plain.MODEL.ROI_BOX_HEAD.NAME),
+    }
+    for key, (registry, name) in heads.items():
+        package = registry.get(name).__module__.partition(".")[0]
+        if package != "detectron2":
+            raise UsageError(
+                f"MODEL.{key}.NAME is {name!r}, a class of {package}, which a plain Mask R-CNN "
+                "does not have."
+            )
+    plain.MODEL.ROI_HEADS.NAME = ROI_HEADS.get(plain.MODEL.ROI_HEADS.NAME, "")
+    if not plain.MODEL.ROI_HEADS.NAME:
+        raise UsageError(
+            f"MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}; what can be exported: "
+            f"{', '.join(ROI_HEADS)}."
+        )
+    return plain
+
+
+def _copy_values(source: CfgNode, target: CfgNode) -> None:
+    for key, value in target.items():
+        if isinstance(value, CfgNode):
+            _copy_values(source[key], value)
+        else:
+            target[key] = source[key]
+
+
+def plain_model(cfg: CfgNode, source: nn.Module) -> nn.Module:
+    """
+    Build Detectron2's model and give it the weights of ours.
+
+    Args:
+        cfg: of :func:`plain_config`.
+        source: our model.
+
+    Raises:
+        UsageError: a part of the model is not Detectron2's, or the weights do not fit.
+    """
+    model = build_model(cfg).eval()
+    for name, module in model.named_modules():
+        package = type(module).__module__.partition(".")[0]
+        if package not in PACKAGES:
+            raise UsageError(
+                f"{name} is a {type(module).__name__} of {package}, which a plain Mask R-CNN does "
+                "not have."
+            )
+    weights = {
+        name: x for name, x in source.state_dict().items() if "teacher_mask_head" not in name
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"The weights do not fit a plain Mask R-CNN: {error}") from error
+    return model
+
+
+@torch.no_grad()
+def largest_difference(first: nn.Module, second: nn.Module) -> tuple[float, int]:
+    """
+    Compare what two models find on random images.
+
+    Returns:
+        The largest difference of boxes in pixels, scores, and mask probabilities (infinity where
+        the number or the classes of the objects differ), and the number of objects compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    difference, count = 0.0, 0
+    for _ in range(NUM_CHECKS):
+        image = torch.rand(3, CHECK_SIDE, CHECK_SIDE, generator=generator) * 255
+        a, b = (m.inference([{"image": image}], do_postprocess=False)[0] for m in (first, second))
+        if len(a) != len(b) or not torch.equal(a.pred_classes, b.pred_classes):
+            return float("inf"), count
+        count += len(a)
+        for x, y in zip(_values(a), _values(b)):
+            if x.numel() > 0:
+                difference = max(difference, (x - y).abs().max().item())
+    return difference, count
+
+
+def _values(instances: Instances) -> list[torch.Tensor]:
+    return [instances.pred_boxes.tensor, instances.scores, instances.pred_masks]
+
+
+def changed_keys(cfg: CfgNode, default: CfgNode) -> dict:
+    """What differs from the defaults, nested; of another release of Detectron2 keys may differ."""
+    changes = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            below = changed_keys(value, default[key])
+            changes.update({key: below} if below else {})
+        elif value != default[key]:
+            changes[key] = value
+    return changes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    parser, args = parse_args(argv)
+    try:
+        try:
+            cfg = load_config(args.config_file, args.weights, args.opts)
+            model, _ = load_model(cfg, ["student"])
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        plain = plain_config(cfg)
+        exported = plain_model(plain, model)
+        # On the thresholds of the config a model may find nothing in noise.
+        for x in (model, exported):
+            x.roi_heads.box_predictor.test_score_thresh = 0.0
+        difference, num_objects = largest_difference(model, exported)
+        if not difference <= TOLERANCE:
+            raise UsageError(
+                f"The plain model finds something else on random images: a difference of "
+                f"{difference:.1e}. Nothing was written."
+            )
+        check_output_dir(args.output_dir)
+    except UsageError as error:
+        parser.error(str(error))
+    weights = args.output_dir / "model.pth"
+    plain.MODEL.WEIGHTS, plain.OUTPUT_DIR = str(weights), get_cfg().OUTPUT_DIR
+    changes = {"VERSION": plain.VERSION, **changed_keys(plain, get_cfg())}
+    torch.save({"model": exported.state_dict()}, weights)
+    (args.output_dir / "config.yaml").write_text(CfgNode(changes).dump())
+    names = find_classes(cfg).names
+    (args.output_dir / "classes.json").write_text(json.dumps(names, indent=1) + "\n")
+    print(
+        f"The same {num_objects} objects on {NUM_CHECKS} random images (boxes in pixels, scores, "
+        f"mask probabilities differ by at most {difference:.1e})."
+    )
+    print(f"Exported, {weights.stat().st_size / 2**20:.1f} MiB: {args.output_dir / 'config.yaml'}")
+    return 0
+
+
+if __name__ == "__main__":
+    for logger_name in ("detectron2", "fvcore", "teacher_student_mask"):
+        setup_logger(name=logger_name)
+    sys.exit(main())
