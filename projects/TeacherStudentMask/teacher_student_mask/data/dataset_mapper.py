@@ -20,9 +20,12 @@ from detectron2.structures import (
     polygons_to_bitmask,
 )
 from detectron2.utils.logger import log_first_n
+from PIL import Image
 
 from ..class_splits import resolve_seen_classes
 from ..structures import ImageMask
+from .mask_measures import measure_rles
+from .object_checks import MAX_PIXELS_OUTSIDE
 
 __all__ = ["TeacherStudentDatasetMapper"]
 
@@ -112,7 +115,20 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         Raises:
             ValueError: a usable segmentation that cannot be read; names file and annotation.
         """
-        example = super().__call__(dataset_dict)
+        where = f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
+        try:
+            with Image.open(dataset_dict["file_name"]) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(
+                        f"{where}: the image has PIL's mode {image.mode!r}, whose values above 255 "
+                        "would be cut; convert it to 8 bits a channel."
+                    )
+            example = super().__call__(dataset_dict)
+        except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
+            raise ValueError(
+                f"{where}: the image cannot be used: {e} Replace it, or correct the json; "
+                "tools/check_annotations.py --images finds all such images."
+            ) from e
         if not self.is_train and self.add_gt_boxes_at_test:
             example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
         return example
@@ -213,6 +229,11 @@ def _read_segmentation(segmentation, dataset_dict: dict) -> list | dict | None:
                     f"{where}: a polygon of 'segmentation' must be a flat list of at least 3 x,y "
                     f"pairs, got {str(polygon)[:80]}. Use null for an object without a mask."
                 )
+            if not _are_pixels(np.asarray(polygon)):
+                raise ValueError(
+                    f"{where}: a polygon of 'segmentation' must be in pixels, at most "
+                    f"{MAX_PIXELS_OUTSIDE} from the image, got {str(polygon)[:80]}."
+                )
         return segmentation
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise ValueError(
@@ -225,9 +246,22 @@ def _read_segmentation(segmentation, dataset_dict: dict) -> list | dict | None:
             f"{where}: an RLE has size {list(segmentation['size'])}, but the image is "
             f"{list(size)} (height, width)."
         )
-    if isinstance(segmentation["counts"], list):
+    # pycocotools would read beyond the runs, or make masks of what is none.
+    counts = segmentation["counts"]
+    (num_pixels,), (area,) = measure_rles([counts.decode() if type(counts) is bytes else counts])
+    if num_pixels != size[0] * size[1]:
+        raise ValueError(
+            f"{where}: the runs of an RLE must have {size[0] * size[1]} pixels in all, those of "
+            f"the image, got {str(segmentation)[:80]}."
+        )
+    if isinstance(counts, list):
         segmentation = mask_util.frPyObjects(segmentation, *size)
-    return segmentation if mask_util.area(segmentation) > 0 else None
+    return segmentation if area > 0 else None
+
+
+def _are_pixels(values: np.ndarray) -> bool:
+    # Rasterising a polygon that ends far away, or nowhere, would take all memory. NaN is not <=.
+    return values.dtype.kind in "iuf" and bool((np.abs(values) <= MAX_PIXELS_OUTSIDE).all())
 
 
 def _union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:

@@ -16,8 +16,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from .box_supervision import BoxSupervision, masked_dice_loss
-from .feature_map_box_head import FeatureMapBoxHead, PooledFastRCNNOutputLayers
 from .deferred_scalars import DeferredScalars
+from .feature_map_box_head import FeatureMapBoxHead, PooledFastRCNNOutputLayers
 from .label_channel import predict_label_channel
 from .mask_head import has_batch_norm
 from .mask_loss import crop_gt_masks, mask_accuracy, masked_bce_loss

@@ -1,0 +1,129 @@
+"""What the checks of annotation files report: findings, and counts of the classes."""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+__all__ = ["AnnotationReport", "ClassCounts", "Finding", "short_repr"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_EXAMPLES = 5
+
+short_repr = reprlib.Repr()
+short_repr.maxstring = short_repr.maxother = 60
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem of a file; as text it is one sentence."""
+
+    severity: (
+        str  # "error": training would stop or go wrong; "warning": the remedy says what it does
+    )
+    file: str
+    unit: str  # "image", "annotation", "category", or "" where it is the file as a whole
+    field: str
+    remedy: str  # what is allowed and what to do
+    count: int  # of all
+    examples: tuple[tuple[str, str], ...]  # (id, value) of the first
+
+    def __str__(self) -> str:
+        name, value = self.examples[0]
+        where = f"{self.file}: {self.unit} {name}: " if self.unit else f"{self.file}: "
+        names = ", ".join(name for name, _ in self.examples)
+        more = ", ..." if self.count > len(self.examples) else ""
+        others = f" ({self.count} in all: {names}{more})" if self.count > 1 else ""
+        text = f"{where}{self.field!r} is {value}; {self.remedy}{others}."
+        # File names may hold bytes that are no UTF-8, which no log takes.
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@dataclass
+class ClassCounts:
+    """What a file has of one class; objects that are no crowd have a mask or a box only."""
+
+    name: str
+    category_id: int
+    is_seen: bool | None  # None where the seen classes were not given
+    masks: int
+    boxes_only: int
+    crowd: int
+    rectangles: int  # masks that are the rectangle of their box: boxes exported as masks?
+    dropped: dict[str, int]  # what training leaves out: reason -> number of objects
+
+
+@dataclass
+class AnnotationReport:
+    """What :func:`check_annotations` found."""
+
+    file: str
+    num_images: int = 0
+    num_annotations: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    classes: list[ClassCounts] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [x for x in self.findings if x.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [x for x in self.findings if x.severity == "warning"]
+
+    def raise_on_error(self) -> None:
+        """
+        Log every finding.
+
+        Raises:
+            ValueError: the sentence of the first error, if there is one.
+        """
+        for finding in self.findings:
+            logger.log(logging.ERROR if finding in self.errors else logging.WARNING, str(finding))
+        if self.errors:
+            raise ValueError(str(self.errors[0]))
+
+    def to_dict(self) -> dict:
+        """All of it in types that json has; "message" of a finding is its sentence."""
+        findings = [asdict(x) | {"message": str(x)} for x in self.findings]
+        return asdict(self) | {"findings": findings}
+
+    def add(
+        self,
+        severity: str,
+        unit: str,
+        rows: list[dict],
+        is_bad: Sequence[bool],
+        field: str,
+        remedy: str,
+        describe: Callable[[int], str] | None = None,
+    ) -> None:
+        """
+        Add a finding about those rows of a list that have the problem, if any has.
+
+        Args:
+            is_bad: shape (n,), one for each row.
+            describe: from a row's index to its value as text; None: what the row has as `field`.
+        """
+        indices = np.flatnonzero(is_bad).tolist()
+        if not indices:
+            return
+        examples = []
+        for i in indices[:_MAX_EXAMPLES]:
+            name = short_repr.repr(rows[i]["id"]) if "id" in rows[i] else f"number {i}"
+            if describe is not None:
+                value = describe(i)
+            else:
+                value = short_repr.repr(rows[i][field]) if field in rows[i] else "missing"
+            examples.append((name, value))
+        finding = Finding(severity, self.file, unit, field, remedy, len(indices), tuple(examples))
+        self.findings.append(finding)
+
+    def add_to_file(self, severity: str, field: str, value: str, remedy: str) -> None:
+        """Add a finding about the file as a whole."""
+        self.findings.append(Finding(severity, self.file, "", field, remedy, 1, (("", value),)))

@@ -1,0 +1,126 @@
+"""Extents and areas of many polygons and run-length masks at once, however broken they are."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+
+from .image_checks import MAX_PIXELS
+
+__all__ = ["measure_polygons", "measure_rles", "to_floats"]
+
+# Numbers of polygons, or characters of RLEs, that are checked at a time.
+_CHUNK = 2**22
+# Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
+_MAX_CHARACTERS = 6
+
+
+def to_floats(values: list) -> np.ndarray | None:
+    """Float64 of shape (n,), or None unless all are finite numbers (True is not one)."""
+    if not set(map(type, values)) <= {int, float}:
+        return None
+    try:
+        array = np.array(values, dtype=np.float64)
+    except OverflowError:  # an int beyond the range of floats
+        return None
+    return array if np.isfinite(array).all() else None
+
+
+def _chunks(lengths: np.ndarray) -> list[slice]:
+    """Parts of a list whose items have these lengths, about _CHUNK in a part."""
+    part = (np.cumsum(lengths) - lengths) // _CHUNK
+    starts = np.flatnonzero(np.diff(part, prepend=-1)).tolist()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(lengths)])]
+
+
+def measure_polygons(polygons: list[list]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Args:
+        polygons: n lists [x, y, x, y, x, y, ...], none empty.
+
+    Returns:
+        Left, top, right and bottom of each, shape (n, 4), and the area, shape (n,); nan where one
+        has anything but finite numbers.
+    """
+    extents, areas = np.empty((len(polygons), 4)), np.empty(len(polygons))
+    lengths = np.array(list(map(len, polygons)), dtype=int)
+    for part in _chunks(lengths):
+        flat = to_floats(list(chain.from_iterable(polygons[part])))
+        if flat is None:
+            of_each = [(to_floats(x), len(x)) for x in polygons[part]]
+            flat = np.concatenate([np.full(n, np.nan) if x is None else x for x, n in of_each])
+        points, num_points = flat.reshape(-1, 2), lengths[part] // 2
+        ends = np.cumsum(num_points)
+        starts = ends - num_points
+        low = np.minimum.reduceat(points, starts)
+        extents[part] = np.concatenate([low, np.maximum.reduceat(points, starts)], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            points = points - np.repeat(low, num_points, axis=0)
+            following = np.arange(1, len(points) + 1)
+            following[ends - 1] = starts
+            x, y = points.T
+            doubled = np.add.reduceat(x * y[following] - x[following] * y, starts)
+        areas[part] = abs(doubled) / 2
+    return extents, areas
+
+
+def measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Measure run-length masks without pycocotools, whose C code trusts them.
+
+    Args:
+        counts: "counts" of n RLEs, strings or lists of run lengths, as json holds them.
+
+    Returns:
+        Pixels of the whole image and of the mask, int64 of shape (n,) each; -1 where the runs
+        cannot be read or one is negative.
+    """
+    pixels, areas = np.full((2, len(counts)), -1, dtype=np.int64)
+    strings = {}
+    for i, runs in enumerate(counts):
+        if type(runs) is str:
+            # Whatever is not ASCII becomes bytes that no RLE has.
+            strings[i] = runs.encode("utf-8", "surrogatepass") or b"\0"
+        elif type(runs) is list and set(map(type, runs)) <= {int} and min(runs, default=-1) >= 0:
+            total = sum(runs)
+            if total < MAX_PIXELS:
+                pixels[i], areas[i] = total, sum(runs[1::2])
+    rows, values = list(strings), list(strings.values())
+    for part in _chunks(np.array(list(map(len, values)), dtype=int)):
+        pixels[rows[part]], areas[rows[part]] = _measure_strings(values[part])
+    return pixels, areas
+
+
+def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array(list(map(len, strings)))
+    ends = np.cumsum(lengths)
+    owner = np.repeat(np.arange(len(strings)), lengths)
+    data = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
+    is_bad = (data[ends - 1] & 32) > 0
+    is_bad[owner[(data < 0) | (data > 63)]] = True
+    data[is_bad[owner]] = 0
+    # A number is 5 bits a character, the lowest first; all but its last character have bit 32.
+    stops = np.flatnonzero(data < 32) + 1
+    starts = np.append(0, stops[:-1])
+    num_characters = stops - starts
+    is_bad[owner[starts[num_characters > _MAX_CHARACTERS]]] = True
+    bits = 5 * np.minimum(np.arange(len(data)) - np.repeat(starts, num_characters), 10)
+    numbers = np.add.reduceat((data & 31) << bits, starts)
+    numbers -= ((data[stops - 1] & 16) << 1) << (5 * (np.minimum(num_characters, 11) - 1))
+    owner = owner[starts]
+    numbers[is_bad[owner]] = 0
+    # From the fourth number on, it is the difference to the run before the last.
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    order = np.arange(len(owner)) - first[owner]
+    runs = numbers.copy()
+    for parity in (0, 1):
+        part = np.flatnonzero((order % 2 == parity) & (order > 0))
+        sums = np.cumsum(numbers[part])
+        heads = np.flatnonzero(np.diff(owner[part], prepend=-1))
+        before = sums[heads] - numbers[part[heads]]
+        runs[part] = sums - np.repeat(before, np.diff(np.append(heads, len(part))))
+    is_bad |= np.minimum.reduceat(runs, first) < 0
+    pixels = np.add.reduceat(runs, first)
+    areas = np.add.reduceat(np.where(order % 2 == 1, runs, 0), first)
+    return np.where(is_bad, -1, pixels), np.where(is_bad, -1, areas)

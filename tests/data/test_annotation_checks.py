@@ -1,0 +1,315 @@
+"""The counts and limits of the checks; tests/data/test_bad_data.py has the sentences."""
+
+import gc
+import json
+import logging
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from teacher_student_mask import TeacherStudentDatasetMapper, load_partial_coco_json
+from teacher_student_mask.data.annotation_checks import check_annotations
+
+HEIGHT, WIDTH = 12, 16
+
+
+def coco(*annotations, **image):
+    """A json with one image and the classes ant (seen) and cat; annotations are numbered."""
+    defaults = {"image_id": 1, "category_id": 1, "bbox": [2, 2, 6, 4]}
+    rows = [{"id": i, **defaults, **x} for i, x in enumerate(annotations, start=1)]
+    images = [{"id": 1, "file_name": "1.png", "height": HEIGHT, "width": WIDTH} | image]
+    categories = [{"id": 2, "name": "cat"}, {"id": 1, "name": "ant"}]
+    return {"images": images, "annotations": rows, "categories": categories}
+
+
+def check(data, **options):
+    return check_annotations("a.json", data=data, **options)
+
+
+def fields_of(report):
+    return {(x.severity, x.field): x.count for x in report.findings}
+
+
+TRIANGLE = [2, 2, 8, 2, 8, 6]
+
+
+def rle(mask):
+    found = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": found["counts"].decode()}
+
+
+def test_objects_are_counted_for_each_class():
+    report = check(
+        coco(
+            {"segmentation": [TRIANGLE]},
+            {"segmentation": [[2, 2, 8, 2, 8, 6, 2, 6]]},
+            {"segmentation": None},
+            {"segmentation": []},
+            {},
+            {"segmentation": [[1, 2, 3, 4]]},
+            {"segmentation": [TRIANGLE], "bbox": [2, 2, 0, 4]},
+            {"segmentation": [TRIANGLE], "bbox": [20, 2, 3, 4]},
+            {"segmentation": [TRIANGLE], "iscrowd": 1},
+            {"segmentation": rle(np.zeros((HEIGHT, WIDTH))), "category_id": 2},
+            {"segmentation": rle(np.ones((HEIGHT, WIDTH))), "category_id": 2},
+        ),
+        seen_classes="ant",
+    )
+    ant, cat = report.classes
+    assert (ant.name, ant.category_id, ant.is_seen) == ("ant", 1, True)
+    assert (ant.masks, ant.boxes_only, ant.crowd, ant.rectangles) == (4, 4, 1, 1)
+    assert ant.dropped == {
+        "box without area": 1,
+        "box outside its image": 1,
+        "all polygons too short": 1,
+    }
+    assert (cat.name, cat.category_id, cat.is_seen) == ("cat", 2, False)
+    assert (cat.masks, cat.boxes_only, cat.crowd, cat.rectangles) == (1, 1, 0, 0)
+    assert cat.dropped == {"mask without a pixel": 1}
+
+
+@pytest.mark.parametrize(
+    "polygons, is_rectangle",
+    [
+        ([[2, 2, 8, 2, 8, 6, 2, 6]], True),
+        ([[2, 6, 2, 2, 8, 2, 8, 6, 2, 6]], True),  # closed, other direction and start
+        ([[2, 2, 5, 2, 8, 2, 8, 6, 2, 6]], True),  # a point on an edge
+        ([[2.4, 2, 8, 2, 8, 6, 2.4, 6]], True),  # the box was rounded
+        ([TRIANGLE], False),
+        ([[2, 2, 8, 2, 8, 6, 2, 5]], False),
+        ([[4, 2, 8, 2, 8, 6, 4, 6]], False),  # not the box
+        ([[2, 2, 8, 2, 8, 6, 2, 6], TRIANGLE], False),
+    ],
+)
+def test_rectangles_are_polygons_equal_to_their_box(polygons, is_rectangle):
+    report = check(coco({"segmentation": polygons}))
+    assert report.classes[0].rectangles == is_rectangle
+    assert fields_of(report) == ({("warning", "name"): 1} if is_rectangle else {})
+
+
+def test_few_rectangles_are_no_warning():
+    masks = [[TRIANGLE]] * 2 + [[[2, 2, 8, 2, 8, 6, 2, 6]]] * 2
+    report = check(coco(*({"segmentation": x} for x in masks)))
+    assert report.classes[0].rectangles == 2 and report.findings == []
+
+
+@pytest.mark.parametrize(
+    "box, field",
+    [
+        ([0, 0, 16, 12], None),
+        ([-1, -1, 18, 14], None),  # pixels counted from 1, or rounded
+        ([-1.01, 0, 16, 12], ("warning", "bbox")),
+        ([0, 0, 16, 13.01], ("warning", "bbox")),
+        ([0, 0, 1e-5, 12], ("warning", "bbox")),
+        ([-3, 0, 3, 12], ("warning", "bbox")),
+        ([16, 0, 3, 12], ("warning", "bbox")),
+        ([0, 0, 100_016, 12], ("warning", "bbox")),
+        ([0, 0, 100_017, 12], ("error", "bbox")),
+        ([-100_001, 0, 100_010, 12], ("error", "bbox")),
+        ([0, 0, -0.1, 12], ("error", "bbox")),
+        ([0, 0, 10**400, 12], ("error", "bbox")),
+        ([True, 0, 10, 12], ("error", "bbox")),
+        ("abcd", ("error", "bbox")),
+    ],
+)
+def test_limits_of_boxes(box, field):
+    assert fields_of(check(coco({"bbox": box}))) == ({field: 1} if field else {})
+
+
+def test_a_finding_counts_all_and_names_the_first():
+    (finding,) = check(coco(*[{"iscrowd": 2}] * 7, {})).findings
+    assert finding.count == 7 and len(finding.examples) == 5
+    assert str(finding) == (
+        "a.json: annotation 1: 'iscrowd' is 2; allowed: 0 or 1 (7 in all: 1, 2, 3, 4, 5, ...)."
+    )
+
+
+def test_masks_that_training_does_not_read_make_warnings():
+    broken = {"segmentation": {"size": [3, 3], "counts": "1"}}
+    data = coco(broken, broken | {"category_id": 2}, broken | {"iscrowd": 1, "category_id": 2})
+    assert fields_of(check(data)) == {("error", "segmentation"): 3}
+    found = check(data, seen_classes="cat")
+    assert {x.severity: x.count for x in found.findings if x.field == "segmentation"} == {
+        "error": 1,
+        "warning": 2,
+    }
+
+
+def test_gc_and_data_are_left_as_they_were():
+    data = coco({"segmentation": [TRIANGLE]})
+    before = json.dumps(data)
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        check(data, seen_classes="ant")
+        assert gc.isenabled() == enabled
+    gc.enable()
+    assert json.dumps(data) == before
+
+
+def test_errors_are_logged_and_the_first_is_raised(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
+    report = check(coco({"bbox": [1, 2, 0, 3]}, {"iscrowd": 2}, {"image_id": 9}))
+    with pytest.raises(ValueError) as error:
+        report.raise_on_error()
+    assert str(error.value) == str(report.errors[0])
+    assert [x.levelname for x in caplog.records] == ["ERROR", "ERROR", "WARNING"]
+    assert [x.getMessage() for x in caplog.records] == [str(x) for x in report.findings]
+
+
+def test_reading_images_needs_their_folder():
+    with pytest.raises(ValueError, match="check_images needs image_root"):
+        check_annotations("a.json", check_images=True)
+
+
+def test_coco_has_no_findings(coco_root):
+    report = check_annotations(
+        f"{coco_root}/annotations/instances_val2017.json", f"{coco_root}/val2017", "voc", 80
+    )
+    assert report.findings == []
+    assert sum(x.masks + x.crowd for x in report.classes) == report.num_annotations
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0)), max_size=6))
+def test_masks_of_pycocotools_are_read_with_their_areas(shapes):
+    for height, width, seed in shapes:
+        mask = np.random.default_rng(seed).random((height, width)) < 0.3
+        data = coco({"segmentation": rle(mask), "bbox": [0, 0, width, height]}, {})
+        data["images"][0].update(height=height, width=width)
+        report = check(data)
+        assert report.errors == []
+        assert report.classes[0].masks == bool(mask.any())
+
+
+def runs_of(counts):
+    """The run lengths that a string stands for, read one character after the other; None: none."""
+    runs, number, shift = [], 0, 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return None
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if shift > 30:
+            return None
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return runs if runs and not shift else None
+
+
+COUNTS = st.text(st.characters(min_codepoint=46, max_codepoint=112), max_size=8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.one_of(COUNTS, COUNTS.map(lambda x: x + "0")), min_size=1, max_size=8))
+def test_broken_strings_are_found_among_others(strings):
+    """Each of them, whatever stands beside it."""
+    pixels = {}
+    for i, counts in enumerate(strings):
+        runs = runs_of(counts)
+        pixels[i] = sum(runs) if runs and min(runs) >= 0 and sum(runs) > 0 else None
+    # Every image has as many pixels as its mask has, if this is one.
+    images = [{"id": i, "file_name": f"{i}", "height": 1, "width": pixels[i] or 5} for i in pixels]
+    masks = [{"size": [1, pixels[i] or 5], "counts": strings[i]} for i in pixels]
+    data = coco(*[{"image_id": i, "segmentation": x} for i, x in enumerate(masks)])
+    report = check(data | {"images": images})
+    expected = sum(x is None for x in pixels.values())
+    assert sum(x.count for x in report.errors) == expected
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda x: st.lists(x, max_size=6) | st.dictionaries(st.text(max_size=3), x, max_size=3),
+    max_leaves=12,
+)
+
+
+def mostly(usual):
+    """The usual value, or anything."""
+    return st.integers(0, 9).flatmap(lambda k: ANYTHING if k == 0 else usual)
+
+
+COORDINATES = st.one_of(st.integers(-4, 20), st.floats(-4, 20))
+MASKS = st.one_of(
+    st.none(),
+    st.lists(st.lists(COORDINATES, min_size=3, max_size=9), max_size=2),
+    st.tuples(st.integers(0, HEIGHT * WIDTH), st.integers(0, 3)).map(
+        lambda x: {"size": [HEIGHT, WIDTH], "counts": [x[0], HEIGHT * WIDTH + x[1] // 3 - x[0]]}
+    ),
+    COUNTS.map(lambda x: {"size": [HEIGHT, WIDTH], "counts": x}),
+)
+ROWS = st.fixed_dictionaries(
+    {
+        "image_id": mostly(st.just(1)),
+        "category_id": mostly(st.sampled_from([1, 2])),
+        "bbox": mostly(st.lists(COORDINATES, min_size=4, max_size=4)),
+    },
+    optional={
+        "id": mostly(st.integers(0, 1000)),
+        "iscrowd": mostly(st.sampled_from([0, 1])),
+        "segmentation": mostly(MASKS),
+    },
+)
+DATA = st.fixed_dictionaries(
+    {
+        "images": mostly(st.just(coco()["images"])),
+        "annotations": mostly(st.lists(ROWS, max_size=4)),
+        "categories": mostly(st.just(coco()["categories"])),
+    }
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.one_of(DATA, DATA, DATA, ANYTHING))
+def test_no_content_raises(data):
+    report = check({} if data is None else data, image_root="none", seen_classes="ant")
+    assert json.dumps(report.to_dict())
+    assert all(str(x) and x.count > 0 for x in report.findings)
+
+
+@pytest.fixture(scope="module")
+def image_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "1.png")
+    return root
+
+
+POLYGONS = st.lists(st.lists(COORDINATES, min_size=3, max_size=9), max_size=2)
+ORDINARY_ROWS = st.fixed_dictionaries(
+    {
+        "image_id": st.just(1),
+        "category_id": st.sampled_from([1, 2]),
+        "bbox": st.tuples(*[st.one_of(st.integers(-1, 20), st.floats(0, 20))] * 4).map(list),
+        "segmentation": MASKS | POLYGONS,
+    },
+    optional={"iscrowd": st.sampled_from([0, 0, 1])},
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.lists(ORDINARY_ROWS, min_size=1, max_size=4))
+def test_what_is_clean_is_mapped_as_it_was_counted(image_root, rows):
+    path = image_root / "a.json"
+    path.write_text(json.dumps(coco(*rows)))
+    report = check_annotations(path, image_root)
+    if report.errors:
+        return
+    mapper = TeacherStudentDatasetMapper(
+        is_train=True,
+        seen_classes=[0, 1],
+        augmentations=[],
+        image_format="BGR",
+        use_instance_mask=True,
+    )
+    (example,) = map(mapper, load_partial_coco_json(str(path), str(image_root)))
+    dropped = sum(n for x in report.classes for r, n in x.dropped.items() if r.startswith("box"))
+    objects = sum(x.masks + x.boxes_only for x in report.classes)
+    assert len(example["instances"]) == objects - dropped
