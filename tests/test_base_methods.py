@@ -50,9 +50,15 @@ METHODS = {
 every_method = pytest.mark.parametrize("method", METHODS)
 # The others run with the slow tests.
 QUICK = ("opmask + ours", "boxinst + ours")
-quick_methods_first = pytest.mark.parametrize(
-    "method", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in METHODS]
-)
+
+
+def methods_of(quick):
+    """All methods, those that are not quick as slow tests."""
+    methods = [x if x in quick else pytest.param(x, marks=pytest.mark.slow) for x in METHODS]
+    return pytest.mark.parametrize("method", methods)
+
+
+quick_methods_first = methods_of(QUICK)
 
 
 def build(cfg):
@@ -139,7 +145,7 @@ def train(cfg, dataset, num_steps=5):
     return record + [x.detach().clone() for x in model.parameters()]
 
 
-@quick_methods_first
+@methods_of(QUICK[:1])
 def test_unseen_masks_change_no_loss_gradient_or_weight(
     tiny_cfg, tiny_coco, make_tiny_coco, method
 ):

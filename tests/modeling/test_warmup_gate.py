@@ -76,6 +76,7 @@ class _Recorder:
         return self.log[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup_iters, survives", [(0, False), (225, True)])
 def test_pseudo_masks_collapse_without_the_gate_and_not_with_it(warmup_iters, survives):
     iou = train(warmup_iters)

@@ -106,9 +106,9 @@ def load_partial_coco_json(
 
 
 def _is_harmless(finding: Finding) -> bool:
-    # Masks are checked where they are used; a file without objects can be predicted on; and only
-    # evaluation needs ids of annotations.
-    if finding.field == "annotations":
+    # Masks are checked where they are used; a file without images still has classes, and one
+    # without objects can be predicted on; and only evaluation needs ids of annotations.
+    if finding.field in ("images", "annotations"):
         return finding.examples[0][1] in ("empty", "nothing but crowds")
     return finding.field == "segmentation" or (
         finding.unit == "annotation" and finding.field == "id"
