@@ -11,6 +11,9 @@ same batch and draw the same proposals:
                    head, on the ROIs whose object has a mask
   class_specific   stock Detectron2 Mask R-CNN, on all foreground ROIs (an unseen object's mask is
                    the rectangle of its box, which takes as long)
+  label_channel    PartiallySupervisedROIHeads with class-specific masks, which computes the channel
+                   of each ROI's class alone; with --opts DATASETS.SEEN_CLASSES all it has the ROIs
+                   of class_specific
   interact, threshold, none, box_fit, crf
                    TeacherStudentROIHeads with that PSEUDO_MASK.METHOD, on all foreground ROIs
 
@@ -52,6 +55,7 @@ VARIANTS = {
     "class_agnostic": [HEADS, "PartiallySupervisedROIHeads"]
     + ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True],
     "class_specific": [HEADS, "StandardROIHeads"],
+    "label_channel": [HEADS, "PartiallySupervisedROIHeads"],
     **{
         method: [HEADS, "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.METHOD", method]
         for method in ("interact", "threshold", "none", "box_fit", "crf")
