@@ -131,7 +131,7 @@ def change_unseen_masks(kind):
     return change
 
 
-def train(cfg, dataset, num_steps=5):
+def train(cfg, dataset, num_steps=3):
     model = build(cfg).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     record = []
