@@ -120,7 +120,7 @@ def test_each_run_is_a_line_with_all_that_is_known_of_it(run, out):
     assert set(row["results"]) == {"bbox", "segm", "segm_seen", "segm_unseen"} | {
         "segm_unseen_overlap"
     }
-    assert 0 < row["seconds"] < 30 and row["opts"] == OPTS and row["always_unseen"] is None
+    assert row["seconds"] >= 0 and row["opts"] == OPTS and row["always_unseen"] is None
     assert row["versions"]["torch"] == metadata.version("torch")
     assert {"python", "detectron2", "numpy"} <= set(row["versions"])
     assert row["hardware"]["cores"] == os.cpu_count() and row["hardware"]["runs_at_once"] == 2
