@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import platform
 import statistics
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from synthetic_coco import make_detections, make_ground_truth
+from synthetic_coco import write_files
 from tabulate import tabulate
 
 from teacher_student_mask.analysis import Bootstrap, Settings, analyze
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = {name: [] for name in programs}
     precision = {}
     with tempfile.TemporaryDirectory() as folder:
-        gt, dt = write_files(Path(folder), args)
+        gt, dt = write_files(Path(folder), args.images, args.objects, args.detections)
         for _ in range(args.rounds):
             for name, program in programs.items():
                 start = time.perf_counter()
@@ -70,15 +69,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--faster-coco-eval", action="store_true")
     return parser.parse_args(argv)
-
-
-def write_files(folder: Path, args: argparse.Namespace) -> tuple[str, str]:
-    ground_truth = make_ground_truth(args.images, args.objects)
-    detections = make_detections(ground_truth, args.detections)
-    paths = folder / "gt.json", folder / "dt.json"
-    for path, content in zip(paths, (ground_truth, detections)):
-        path.write_text(json.dumps(content))
-    return str(paths[0]), str(paths[1])
 
 
 def run_coco_eval(coco_class: type, eval_class: type, gt: str, dt: str) -> np.ndarray:

@@ -34,7 +34,7 @@ from detectron2.evaluation import COCOEvaluator
 from paired import print_ratios, time_in_turns
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from synthetic_coco import make_detections, make_ground_truth
+from synthetic_coco import write_files
 
 from teacher_student_mask import PartiallySupervisedCOCOEvaluator
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        gt, dt = write_files(Path(folder), args)
+        gt, dt = write_files(Path(folder), args.images, args.objects, args.detections)
         register_coco_instances(DATASET, {}, gt, folder)
         DatasetCatalog.get(DATASET)  # learns the classes
         results = {}
@@ -80,15 +80,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=0, help="rounds that do not count")
     return parser.parse_args(argv)
-
-
-def write_files(folder: Path, args: argparse.Namespace) -> tuple[str, str]:
-    ground_truth = make_ground_truth(args.images, args.objects)
-    detections = make_detections(ground_truth, args.detections)
-    paths = folder / "gt.json", folder / "dt.json"
-    for path, content in zip(paths, (ground_truth, detections)):
-        path.write_text(json.dumps(content))
-    return str(paths[0]), str(paths[1])
 
 
 def run_pycocotools(gt: str, dt: str) -> float:

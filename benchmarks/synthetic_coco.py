@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pycocotools.mask as mask_util
 
@@ -111,3 +114,15 @@ def _bbox(polygon: np.ndarray) -> list[float]:
 
 def _text(rle: dict) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def write_files(
+    folder: Path, num_images: int, num_objects: int, num_detections: int
+) -> tuple[str, str]:
+    """Write ground truth and detections to a folder and return the two paths."""
+    ground_truth = make_ground_truth(num_images, num_objects)
+    detections = make_detections(ground_truth, num_detections)
+    paths = folder / "gt.json", folder / "dt.json"
+    for path, content in zip(paths, (ground_truth, detections)):
+        path.write_text(json.dumps(content))
+    return str(paths[0]), str(paths[1])

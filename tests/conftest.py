@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tiny_model import TINY_MODEL
 
@@ -25,6 +27,20 @@ _dataset_numbers = itertools.count()
 
 def pytest_report_header(config):
     return describe()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _messages_reach_pytest():
+    # Detectron2's setup_logger keeps messages from the root logger, but acts once per process.
+    setup_logger(name="teacher_student_mask")
+    logging.getLogger("teacher_student_mask").propagate = True
+
+
+@pytest.fixture
+def log(caplog):
+    """The log, from INFO on."""
+    caplog.set_level(logging.INFO)
+    return caplog
 
 
 @dataclass

@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import sys
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -16,7 +15,7 @@ from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from inference_setup import UsageError, check_output_dir, find_classes
+from inference_setup import UsageError, add_model_arguments, check_output_dir, find_classes
 from teacher_student_mask.analysis.trained_model import load_config, load_model
 
 logger = logging.getLogger("teacher_student_mask")
@@ -66,17 +65,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    add_model_arguments(parser)
     return parser, parser.parse_args(argv)
 
 

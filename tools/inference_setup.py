@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import tempfile
@@ -15,13 +16,32 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from coco_results import Classes
 from teacher_student_mask import add_teacher_student_mask_config
 
-__all__ = ["UsageError", "check_output_dir", "find_classes", "setup_cfg"]
+__all__ = ["UsageError", "add_model_arguments", "check_output_dir", "find_classes", "setup_cfg"]
 
 logger = logging.getLogger("teacher_student_mask")
 
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message says why and what would be right."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which model runs, and where its results go; --opts comes last."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML", help="config of the model")
+    add(
+        "--weights",
+        metavar="PTH",
+        help="checkpoint (default: the config's MODEL.WEIGHTS)",
+    )
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="changes to the config; everything after --opts belongs to it",
+    )
 
 
 def setup_cfg(

@@ -13,6 +13,8 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
+from teacher_student_mask.data.image_checks import DEEP_MODES
+
 logger = logging.getLogger("teacher_student_mask")
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -145,7 +147,7 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mode = image.mode
-        if mode.startswith(("I", "F")):
+        if mode.startswith(DEEP_MODES):
             raise ValueError(f"more than 8 bits a channel ({mode}); convert it first.")
         return np.ascontiguousarray(read_image(str(path), format="BGR"))
     # Pillow's readers raise errors of many types on broken files, SyntaxError among them.

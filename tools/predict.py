@@ -21,7 +21,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from coco_results import Classes, Predictions
-from inference_setup import UsageError, check_output_dir, find_classes, setup_cfg
+from inference_setup import (
+    UsageError,
+    add_model_arguments,
+    check_output_dir,
+    find_classes,
+    setup_cfg,
+)
 from media import Source, SourceError, find_sources
 from overlays import OverlayWriter
 
@@ -72,11 +78,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, video, folder or glob")
-    parser.add_argument("--config-file", required=True, metavar="YAML", help="config of the model")
-    parser.add_argument(
-        "--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)"
-    )
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     parser.add_argument(
         "--score-threshold",
         type=float,
@@ -85,13 +86,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         help="keep detections with a score above this (default: %(default)s)",
     )
     parser.add_argument("--no-overlays", action="store_true", help="write the json files only")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    add_model_arguments(parser)
     return parser, parser.parse_args(argv)
 
 

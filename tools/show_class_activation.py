@@ -7,7 +7,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,13 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from inference_setup import UsageError, check_output_dir, find_classes, setup_cfg
+from inference_setup import (
+    UsageError,
+    add_model_arguments,
+    check_output_dir,
+    find_classes,
+    setup_cfg,
+)
 from media import SourceError, find_sources
 from teacher_student_mask.modeling.priors import cam_of
 
@@ -59,9 +64,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="image, folder or quoted glob")
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     add(
         "--score-threshold",
         type=float,
@@ -76,13 +78,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         metavar="N",
         help="of an image, those with the highest scores (default: %(default)s)",
     )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    add_model_arguments(parser)
     return parser, parser.parse_args(argv)
 
 

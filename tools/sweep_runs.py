@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import shlex
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class Run:
     evaluation: Job | None = None
     gt_boxes: dict[str, Job] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict:
         """{key: value} of its config, in plain Python types."""
         return flatten(self.cfg)

@@ -1,7 +1,6 @@
 """Result files of a tiny model with random weights, against Detectron2's own evaluation loop."""
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -29,14 +28,6 @@ def save(tiny_cfg, tiny_coco, tmp_path):
         return save_model(tiny_cfg(opts=[*opts, *RESIZED], dataset=dataset), tmp_path / "model")
 
     return _save
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """The log, also where another test has set up Detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 def read(path):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,14 +22,6 @@ from teacher_student_mask.analysis.picture_drawing import (
 from teacher_student_mask.analysis.pictures import draw_objects, models_to_picture, select_objects
 
 NAN = float("nan")
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """The log, also where another test has set up Detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 def table(ious, is_unseen, false_positives=None, areas=None, protocol="detections"):

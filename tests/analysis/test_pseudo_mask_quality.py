@@ -1,7 +1,6 @@
 """IoU of pseudo masks with the truth, worked out by hand on a grid of 4 x 4 cells."""
 
 import json
-import logging
 import math
 import os
 from collections import Counter
@@ -19,13 +18,6 @@ from teacher_student_mask.modeling import DenseCRF, PseudoMaskGenerator
 
 ANT, CAT = 3, 17
 METHODS = ("none", "threshold", "interact", "box_fit")
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """The log, also where another test has set up Detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
-    return caplog
 
 
 @pytest.fixture

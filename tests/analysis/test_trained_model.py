@@ -1,6 +1,5 @@
 """What is said of a config, a dataset or a checkpoint that cannot be used."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ def save(tiny_cfg, tmp_path):
         return save_model(tiny_cfg(opts=opts), tmp_path / "model", change)
 
     return _save
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """The log, also where another test has set up Detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
-    return caplog
 
 
 def test_config_has_the_weights_and_the_changes(save):

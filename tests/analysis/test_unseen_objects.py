@@ -1,7 +1,6 @@
 """Reading unseen objects: what is kept, where it lies, and that true masks stay apart."""
 
 import json
-import logging
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -23,13 +22,6 @@ def make_reader(tiny_cfg, make_tiny_coco):
         return UnseenObjectReader(cfg, find_test_dataset(cfg))
 
     return make
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """The log, also where another test has set up Detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
-    return caplog
 
 
 def read(reader):

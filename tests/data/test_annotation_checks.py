@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -150,8 +149,7 @@ def test_gc_and_data_are_left_as_they_were():
     assert json.dumps(data) == before
 
 
-def test_errors_are_logged_and_the_first_is_raised(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
+def test_errors_are_logged_and_the_first_is_raised(caplog):
     report = check(coco({"bbox": [1, 2, 0, 3]}, {"iscrowd": 2}, {"image_id": 9}))
     with pytest.raises(ValueError) as error:
         report.raise_on_error()

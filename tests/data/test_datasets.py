@@ -48,7 +48,7 @@ def test_segmentation_is_there_only_where_the_json_holds_one(tiny_coco):
     assert mixed[2]["segmentation"] == tiny_coco.data["annotations"][2]["segmentation"]
 
 
-def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, caplog, monkeypatch):
+def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, caplog):
     good = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0]
 
     def change(data):
@@ -58,8 +58,6 @@ def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, ca
         third["segmentation"] = [[], [1.0]]
 
     dataset = make_tiny_coco(change)
-    # setup_logger of Detectron2, in another test, would keep messages from pytest.
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
     caplog.set_level(logging.INFO, logger="teacher_student_mask")
     dicts = by_image_id(load_partial_coco_json(dataset.json_file, ""))
     assert [len(x["annotations"]) for x in dicts.values()] == [2, 0, 8, 2]

@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import json
-import logging
 import os
 import re
 import subprocess
@@ -63,14 +62,6 @@ def run(model, tmp_path, monkeypatch):
         return predict.main([str(x) for x in [*options, *arguments]])
 
     return _run
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """The log, also where another test has set up Detectron2's logging."""
-    monkeypatch.setattr(logging.getLogger("teacher_student_mask"), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
+from ..data.image_checks import MAX_PIXELS
+from ..data.mask_measures import to_floats
 from ..evaluation.overlap import has_mask
 from .input_checks import (
     InputFile,
@@ -19,10 +21,9 @@ from .input_checks import (
     paused_gc,
     refusal,
     shorten,
-    to_floats,
     to_id,
 )
-from .rle import MAX_PIXELS, check_rles, compress_mask
+from .rle import check_rles, compress_mask
 
 __all__ = ["load_ground_truth"]
 

@@ -14,6 +14,8 @@ from itertools import chain
 
 import numpy as np
 
+from ..data.mask_measures import to_floats
+
 logger = logging.getLogger(__name__)
 
 __all__ = [
@@ -25,7 +27,6 @@ __all__ = [
     "paused_gc",
     "refusal",
     "shorten",
-    "to_floats",
     "to_id",
 ]
 
@@ -150,17 +151,6 @@ def to_id(value: object) -> int | None:
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
-
-
-def to_floats(values: list) -> np.ndarray | None:
-    """Float64 of shape (n,), or None unless all values are finite numbers (True is not one)."""
-    if not set(map(type, values)) <= {int, float}:
-        return None
-    try:
-        array = np.array(values, dtype=np.float64)
-    except OverflowError:  # an int beyond the range of floats
-        return None
-    return array if np.isfinite(array).all() else None
 
 
 def boxes_outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
+from ..data.mask_measures import to_floats
 from .input_checks import (
     InputFile,
     InputWarning,
@@ -17,7 +18,6 @@ from .input_checks import (
     list_some,
     paused_gc,
     refusal,
-    to_floats,
     to_id,
 )
 from .rle import check_rles, compress_mask

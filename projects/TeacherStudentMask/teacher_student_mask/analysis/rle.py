@@ -13,20 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pycocotools.mask as mask_util
 
-from .input_checks import InputFile, refusal, to_floats
+from ..data.mask_measures import to_floats
+from ..data.object_checks import MAX_PIXELS_OUTSIDE
+from .input_checks import InputFile, refusal
 
-__all__ = ["MAX_PIXELS", "check_rles", "compress_mask"]
+__all__ = ["check_rles", "compress_mask"]
 
-# Fewer pixels than this per image: pycocotools shifts 32-bit integers, and a longer run or the
-# difference of two would need a seventh character.
-MAX_PIXELS = 2**29
+# Of five bits each, with a sign: enough for every run below MAX_PIXELS, and their differences.
 _MAX_CHARACTERS = 6
 
 # Three points. pycocotools would read four numbers as a box.
 _MIN_POLYGON_NUMBERS = 6
-
-# pycocotools walks along a polygon in fifths of a pixel and keeps every step.
-_MAX_PIXELS_OUTSIDE = 100_000
 
 # Bytes that are decoded at a time: the arrays of a chunk should fit the processor's cache.
 _CHUNK_BYTES = 2**18
@@ -120,7 +117,7 @@ def _compress_polygons(polygons: list, size: list[int]) -> tuple[bytes, int]:
     if not long_enough:
         allowed = f"at least one polygon of {_MIN_POLYGON_NUMBERS} numbers"
         raise ValueError(refusal("segmentation", polygons, allowed))
-    bound = _MAX_PIXELS_OUTSIDE + max(size)
+    bound = MAX_PIXELS_OUTSIDE + max(size)
     arrays = []
     for polygon in long_enough:
         array = to_floats(polygon)

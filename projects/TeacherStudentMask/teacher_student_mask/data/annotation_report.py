@@ -23,9 +23,8 @@ short_repr.maxstring = short_repr.maxother = 60
 class Finding:
     """One kind of problem of a file; as text it is one sentence."""
 
-    severity: (
-        str  # "error": training would stop or go wrong; "warning": the remedy says what it does
-    )
+    # "error": training would stop or go wrong; "warning": the remedy says what it does
+    severity: str
     file: str
     unit: str  # "image", "annotation", "category", or "" where it is the file as a whole
     field: str

@@ -19,11 +19,13 @@ from detectron2.structures import (
     PolygonMasks,
     polygons_to_bitmask,
 )
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
 from ..class_splits import resolve_seen_classes
 from ..structures import ImageMask
+from .image_checks import DEEP_MODES
 from .mask_measures import measure_rles
 from .object_checks import MAX_PIXELS_OUTSIDE
 
@@ -117,8 +119,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         """
         where = f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
         try:
-            with Image.open(dataset_dict["file_name"]) as image:
-                if image.mode.startswith(("I", "F")):
+            # The header alone; PathManager, as for all files of a dataset, also gets remote ones.
+            with PathManager.open(dataset_dict["file_name"], "rb") as f, Image.open(f) as image:
+                if image.mode.startswith(DEEP_MODES):
                     raise ValueError(
                         f"{where}: the image has PIL's mode {image.mode!r}, whose values above 255 "
                         "would be cut; convert it to 8 bits a channel."

@@ -16,7 +16,13 @@ from PIL import Image
 if TYPE_CHECKING:
     from .annotation_report import AnnotationReport
 
-__all__ = ["MAX_PIXELS", "check_image_entries", "check_image_file", "check_image_files"]
+__all__ = [
+    "DEEP_MODES",
+    "MAX_PIXELS",
+    "check_image_entries",
+    "check_image_file",
+    "check_image_files",
+]
 
 # pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
 MAX_PIXELS = 2**29
@@ -25,7 +31,7 @@ _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
 
 # What PIL, and with it the training, makes of a pixel above 255 in these.
-_DEEP_MODES = ("I", "F")
+DEEP_MODES = ("I", "F")
 
 _FILES_PER_CALL = 32
 
@@ -217,7 +223,7 @@ def check_image_file(path: str, height: object, width: object) -> list[tuple[str
         problems.append(("size", found))
     elif orientation in range(2, 9):
         problems.append(("orientation", f"{name} with EXIF orientation {orientation}"))
-    if mode.startswith(_DEEP_MODES):
+    if mode.startswith(DEEP_MODES):
         problems.append(("depth", f"{name} in PIL's mode {mode!r}"))
     if mode in ("CMYK", "LAB"):
         problems.append(("colour", f"{name} in {mode}"))

@@ -13,7 +13,8 @@ from .mask_measures import measure_polygons, measure_rles, to_floats
 
 __all__ = ["MAX_PIXELS_OUTSIDE", "ObjectChecks"]
 
-# Polygons are rasterized step by step, so one that ends far away takes all memory.
+# pycocotools walks along a polygon in fifths of a pixel and keeps every step, so one that ends far
+# away takes all memory.
 MAX_PIXELS_OUTSIDE = 100_000
 # Exports that round or count pixels from 1 move a box by no more than this.
 _BOX_TOLERANCE = 1.0

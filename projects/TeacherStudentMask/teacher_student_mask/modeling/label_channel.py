@@ -40,9 +40,7 @@ def predict_label_channel(
     Raises:
         IndexError: a label outside [-C, C), as in indexing, unless the head is class-agnostic.
     """
-    if _is_exporting():
-        return _select_in_graph(mask_head.layers(features), labels)
-    if not _has_separate_predictor(mask_head):
+    if _is_exporting() or not _has_separate_predictor(mask_head):
         return select_label_channel(mask_head.layers(features), labels)
     *layers, predictor = mask_head
     for layer in layers:
@@ -92,10 +90,3 @@ def _is_exporting() -> bool:
     # ONNX's exporters do one or the other. torch.compiler.is_exporting came with PyTorch 2.7.
     is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     return torch.jit.is_tracing() or is_exporting()
-
-
-def _select_in_graph(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # As select_label_channel, but neither the number of ROIs nor the device becomes a constant.
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    return logits[torch.ones_like(labels).cumsum(0) - 1, labels]

@@ -27,7 +27,9 @@ def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -
     """
     if pred_mask_logits.shape[1] == 1:
         return pred_mask_logits[:, 0]
-    return pred_mask_logits[torch.arange(len(labels), device=labels.device), labels]
+    # 0, 1, 2, ...: in a traced graph, unlike arange, of as many ROIs as there are then.
+    rows = torch.ones_like(labels).cumsum(0) - 1
+    return pred_mask_logits[rows, labels]
 
 
 def crop_gt_masks(
