@@ -35,7 +35,7 @@ test-quick: env  ## the unit tests, without whole trainings and programs
 	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS)
 
 lint: env  ## black, isort and flake8, without changing a file
-	$(VENV_PYTHON) -m black --quiet --check --diff -l 100 .
+	$(VENV_PYTHON) -m black --quiet --check --diff .
 	$(VENV_PYTHON) -m isort --check --diff .
 	$(VENV_PYTHON) -m flake8 .
 
