@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmark_parts import load_benchmark_part
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
 from roi_heads_factory import CHANNELS, NUM_CLASSES, mask_head
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from teacher_student_mask.modeling import HourglassMaskHead
 from teacher_student_mask.modeling.label_channel import predict_label_channel
+
+peak_memory = load_benchmark_part("memory").peak_memory
 
 SHAPE = ShapeSpec(channels=CHANNELS, height=14, width=14)
 
@@ -205,12 +208,25 @@ def test_a_removed_hook_is_forgotten():
     assert predictor_runs(head, features, labels) == 0
 
 
-def test_hooks_of_the_other_layers_run():
+@pytest.mark.parametrize("layer", ["deconv", "deconv_relu"])
+def test_hooks_of_the_other_layers_run(layer):
     head, features, labels = prepare(stock_head)
     shapes = []
-    head.deconv.register_forward_hook(lambda m, x, y: shapes.append(y.shape))
+    getattr(head, layer).register_forward_hook(lambda m, x, y: shapes.append(y.shape))
     predict_label_channel(head, features, labels)
     assert shapes == [(4, 8, 28, 28)]
+
+
+def test_the_gradient_of_the_largest_map_is_held_once():
+    head = MaskRCNNConvUpsampleHead(SHAPE, num_classes=NUM_CLASSES, conv_dims=[64, 64])
+    features, labels = torch.randn(32, CHANNELS, 14, 14), torch.arange(32) % NUM_CLASSES
+
+    def program(function):
+        return lambda: function(head, features, labels).sum().backward()
+
+    whole, one = (peak_memory(program(x), "cpu") for x in (whole_prediction, predict_label_channel))
+    # Where the ReLU was cut is remembered instead: one byte for each number of four.
+    assert whole - one > 0.7 * (32 * 64 * 28 * 28 * 4)
 
 
 @pytest.mark.parametrize("make_head", [stock_head, WHOLE["class-agnostic"], narrow_hourglass])

@@ -6,6 +6,7 @@ import torch
 from detectron2.layers import Conv2d
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .mask_loss import select_label_channel
 
@@ -43,17 +44,51 @@ def predict_label_channel(
     if _is_exporting() or not _has_separate_predictor(mask_head):
         return select_label_channel(mask_head.layers(features), labels)
     *layers, predictor = mask_head
+    relu = layers.pop() if type(layers[-1]) is nn.ReLU and _runs_nothing_else(layers[-1]) else None
     for layer in layers:
         features = layer(features)
+    # Under autocast the features have its type; a function of our own must cast by itself.
+    weight = predictor.weight[labels].flatten(1).to(features.dtype)
+    if predictor.bias is None:
+        bias = weight.new_zeros(len(labels))
+    else:
+        bias = predictor.bias[labels].to(features.dtype)
+    if relu is None:
+        logits = _sum_channels(features, weight, bias)
+    else:
+        logits = _ReLUThenSum.apply(features, weight, bias)
+    return logits.view(-1, *features.shape[2:])
+
+
+def _sum_channels(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     # One product (1, D) x (D, M * M) per ROI. Of the forms of it (einsum, a sum over a product)
     # this needs no copy of the features, and autocast treats it as it treats a convolution.
-    weight = predictor.weight[labels].flatten(1)[:, None]
-    cells = features.flatten(2)
-    if predictor.bias is None:
-        logits = torch.bmm(weight, cells)
-    else:
-        logits = torch.baddbmm(predictor.bias[labels][:, None, None], weight, cells)
-    return logits.view(-1, *features.shape[2:])
+    return torch.baddbmm(bias[:, None, None], weight[:, None], features.flatten(2))
+
+
+class _ReLUThenSum(torch.autograd.Function):
+    """
+    ReLU and :func:`_sum_channels` in one, with one map less in memory.
+
+    The map between them, of shape (R, D, M, M), is the largest of the mask branch. Autograd would
+    hold it, its gradient and that of the ReLU's input at the same time; here the second gradient
+    takes the place of the first.
+    """
+
+    @staticmethod
+    def forward(ctx, features, weight, bias):
+        features = features.relu()
+        ctx.save_for_backward(features, weight)
+        return _sum_channels(features, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        features, weight = ctx.saved_tensors
+        grad_weight = torch.bmm(grad, features.flatten(2).transpose(1, 2))[:, 0]
+        grad_features = (weight[:, :, None] * grad).view(features.shape)
+        grad_features.masked_fill_(features <= 0, 0)
+        return grad_features, grad_weight, grad.sum((1, 2))
 
 
 def _has_separate_predictor(head: nn.Module) -> bool:
@@ -68,10 +103,14 @@ def _has_separate_predictor(head: nn.Module) -> bool:
     return (
         last is getattr(head, "predictor", None)
         and type(last) in (Conv2d, nn.Conv2d)
-        and "forward" not in vars(last)
+        and _runs_nothing_else(last)
         and _is_plain_1x1(last)
-        and not any(getattr(last, hooks) for hooks in _HOOKS)
     )
+
+
+def _runs_nothing_else(module: nn.Module) -> bool:
+    # Nothing but the forward of its class.
+    return "forward" not in vars(module) and not any(getattr(module, x) for x in _HOOKS)
 
 
 def _is_plain_1x1(conv: nn.Conv2d) -> bool:
