@@ -8,10 +8,12 @@ VENV ?= .venv
 ENV_OPTIONS ?=
 VENV_PYTHON := $(VENV)/bin/python
 PYTEST_OPTIONS ?=
+# What the static scan for insecure code reads.
+SCANNED := projects tools benchmarks train_net.py
 SETUP := $(PYTHON) tools/setup_environment.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-short test test-quick lint clean
+.PHONY: help env demo demo-short test test-quick lint audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +36,14 @@ test-quick: env  ## the unit tests, without whole trainings and programs
 	@$(SETUP) --describe
 	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS)
 
-lint: env  ## black, isort and flake8, without changing a file
+lint: env audit  ## black, isort, flake8, bandit and the audit, without changing a file
 	$(VENV_PYTHON) -m black --quiet --check --diff .
 	$(VENV_PYTHON) -m isort --check --diff .
 	$(VENV_PYTHON) -m flake8 .
+	$(VENV_PYTHON) -m bandit --quiet --configfile pyproject.toml --recursive $(SCANNED)
+
+audit: env  ## known vulnerabilities of the installed packages; passes where there are no data
+	@$(VENV_PYTHON) tools/audit_dependencies.py
 
 clean:  ## remove outputs and caches (the environment stays)
 	rm -rf output build dist .pytest_cache .hypothesis

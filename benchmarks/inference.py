@@ -68,7 +68,8 @@ def build_models(cfg: CfgNode, inputs: list[dict]) -> dict[str, nn.Module]:
     cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     stock = build_model(cfg).eval()
     missing = copy_weights(student, stock)
-    assert not missing, missing
+    if missing:
+        raise RuntimeError(f"The student lacks parameters of the stock model: {missing}.")
     return {STOCK: stock, STUDENT: student}
 
 

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.config_file import merge_config_file
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/Base-PartiallySupervised-RCNN-FPN.yaml"
 
@@ -27,7 +28,7 @@ def make_cfg(device: str, opts: list[str]) -> CfgNode:
     """
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(CONFIG))
+    merge_config_file(cfg, str(CONFIG))
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = device
     cfg.merge_from_list(opts)

@@ -17,6 +17,7 @@ TINY_MODEL = (
 )
 SMALL = {
     "analysis.py": "--images 20 --objects 120 --detections 600 --resamples 5 --rounds 1",
+    "annotation_checks.py": "--images 20 --objects 120 --rounds 1",
     "dense_crf.py": "--objects 3 --batch-sizes 2 --rounds 1 --side 14",
     "evaluation.py": "--images 20 --objects 120 --detections 600 --rounds 1",
     "inference.py": f"--device cpu --sizes 64 --num-images 2 --rounds 1 --opts {TINY_MODEL}",

@@ -197,9 +197,9 @@ def test_every_key_is_read_somewhere():
     code = "\n".join([*sources, (REPOSITORY / "train_net.py").read_text()])
     unread = set()
     for key in our_keys():
-        node, leaf = key.split(".")[-2:]
-        # As cfg.A.NODE.LEAF, or as settings.LEAF after settings = cfg.A.NODE.
-        is_read = re.search(rf"\.{node}\.{leaf}\b", code) or (
+        node, leaf = f"cfg.{key}".split(".")[-2:]
+        # As cfg.LEAF, as cfg.A.NODE.LEAF, or as settings.LEAF after settings = cfg.A.NODE.
+        is_read = re.search(rf"\b{node}\.{leaf}\b", code) or (
             re.search(rf"= cfg\.[A-Z_.]*{node}$", code, re.MULTILINE)
             and re.search(rf"\bsettings\.{leaf}\b", code)
         )

@@ -9,11 +9,10 @@ import os
 import sys
 from collections.abc import Iterable
 
-from tabulate import tabulate
 from tqdm import tqdm
 
-from teacher_student_mask.data.annotation_checks import check_annotations
-from teacher_student_mask.data.annotation_report import AnnotationReport
+from teacher_student_mask.checks.annotation_checks import check_annotations
+from teacher_student_mask.checks.annotation_report import AnnotationReport
 
 DESCRIPTION = """
 Checks a COCO json in which any object may lack its mask, and on request every image.
@@ -113,23 +112,11 @@ def show_progress(iterable: Iterable, total: int) -> Iterable:
 def print_report(report: AnnotationReport) -> None:
     """The table of the classes, the sentences, and how many there are."""
     if report.classes:
-        print(class_table(report))
+        print(report.class_table())
         print(f"\n{report.num_images} images, {report.num_annotations} annotations")
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")
     print(f"{len(report.errors)} kinds of errors, {len(report.warnings)} kinds of warnings")
-
-
-def class_table(report: AnnotationReport) -> str:
-    rows = []
-    for x in report.classes:
-        split = {True: "seen", False: "unseen", None: "-"}[x.is_seen]
-        dropped = ", ".join(f"{num} ({reason})" for reason, num in x.dropped.items()) or "-"
-        numbers = [x.masks + x.boxes_only, x.masks, x.boxes_only, x.crowd, x.rectangles]
-        rows.append([x.name, split, *numbers, dropped])
-    headers = ["class", "split", "objects", "masks", "boxes only", "crowd", "rectangles"]
-    # Names such as "1e3" are no numbers.
-    return tabulate(rows, headers=[*headers, "left out"], disable_numparse=[0])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from demo_pictures import draw_columns, save_grid
 from demo_report import write_analysis
 from detectron2_source import describe
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.config_file import merge_config_file
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
 from teacher_student_mask.evaluation import comparison_table
 from training_jobs import REPOSITORY, Job, gt_boxes_folder, gt_boxes_job, run_jobs
@@ -119,7 +120,7 @@ def train(output: Path, names: list[str], options: list[str]) -> bool:
     for name in names:
         cfg = get_cfg()
         add_teacher_student_mask_config(cfg)
-        cfg.merge_from_file(str(REPOSITORY / CONFIGS[name]))
+        merge_config_file(cfg, str(REPOSITORY / CONFIGS[name]))
         cfg.merge_from_list(options)
         arguments = ["--resume", "--config-file", CONFIGS[name], *options]
         arguments += ["OUTPUT_DIR", (output / name).resolve()]

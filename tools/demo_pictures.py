@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
 from teacher_student_mask import GTBoxInference, add_teacher_student_mask_config
+from teacher_student_mask.config_file import merge_config_file
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES
+from teacher_student_mask.weights_file import safe_loading
 
 __all__ = ["draw_columns", "save_grid"]
 
@@ -56,9 +58,11 @@ def draw_columns(output: Path, names: list[str], num_images: int) -> dict[str, l
     for name in names:
         cfg = get_cfg()
         add_teacher_student_mask_config(cfg)
-        cfg.merge_from_file(str(output / name / "config.yaml"))
+        merge_config_file(cfg, str(output / name / "config.yaml"))
         model = build_model(cfg).eval()
-        DetectionCheckpointer(model).load(str(output / name / "model_final.pth"))
+        weights = str(output / name / "model_final.pth")
+        with safe_loading(weights):
+            DetectionCheckpointer(model).load(weights)
         columns[name] = draw([_predict(model, i, x) for i, x in zip(images, truth)])
     return columns
 

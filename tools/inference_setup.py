@@ -12,11 +12,21 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
 
 from coco_results import Classes
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.config_file import merge_config_file
+from teacher_student_mask.weights_file import check_weights, safe_loading
 
-__all__ = ["UsageError", "add_model_arguments", "check_output_dir", "find_classes", "setup_cfg"]
+__all__ = [
+    "UsageError",
+    "add_model_arguments",
+    "check_output_dir",
+    "find_classes",
+    "make_predictor",
+    "setup_cfg",
+]
 
 logger = logging.getLogger("teacher_student_mask")
 
@@ -69,7 +79,7 @@ def setup_cfg(
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
     try:
-        cfg.merge_from_file(config_file)
+        merge_config_file(cfg, config_file)
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--config-file {config_file}: {error}") from error
     try:
@@ -79,7 +89,7 @@ def setup_cfg(
 
     if weights is not None:
         cfg.MODEL.WEIGHTS = weights
-    _check_weights(cfg.MODEL.WEIGHTS, config_file)
+    _check_weights(cfg, config_file)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -89,7 +99,26 @@ def setup_cfg(
     return cfg
 
 
-def _check_weights(weights: str, config_file: str) -> None:
+def make_predictor(cfg: CfgNode) -> DefaultPredictor:
+    """
+    Build the model and load its weights.
+
+    Raises:
+        UsageError: the weights hold more than tensors, or could run code.
+    """
+    try:
+        with safe_loading(cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
+            return DefaultPredictor(cfg)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_weights(cfg: CfgNode, config_file: str) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    try:
+        check_weights(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if "://" in weights or os.path.isfile(weights):
         return
     if weights:

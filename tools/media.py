@@ -13,7 +13,7 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from teacher_student_mask.data.image_checks import DEEP_MODES
+from teacher_student_mask.checks.image_checks import DEEP_MODES
 
 logger = logging.getLogger("teacher_student_mask")
 

@@ -26,6 +26,7 @@ from inference_setup import (
     add_model_arguments,
     check_output_dir,
     find_classes,
+    make_predictor,
     setup_cfg,
 )
 from media import Source, SourceError, find_sources
@@ -150,11 +151,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sources = find_sources(args.inputs, overlay_dir)
         cfg = setup_cfg(args.config_file, args.weights, args.score_threshold, args.opts)
+        predictor = make_predictor(cfg)
         check_output_dir(args.output_dir)
     except (SourceError, UsageError) as error:
         parser.error(str(error))
     classes = find_classes(cfg)
-    runner = Runner(DefaultPredictor(cfg), classes, None if args.no_overlays else overlay_dir)
+    runner = Runner(predictor, classes, None if args.no_overlays else overlay_dir)
     runner.run(sources)
     runner.predictions.write(args.output_dir)
 

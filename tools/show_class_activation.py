@@ -24,6 +24,7 @@ from inference_setup import (
     add_model_arguments,
     check_output_dir,
     find_classes,
+    make_predictor,
     setup_cfg,
 )
 from media import SourceError, find_sources
@@ -190,11 +191,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"{cfg.MODEL.ROI_MASK_PRIOR.NAME!r}, so its mask heads use no class activation "
                 'map; give the config of a model with "ClassActivationPrior", such as OPMask.'
             )
+        class_activation = ClassActivation(make_predictor(cfg))
         check_output_dir(args.output_dir)
     except (SourceError, UsageError) as error:
         parser.error(str(error))
     names = find_classes(cfg).names
-    class_activation = ClassActivation(DefaultPredictor(cfg))
     num_pictures, failures = 0, []
     with logging_redirect_tqdm(loggers=[logger]):
         for source in tqdm(sources, unit="image"):

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from teacher_student_mask import add_teacher_student_mask_config, resolve_seen_classes
+from teacher_student_mask.config_file import merge_config_file
 
 __all__ = [
     "UsageError",
@@ -21,6 +22,7 @@ __all__ = [
     "config_name",
     "count_seen_classes",
     "flatten",
+    "folder_name",
     "load_config",
     "seen_classes_value",
     "seen_ids",
@@ -51,8 +53,8 @@ def load_config(path: str, opts: Sequence[str], has_seen_sets: bool) -> CfgNode:
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
     try:
-        cfg.merge_from_file(path)
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        merge_config_file(cfg, path)
+    except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--configs {path}: {error}") from error
     try:
         cfg.merge_from_list(list(opts))
@@ -78,7 +80,13 @@ def config_name(path: str) -> str:
     parts = Path(os.path.normpath(path)).with_suffix("").parts
     if ".." in parts:
         parts = Path(path).resolve().with_suffix("").parts
-    return "/".join(re.sub(r"[^\w.-]", "_", part) for part in parts[-2:])
+    return "/".join(folder_name(part) for part in parts[-2:])
+
+
+def folder_name(text: str) -> str:
+    """The text as the name of one folder: below its parent, in one line, and never "." or ".."."""
+    name = re.sub(r"[^\w.-]", "_", text)
+    return name.replace(".", "_") if set(name) <= {"."} else name
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from sweep_configs import UsageError
+from sweep_configs import UsageError, folder_name
 from sweep_runs import Run
 from teacher_student_mask import resolve_seen_classes
 from teacher_student_mask.analysis import analyze, write_report
@@ -110,7 +110,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     # By the part of a run's name that is behind its config, in the order of the command line.
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        sets = [Path(run.facts["seen_set"]).stem] if run.facts["seen_set"] else []
+        sets = [folder_name(Path(run.facts["seen_set"]).stem)] if run.facts["seen_set"] else []
         groups.setdefault("/".join([*sets, f"seed_{run.facts['seed']}"]), []).append(run)
     return groups
 

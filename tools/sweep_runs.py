@@ -20,6 +20,7 @@ from sweep_configs import (
     config_name,
     count_seen_classes,
     flatten,
+    folder_name,
     load_config,
     seen_classes_value,
     seen_ids,
@@ -99,7 +100,9 @@ def plan_runs(args: argparse.Namespace) -> list[Run]:
     """
     configs = {x: load_config(x, args.opts, bool(args.seen_sets)) for x in args.configs}
     _check_distinct("--configs", args.configs, [config_name(x) for x in args.configs])
-    _check_distinct("--seen-sets", args.seen_sets, [Path(x).stem for x in args.seen_sets])
+    _check_distinct(
+        "--seen-sets", args.seen_sets, [folder_name(Path(x).stem) for x in args.seen_sets]
+    )
     _check_distinct("--seeds", args.seeds, args.seeds)
     classes = common_classes(configs) if args.seen_sets else []
     ids_by_set = {path: seen_ids(path, classes) for path in args.seen_sets}
@@ -142,7 +145,7 @@ def _make_run(
     seed: int,
     classes: list[str],
 ) -> Run:
-    sets = [Path(seen_set).stem] if seen_set else []
+    sets = [folder_name(Path(seen_set).stem)] if seen_set else []
     name = "/".join([config_name(config), *sets, f"seed_{seed}"])
     folder = args.output_dir / "runs" / name
     changes = []

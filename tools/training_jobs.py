@@ -246,7 +246,7 @@ class _Runner:
     def _start(self, job: Job, slot: dict[str, str]) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         with open(job.folder / "output.txt", "w") as log:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # nosec B603  # A list of arguments, without a shell.
                 [sys.executable, str(self._program), *map(str, job.arguments)],
                 cwd=REPOSITORY,
                 env={**os.environ, **slot},

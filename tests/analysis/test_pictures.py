@@ -327,6 +327,22 @@ def test_images_that_cannot_be_used_are_counted(scene, log, how):
     assert f"of 1 images with objects to show, 1 {how}." in record.getMessage()
 
 
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_pictures_from_outside_the_folder_are_not_shown(scene, log, is_absolute):
+    # The report is passed on: a json of a stranger must not put a private picture into it.
+    analysis, folder = scene
+    image_root = folder / "images"
+    image_root.mkdir()
+    (info,) = analysis.coco.imgs.values()
+    info["file_name"] = str(folder / "a.png") if is_absolute else "../a.png"
+    before = sorted(folder.rglob("*"))
+    (picture,) = draw_objects(analysis, ["large", "half"], str(image_root), 10)
+    assert not picture.has_image
+    assert np.abs(pixels_of(picture)[200:300, 10:150] - 150).max() < 10
+    assert "1 outside of this folder." in log.records[0].getMessage()
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_orientation_of_the_camera_is_applied(scene):
     # A photo of 100 x 200 whose tag says "turn by 90 degrees" has 200 x 100 for the annotations.
     analysis, folder = scene

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from teacher_student_mask.analysis import rle as rle_module
 from teacher_student_mask.analysis.input_checks import InputError, InputFile
 from teacher_student_mask.analysis.rle import check_rles, compress_mask
-from teacher_student_mask.data.image_checks import MAX_PIXELS
+from teacher_student_mask.checks.mask_measures import MAX_PIXELS
 
 FILE = InputFile("masks.json", None)
 

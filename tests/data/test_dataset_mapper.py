@@ -1,6 +1,7 @@
 """The mapper on hand-written annotations: one image of 12 x 16 pixels, one class per object."""
 
 import copy
+import re
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -576,3 +577,44 @@ def test_random_crops_from_the_config_are_finite_and_aligned(tiny_cfg, tiny_coco
         bits = to_bits(instances.gt_masks, instances)[instances.gt_has_mask]
         np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor, bits.any(axis=0))
     assert min(num_objects) < max(num_objects) <= 7
+
+
+EMPTY_MASKS = {
+    "outside": [[20.0, 4, 30, 4, 30, 10]],
+    "above": [[4.0, -20, 10, -20, 10, -1]],
+    "without area": [[4.0, 4, 6, 6, 8, 8]],
+    "two": [[4.0, 4, 4, 4, 4, 4], [20.0, 4, 30, 4, 30, 10]],
+    "empty RLE": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("name", EMPTY_MASKS)
+def test_a_mask_that_covers_nothing_is_none(make_image, mask_format, name, caplog):
+    """It was an empty mask, from which the heads learn that all is background."""
+    image = make_image([annotation(SEEN[0], (2, 2, 10, 10), segmentation=EMPTY_MASKS[name])])
+    mapper = make_mapper(mask_format=mask_format)
+    instances = [mapper(image)["instances"] for _ in range(11)]
+    assert all(len(x) == 1 and not x.gt_has_mask.any() for x in instances)
+    assert not instances[0].gt_exclusion_masks.tensor.any()
+    # One of many is told: the first, the tenth, the hundredth.
+    assert re.findall(r"\(number (\d+)", caplog.text) == ["1", "10"]
+    assert "(image id 42): the mask of an object covers nothing of the image" in caplog.text
+
+
+@FORMATS
+def test_an_object_whose_mask_leaves_the_image_is_dropped(make_image, mask_format):
+    """Rotation leaves polygons where they are: outside."""
+    corner = [[0.0, 0, 2, 0, 0, 2]]
+    box = (0, 0, 16, 12)
+    image = make_image(
+        [
+            annotation(SEEN[0], box, segmentation=corner),
+            annotation(SEEN[1], box, segmentation=[[5.0, 4, 11, 4, 11, 9]]),
+            annotation(UNSEEN[0], box),
+        ]
+    )
+    rotation = T.RandomRotation([45, 45], expand=False)
+    instances = make_mapper([rotation], mask_format)(image)["instances"]
+    assert instances.gt_has_mask.tolist() == [True, False]
+    assert instances.gt_classes.tolist() == [SEEN[1], UNSEEN[0]]

@@ -423,7 +423,8 @@ def test_any_unique_annotation_ids_give_the_same_results(register, fast, ids):
 def test_duplicate_annotation_ids_are_named(register):
     annotations = [annotation(x, UNDER) for x in (4, 5, 4, 6, 6)]
     name = register(make_images(), annotations, load=False)
-    with pytest.raises(ValueError, match=rf"{name}.json.*2 are used more than once.*\[4, 6\]"):
+    message = rf"{name}.json: annotation 4: 'id' is 4; .* no other .*\(4 in all: 4, 4, 6, 6\)"
+    with pytest.raises(ValueError, match=message):
         PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
 
 
@@ -432,7 +433,7 @@ def test_missing_field_is_named(register, field):
     annotations = [annotation(4, UNDER), annotation(5, ALONE)]
     del annotations[1][field]
     name = register(make_images(), annotations, load=False)
-    with pytest.raises(ValueError, match=rf"{name}.json: 1 annotations have no '{field}'.*\[5\]"):
+    with pytest.raises(ValueError, match=rf"{name}.json: annotation 5: '{field}' is missing"):
         PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
 
 
@@ -455,7 +456,7 @@ def box_only_scene(register, num_box_only):
 @pytest.mark.parametrize("num_box_only", [1, 2])
 def test_some_annotations_without_masks_are_an_error(register, num_box_only):
     name = box_only_scene(register, num_box_only)
-    message = rf"{name}.json: {num_box_only} of 3 annotations.*\[1.*needs a mask on every object"
+    message = rf"{name}.json: annotation 1: 'segmentation' is .*needs a mask on every object"
     with pytest.raises(ValueError, match=message):
         PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
     results = evaluate(name, detect(UNDER, ALONE, OVER), [0], tasks=("bbox",))
@@ -472,7 +473,7 @@ def test_no_masks_at_all_evaluates_boxes_only(register, caplog):
     assert results["bbox"]["AP"] == pytest.approx(100, abs=1e-6)
     assert results["bbox"]["num_gt"] == 3
     assert evaluate(name, {1: make_instances([], [], [])}, [0]).keys() == {"bbox"}
-    with pytest.raises(ValueError, match="3 of 3 annotations have no mask"):
+    with pytest.raises(ValueError, match="no annotation has a mask, but tasks is"):
         PartiallySupervisedCOCOEvaluator(name, tasks=("bbox", "segm"), seen_classes=[0])
 
 

@@ -14,9 +14,18 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     Args:
         cfg: a config as :func:`detectron2.config.get_cfg` returns it; changed in place.
     """
+    # Use deterministic algorithms only (torch.use_deterministic_algorithms, cuDNN, cuBLAS), so that
+    # two runs with one SEED, which must be 0 or more, on one machine are equal bit for bit. Slower
+    # on a GPU; an operation that has no deterministic form there stops training with its name.
+    cfg.DETERMINISTIC = False
+
     # Whose masks training may use: "voc", "nonvoc", "all", class names separated by commas, or a
     # path to a text or json list. The masks of all other classes are forgotten by the mapper.
     cfg.DATASETS.SEEN_CLASSES = "voc"
+
+    # A pickle can run any code when it is read. True: MODEL.WEIGHTS ending in ".pkl" may come from
+    # anywhere, False: from Detectron2's own URLs alone. Counts on the command line, not in a file.
+    cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
 
     # Number of 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV = 1
@@ -35,8 +44,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # 2 = the paper's "high-res" (56x56) teacher.
     cfg.MODEL.TEACHER_MASK_HEAD.NUM_DECONV = 1
     cfg.MODEL.TEACHER_MASK_HEAD.CONV_DIM = 256
-    # "" or any norm of detectron2.layers.get_norm. "GN" is safe when a GPU has no ROI; "SyncBN"
-    # is not, "naiveSyncBN_N" is.
+    # "" or any norm of detectron2.layers.get_norm. "GN" and "naiveSyncBN_N" are safe when a process
+    # has no ROI; "naiveSyncBN" stops there with "does not support zero batch size". "SyncBN" is
+    # torch.nn.SyncBatchNorm, for GPUs alone, and not tested with such a process.
     cfg.MODEL.TEACHER_MASK_HEAD.NORM = ""
     cfg.MODEL.TEACHER_MASK_HEAD.HOURGLASS = 52
     cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 1.0

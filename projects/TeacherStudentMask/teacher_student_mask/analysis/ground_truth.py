@@ -10,15 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
-from ..data.image_checks import MAX_PIXELS
-from ..data.mask_measures import to_floats
-from ..evaluation.overlap import has_mask
+from ..checks.evaluation_checks import is_known_by_box_only
+from ..checks.mask_measures import MAX_PIXELS, to_floats
+from ..checks.reading import paused_gc
 from .input_checks import (
     InputFile,
     InputWarning,
     boxes_outside,
     list_some,
-    paused_gc,
     refusal,
     shorten,
     to_id,
@@ -230,7 +229,7 @@ class _Annotations:
         return areas
 
     def _check_all_have_masks(self) -> None:
-        without = [i for i, row in enumerate(self._rows) if _is_known_by_its_box_only(row)]
+        without = [i for i, row in enumerate(self._rows) if is_known_by_box_only(row)]
         if without:
             places = list_some([self._where(i) for i in without[:11]], num=10)
             raise self._file.error(
@@ -252,10 +251,3 @@ class _Annotations:
                 raise self._file.error(refusal("iscrowd", is_crowd, "0 or 1"), self._where(i))
             row["iscrowd"] = int(is_crowd)
         self._warn('no "area", the mask\'s is taken', without_area)
-
-
-def _is_known_by_its_box_only(annotation: dict) -> bool:
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list) and not all(isinstance(x, list) for x in segmentation):
-        return False  # not a mask of any kind: the error about its form says more
-    return isinstance(segmentation, (dict, list, type(None))) and not has_mask(annotation)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
 import logging
 import os
-import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
-from ..data.mask_measures import to_floats
+from ..checks.annotation_report import short_repr
+from ..checks.mask_measures import is_whole, to_floats
+from ..checks.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +22,6 @@ __all__ = [
     "InputWarning",
     "boxes_outside",
     "list_some",
-    "paused_gc",
     "refusal",
     "shorten",
     "to_id",
@@ -32,9 +29,6 @@ __all__ = [
 
 # Exports that round or count pixels from 1 move a box by no more than this.
 _BOX_TOLERANCE = 1.0
-
-_short_repr = reprlib.Repr()
-_short_repr.maxstring = _short_repr.maxother = 60
 
 
 class InputError(ValueError):
@@ -72,11 +66,10 @@ class InputFile:
             InputError: if the file cannot be read, or is not json.
         """
         try:
-            with open(self.path, encoding="utf-8") as file:
-                return json.load(file)
+            return read_json(self.path)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(f"{self.path}: is not a json file: {error}") from error
 
     def error(self, problem: str, where: str | None = None) -> InputError:
@@ -138,7 +131,7 @@ def refusal(field: str, value: object, allowed: str) -> str:
 
 def shorten(value: object) -> str:
     """`value` as Python writes it, cut to a length that fits a sentence."""
-    return _short_repr.repr(value)
+    return short_repr.repr(value)
 
 
 def list_some(values: Sequence, num: int = 5) -> str:
@@ -148,9 +141,7 @@ def list_some(values: Sequence, num: int = 5) -> str:
 
 def to_id(value: object) -> int | None:
     """`value` as an int if it is a whole number of 64 bits (1 or 1.0, not True), else None."""
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+    return int(value) if is_whole(value) else None
 
 
 def boxes_outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -166,23 +157,6 @@ def boxes_outside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         ends = boxes[:, :2] + boxes[:, 2:]
     is_before = (boxes[:, :2] < -_BOX_TOLERANCE).any(axis=1)
     return is_before | (ends > sizes[:, ::-1] + _BOX_TOLERANCE).any(axis=1)
-
-
-@contextlib.contextmanager
-def paused_gc() -> Iterator[None]:
-    """
-    No garbage collection inside; also a decorator.
-
-    A large file becomes millions of lists and dicts that all stay. Going through them for cycles
-    again and again would take a third of the time of reading the file.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _is_box(box: object) -> bool:

@@ -114,8 +114,9 @@ def draw_objects(
     Args:
         analysis: not changed.
         models: one or two of its models.
-        image_root: folder of the images; with None, and where an image is missing, unreadable or of
-            another size than the json says, the masks stand on grey. How many is logged.
+        image_root: folder of the images; with None, and where an image is missing, outside of the
+            folder, unreadable or of another size than the json says, the masks stand on grey. How
+            many is logged.
         num_objects: how many pictures at most.
     """
     coco = analysis.coco
@@ -212,6 +213,10 @@ def _read_image(info: dict, image_root: str | None) -> tuple[np.ndarray, str]:
     if image_root is None:
         return grey, "without image_root"
     path = os.path.join(image_root, info.get("file_name", ""))
+    # A report is passed on: a json of a stranger must not put a private picture into it.
+    root = os.path.abspath(image_root)
+    if os.path.commonpath([root, os.path.abspath(path)]) != root:
+        return grey, "outside of this folder"
     if not os.path.isfile(path):
         return grey, "missing"
     try:

@@ -10,13 +10,13 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..data.mask_measures import to_floats
+from ..checks.mask_measures import to_floats
+from ..checks.reading import paused_gc
 from .input_checks import (
     InputFile,
     InputWarning,
     boxes_outside,
     list_some,
-    paused_gc,
     refusal,
     to_id,
 )

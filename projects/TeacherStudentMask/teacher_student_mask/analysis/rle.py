@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pycocotools.mask as mask_util
 
-from ..data.mask_measures import to_floats
-from ..data.object_checks import MAX_PIXELS_OUTSIDE
+from ..checks.mask_measures import to_floats
+from ..checks.object_checks import MAX_PIXELS_OUTSIDE
 from .input_checks import InputFile, refusal
 
 __all__ = ["check_rles", "compress_mask"]

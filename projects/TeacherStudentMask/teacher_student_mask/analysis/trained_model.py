@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.file_io import PathManager
 
 from ..config import add_teacher_student_mask_config
+from ..config_file import merge_config_file
 from ..modeling import TeacherStudentROIHeads
+from ..weights_file import check_weights, safe_loading
 
 __all__ = ["HEADS", "CocoDataset", "find_test_dataset", "load_config", "load_model"]
 
@@ -68,7 +69,7 @@ def load_config(config_file: str, weights: str | None = None, opts: Sequence = (
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
     try:
-        cfg.merge_from_file(config_file)
+        merge_config_file(cfg, config_file)
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"The config {config_file} cannot be read: {error}") from error
     try:
@@ -83,6 +84,7 @@ def load_config(config_file: str, weights: str | None = None, opts: Sequence = (
             f"The config {config_file} names no MODEL.WEIGHTS; give the checkpoint of a trained "
             "model, such as the model_final.pth beside its config.yaml."
         )
+    check_weights(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if "://" not in weights and not os.path.isfile(weights):
         raise ValueError(
             f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
@@ -191,19 +193,20 @@ def load_model(
             f"heads is {heads!r}; a model with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} "
             f"has: {', '.join(existing)}."
         )
-    _load_weights(model, cfg.MODEL.WEIGHTS, heads)
+    _load_weights(model, cfg, heads)
     return model.eval(), heads
 
 
-def _load_weights(model: GeneralizedRCNN, weights: str, heads: tuple[str, ...]) -> None:
-    missing: list[str] = []
+def _load_weights(model: GeneralizedRCNN, cfg: CfgNode, heads: tuple[str, ...]) -> None:
+    weights, missing = cfg.MODEL.WEIGHTS, []
     # The checkpointer keeps for itself what was missing; parameters of another shape are among it.
     hook = model.register_load_state_dict_post_hook(
         lambda _, incompatible: missing.extend(incompatible.missing_keys)
     )
     try:
-        DetectionCheckpointer(model).load(weights, checkpointables=[])
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
+            DetectionCheckpointer(model).load(weights, checkpointables=[])
+    except (EOFError, OSError, RuntimeError) as error:
         raise ValueError(
             f"The weights {weights} cannot be read as a checkpoint: {error}"
         ) from error

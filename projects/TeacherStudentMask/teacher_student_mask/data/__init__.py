@@ -1,6 +1,14 @@
 """From annotation files to training batches."""
 
+from .dataset_checks import check_datasets
 from .dataset_mapper import TeacherStudentDatasetMapper
 from .datasets import load_partial_coco_json, register_partial_coco
+from .train_loader import build_train_loader
 
-__all__ = ["TeacherStudentDatasetMapper", "load_partial_coco_json", "register_partial_coco"]
+__all__ = [
+    "TeacherStudentDatasetMapper",
+    "build_train_loader",
+    "check_datasets",
+    "load_partial_coco_json",
+    "register_partial_coco",
+]

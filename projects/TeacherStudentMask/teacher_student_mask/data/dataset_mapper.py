@@ -23,11 +23,11 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
+from ..checks.image_checks import DEEP_MODES
+from ..checks.mask_measures import covers_image, measure_polygons, measure_rles
+from ..checks.object_checks import MAX_PIXELS_OUTSIDE
 from ..class_splits import resolve_seen_classes
 from ..structures import ImageMask
-from .image_checks import DEEP_MODES
-from .mask_measures import measure_rles
-from .object_checks import MAX_PIXELS_OUTSIDE
 
 __all__ = ["TeacherStudentDatasetMapper"]
 
@@ -40,8 +40,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     Before any augmentation the ``segmentation`` of every object that training must not use is
     replaced by the rectangle of its box: objects of unseen classes, and objects that have no mask
-    (key missing, ``null``, ``[]``, or an RLE without a pixel). From there on nothing of an unseen
-    mask exists. The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
+    (key missing, ``null``, ``[]``, or a mask that covers nothing of the image, which is warned of).
+    From there on nothing of an unseen mask exists. The ``instances`` have, beside ``gt_boxes`` and
+    ``gt_classes``:
 
     * ``gt_masks``: :class:`PolygonMasks`, or :class:`BitMasks` if the config says so or one of the
       image's usable masks is an RLE; a rectangle where ``gt_has_mask`` is False.
@@ -72,6 +73,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         super().__init__(is_train, **kwargs)
         self.seen_classes = frozenset(seen_classes)
         self.add_gt_boxes_at_test = add_gt_boxes_at_test
+        self._num_empty_masks = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -132,6 +134,8 @@ class TeacherStudentDatasetMapper(DatasetMapper):
                 f"{where}: the image cannot be used: {e} Replace it, or correct the json; "
                 "tools/check_annotations.py --images finds all such images."
             ) from e
+        # A json may have 480.0; the image has been found to have this size.
+        example.update(height=int(example["height"]), width=int(example["width"]))
         if not self.is_train and self.add_gt_boxes_at_test:
             example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
         return example
@@ -173,7 +177,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             instances.gt_boxes.tensor[has_mask] = tight_boxes.tensor
         # Not by_mask=True, Detectron2's default, for it would judge the boxes by rectangles.
         instances = utils.filter_empty_instances(instances, by_mask=False)
-        is_visible = instances.gt_masks.nonempty() | ~instances.gt_has_mask
+        is_visible = _have_pixels(instances.gt_masks, image_shape) | ~instances.gt_has_mask
         dataset_dict["instances"] = instances[is_visible]
 
     def _keep_or_forget_mask(self, annotation: dict, dataset_dict: dict) -> bool:
@@ -183,8 +187,21 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         segmentation = None
         if annotation["category_id"] in self.seen_classes:
             segmentation = _read_segmentation(annotation.get("segmentation"), dataset_dict)
+            if segmentation is None and annotation.get("segmentation"):
+                self._warn_of_empty_mask(dataset_dict)
         annotation["segmentation"] = segmentation or _box_as_polygons(annotation)
         return segmentation is not None
+
+    def _warn_of_empty_mask(self, dataset_dict: dict) -> None:
+        self._num_empty_masks += 1
+        number = str(self._num_empty_masks)
+        if number.strip("0") == "1":  # the first, the tenth, the hundredth, ...
+            logger.warning(
+                f"{dataset_dict.get('file_name')} (image id {dataset_dict.get('image_id')}): the "
+                "mask of an object covers nothing of the image; the object is taken as one without "
+                f"a mask (number {number} in this process, counted each time it is read). "
+                "tools/check_annotations.py finds all of them."
+            )
 
     def _mask_format_for(self, annotations: list[dict]) -> str:
         has_rle = any(isinstance(x["segmentation"], dict) for x in annotations)
@@ -226,24 +243,15 @@ def _read_segmentation(segmentation, dataset_dict: dict) -> list | dict | None:
     if segmentation is None or (isinstance(segmentation, list) and not segmentation):
         return None
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if np.ndim(polygon) != 1 or len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError(
-                    f"{where}: a polygon of 'segmentation' must be a flat list of at least 3 x,y "
-                    f"pairs, got {str(polygon)[:80]}. Use null for an object without a mask."
-                )
-            if not _are_pixels(np.asarray(polygon)):
-                raise ValueError(
-                    f"{where}: a polygon of 'segmentation' must be in pixels, at most "
-                    f"{MAX_PIXELS_OUTSIDE} from the image, got {str(polygon)[:80]}."
-                )
-        return segmentation
+        polygons = [_read_polygon(x, where) for x in segmentation]
+        size = np.array([dataset_dict["height"], dataset_dict["width"]])
+        return segmentation if covers_image(*measure_polygons(polygons), size).any() else None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise ValueError(
             f"{where}: 'segmentation' must be a list of polygons, an RLE dict with 'size' and "
             f"'counts', or null for an object without a mask, got {str(segmentation)[:80]}."
         )
-    size = (dataset_dict["height"], dataset_dict["width"])
+    size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
     if tuple(segmentation["size"]) != size:
         raise ValueError(
             f"{where}: an RLE has size {list(segmentation['size'])}, but the image is "
@@ -251,7 +259,7 @@ def _read_segmentation(segmentation, dataset_dict: dict) -> list | dict | None:
         )
     # pycocotools would read beyond the runs, or make masks of what is none.
     counts = segmentation["counts"]
-    (num_pixels,), (area,) = measure_rles([counts.decode() if type(counts) is bytes else counts])
+    (num_pixels,), (area,), _ = measure_rles([counts.decode() if type(counts) is bytes else counts])
     if num_pixels != size[0] * size[1]:
         raise ValueError(
             f"{where}: the runs of an RLE must have {size[0] * size[1]} pixels in all, those of "
@@ -260,6 +268,37 @@ def _read_segmentation(segmentation, dataset_dict: dict) -> list | dict | None:
     if isinstance(counts, list):
         segmentation = mask_util.frPyObjects(segmentation, *size)
     return segmentation if area > 0 else None
+
+
+def _read_polygon(polygon, where: str) -> list[float]:
+    try:
+        values = np.asarray(polygon)
+    except ValueError:  # lists of different lengths
+        values = np.zeros(0)
+    if values.ndim != 1 or len(values) < 6 or len(values) % 2:
+        raise ValueError(
+            f"{where}: a polygon of 'segmentation' must be a flat list of at least 3 x,y "
+            f"pairs, got {str(polygon)[:80]}. Use null for an object without a mask."
+        )
+    if not _are_pixels(values):
+        raise ValueError(
+            f"{where}: a polygon of 'segmentation' must be in pixels, at most "
+            f"{MAX_PIXELS_OUTSIDE} from the image, got {str(polygon)[:80]}."
+        )
+    return values.tolist()
+
+
+def _have_pixels(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
+    # bool, shape (N,). PolygonMasks.nonempty asks for a polygon, wherever it lies.
+    if isinstance(masks, BitMasks):
+        return masks.nonempty()
+    have_pixels = np.zeros(len(masks), dtype=bool)
+    owners = np.repeat(np.arange(len(masks)), [len(x) for x in masks.polygons])
+    if len(owners):
+        polygons = [x.tolist() for of_one in masks.polygons for x in of_one]
+        covers = covers_image(*measure_polygons(polygons), np.array(image_shape))
+        have_pixels[owners[covers]] = True
+    return torch.from_numpy(have_pixels)
 
 
 def _are_pixels(values: np.ndarray) -> bool:

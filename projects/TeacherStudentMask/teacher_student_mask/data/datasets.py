@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from .annotation_checks import check_annotations
-from .annotation_report import Finding
+from ..checks.annotation_checks import check_annotations
+from ..checks.annotation_report import Finding
+from ..checks.reading import read_json
 
-__all__ = ["load_partial_coco_json", "register_partial_coco"]
+__all__ = [
+    "classes_of",
+    "is_harmless",
+    "load_partial_coco_json",
+    "register_partial_coco",
+    "remember_as_checked",
+]
 
 logger = logging.getLogger(__name__)
+
+# States of files that were found to be good, so that they are not checked at every reading.
+_checked_files: set[tuple] = set()
 
 
 def register_partial_coco(name: str, json_file: str, image_root: str) -> None:
@@ -53,30 +62,27 @@ def load_partial_coco_json(
         ValueError: what :func:`check_annotations` calls an error, but for masks.
     """
     try:
-        with open(json_file, encoding="utf-8") as f:
-            coco = json.load(f)
-    except (ValueError, RecursionError) as error:
+        coco = read_json(json_file)
+    except ValueError as error:
         raise ValueError(f"{json_file}: the content is no json in UTF-8: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
             raise ValueError(f"{json_file}: a COCO json must have a list {key!r}.")
-    for finding in check_annotations(json_file, data=coco).errors:
-        if not _is_harmless(finding):
-            raise ValueError(str(finding))
+    if _state_of(json_file) not in _checked_files:
+        for finding in check_annotations(json_file, data=coco).errors:
+            if not is_harmless(finding):
+                raise ValueError(str(finding))
 
-    categories = sorted(coco["categories"], key=lambda category: category["id"])
-    contiguous_ids = {category["id"]: i for i, category in enumerate(categories)}
+    classes = classes_of(coco)
+    contiguous_ids = classes["thing_dataset_id_to_contiguous_id"]
     if dataset_name is not None:
-        MetadataCatalog.get(dataset_name).set(
-            thing_classes=[category["name"] for category in categories],
-            thing_dataset_id_to_contiguous_id=contiguous_ids,
-        )
+        MetadataCatalog.get(dataset_name).set(**classes)
 
     records = {
         image["id"]: {
             "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
+            "height": int(image["height"]),
+            "width": int(image["width"]),
             "image_id": image["id"],
             "annotations": [],
         }
@@ -105,14 +111,50 @@ def load_partial_coco_json(
     return list(records.values())
 
 
-def _is_harmless(finding: Finding) -> bool:
-    # Masks are checked where they are used; a file without images still has classes, and one
-    # without objects can be predicted on; and only evaluation needs ids of annotations.
+def classes_of(coco: dict) -> dict:
+    """
+    Args:
+        coco: the content of a COCO json without errors.
+
+    Returns:
+        The metadata that Detectron2's ``load_coco_json`` sets: "thing_classes", names in the order
+        of the category ids, and "thing_dataset_id_to_contiguous_id".
+    """
+    categories = sorted(coco["categories"], key=lambda category: category["id"])
+    return {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {x["id"]: i for i, x in enumerate(categories)},
+    }
+
+
+def is_harmless(finding: Finding) -> bool:
+    """
+    Whether the objects of a file can be loaded in spite of an error of the checks.
+
+    Masks are checked where they are used; a file without images still has classes, and one without
+    objects can be predicted on; and only evaluation needs ids of annotations.
+    """
     if finding.field in ("images", "annotations"):
-        return finding.examples[0][1] in ("empty", "nothing but crowds")
+        return finding.is_about_none
     return finding.field == "segmentation" or (
         finding.unit == "annotation" and finding.field == "id"
     )
+
+
+def remember_as_checked(json_file: str) -> None:
+    """Let :func:`load_partial_coco_json` not check a file again that is known to be good."""
+    state = _state_of(json_file)
+    if state is not None:
+        _checked_files.add(state)
+
+
+def _state_of(json_file: str) -> tuple | None:
+    # The file as it is now; None if there is none.
+    try:
+        stat = os.stat(json_file)
+    except OSError:
+        return None
+    return os.path.realpath(json_file), stat.st_mtime_ns, stat.st_size
 
 
 def _read_object(annotation: dict, contiguous_ids: dict[int, int]) -> dict:

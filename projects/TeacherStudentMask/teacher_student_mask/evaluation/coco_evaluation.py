@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import logging
 import operator
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
+from ..checks.mask_measures import has_mask
 from ..class_splits import resolve_seen_classes
 from .average_precision import (
     AREA_RANGES,
@@ -22,8 +21,9 @@ from .average_precision import (
     mean_percent,
     subset_metrics,
 )
+from .ground_truth import explain_failure, prepare_ground_truth
 from .matching import Matches, find_candidate_pairs
-from .overlap import OverlapBin, compute_overlaps, has_mask, overlap_bins
+from .overlap import OverlapBin, compute_overlaps, overlap_bins
 from .results_table import METRICS, results_table
 
 logger = logging.getLogger(__name__)
@@ -74,27 +74,37 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
             use_fast_impl: whether to match with Detectron2's compiled implementation; its AP
                 differs from the official one by rounding only. None: where it is available.
+
+        Raises:
+            ValueError: a wrong argument, or annotations that cannot be evaluated; the sentence
+                names the file, the id, the field, its value and what is allowed.
         """
         if not 0 <= overlap_threshold <= 1:
             raise ValueError(f"overlap_threshold is {overlap_threshold}; it must be in [0, 1].")
         is_compiled = has_compiled_cocoeval()
         if use_fast_impl and not is_compiled:
             logger.warning("This Detectron2 has no compiled COCO evaluation; taking pycocotools'.")
-        super().__init__(
-            dataset_name,
-            tasks,
-            distributed,
-            output_dir,
-            use_fast_impl=is_compiled and use_fast_impl is not False,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                dataset_name,
+                tasks,
+                distributed,
+                output_dir,
+                use_fast_impl=is_compiled and use_fast_impl is not False,
+                **kwargs,
+            )
+        except Exception:  # pycocotools takes a file for what it should be
+            if MetadataCatalog.get(dataset_name).get("json_file"):
+                explain_failure(MetadataCatalog.get(dataset_name).json_file)
+            raise
         self._overlap_threshold = overlap_threshold
         self._overlap_bins = overlap_bins(overlap_bin_edges) if overlap_bin_edges else []
         self._overlaps: dict[int, float] | None = None
-        self._seen_classes = _resolve_contiguous_ids(seen_classes, self._class_names())
         if self._do_evaluation:
-            self._normalize_annotations()
-            self._check_masks()
+            reads_masks = self._tasks is None or "segm" in self._tasks
+            prepare_ground_truth(self._coco_api, self._metadata.json_file, reads_masks)
+            self._leave_out_masks_if_there_are_none()
+        self._seen_classes = _resolve_contiguous_ids(seen_classes, self._class_names())
 
     def _class_names(self) -> list[str]:
         # Datasets registered from a json set their metadata only when they are loaded.
@@ -103,48 +113,18 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             names = [category["name"] for _, category in sorted(self._coco_api.cats.items())]
         return list(names)
 
-    def _normalize_annotations(self):
-        """Check and complete the evaluator's own copy of the ground truth."""
+    def _leave_out_masks_if_there_are_none(self):
         annotations = self._coco_api.dataset["annotations"]
-        for field in ("bbox", "area"):
-            lacking = [x["id"] for x in annotations if field not in x]
-            if lacking:
-                raise ValueError(
-                    f"{self._metadata.json_file}: {len(lacking)} annotations have no '{field}', "
-                    f"which COCO evaluation needs; first ids: {lacking[:5]}."
-                )
-        counts = Counter(x["id"] for x in annotations)
-        duplicates = [annotation_id for annotation_id, count in counts.items() if count > 1]
-        if duplicates:
-            raise ValueError(
-                f"{self._metadata.json_file}: annotation ids must be unique, but {len(duplicates)} "
-                f"are used more than once; first ones: {duplicates[:5]}."
-            )
-        for annotation in annotations:
-            annotation.setdefault("iscrowd", 0)
-        if not all(isinstance(x, int) and x > 0 for x in counts):
-            # COCOeval stores the id of the matched object and reads 0 as "not matched".
-            logger.info("Annotation ids are not all positive integers; numbering them from 1.")
-            for number, annotation in enumerate(annotations, start=1):
-                annotation["id"] = number
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._coco_api.createIndex()
-
-    def _check_masks(self):
-        annotations = self._coco_api.dataset["annotations"]
-        lacking = [x["id"] for x in annotations if not has_mask(x)]
-        if not lacking or (self._tasks is not None and "segm" not in self._tasks):
+        if not annotations or any(map(has_mask, annotations)):
             return
-        if len(lacking) == len(annotations) and self._tasks is None:
+        if self._tasks is not None and "segm" in self._tasks:
+            raise ValueError(
+                f"{self._metadata.json_file}: no annotation has a mask, but tasks is "
+                f"{self._tasks}; pass tasks=('bbox',) to evaluate boxes alone."
+            )
+        if self._tasks is None:
             logger.warning(f"{self._metadata.json_file} has no masks: only boxes are evaluated.")
             self._tasks = ("bbox",)
-            return
-        raise ValueError(
-            f"{self._metadata.json_file}: {len(lacking)} of {len(annotations)} annotations have no "
-            f"mask ('segmentation' is missing, null or empty); first ids: {lacking[:5]}. Mask AP "
-            "needs a mask on every object, of unseen classes too. Evaluate on annotations that "
-            "have them, or pass tasks=('bbox',) to evaluate boxes alone."
-        )
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)

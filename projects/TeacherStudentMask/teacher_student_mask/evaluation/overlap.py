@@ -10,26 +10,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
+from ..checks.mask_measures import has_mask, valid_polygons
+
 logger = logging.getLogger(__name__)
 
-__all__ = ["OverlapBin", "compute_overlaps", "has_mask", "overlap_bins"]
-
-# A polygon needs three points; pycocotools would read four numbers as a box.
-_MIN_POLYGON_COORDINATES = 6
-
-
-def has_mask(annotation: dict) -> bool:
-    """
-    Whether a COCO annotation carries a mask: an RLE, or at least one polygon of three points.
-
-    Args:
-        annotation: one entry of the json's "annotations". A "segmentation" that is missing, null
-            or empty means that the object is known by its box only.
-    """
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        return bool(segmentation.get("counts"))
-    return bool(_valid_polygons(segmentation or []))
+__all__ = ["OverlapBin", "compute_overlaps", "overlap_bins"]
 
 
 @dataclass(frozen=True)
@@ -107,14 +92,10 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
     return overlaps
 
 
-def _valid_polygons(polygons: list) -> list:
-    return [x for x in polygons if len(x) >= _MIN_POLYGON_COORDINATES]
-
-
 def _to_rle(coco: COCO, annotation: dict, image: dict) -> dict:
     segmentation = annotation["segmentation"]
     if isinstance(segmentation, list):
-        segmentation = _valid_polygons(segmentation)
+        segmentation = valid_polygons(segmentation)
     rle = coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
     if list(rle["size"]) != [image["height"], image["width"]]:
         raise ValueError(

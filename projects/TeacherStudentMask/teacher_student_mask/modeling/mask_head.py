@@ -80,4 +80,5 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether what a module computes for a ROI depends on the others of the batch."""
-    return any(isinstance(x, nn.BatchNorm2d) for x in module.modules())
+    # nn.SyncBatchNorm is no BatchNorm2d.
+    return any(isinstance(x, (nn.BatchNorm2d, nn.SyncBatchNorm)) for x in module.modules())

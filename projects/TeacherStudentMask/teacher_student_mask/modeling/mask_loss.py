@@ -70,6 +70,11 @@ def masked_bce_loss(
     """
     Mean binary cross entropy over the pixels of the supervised ROIs, Eq. (5) and (6) of the paper.
 
+    The mean is over the ROIs of this process, as in all losses of Detectron2. In training with W
+    processes DistributedDataParallel averages their gradients, so each of the n_r supervised ROIs
+    of process r weighs 1 / (W * n_r): as in one process with all images where all n_r are equal,
+    else not, and a process without one still counts in W.
+
     Args:
         pred_mask_logits: shape (R, M, M), logits.
         targets: shape (R, M, M), in [0, 1].

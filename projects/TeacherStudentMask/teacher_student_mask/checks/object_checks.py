@@ -8,8 +8,20 @@ from itertools import chain
 
 import numpy as np
 
-from .annotation_report import AnnotationReport, ClassCounts, short_repr
-from .mask_measures import measure_polygons, measure_rles, to_floats
+from .annotation_report import (
+    NO_MASK,
+    ONLY_CROWDS,
+    AnnotationReport,
+    ClassCounts,
+    short_repr,
+)
+from .mask_measures import (
+    covers_image,
+    is_whole,
+    measure_polygons,
+    measure_rles,
+    to_floats,
+)
 
 __all__ = ["MAX_PIXELS_OUTSIDE", "ObjectChecks"]
 
@@ -43,7 +55,7 @@ class ObjectChecks:
         # nan where the image is unknown, or has no size; what compares with it is no problem then.
         self.sizes = np.concatenate([sizes, np.full((1, 2), np.nan)])[self.image]
         crowd = [x.get("iscrowd", 0) for x in rows]
-        is_flag = [type(x) in (int, bool) and x in (0, 1) for x in crowd]
+        is_flag = [type(x) in (int, bool, float) and x in (0, 1) for x in crowd]
         self._find("error", [not x for x in is_flag], "iscrowd", "allowed: 0 or 1")
         self.is_crowd = np.array([x != 0 for x in crowd], dtype=bool)
         # Whether training reads the mask: crowds are left out, and unseen classes lose theirs.
@@ -58,7 +70,9 @@ class ObjectChecks:
 
     def _look_up(self, field: str, known: dict[int, int], where: str) -> np.ndarray:
         values = (x.get(field) for x in self.rows)
-        found = np.array([known.get(x, -1) if type(x) is int else -1 for x in values], dtype=int)
+        found = np.array(
+            [known.get(x, -1) if type(x) in (int, float) else -1 for x in values], dtype=int
+        )
         self._find("error", found < 0, field, f"allowed: an id of {where!r}")
         return found
 
@@ -82,7 +96,14 @@ class ObjectChecks:
     def _check_ids(self) -> None:
         # Evaluation renumbers what is no positive number, so id 0 or a name is no problem.
         ids = [x.get("id") for x in self.rows]
-        is_bad = np.array([type(x) not in (int, str) for x in ids], dtype=bool)
+        if (
+            set(map(type, ids)) <= {int}
+            and len(set(ids)) == len(ids)
+            and is_whole(max(ids, default=0))
+            and is_whole(min(ids, default=0))
+        ):
+            return  # as in most files; what follows takes longer
+        is_bad = np.array([type(x) is not str and not is_whole(x) for x in ids], dtype=bool)
         is_missing = np.array(["id" not in x for x in self.rows], dtype=bool)
         counts = Counter(x for x, bad in zip(ids, is_bad) if not bad)
         self._find("error", is_bad & ~is_missing, "id", "allowed: a whole number")
@@ -166,8 +187,7 @@ class ObjectChecks:
         self._find_in_masks(self._any_of(owners, is_bad), remedy)
         remedy = f"allowed: polygons in pixels, at most {MAX_PIXELS_OUTSIDE} outside the image"
         self._find_in_masks(self._any_of(owners, is_far & ~is_bad), remedy)
-        is_outside = ((high <= 0) | (low >= limits)).any(axis=1)
-        has_area = (areas > 0) & ~is_outside
+        has_area = covers_image(extents, areas, self.sizes[owners])
         is_empty = self._any_of(owners, ~is_bad) & ~self._any_of(owners, has_area | is_bad)
         self._leave_out_mask(is_empty)
         self.dropped["all polygons too short"] = np.isin(np.arange(len(self.rows)), rows)
@@ -189,7 +209,10 @@ class ObjectChecks:
     def _leave_out_mask(self, is_empty: np.ndarray) -> None:
         self.dropped.setdefault("mask without a pixel", np.zeros(len(self.rows), dtype=bool))
         self.dropped["mask without a pixel"] |= is_empty
-        remedy = "the mask covers nothing of its image; give null for an object without a mask"
+        remedy = (
+            "the mask covers nothing of its image, so training takes the object as one without a "
+            "mask; correct it, or give null"
+        )
         self._find("warning", is_empty, "segmentation", remedy)
 
     def _check_rles(self, rows: np.ndarray, masks: list) -> None:
@@ -204,7 +227,7 @@ class ObjectChecks:
             f"the image has {[int(x) for x in sizes[i]]}",
         )
         good = [i for i in sizes if not is_other_size[i]]
-        pixels, areas = measure_rles([masks[i].get("counts") for i in good])
+        pixels, areas, _ = measure_rles([masks[i].get("counts") for i in good])
         is_broken[good] = pixels != self.sizes[good].prod(axis=1)
         remedy = "allowed: run lengths that add up to the pixels of the image, height x width"
         self._find_in_masks(is_broken, remedy)
@@ -234,8 +257,10 @@ class ObjectChecks:
             counted = ClassCounts(name, category_id, seen, dropped=left_out, **numbers)
             self.report.classes.append(counted)
         if not is_object.any():
+            if not self.rows:
+                return
             allowed = "allowed: at least one object with 'iscrowd' 0"
-            self.report.add_to_file("error", "annotations", "nothing but crowds", allowed)
+            self.report.add_to_file("error", "annotations", ONLY_CROWDS, allowed)
             return
         self._check_classes(counts)
 
@@ -256,7 +281,7 @@ class ObjectChecks:
             return
         is_without = self.is_seen & (masks == 0)
         if is_without.sum() == self.is_seen.sum():
-            found = f"{int(self.is_seen.sum())} classes, none with a mask"
+            found = NO_MASK
             remedy = "allowed: at least one class with masks, as nothing else teaches them"
             self.report.add_to_file("error", "seen_classes", found, remedy)
             return

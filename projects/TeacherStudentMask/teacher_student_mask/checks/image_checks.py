@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from .mask_measures import MAX_PIXELS, is_whole
+
 if TYPE_CHECKING:
     from .annotation_report import AnnotationReport
 
 __all__ = [
     "DEEP_MODES",
-    "MAX_PIXELS",
     "check_image_entries",
     "check_image_file",
     "check_image_files",
 ]
-
-# pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
-MAX_PIXELS = 2**29
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
@@ -83,7 +81,7 @@ def check_image_entries(
     is_bad, is_repeated = np.zeros((2, len(images)), dtype=bool)
     for i, image in enumerate(images):
         value = image.get("id")
-        is_bad[i] = type(value) is not int
+        is_bad[i] = not is_whole(value)
         if not is_bad[i]:
             is_repeated[i] = row_of.setdefault(value, i) != i
     report.add("error", "image", images, is_bad, "id", "allowed: a whole number")
@@ -92,7 +90,7 @@ def check_image_entries(
     sizes = np.full((len(images), 2), np.nan)
     for column, field in enumerate(("height", "width")):
         values = [image.get(field) for image in images]
-        is_size = [type(x) is int and 0 < x < MAX_PIXELS for x in values]
+        is_size = [is_whole(x) and 0 < x < MAX_PIXELS for x in values]
         sizes[:, column] = [x if good else np.nan for x, good in zip(values, is_size)]
         remedy = f"allowed: a whole number of pixels from 1 to {MAX_PIXELS - 1}"
         report.add("error", "image", images, ~np.array(is_size, dtype=bool), field, remedy)
@@ -216,7 +214,7 @@ def check_image_file(path: str, height: object, width: object) -> list[tuple[str
     problems = []
     turned = size[::-1] if orientation in _TRANSPOSED else size
     # What is no size has been told already.
-    is_size = all(type(x) is int and x > 0 for x in (height, width))
+    is_size = all(is_whole(x) and x > 0 for x in (height, width))
     if is_size and turned != (height, width):
         by_exif = f", turned by EXIF orientation {orientation}" if turned != size else ""
         found = f"{width}, {height}, but {name} has {turned[1]}, {turned[0]}{by_exif}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from teacher_student_mask import TeacherStudentDatasetMapper, load_partial_coco_json
-from teacher_student_mask.data.annotation_checks import check_annotations
+from teacher_student_mask.checks.annotation_checks import check_annotations
 
 HEIGHT, WIDTH = 12, 16
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
+from tabulate import tabulate
 
-__all__ = ["AnnotationReport", "ClassCounts", "Finding", "short_repr"]
+__all__ = [
+    "EMPTY",
+    "NO_MASK",
+    "ONLY_CROWDS",
+    "AnnotationReport",
+    "ClassCounts",
+    "Finding",
+    "short_repr",
+]
 
 logger = logging.getLogger(__name__)
 
 _MAX_EXAMPLES = 5
+
+# Values of findings about a list as a whole.
+EMPTY, ONLY_CROWDS, NO_MASK = "empty", "nothing but crowds", "classes without any mask"
 
 short_repr = reprlib.Repr()
 short_repr.maxstring = short_repr.maxother = 60
@@ -31,6 +43,18 @@ class Finding:
     remedy: str  # what is allowed and what to do
     count: int  # of all
     examples: tuple[tuple[str, str], ...]  # (id, value) of the first
+
+    def as_warning(self, *consequence: str) -> Finding:
+        """The same as a warning, which says what becomes of it."""
+        return replace(self, severity="warning", remedy="; ".join([self.remedy, *consequence]))
+
+    def as_error(self) -> Finding:
+        return replace(self, severity="error")
+
+    @property
+    def is_about_none(self) -> bool:
+        """Whether a list is empty, or has nothing that counts."""
+        return self.examples[0][1] in (EMPTY, ONLY_CROWDS, NO_MASK)
 
     def __str__(self) -> str:
         name, value = self.examples[0]
@@ -75,6 +99,12 @@ class AnnotationReport:
     def warnings(self) -> list[Finding]:
         return [x for x in self.findings if x.severity == "warning"]
 
+    def log(self) -> None:
+        """Log every finding: errors as errors, warnings as warnings."""
+        for finding in self.findings:
+            level = logging.ERROR if finding.severity == "error" else logging.WARNING
+            logger.log(level, str(finding))
+
     def raise_on_error(self) -> None:
         """
         Log every finding.
@@ -82,10 +112,27 @@ class AnnotationReport:
         Raises:
             ValueError: the sentence of the first error, if there is one.
         """
-        for finding in self.findings:
-            logger.log(logging.ERROR if finding in self.errors else logging.WARNING, str(finding))
+        self.log()
         if self.errors:
             raise ValueError(str(self.errors[0]))
+
+    def judged(self, judge: Callable[[Finding], Finding | None]) -> AnnotationReport:
+        """A copy in which every finding is what `judge` makes of it; None: it is left out."""
+        findings = [x for x in map(judge, self.findings) if x is not None]
+        findings.sort(key=lambda finding: finding.severity)
+        return replace(self, findings=findings)
+
+    def class_table(self) -> str:
+        """The counts of the classes as text, a row for each."""
+        rows = []
+        for x in self.classes:
+            split = {True: "seen", False: "unseen", None: "-"}[x.is_seen]
+            dropped = ", ".join(f"{num} ({reason})" for reason, num in x.dropped.items()) or "-"
+            numbers = [x.masks + x.boxes_only, x.masks, x.boxes_only, x.crowd, x.rectangles]
+            rows.append([x.name, split, *numbers, dropped])
+        headers = ["class", "split", "objects", "masks", "boxes only", "crowd", "rectangles"]
+        # Names such as "1e3" are no numbers.
+        return tabulate(rows, headers=[*headers, "left out"], disable_numparse=[0])
 
     def to_dict(self) -> dict:
         """All of it in types that json has; "message" of a finding is its sentence."""

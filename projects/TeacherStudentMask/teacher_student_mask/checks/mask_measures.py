@@ -6,14 +6,46 @@ from itertools import chain
 
 import numpy as np
 
-from .image_checks import MAX_PIXELS
+__all__ = [
+    "MAX_PIXELS",
+    "covers_image",
+    "has_mask",
+    "is_whole",
+    "measure_polygons",
+    "measure_rles",
+    "to_floats",
+    "valid_polygons",
+]
 
-__all__ = ["measure_polygons", "measure_rles", "to_floats"]
+# pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
+MAX_PIXELS = 2**29
+
+# A polygon needs three points; pycocotools would read four numbers as a box.
+_MIN_POLYGON_COORDINATES = 6
 
 # Numbers of polygons, or characters of RLEs, that are checked at a time.
 _CHUNK = 2**22
 # Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
 _MAX_CHARACTERS = 6
+
+
+def has_mask(annotation: dict) -> bool:
+    """
+    Whether a COCO annotation carries a mask: an RLE, or at least one polygon of three points.
+
+    Args:
+        annotation: one entry of the json's "annotations". A "segmentation" that is missing, null
+            or empty means that the object is known by its box only.
+    """
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        return bool(segmentation.get("counts"))
+    return bool(valid_polygons(segmentation or []))
+
+
+def valid_polygons(polygons: list[list[float]]) -> list[list[float]]:
+    """Those of at least three points, with two numbers each."""
+    return [x for x in polygons if len(x) >= _MIN_POLYGON_COORDINATES and len(x) % 2 == 0]
 
 
 def to_floats(values: list) -> np.ndarray | None:
@@ -25,6 +57,13 @@ def to_floats(values: list) -> np.ndarray | None:
     except OverflowError:  # an int beyond the range of floats
         return None
     return array if np.isfinite(array).all() else None
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number of 64 bits: 1 or 1.0, not True."""
+    if type(value) is float:
+        return value.is_integer() and abs(value) < 2.0**63
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _chunks(lengths: np.ndarray) -> list[slice]:
@@ -65,7 +104,22 @@ def measure_polygons(polygons: list[list]) -> tuple[np.ndarray, np.ndarray]:
     return extents, areas
 
 
-def measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray]:
+def covers_image(extents: np.ndarray, areas: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """
+    Whether polygons have an area and lie, at least with their extents, in their image.
+
+    Args:
+        extents, areas: as :func:`measure_polygons` returns them.
+        sizes: (height, width) of the images, shape (n, 2) or (2,); nan: not known, any will do.
+
+    Returns:
+        bool, shape (n,).
+    """
+    is_outside = (extents[:, 2:] <= 0) | (extents[:, :2] >= sizes[..., ::-1])
+    return (areas > 0) & ~is_outside.any(axis=1)
+
+
+def measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Measure run-length masks without pycocotools, whose C code trusts them.
 
@@ -74,9 +128,10 @@ def measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         Pixels of the whole image and of the mask, int64 of shape (n,) each; -1 where the runs
-        cannot be read or one is negative.
+        cannot be read or one is negative. And whether a run but the first has length 0, bool.
     """
     pixels, areas = np.full((2, len(counts)), -1, dtype=np.int64)
+    has_empty_run = np.zeros(len(counts), dtype=bool)
     strings = {}
     for i, runs in enumerate(counts):
         if type(runs) is str:
@@ -86,13 +141,15 @@ def measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray]:
             total = sum(runs)
             if total < MAX_PIXELS:
                 pixels[i], areas[i] = total, sum(runs[1::2])
+                has_empty_run[i] = 0 in runs[1:]
     rows, values = list(strings), list(strings.values())
     for part in _chunks(np.array(list(map(len, values)), dtype=int)):
-        pixels[rows[part]], areas[rows[part]] = _measure_strings(values[part])
-    return pixels, areas
+        index = rows[part]
+        pixels[index], areas[index], has_empty_run[index] = _measure_strings(values[part])
+    return pixels, areas, has_empty_run
 
 
-def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lengths = np.array(list(map(len, strings)))
     ends = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(strings)), lengths)
@@ -123,4 +180,5 @@ def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     is_bad |= np.minimum.reduceat(runs, first) < 0
     pixels = np.add.reduceat(runs, first)
     areas = np.add.reduceat(np.where(order % 2 == 1, runs, 0), first)
-    return np.where(is_bad, -1, pixels), np.where(is_bad, -1, areas)
+    has_empty_run = np.logical_or.reduceat((runs == 0) & (order > 0), first)
+    return np.where(is_bad, -1, pixels), np.where(is_bad, -1, areas), has_empty_run

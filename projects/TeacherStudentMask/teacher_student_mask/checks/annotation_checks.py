@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,9 +9,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ..class_splits import resolve_seen_classes
-from .annotation_report import AnnotationReport, short_repr
+from .annotation_report import EMPTY, AnnotationReport, short_repr
 from .image_checks import check_image_entries, check_image_files
+from .mask_measures import is_whole
 from .object_checks import ObjectChecks
+from .reading import paused_gc, read_json
 
 __all__ = ["check_annotations"]
 
@@ -52,28 +52,21 @@ def check_annotations(
     if check_images and image_root is None:
         raise ValueError("check_images needs image_root, the folder of the images.")
     report = AnnotationReport(os.fspath(json_file))
-    # Millions of lists that all stay: looking for cycles among them takes a third of the time.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        data = _read_json(report) if data is None else data
+    with paused_gc():
+        data = _read(report) if data is None else data
         is_coco = not report.findings and _has_layout(report, data)
         if is_coco:
             _check_content(report, data, image_root, seen_classes, num_classes)
-    finally:
-        if was_enabled:
-            gc.enable()
     if is_coco and check_images:
         check_image_files(report, data["images"], image_root, progress, num_workers)
     report.findings.sort(key=lambda finding: finding.severity)  # errors first, else as found
     return report
 
 
-def _read_json(report: AnnotationReport) -> object:
+def _read(report: AnnotationReport) -> object:
     try:
-        with open(report.file, encoding="utf-8") as f:
-            return json.load(f)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(report.file)
+    except (OSError, ValueError) as error:
         report.add_to_file("error", "content", f"unreadable ({error})", _LAYOUT)
         return None
 
@@ -82,14 +75,16 @@ def _has_layout(report: AnnotationReport, data: object) -> bool:
     if not isinstance(data, dict):
         report.add_to_file("error", "content", f"a {type(data).__name__}", _LAYOUT)
         return False
+    is_readable = True
     for key, unit in _LISTS.items():
         rows = data.get(key)
         value = short_repr.repr(rows) if key in data else "missing"
         if type(rows) is not list or not set(map(type, rows)) <= {dict}:
             report.add_to_file("error", key, value, "allowed: a list of dicts")
+            is_readable = False
         elif not rows:
-            report.add_to_file("error", key, "empty", f"allowed: at least one {unit}")
-    return not report.findings
+            report.add_to_file("error", key, EMPTY, f"allowed: at least one {unit}")
+    return is_readable
 
 
 def _check_content(
@@ -111,7 +106,7 @@ def _check_categories(
     report: AnnotationReport, categories: list[dict], num_classes: int | None
 ) -> dict[int, str]:
     """Returns {category id: name} in the order of the ids, which is that of the model's classes."""
-    ids = [x["id"] if type(x.get("id")) is int else None for x in categories]
+    ids = [x["id"] if is_whole(x.get("id")) else None for x in categories]
     names = [x["name"] if type(x.get("name")) is str else "" for x in categories]
     id_counts, name_counts = Counter(ids), Counter(names)
     for field_, is_bad, remedy in (

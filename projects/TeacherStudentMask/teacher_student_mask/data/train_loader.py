@@ -1,0 +1,276 @@
+"""
+Training data in an order that depends on nothing but the seed, the rank and the iteration.
+
+Detectron2's loader starts its order anew when a training goes on after an interruption, and the
+random numbers of its augmentation depend on the number of workers. Here both are functions of
+the position in the stream, so that ``--resume`` goes on with the images, and the flips, that an
+uninterrupted training would have seen next.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_batch_data_loader, get_detection_dataset_dicts
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .seeding import preserved_generators, seed_generators
+
+__all__ = ["ResumableTrainLoader", "StreamStart", "TrainStream", "build_train_loader"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+
+# For seed_generators: training itself seeds by iteration, under another number.
+_PURPOSE = 0
+
+# How many other images are tried in the place of one that the mapper drops.
+_MAX_REPLACEMENTS = 100
+
+
+@dataclass(frozen=True)
+class StreamStart:
+    """Where in its stream a rank goes on: with the waiting positions, then from ``num_taken``."""
+
+    num_taken: int = 0
+    # Positions below num_taken in no batch yet: they wait for another of their aspect ratio.
+    waiting: frozenset[int] = frozenset()
+
+    def __contains__(self, position: int) -> bool:
+        return position >= self.num_taken or position in self.waiting
+
+
+class TrainStream(IterableDataset):
+    """
+    The endless stream of one rank's mapped examples, which numbers its positions from 0.
+
+    The example at a position is the same whichever worker of a DataLoader makes it and wherever
+    the stream starts. A mapper that returns None drops the image: another one, of the same side
+    of the aspect-ratio grouping, takes its place.
+    """
+
+    def __init__(
+        self,
+        dataset_dicts: list[dict],
+        sampler: Iterable[int],
+        mapper: Callable[[dict], dict | None],
+        *,
+        seed: int,
+        batch_size: int,
+        aspect_ratio_grouping: bool,
+    ):
+        """
+        Args:
+            dataset_dicts: images in Detectron2's standard dataset format.
+            sampler: gives indices of ``dataset_dicts`` without end, each time the same.
+            mapper: makes an example of a dataset dict.
+            seed: 0 or more.
+            batch_size: images of a batch of this rank.
+            aspect_ratio_grouping: whether the batches are made of images of like aspect ratio.
+        """
+        self.sampler = sampler
+        self.mapper = mapper
+        self.seed = seed
+        self.rank = comm.get_rank()
+        self.batch_size = batch_size
+        self.sizes = None
+        if aspect_ratio_grouping:
+            self.sizes = np.array([(x["width"], x["height"]) for x in dataset_dicts])
+        self.dataset = DatasetFromList(dataset_dicts, copy=False)
+        self.start = StreamStart()
+
+    def after(self, num_batches: int) -> TrainStream:
+        """Return what is left of the stream once ``num_batches`` batches were made of it."""
+        rest = copy.copy(self)
+        rest.start = self._start_after(num_batches)
+        return rest
+
+    def _start_after(self, num_batches: int) -> StreamStart:
+        # Detectron2's own grouping decides, on sizes alone: no image is read.
+        if self.sizes is None:
+            return StreamStart(num_batches * self.batch_size)
+        waiting, num_taken = set(), 0
+
+        def stubs() -> Iterator[dict]:
+            nonlocal num_taken
+            for position, index in enumerate(self.sampler):
+                num_taken = position + 1
+                waiting.add(position)
+                width, height = self.sizes[index]
+                yield {"width": width, "height": height, "position": position}
+
+        for batch in islice(AspectRatioGroupedDataset(stubs(), self.batch_size), num_batches):
+            waiting.difference_update(stub["position"] for stub in batch)
+        return StreamStart(num_taken, frozenset(waiting))
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        # DataLoader asks its workers in turn: for one example when Detectron2 groups them
+        # afterwards, otherwise for a batch.
+        chunk_size = self.batch_size if self.sizes is None else 1
+        positions = (x for x in enumerate(self.sampler) if x[0] in self.start)
+        for i, (position, index) in enumerate(positions):
+            if worker is None or i // chunk_size % worker.num_workers == worker.id:
+                yield self._example(position, index)
+
+    def _example(self, position: int, index: int) -> dict:
+        # In the training process itself, NUM_WORKERS 0, training has its own random numbers.
+        in_training = get_worker_info() is None
+        with preserved_generators() if in_training else nullcontext():
+            seed_generators(
+                (self.seed, self.rank, position), _PURPOSE, torch.default_generator.manual_seed
+            )
+            example = self.mapper(self.dataset[index])
+            return self._replacement(index) if example is None else example
+
+    def _replacement(self, index: int) -> dict:
+        candidates = np.arange(len(self.dataset))
+        if self.sizes is not None:
+            # _start_after counts with the sizes of the images that were drawn.
+            is_wide = self.sizes[:, 0] > self.sizes[:, 1]
+            candidates = np.flatnonzero(is_wide == is_wide[index])
+        others = np.random.permutation(candidates[candidates != index])[:_MAX_REPLACEMENTS]
+        for other in others:
+            example = self.mapper(self.dataset[int(other)])
+            if example is not None:
+                return example
+        raise ValueError(
+            f"The mapper dropped {self.dataset[index].get('file_name')} (it returned None), and "
+            f"the {len(others)} other images tried in its place; allowed for a few images alone."
+        )
+
+
+class ResumableTrainLoader:
+    """
+    Batches from the iteration on that the trainer starts with.
+
+    ``iter()`` alone does nothing, as Detectron2 0.6 calls it before the checkpoint is loaded; the
+    first ``next()`` asks the trainer's event storage for the iteration. Without one it is 0.
+    """
+
+    def __init__(
+        self, stream: TrainStream, make_batches: Callable[[TrainStream], Iterable[list[dict]]]
+    ):
+        """
+        Args:
+            stream: of the whole training.
+            make_batches: makes batches of what is left of it.
+        """
+        self.stream = stream
+        self.make_batches = make_batches
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        try:
+            iteration = get_event_storage().iter
+        except AssertionError:  # Detectron2's answer where no training runs
+            iteration = 0
+        stream = self.stream.after(iteration)
+        if iteration > 0:
+            logger.info(
+                f"The data goes on where iteration {iteration - 1} left it: this rank has taken "
+                f"{stream.start.num_taken} images, of which {len(stream.start.waiting)} wait for "
+                "another of their aspect ratio."
+            )
+        # A DataLoader that starts draws a number from PyTorch's generator, which a training that
+        # was not interrupted would not have done here.
+        with preserved_generators():
+            batches = iter(self.make_batches(stream))
+            first = next(batches)
+        yield first
+        yield from batches
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> ResumableTrainLoader:
+    """
+    Build the loader of a training with a seed; reads the keys that Detectron2's own reads.
+
+    Args:
+        cfg: with SEED of 0 or more.
+        mapper: makes an example of a dataset dict.
+
+    Returns:
+        An iterable without end over batches, lists of IMS_PER_BATCH / world size examples.
+
+    Raises:
+        ValueError: no seed, a batch that the ranks cannot share, a sampler that is not known here,
+            or a dataset that is not a list.
+    """
+    if cfg.SEED < 0:
+        raise ValueError(f"SEED must be 0 or more for data in a fixed order, got {cfg.SEED}.")
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % comm.get_world_size():
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, "
+            f"{comm.get_world_size()}, got {batch_size}."
+        )
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    if not isinstance(dicts, list):
+        raise ValueError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} gives a {type(dicts).__name__}; allowed "
+            "are datasets that are lists of dicts, or any of Detectron2's with SEED -1."
+        )
+    grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    stream = TrainStream(
+        dicts,
+        _build_sampler(cfg, dicts),
+        mapper,
+        seed=cfg.SEED,
+        batch_size=batch_size // comm.get_world_size(),
+        aspect_ratio_grouping=grouping,
+    )
+    make_batches = partial(
+        build_batch_data_loader,
+        sampler=None,
+        total_batch_size=batch_size,
+        aspect_ratio_grouping=grouping,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    return ResumableTrainLoader(stream, make_batches)
+
+
+def _build_sampler(cfg: CfgNode, dicts: list[dict]) -> Iterable[int]:
+    name, seed = cfg.DATALOADER.SAMPLER_TRAIN, cfg.SEED
+    if name not in _SAMPLERS:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN {name!r} is not known with a SEED; allowed: "
+            f"{', '.join(_SAMPLERS)}."
+        )
+    logger.info(f"Using training sampler {name} with seed {seed}")
+    if name == "TrainingSampler":
+        return TrainingSampler(len(dicts), seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)
+    # The key REPEAT_SQRT is younger than Detectron2 0.6.
+    options = {}
+    if "REPEAT_SQRT" in cfg.DATALOADER:
+        options["sqrt"] = cfg.DATALOADER.REPEAT_SQRT
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **options
+    )
+    return RepeatFactorTrainingSampler(factors, seed=seed)

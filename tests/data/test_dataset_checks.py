@@ -1,0 +1,342 @@
+"""The checks of all datasets before a training or an evaluation starts."""
+
+import builtins
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from bad_data import CASES, complete, make, start_in_two_processes
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.lvis import register_lvis_instances
+from detectron2.engine import default_argument_parser
+
+import train_net
+from teacher_student_mask import load_partial_coco_json
+from teacher_student_mask.data import check_datasets, dataset_checks, datasets
+
+SEEN = "ant, ship"
+
+
+@pytest.fixture
+def register(make_tiny_coco):
+    """Return ``register(change, how)``: a tiny dataset that another function reads."""
+    names = []
+
+    def make_one(change=None, how=register_coco_instances, **metadata):
+        tiny = make_tiny_coco(change)
+        name = f"{tiny.name}_{len(names)}"
+        names.append(name)
+        how(name, metadata, tiny.json_file, tiny.image_root)
+        tiny.name = name
+        return tiny
+
+    yield make_one
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def by_unknown_function(name, metadata, json_file, image_root):
+    DatasetCatalog.register(name, lambda: [])
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, **metadata)
+
+
+def change(key, entry_id, **fields):
+    def change_one(data):
+        complete(data)
+        (row,) = [x for x in data[key] if x["id"] == entry_id]
+        row.update(fields)
+        for field in [field for field, value in row.items() if value is ...]:
+            del row[field]
+
+    return change_one
+
+
+def test_a_good_dataset_is_passed_and_its_classes_are_counted(make_tiny_coco, log):
+    train, test = make_tiny_coco(), make_tiny_coco(complete)
+    check_datasets((train.name,), (test.name,), SEEN, num_classes=3)
+    messages = [x.getMessage() for x in log.records]
+    (table,) = [x for x in messages if "boxes only" in x]
+    assert table.startswith(f"{train.name}: 4 images, 12 annotations in {train.json_file}")
+    # Class, split, objects, masks, boxes only, crowd, rectangles, left out.
+    rows = [line.split() for line in table.splitlines()]
+    assert ["ant", "seen", "4", "3", "1", "1", "0", "-"] in rows
+    assert ["cat", "unseen", "3", "3", "0", "0", "0", "-"] in rows
+    assert not [x for x in log.records if x.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, id=x.name) for x in CASES])
+def test_what_training_cannot_take_stops_before_it(case, make_tiny_coco, log):
+    """But for what only reading the images shows."""
+    dataset = make(case, make_tiny_coco)
+    is_error = case.severity == "error" and case.message is not None
+    if (
+        not is_error
+        or case.name == "annotation id twice"
+        or case.message.startswith(
+            ("image 30: 'file_name'", "image 30: 'width, height'", "image 5: 'width, height'")
+        )
+    ):
+        check_datasets((dataset.name,), (), case.seen_classes, case.num_classes)
+        return
+    with pytest.raises(ValueError) as error:
+        check_datasets((dataset.name,), (), case.seen_classes, case.num_classes)
+    first = case.message.replace("{root}", dataset.image_root).partition("#")[0]
+    assert str(error.value).startswith(f"{dataset.json_file}: {first}")
+    assert str(error.value) in [x.getMessage() for x in log.records if x.levelname == "ERROR"]
+
+
+def test_all_findings_of_all_files_are_logged_and_the_first_error_is_raised(make_tiny_coco, log):
+    train = make_tiny_coco(change("annotations", 111, bbox=[1, 2, 0, 4]))
+    test = make_tiny_coco(
+        lambda data: (
+            change("annotations", 111, area=-1)(data),
+            change("annotations", 112, iscrowd=7)(data),
+        )
+    )
+    with pytest.raises(ValueError, match=f"{test.json_file}: annotation 112: 'iscrowd' is 7"):
+        check_datasets((train.name,), (test.name,), SEEN)
+    found = [
+        (x.levelname, x.getMessage()) for x in log.records if "annotation 11" in x.getMessage()
+    ]
+    assert [level for level, _ in found] == ["WARNING", "ERROR", "ERROR"]
+    assert "'bbox' is [1, 2, 0, 4]" in found[0][1] and "'area' is -1" in found[2][1]
+
+
+def test_a_test_set_needs_masks_and_areas_now_and_not_when_training_ends(make_tiny_coco):
+    dataset = make_tiny_coco()
+    check_datasets((dataset.name,), (), SEEN)
+    message = f"{dataset.json_file}: annotation 104: 'segmentation' is missing; mask AP needs"
+    with pytest.raises(ValueError, match=message):
+        check_datasets((), (dataset.name,), SEEN)
+
+
+def test_a_test_set_without_any_mask_is_evaluated_by_its_boxes(make_tiny_coco):
+    def forget(data):
+        for row in data["annotations"]:
+            row["segmentation"] = None
+
+    check_datasets((), (make_tiny_coco(forget).name,), SEEN)
+
+
+def test_a_test_set_without_annotations_can_be_predicted_on(register):
+    check_datasets((), (register(lambda data: data.pop("annotations")).name,), SEEN)
+
+
+def test_a_file_is_read_once_and_then_by_the_loader(make_tiny_coco, monkeypatch):
+    dataset = make_tiny_coco(complete)
+    opened, checked = [], []
+    original, checks = builtins.open, datasets.check_annotations
+
+    def counting_open(path, *args, **kwargs):
+        opened.append(str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", counting_open)
+    monkeypatch.setattr(
+        datasets, "check_annotations", lambda *a, **k: checked.append(1) or checks(*a, **k)
+    )
+    check_datasets((dataset.name,), (dataset.name,), SEEN)
+    assert opened.count(dataset.json_file) == 1
+    # Nothing has to read the file for them.
+    assert MetadataCatalog.get(dataset.name).thing_classes == ["ant", "cat", "ship"]
+    load_partial_coco_json(dataset.json_file, dataset.image_root)
+    assert opened.count(dataset.json_file) == 2 and not checked
+
+
+def test_a_file_that_has_changed_is_checked_again(make_tiny_coco):
+    dataset = make_tiny_coco(complete)
+    check_datasets((dataset.name,), (), SEEN)
+    dataset.data["annotations"][0]["bbox"][2] = -100
+    Path(dataset.json_file).write_text(json.dumps(dataset.data))
+    with pytest.raises(ValueError, match="annotation 101: 'bbox'"):
+        load_partial_coco_json(dataset.json_file, dataset.image_root)
+
+
+def test_detectron2s_own_loader_is_checked_too(register):
+    dataset = register(change("annotations", 111, bbox=[1, 2, 3]))
+    with pytest.raises(ValueError, match="annotation 111: 'bbox' is \\[1, 2, 3\\]"):
+        check_datasets((dataset.name,), (), SEEN)
+    dataset = register(change("annotations", 111, id=...))
+    with pytest.raises(ValueError, match="annotation number 10: 'id' is missing"):
+        check_datasets((dataset.name,), (), SEEN)  # pycocotools would stop with a KeyError
+
+
+def test_what_detectron2_leaves_out_is_a_warning_for_its_loader_alone(
+    register, make_tiny_coco, log
+):
+    unknown = change("annotations", 111, image_id=31)
+    dataset = register(unknown)
+    check_datasets((dataset.name,), (dataset.name,), SEEN)
+    assert (
+        "'image_id' is 31; allowed: an id of 'images'; Detectron2 leaves the object out" in log.text
+    )
+    assert len(DatasetCatalog.get(dataset.name)) == 4
+    for use in ("train", "test"):
+        names = {"train": (), "test": (), use: (make_tiny_coco(unknown).name,)}
+        with pytest.raises(ValueError, match="annotation 111: 'image_id' is 31; allowed: an id of"):
+            check_datasets(names["train"], names["test"], SEEN)
+
+
+def test_a_json_of_lvis_is_taken_as_its_loader_takes_it(register):
+    def to_lvis(data):
+        complete(data)
+        for image in data["images"]:
+            image["coco_url"] = f"http://host/train2017/{image.pop('file_name')}"
+            image.update(neg_category_ids=[], not_exhaustive_category_ids=[])
+        for row in data["annotations"]:
+            del row["iscrowd"]
+
+    dataset = register(to_lvis, register_lvis_instances, thing_classes=["a", "b", "c"])
+    check_datasets((dataset.name,), (dataset.name,), "a, b", num_classes=3)
+
+
+def test_of_a_function_that_is_not_known_only_evaluation_makes_errors(register, log):
+    dataset = register(change("annotations", 111, bbox=[1, 2, 3]), by_unknown_function)
+    check_datasets((dataset.name,), (), SEEN)
+    assert "may read something else" in log.text
+    with pytest.raises(ValueError, match="annotation 111: 'bbox' is \\[1, 2, 3\\]"):
+        check_datasets((), (dataset.name,), SEEN)
+
+
+def test_a_dataset_without_json_is_passed_over(register, caplog):
+    caplog.set_level(logging.DEBUG, "teacher_student_mask.data.dataset_checks")
+    dataset = register(how=by_unknown_function)
+    MetadataCatalog.remove(dataset.name)
+    MetadataCatalog.get(dataset.name)
+    check_datasets((dataset.name,), (), SEEN)
+    assert f"{dataset.name} has no json_file; its annotations are not checked." in caplog.text
+
+
+def test_a_dataset_that_is_not_registered_is_named():
+    with pytest.raises(ValueError, match="DATASETS.TEST names 'nonsense', which is not registered"):
+        check_datasets((), ("nonsense",), SEEN)
+
+
+def test_the_number_of_classes(make_tiny_coco, log):
+    dataset = make_tiny_coco()
+    with pytest.raises(ValueError, match="'categories' is 3 classes; the model has 2"):
+        check_datasets((dataset.name,), (), SEEN, num_classes=2)
+    check_datasets((dataset.name,), (), SEEN, num_classes=80)
+    assert (
+        "the model has 80; set MODEL.ROI_HEADS.NUM_CLASSES 3; the classes beyond them" in log.text
+    )
+
+
+def forget_all(data):
+    for row in data["annotations"]:
+        row["segmentation"] = None
+
+
+def test_masks_may_come_from_another_training_set_or_be_of_no_use(make_tiny_coco):
+    boxes, masks = make_tiny_coco(forget_all), make_tiny_coco()
+    with pytest.raises(ValueError, match="'seen_classes' is classes without any mask"):
+        check_datasets((boxes.name,), (), SEEN)
+    check_datasets((boxes.name, masks.name), (), SEEN)
+    check_datasets((boxes.name,), (), SEEN, needs_masks=False)
+    broken = make_tiny_coco(change("annotations", 111, segmentation="mask.png"))
+    with pytest.raises(ValueError, match="'segmentation' is 'mask.png'"):
+        check_datasets((broken.name,), (), SEEN)
+    check_datasets((broken.name,), (), SEEN, reads_masks=False)
+
+
+def test_real_coco_is_passed(coco_root, log):
+    check_datasets(("coco_2017_val",), ("coco_2017_val",), "voc", num_classes=80)
+    assert not [x for x in log.records if x.levelno >= logging.WARNING]
+
+
+def test_other_errors_reach_everyone_as_they_are(make_tiny_coco, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(dataset_checks, "check_annotations", fail)
+    gathered = []
+    monkeypatch.setattr(
+        dataset_checks.comm, "all_gather", lambda x: gathered.append(x) or [x, None]
+    )
+    with pytest.raises(MemoryError, match="no more"):
+        check_datasets((make_tiny_coco().name,), (), SEEN)
+    # What the other processes raise.
+    assert gathered[0].error == "the check of the datasets failed: MemoryError('no more')"
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_others_do_not_read_and_get_the_answer_of_the_main_process(
+    is_main, make_tiny_coco, monkeypatch
+):
+    dataset = make_tiny_coco(change("annotations", 111, bbox=[1, 2, 3]))
+    answer = dataset_checks._Outcome("what is wrong")
+    monkeypatch.setattr(dataset_checks.comm, "is_main_process", lambda: is_main)
+    monkeypatch.setattr(
+        dataset_checks.comm, "all_gather", lambda x: [answer, x] if not is_main else [x, None]
+    )
+    with pytest.raises(ValueError, match="'bbox' is" if is_main else "what is wrong"):
+        check_datasets((dataset.name,), (), SEEN)
+
+
+@pytest.fixture
+def arguments(tiny_cfg, tmp_path):
+    """Return ``make(train, test)``: the command line of a tiny model on these datasets."""
+
+    def make_one(train, test, *flags):
+        cfg = tiny_cfg(dataset=train)
+        cfg.DATASETS.TEST = (test.name,)
+        config_file = tmp_path / "tiny.yaml"
+        config_file.write_text(cfg.dump())
+        return [*flags, "--config-file", str(config_file), "OUTPUT_DIR", str(tmp_path / "output")]
+
+    return make_one
+
+
+class Built(Exception):
+    """The start came as far as building the model."""
+
+
+def start(command_line, monkeypatch):
+    def build_model(*args):
+        raise Built
+
+    monkeypatch.setattr(train_net.Trainer, "build_model", build_model)
+    train_net.main(default_argument_parser().parse_args(command_line))
+
+
+def test_train_net_stops_before_the_model_is_built(arguments, make_tiny_coco, monkeypatch):
+    good = make_tiny_coco(complete)
+    bad = make_tiny_coco(change("annotations", 111, segmentation="mask.png"))
+    with pytest.raises(Built):
+        start(arguments(good, good), monkeypatch)
+    for train, test in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match=f"{bad.json_file}: annotation 111: 'segmentation'"):
+            start(arguments(train, test), monkeypatch)
+    output = Path(arguments(good, good)[-1])
+    assert "annotation 111: 'segmentation' is 'mask.png'" in (output / "log.txt").read_text()
+
+
+def test_an_evaluation_does_not_read_the_training_set(arguments, make_tiny_coco, monkeypatch):
+    good, gone = make_tiny_coco(complete), make_tiny_coco()
+    Path(gone.json_file).unlink()
+    with pytest.raises(Built):
+        start(arguments(gone, good, "--eval-only"), monkeypatch)
+
+
+def test_train_net_asks_for_what_its_model_needs(arguments, make_tiny_coco, monkeypatch):
+    good, boxes = make_tiny_coco(complete), make_tiny_coco(forget_all)
+    with pytest.raises(ValueError, match="classes without any mask"):
+        start(arguments(boxes, good), monkeypatch)
+    for options in (["MODEL.BOX_SUPERVISION.NAME", "boxinst"], ["MODEL.MASK_ON", "False"]):
+        with pytest.raises(Built):
+            start([*arguments(boxes, good), *options], monkeypatch)
+    with pytest.raises(ValueError, match="the model has 2; set MODEL.ROI_HEADS.NUM_CLASSES 3"):
+        start([*arguments(good, good), "MODEL.ROI_HEADS.NUM_CLASSES", "2"], monkeypatch)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_with_the_sentence(arguments, make_tiny_coco, tmp_path):
+    bad = make_tiny_coco(change("annotations", 111, segmentation="mask.png"))
+    # Training on the CPU is for one process.
+    start_in_two_processes(bad, arguments(bad, bad, "--eval-only"), tmp_path)
+    told = [(tmp_path / rank).read_text() for rank in "01"]
+    assert told[0] == told[1]
+    assert told[0].startswith(f"{bad.json_file}: annotation 111: 'segmentation' is 'mask.png'")

@@ -1,0 +1,12 @@
+"""
+The loader and the mapper on annotations of all kinds: a training example, or a documented error.
+
+What is broken could take all memory (a polygon with NaN once took 21 GB), so another process, which
+may have no more than its share, does it.
+"""
+
+from bad_data import run_with_little_memory
+
+
+def test_any_annotations_are_mapped_or_refused():
+    run_with_little_memory("fuzz_mapper")

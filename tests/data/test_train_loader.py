@@ -1,0 +1,239 @@
+"""The order of the training data: what it depends on, and that it goes on where it stopped."""
+
+import random
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, build_batch_data_loader
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils.events import EventStorage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_student_mask import TeacherStudentDatasetMapper
+from teacher_student_mask.data import build_train_loader
+from teacher_student_mask.data.train_loader import ResumableTrainLoader, TrainStream
+
+SIZES = ((64, 48), (48, 64), (50, 50))  # wide, tall, square
+
+
+def dicts_of(sizes):
+    return [
+        {"file_name": f"{i}.png", "width": w, "height": h, "index": i}
+        for i, (w, h) in enumerate(sizes)
+    ]
+
+
+def draw(dataset_dict):
+    """A mapper that says which image it was given and which random numbers it met."""
+    numbers = (random.random(), np.random.random(), torch.rand(()).item())
+    return {**dataset_dict, "numbers": numbers}
+
+
+def make_loader(
+    sizes, batch_size, *, grouping=True, num_workers=0, mapper=draw, factors=None, seed=5
+):
+    if factors is None:
+        sampler = TrainingSampler(len(sizes), seed=seed)
+    else:
+        sampler = RepeatFactorTrainingSampler(torch.tensor(factors), seed=seed)
+    stream = TrainStream(
+        dicts_of(sizes),
+        sampler,
+        mapper,
+        seed=seed,
+        batch_size=batch_size,
+        aspect_ratio_grouping=grouping,
+    )
+    make_batches = partial(
+        build_batch_data_loader,
+        sampler=None,
+        total_batch_size=batch_size,
+        aspect_ratio_grouping=grouping,
+        num_workers=num_workers,
+    )
+    return ResumableTrainLoader(stream, make_batches)
+
+
+def batches_of(loader, num_batches, start_iter=0):
+    """Batches as a trainer gets them that starts at ``start_iter``: [(index, numbers), ...]."""
+    with EventStorage(start_iter):
+        batches = list(islice(loader, num_batches))
+    return [[(x["index"], x["numbers"]) for x in batch] for batch in batches]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from(SIZES), min_size=1, max_size=9),
+    batch_size=st.integers(1, 5),
+    start=st.integers(0, 12),
+    grouping=st.booleans(),
+    factors=st.one_of(st.none(), st.lists(st.floats(1, 3), min_size=9, max_size=9)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_resumed_stream_is_the_rest_of_the_uninterrupted_one(
+    sizes, batch_size, start, grouping, factors, seed
+):
+    factors = factors and factors[: len(sizes)]
+    make = partial(make_loader, sizes, batch_size, grouping=grouping, factors=factors, seed=seed)
+    whole = batches_of(make(), start + 4)
+    assert all(len(batch) == batch_size for batch in whole)
+    assert batches_of(make(), 4, start_iter=start) == whole[start:]
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_neither_the_workers_nor_an_interruption_change_the_order(grouping):
+    sizes = [SIZES[i % 3] for i in range(7)]
+    whole = batches_of(make_loader(sizes, 3, grouping=grouping), 9)
+    assert len({index for batch in whole for index, _ in batch}) == 7
+    for num_workers in (1, 2):
+        loader = make_loader(sizes, 3, grouping=grouping, num_workers=num_workers)
+        assert batches_of(loader, 4, start_iter=5) == whole[5:]
+    loader = make_loader(sizes, 3, grouping=grouping, num_workers=2)
+    assert batches_of(loader, 9) == whole
+
+
+def test_waiting_images_come_first():
+    # Alone in its group, an image waits for its like over the interruption.
+    sizes = [SIZES[0]] * 5 + [SIZES[1]]
+    loader = make_loader(sizes, 2)
+    whole = batches_of(loader, 13)
+    starts = [loader.stream.after(k).start for k in range(12)]
+    assert any(start.waiting for start in starts)
+    for k, start in enumerate(starts):
+        assert start.num_taken == 2 * k + len(start.waiting)
+        assert batches_of(make_loader(sizes, 2), 2, start_iter=k) == whole[k : k + 2]
+
+
+def test_iter_alone_starts_nothing():
+    """Detectron2 0.6 calls iter() before it knows where to start."""
+    whole = batches_of(make_loader([SIZES[0]] * 5, 2), 6)
+    batches = iter(make_loader([SIZES[0]] * 5, 2))
+    with EventStorage(4):
+        first = next(batches)
+    assert [(x["index"], x["numbers"]) for x in first] == whole[4]
+    assert next(iter(make_loader([SIZES[0]] * 5, 2)))[0]["index"] == whole[0][0][0]  # no storage
+
+
+def test_a_loader_can_be_iterated_again():
+    loader = make_loader([*SIZES, SIZES[0], SIZES[0]], 2)
+    assert batches_of(loader, 5) == batches_of(loader, 5)
+
+
+def test_examples_have_random_numbers_of_their_own():
+    numbers = [x for batch in batches_of(make_loader([SIZES[0]] * 4, 2), 8) for _, x in batch]
+    # Each of the three generators, also when an image comes again.
+    assert [len(set(column)) for column in zip(*numbers)] == [16, 16, 16]
+    other = batches_of(make_loader([SIZES[0]] * 4, 2, seed=6), 1)
+    assert other[0][0][1] not in numbers
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_numbers_of_training_are_left_alone(num_workers):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    batches_of(make_loader([SIZES[0]] * 4, 2, num_workers=num_workers), 3)
+    drawn = random.random(), np.random.random(), torch.rand(()).item()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    assert drawn == (random.random(), np.random.random(), torch.rand(()).item())
+
+
+def test_ranks_share_the_images_and_not_the_random_numbers(monkeypatch):
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        loader = make_loader([SIZES[0]] * 6, 2, grouping=False)
+        seen.append([x for batch in batches_of(loader, 3) for x in batch])
+        assert batches_of(loader, 2, start_iter=1) == [seen[-1][2:4], seen[-1][4:6]]
+    assert sorted(index for rank in seen for index, _ in rank[:3]) == list(range(6))
+    assert not {x for _, x in seen[0]} & {x for _, x in seen[1]}
+
+
+def drop_even(dataset_dict):
+    return None if dataset_dict["index"] % 2 == 0 else draw(dataset_dict)
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_dropped_image_is_replaced_by_another_of_its_group(grouping):
+    sizes = [SIZES[i % 4 // 2] for i in range(8)]  # two wide, two tall, ...
+    make = partial(make_loader, sizes, 2, grouping=grouping, mapper=drop_even)
+    whole = batches_of(make(), 10)
+    assert {index % 2 for batch in whole for index, _ in batch} == {1}
+    assert batches_of(make(), 6, start_iter=4) == whole[4:]
+    assert batches_of(make(num_workers=2), 6, start_iter=4) == whole[4:]
+    if grouping:
+        for batch in whole:
+            assert len({sizes[index] for index, _ in batch}) == 1
+
+
+def test_mapper_that_drops_everything_is_an_error():
+    loader = make_loader([SIZES[0]] * 3 + [SIZES[1]], 1, mapper=lambda x: None)
+    with pytest.raises(ValueError, match=r"dropped \d.png .*, and the [02] other images"):
+        batches_of(loader, 1)
+
+
+def file_names(loader, num_batches):
+    return [[x["file_name"] for x in batch] for batch in islice(loader, num_batches)]
+
+
+def test_the_images_of_a_seed_are_those_of_detectron2(tiny_cfg, tiny_coco):
+    """TrainingSampler with the seed: the images a user of Detectron2's main has seen so far."""
+    cfg = tiny_cfg(dataset=tiny_coco, opts=["SEED", 7, "DATALOADER.NUM_WORKERS", 0])
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    dicts = [x for x in DatasetCatalog.get(tiny_coco.name) if x["annotations"]]
+    order = islice(TrainingSampler(len(dicts), seed=7), 6)
+    expected = [dicts[i]["file_name"] for i in order]
+    loader = build_train_loader(cfg, TeacherStudentDatasetMapper(cfg, True))
+    assert sum(file_names(loader, 3), []) == expected
+
+
+@pytest.mark.parametrize(
+    "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
+)
+def test_every_sampler_goes_on(tiny_cfg, tiny_coco, sampler):
+    cfg = tiny_cfg(dataset=tiny_coco, opts=["SEED", 0, "DATALOADER.SAMPLER_TRAIN", sampler])
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.REPEAT_THRESHOLD = 2.0
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.7
+    mapper = TeacherStudentDatasetMapper(cfg, True)
+    whole = file_names(build_train_loader(cfg, mapper), 8)
+    with EventStorage(3):
+        assert file_names(build_train_loader(cfg, mapper), 5) == whole[3:]
+    cfg.SEED = 1
+    assert file_names(build_train_loader(cfg, mapper), 8) != whole
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SEED", -1], "SEED must be 0 or more"),
+        (["DATALOADER.SAMPLER_TRAIN", "Random"], "'Random' is not known.*: TrainingSampler, Rep"),
+        (["SOLVER.IMS_PER_BATCH", 0], "multiple of the number of processes, 1, got 0"),
+    ],
+)
+def test_what_the_config_cannot_say(tiny_cfg, tiny_coco, opts, message):
+    cfg = tiny_cfg(dataset=tiny_coco, opts=opts)
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(cfg, draw)
+
+
+def test_dataset_that_is_no_list(tiny_cfg, tiny_coco):
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"file_name": "0.png"}
+
+    name = f"{tiny_coco.name}_no_list"
+    DatasetCatalog.register(name, Images)
+    cfg = tiny_cfg(dataset=tiny_coco)
+    cfg.DATASETS.TRAIN = (name,)
+    try:
+        with pytest.raises(ValueError, match=r"gives a \w+; allowed are datasets that are lists"):
+            build_train_loader(cfg, draw)
+    finally:
+        DatasetCatalog.remove(name)

@@ -1,0 +1,98 @@
+"""
+Training with DistributedDataParallel where ranks lack seen, unseen or any objects.
+
+Every method on 2 ranks, one of each kind on 3, for 10 steps; ``distributed_training.schedule``
+says in which combinations. DDP runs with ``find_unused_parameters`` False, as Detectron2 has it:
+the step after one in which a parameter of any rank got no gradient raises.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+from detectron2.layers import get_norm
+from detectron2.utils import comm
+from distributed_training import IMAGES, METHODS_OF_RANKS, NUM_STEPS, schedule
+from torch import nn
+
+import train_net
+from teacher_student_mask.modeling.mask_head import has_batch_norm
+
+CASES = [(size, method) for size, methods in METHODS_OF_RANKS.items() for method in methods]
+LOSSES = {
+    "loss_mask_teacher": lambda method: "ours" in method or "hourglass" in method,
+    "loss_mask_projection": lambda method: "boxinst" in method,
+}
+
+
+def test_schedule_has_every_combination():
+    pairs = {frozenset(x) for x in schedule(2)}
+    assert len(pairs) == len(schedule(2)) == NUM_STEPS == 10  # 4 equal ones and 6 others
+    assert all({x[rank] for x in schedule(2)} == set(IMAGES) for rank in range(2))
+    threes = set(schedule(3))
+    assert len(threes) == NUM_STEPS
+    assert all(x[1:] + x[:1] in threes for x in threes)
+    assert set().union(*threes) == set(IMAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size, method", CASES)
+def test_ranks_without_objects_train_and_stay_alike(results_of, world_size, method):
+    ranks = results_of(world_size, f"training {method}")
+    names = set(ranks[0]["losses"][0])
+    assert "loss_mask" in names
+    for name, is_expected in LOSSES.items():
+        assert (name in names) == is_expected(method)
+    for rank, result in enumerate(ranks):
+        assert len(result["losses"]) == NUM_STEPS
+        for step, losses in zip(schedule(world_size), result["losses"]):
+            # Detectron2 averages the ranks' losses by the names of the main process.
+            assert set(losses) == names
+            assert all(math.isfinite(x) for x in losses.values()), (rank, step, losses)
+            if step[rank] == "no object":
+                assert all(x == 0 for name, x in losses.items() if "mask" in name)
+    first = ranks[0]["state"]
+    for other in ranks[1:]:
+        # Buffers, too: there are no batch statistics but synchronised ones.
+        assert first.keys() == other["state"].keys()
+        for name, value in first.items():
+            assert value.isfinite().all(), name
+            assert torch.equal(value, other["state"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ours, naiveSyncBN_N", "baseline, naiveSyncBN_N"])
+def test_synchronised_statistics_are_those_of_the_ranks_with_rois(results_of, method):
+    state = results_of(2, f"training {method}")[0]["state"]
+    variances = {name: x for name, x in state.items() if name.endswith("running_var")}
+    heads = {name.split(".")[1] for name in variances}
+    assert heads == ({"mask_head"} if "baseline" in method else {"mask_head", "teacher_mask_head"})
+    for name, variance in variances.items():
+        assert (variance > 0).all() and not torch.equal(variance, torch.ones_like(variance)), name
+
+
+@pytest.mark.parametrize("norm", ["BN", "naiveSyncBN", "naiveSyncBN_N", "SyncBN"])
+def test_every_norm_with_batch_statistics_is_known_as_one(norm):
+    """
+    A head with one sees all ROIs in one call. Bug: nn.SyncBatchNorm, no BatchNorm2d, was missed;
+    ranks with and without unmasked ROIs would then wait for each other's statistics for ever.
+    """
+    assert has_batch_norm(nn.Sequential(nn.Conv2d(4, 4, 1), get_norm(norm, 4)))
+
+
+def test_norms_without_batch_statistics_are_not_taken_for_one():
+    norms = [get_norm("GN", 32), get_norm("FrozenBN", 4)]
+    assert not has_batch_norm(nn.Sequential(nn.Conv2d(4, 4, 1), *norms))
+
+
+def test_several_processes_on_the_cpu_are_refused_in_train_net(monkeypatch, tmp_path):
+    """DefaultTrainer would fail on the device_ids that it gives to DDP."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    config = Path(train_net.__file__).parent / "configs/shapes/mask_rcnn_shapes.yaml"
+    arguments = ["--config-file", str(config), "OUTPUT_DIR", str(tmp_path / "output")]
+    args = default_argument_parser().parse_args(arguments)
+    with pytest.raises(ValueError, match='MODEL.DEVICE is "cpu" in 2 processes.*--num-gpus 1'):
+        train_net.setup(args)
+    assert not (tmp_path / "output").exists()

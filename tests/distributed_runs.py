@@ -1,0 +1,86 @@
+"""
+Process groups of tests/distributed/: torch.distributed with gloo, on the CPU.
+
+The processes import this module by its name. What they find out goes to files, from which the
+tests read it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from distributed_evaluation import TEST_SETS, evaluate
+from distributed_gradients import GRADIENT_METHODS, SYNC_METHODS, compare_gradients
+from distributed_training import EVERY_METHOD, METHODS_OF_RANKS, make_cfg, train
+
+# Far more than any step takes. What hangs ends with an error, too, but with another one.
+TIMEOUT = timedelta(seconds=120)
+
+
+def start(
+    function: Callable,
+    num_processes: int,
+    args: tuple = (),
+    *,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    url: str = "auto",
+    timeout: timedelta = TIMEOUT,
+) -> None:
+    """
+    Detectron2's ``launch`` on the CPU. The caller hides GPUs from the processes.
+
+    The one of Detectron2 0.6 refuses to run without a GPU. There ``torch.multiprocessing.spawn``,
+    with which it starts its processes, takes its place.
+
+    Args:
+        function: of this module; each process calls ``function(*args)``.
+        num_processes: on this machine.
+        num_machines, machine_rank, url, timeout: see ``launch``.
+    """
+    if hasattr(comm, "create_local_process_group"):
+        launch(function, num_processes, num_machines, machine_rank, url, args, timeout)
+        return
+    url = f"tcp://127.0.0.1:{free_port()}" if url == "auto" else url
+    rest = (function, args, url, machine_rank * num_processes, num_machines * num_processes)
+    torch.multiprocessing.spawn(_join_and_run, nprocs=num_processes, args=(*rest, timeout))
+
+
+def _join_and_run(local_rank, function, args, url, first_rank, world_size, timeout):
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=url,
+        timeout=timeout,
+        world_size=world_size,
+        rank=first_rank + local_rank,
+    )
+    comm.synchronize()
+    function(*args)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_everything(folder: str, shapes_root: str) -> None:
+    """What one process group does for test_training, test_gradients and test_evaluation."""
+    torch.set_num_threads(1)
+    rank = comm.get_rank()
+    folder = Path(folder)
+    for name in METHODS_OF_RANKS[comm.get_world_size()]:
+        torch.save(train(make_cfg(EVERY_METHOD[name])), folder / f"training {name} {rank}.pt")
+    for name in (*GRADIENT_METHODS, *SYNC_METHODS):
+        torch.save(compare_gradients(name), folder / f"gradients {name} {rank}.pt")
+    for name in TEST_SETS:
+        results, num_images = evaluate(shapes_root, name, folder / name)
+        torch.save(
+            {"results": results, "num_images": num_images}, folder / f"evaluation {name} {rank}.pt"
+        )

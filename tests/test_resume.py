@@ -1,0 +1,249 @@
+"""Trainings killed at any moment end with the weights of one that was not interrupted."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+import train_net
+from teacher_student_mask.engine import WriteError
+
+MAX_ITER = 36
+NUM_KILLS = 20
+
+
+# Bottleneck blocks can be narrow: checkpoints of 3 MB, where the tiny ResNet-18 has 90.
+NARROW = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
+NARROW += ["MODEL.RESNETS.WIDTH_PER_GROUP", 4]
+
+
+@pytest.fixture
+def dataset(make_tiny_coco):
+    """The tiny dataset with a mask on every object, as mask AP needs it."""
+
+    def complete(data):
+        for annotation in data["annotations"]:
+            if not annotation.get("segmentation"):
+                x, y, w, h = annotation["bbox"]
+                annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+    return make_tiny_coco(complete)
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_cfg, dataset):
+    cfg = tiny_cfg(dataset=dataset, opts=NARROW)
+    cfg.MODEL.ROI_HEADS.NAME = "TeacherStudentROIHeads"
+    cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 10
+    cfg.SEED = 3
+    cfg.SOLVER.MAX_ITER = MAX_ITER
+    cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    cfg.SOLVER.STEPS = (15, 30)
+    cfg.TEST.EVAL_PERIOD = 4
+    path = tmp_path / "tiny.yaml"
+    path.write_text(cfg.dump())
+    return path
+
+
+@pytest.fixture
+def run_in_children(tmp_path, dataset, config_file):
+    """Return ``run(output, runs)``: tests/interrupted_runs.py; gives its results and its log."""
+    program = Path(__file__).with_name("interrupted_runs.py")
+
+    def run(output, runs):
+        plan = {
+            "config_file": str(config_file),
+            "dataset": [dataset.name, dataset.json_file, dataset.image_root],
+            "output": str(output),
+            "runs": runs,
+        }
+        plan_file, result_file = tmp_path / "plan.json", tmp_path / "result.json"
+        plan_file.write_text(json.dumps(plan))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(program), str(plan_file), str(result_file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        log = Path(f"{output}.log")
+        said = done.stderr[-3000:] + (log.read_text()[-3000:] if log.exists() else "")
+        assert done.returncode == 0, said
+        return json.loads(result_file.read_text()), said
+
+    return run
+
+
+def kills(seed):
+    """20 moments: during start-up, a step, the writing of a checkpoint, an evaluation."""
+    rng = random.Random(seed)
+    moments = []
+    for event, count, longest_delay, number in [
+        ("start", 1, 2.0, 4),
+        ("step", 4, 0.1, 6),
+        ("checkpoint", 2, 0.3, 6),
+        ("evaluation", 1, 0.3, 4),
+    ]:
+        for _ in range(number):
+            moment = {"event": event, "count": rng.randint(1, count)}
+            moments.append({**moment, "delay": rng.uniform(0, longest_delay)})
+    rng.shuffle(moments)
+    assert len(moments) == NUM_KILLS
+    return moments
+
+
+def assert_equal(first, second, where=""):
+    """Of two checkpoints, bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            assert_equal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for i, (a, b) in enumerate(zip(first, second)):
+            assert_equal(a, b, f"{where}/{i}")
+    else:
+        assert first == second, where
+
+
+def load_named(output, name):
+    return torch.load(output / name, weights_only=False)
+
+
+def load(output):
+    return load_named(output, "model_final.pth")
+
+
+def run_up_to(whole, folder, name):
+    """What a run that was interrupted after a checkpoint has left, made of an uninterrupted one."""
+    folder.mkdir()
+    shutil.copy(whole / name, folder)
+    (folder / "last_checkpoint").write_text(name)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, config_file):
+    """Return ``train(name, *flags, **opts)``: six iterations in this process; gives the folder."""
+
+    def run(name, *flags, opts=()):
+        output = tmp_path / name
+        arguments = [*flags, "--config-file", str(config_file), "OUTPUT_DIR", str(output)]
+        arguments += [
+            "SOLVER.MAX_ITER",
+            6,
+            "DATASETS.TEST",
+            (),
+            "MODEL.PSEUDO_MASK.WARMUP_ITERS",
+            1,
+        ]
+        arguments += ["SOLVER.STEPS", (3,), "DATALOADER.NUM_WORKERS", 0, *opts]
+        train_net.main(default_argument_parser().parse_args(list(map(str, arguments))))
+        return output
+
+    return run
+
+
+@pytest.mark.slow
+def test_same_seed_gives_the_same_weights_with_any_number_of_workers(train):
+    first = load(train("first"))
+    assert_equal(first, load(train("second", opts=["DATALOADER.NUM_WORKERS", 2])))
+    other = load(train("other", opts=["SEED", 4]))
+    assert not all(torch.equal(x, other["model"][k]) for k, x in first["model"].items())
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(train, tmp_path):
+    whole = train("whole")
+    killed = run_up_to(whole, tmp_path / "killed", "model_0000001.pth")
+    (killed / ".model_final.pth.5.partial").write_text("half")
+    (killed / "metrics.json").write_text('{"iteration": 1}\n{"iterat')
+    assert_equal(load(whole), load(train("killed", "--resume")))
+    assert not list(killed.glob(".*"))
+    assert [json.loads(x)["iteration"] for x in open(killed / "metrics.json")] == [1, 5]
+
+
+def test_resume_without_the_last_checkpoint_stops(train, tmp_path):
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "last_checkpoint").write_text("model_0000001.pth")
+    with pytest.raises(FileNotFoundError, match="names 'model_0000001.pth', which is no file"):
+        train("killed", "--resume")
+    with pytest.raises(FileNotFoundError, match="names 'model_0000001.pth', which is no file"):
+        train("killed", "--resume", "--eval-only")
+
+
+def test_output_folder_that_is_a_file_stops_before_training(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="Nothing can be written to OUTPUT_DIR .*file"):
+        train("file")
+
+
+@pytest.mark.slow
+def test_full_disk_ends_training_with_one_sentence(train, tmp_path):
+    whole = train("whole")
+    before = (whole / "model_0000001.pth").read_bytes()
+    output = run_up_to(whole, tmp_path / "full", "model_0000001.pth")
+    size, limits = len(before), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+        with pytest.raises(WriteError, match=r"model_0000003.pth could not be written \(File too"):
+            train("full", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (output / "model_0000001.pth").read_bytes() == before
+    assert not list(output.glob("*.partial")) and not (output / "model_0000003.pth").exists()
+    # With room again the run goes on, and nothing is lost.
+    assert_equal(load(whole), load(train("full", "--resume")))
+
+
+@pytest.mark.slow
+def test_full_disk_of_the_metrics_says_where(train, tmp_path):
+    output = tmp_path / "full"
+    output.mkdir()
+    (output / "metrics.json").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"in OUTPUT_DIR .*full' could not .*\(No space left on"):
+        train("full", opts=["SOLVER.MAX_ITER", 2])
+    assert load_named(output, "model_0000001.pth")["iteration"] == 1
+
+
+@pytest.mark.slow
+def test_twenty_kills_do_not_change_a_bit(run_in_children, tmp_path):
+    """
+    The runs are forked children of one process (see tests/interrupted_runs.py), half of them with
+    two DataLoader workers; the uninterrupted run has none.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    (result,), said = run_in_children(
+        whole, [{"opts": ["DATALOADER.NUM_WORKERS", 0], "kill": None}]
+    )
+    assert result["status"] == 0, said
+    moments = kills(seed=0)
+    runs = [
+        {"opts": ["DATALOADER.NUM_WORKERS", 2 * (i % 2)], "kill": moment}
+        for i, moment in enumerate(moments)
+    ]
+    *results, last = run_in_children(
+        killed, [*runs, {"opts": ["DATALOADER.NUM_WORKERS", 2], "kill": None}]
+    )[0]
+    assert [result["status"] for result in results] == [-9] * NUM_KILLS
+    # Each kill met what it was to meet, and those in the middle of a file left only a part of it.
+    for moment, result in zip(moments, results):
+        assert result["events"].count(moment["event"]) == moment["count"]
+        assert len(result["partial"]) == 1 or moment["event"] != "checkpoint"
+    assert last["status"] == 0 and not last["partial"]
+    assert last["checkpoints"] == sorted(path.name for path in whole.glob("*.pth"))
+    assert_equal(load(whole), load(killed))
+    for name in ("results.json", "metrics.json"):
+        lines = (killed / name).read_text().splitlines()
+        assert json.loads(lines[-1] if name == "metrics.json" else "".join(lines))
+    assert (whole / "results.json").read_text() == (killed / "results.json").read_text()
+    log = (killed / "log.txt").read_text()
+    assert "left by a run that was interrupted" in log
+    assert f"Starting training from iteration {MAX_ITER}" not in log  # no kill came too late
