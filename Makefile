@@ -8,6 +8,10 @@ VENV ?= .venv
 ENV_OPTIONS ?=
 VENV_PYTHON := $(VENV)/bin/python
 PYTEST_OPTIONS ?=
+# Test processes at a time; each works on one thread, or they would wait for one another.
+PYTEST_WORKERS ?= auto
+test test-quick: export OMP_NUM_THREADS ?= 1
+PYTEST := $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 --dist worksteal
 # What the static scan for insecure code reads.
 SCANNED := projects tools benchmarks train_net.py
 SETUP := $(PYTHON) tools/setup_environment.py --venv $(VENV)
@@ -30,11 +34,11 @@ demo-short: env  ## the demo in a few steps, to see that it runs
 test:  ## the whole test suite
 	@$(SETUP) $(ENV_OPTIONS) --with crf browser
 	@$(SETUP) --describe
-	$(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS)
+	$(PYTEST) $(PYTEST_OPTIONS)
 
 test-quick: env  ## the unit tests, without whole trainings and programs
 	@$(SETUP) --describe
-	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not slow" $(PYTEST_OPTIONS)
 
 lint: env audit  ## black, isort, flake8, bandit and the audit, without changing a file
 	$(VENV_PYTHON) -m black --quiet --check --diff .

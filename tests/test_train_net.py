@@ -111,7 +111,7 @@ def test_loss_scalars_are_logged(run):
 
 
 def program(*arguments, datasets=None):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    environment = dict(os.environ)
     if datasets is not None:
         environment["DETECTRON2_DATASETS"] = str(datasets)
     command = [sys.executable, "train_net.py", *map(str, arguments)]

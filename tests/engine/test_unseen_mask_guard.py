@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import train_net
 from teacher_student_mask import ImageMask, TeacherStudentDatasetMapper
-from teacher_student_mask.engine import UnseenMaskGuard
+from teacher_student_mask.engine import UnseenMaskGuard, trainer
 from teacher_student_mask.engine.unseen_mask_guard import find_unseen_masks, is_box_shaped
 
 run_tiny = test_train_net.run  # the fixture
@@ -325,7 +324,7 @@ def test_train_net_records_that_there_was_none(run_tiny):
 @pytest.mark.parametrize("num_iters", [1, 5])
 def test_train_net_stops_when_the_mapper_is_broken(run_tiny, monkeypatch, tmp_path, num_iters):
     """In the last iteration, too, after which Detectron2 would evaluate."""
-    monkeypatch.setattr(train_net, "TeacherStudentDatasetMapper", Forgetful)
+    monkeypatch.setattr(trainer, "TeacherStudentDatasetMapper", Forgetful)
     message = r"iteration 0: .* masks of objects of unseen classes .* of 'cat' \(gt_has_mask is"
     with pytest.raises(RuntimeError, match=message):
         run_tiny(opts=["SOLVER.MAX_ITER", num_iters])
