@@ -100,3 +100,15 @@ def test_named_make_targets_exist(readme):
 
 def test_length(readme):
     assert len(readme.splitlines()) <= MAX_LINES
+
+
+def test_every_promise_names_tests_that_exist():
+    text = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    tests = list((ROOT / "tests").rglob("*.py"))
+    functions = set()
+    for path in tests:
+        functions |= set(re.findall(r"^def (test_\w+)", path.read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 40 and named <= functions, named - functions
+    for path in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (ROOT / path).is_file(), path
