@@ -603,6 +603,21 @@ def test_a_mask_that_covers_nothing_is_none(make_image, mask_format, name, caplo
 
 
 @FORMATS
+def test_pixels_of_a_dropped_object_exclude_nothing(make_image, mask_format):
+    """UnseenMaskGuard would not know whose they are."""
+    triangle = [[5.0, 4, 11, 4, 11, 9]]
+    image = make_image(
+        [
+            annotation(SEEN[0], (100, 100, 5, 5), segmentation=triangle),  # a wrong box
+            annotation(UNSEEN[0], (4, 3, 8, 7)),
+        ]
+    )
+    instances = make_mapper(mask_format=mask_format)(image)["instances"]
+    assert instances.gt_classes.tolist() == [UNSEEN[0]]
+    assert not instances.gt_exclusion_masks.tensor.any()
+
+
+@FORMATS
 def test_an_object_whose_mask_leaves_the_image_is_dropped(make_image, mask_format):
     """Rotation leaves polygons where they are: outside."""
     corner = [[0.0, 0, 2, 0, 0, 2]]

@@ -167,8 +167,6 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         if len(instances) == 0:
             instances.gt_masks = PolygonMasks([])
         instances.gt_has_mask = has_mask
-        union = _union_of_masks(instances.gt_masks[has_mask], image_shape)
-        instances.gt_exclusion_masks = ImageMask(union, len(instances))
 
         if self.recompute_boxes and has_mask.any():
             # After a crop the box of a mask is tighter than the cropped box. Only for objects with
@@ -178,7 +176,11 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         # Not by_mask=True, Detectron2's default, for it would judge the boxes by rectangles.
         instances = utils.filter_empty_instances(instances, by_mask=False)
         is_visible = _have_pixels(instances.gt_masks, image_shape) | ~instances.gt_has_mask
-        dataset_dict["instances"] = instances[is_visible]
+        instances = instances[is_visible]
+        # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
+        union = _union_of_masks(instances.gt_masks[instances.gt_has_mask], image_shape)
+        instances.gt_exclusion_masks = ImageMask(union, len(instances))
+        dataset_dict["instances"] = instances
 
     def _keep_or_forget_mask(self, annotation: dict, dataset_dict: dict) -> bool:
         """
