@@ -29,6 +29,11 @@ def pytest_report_header(config):
     return describe()
 
 
+def pytest_collection_modifyitems(items):
+    # Whole trainings first, so that not one process is left with them at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _messages_reach_pytest():
     # Detectron2's setup_logger keeps messages from the root logger, but acts once per process.
