@@ -209,7 +209,7 @@ def overfit(output, datasets, num_iters, *options):
 @pytest.mark.slow
 def test_four_real_images_are_learned_until_seen_masks_are_segmented(coco_root, tmp_path):
     four_real_images(coco_root, tmp_path)
-    overfit(tmp_path / "output", tmp_path, 250)
+    overfit(tmp_path / "output", tmp_path, 150)
     results = json.loads((tmp_path / "output" / "results.json").read_text())
     assert results["segm_seen"]["AP50"] > 50, results
 
