@@ -20,7 +20,7 @@ from distributed_gradients import GRADIENT_METHODS, SYNC_METHODS, compare_gradie
 from distributed_training import EVERY_METHOD, METHODS_OF_RANKS, make_cfg, train
 
 # Far more than any step takes. What hangs ends with an error, too, but with another one.
-TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=300)
 
 
 def start(

@@ -39,7 +39,7 @@ def test_every_benchmark_is_tested():
 @functools.lru_cache(None)
 def output_of(name):
     command = [sys.executable, str(BENCHMARKS / name), *SMALL[name].split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -73,6 +73,6 @@ def test_the_benchmarks_compare_models_that_find_the_same():
 def test_without_coco_the_benchmarks_say_that_their_images_are_synthetic(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "loading.py"), *SMALL["loading.py"].split()]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert "3 SYNTHETIC images" in result.stdout, result.stderr
     assert "images and boxes differ in 0 of 3 examples" in result.stdout

@@ -4,7 +4,7 @@ A rank that fails in the middle of training ends the others, with a message.
 On one machine ``launch`` sees the first process that ends, ends the others and raises what it was.
 On another machine the connection to a dead process closes, which gloo reports at once. A process
 that lives but does not answer is what the timeout of ``launch`` is for, 30 minutes by default;
-here it is 120 s, so that a test that would wait fails with another message.
+here it is 5 minutes, so that a test that would wait fails with another message.
 """
 
 import re

@@ -86,7 +86,7 @@ def test_another_process_with_workers_gives_the_same(run_tiny, tmp_path):
         env={**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
         check=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
     )
     record = record_of(output)
     assert differences(record, record_of(run_tiny(opts=opts))) == set()

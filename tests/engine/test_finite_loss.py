@@ -292,7 +292,7 @@ def test_the_rank_with_the_loss_ends_the_group(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode != 0
     message = "FloatingPointError: Training stops at iteration 3: losses not finite: loss_a nan;"
