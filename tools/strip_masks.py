@@ -14,6 +14,7 @@ from typing import IO
 from tabulate import tabulate
 
 from teacher_student_mask.checks import AnnotationReport, check_annotations
+from teacher_student_mask.checks.reading import read_json
 from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
@@ -59,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     # Names in the json may have characters that the terminal lacks.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with open(args.input, encoding="utf-8") as f:
-            data = json.load(f)
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(args.input)
+    except (OSError, ValueError) as error:
         print(f"error: {args.input}: unreadable ({error}).")
         return 1
     report = check_annotations(args.input, seen_classes=args.seen_classes, data=data)

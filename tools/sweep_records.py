@@ -18,6 +18,7 @@ import torch
 from detectron2_source import describe_detectron2, version_of
 from sweep_configs import OWN_KEYS, UsageError
 from sweep_runs import Run
+from teacher_student_mask.engine import open_atomically
 from training_jobs import REPOSITORY
 
 __all__ = [
@@ -167,10 +168,8 @@ def _without_nan(value):
 
 
 def _write_json(path: Path, value) -> None:
-    # In one step, so that an interrupted call leaves the old or the new file.
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    with open_atomically(path) as f:
+        f.write(json.dumps(value, indent=2) + "\n")
 
 
 def _join(commits: str | None, commit: str | None) -> str | None:

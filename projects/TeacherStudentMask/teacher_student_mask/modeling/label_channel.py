@@ -44,7 +44,10 @@ def predict_label_channel(
     if _is_exporting() or not _has_separate_predictor(mask_head):
         return select_label_channel(mask_head.layers(features), labels)
     *layers, predictor = mask_head
-    relu = layers.pop() if type(layers[-1]) is nn.ReLU and _runs_nothing_else(layers[-1]) else None
+    sum_channels = _sum_channels
+    if type(layers[-1]) is nn.ReLU and _runs_nothing_else(layers[-1]):
+        layers.pop()
+        sum_channels = _ReLUThenSum.apply
     for layer in layers:
         features = layer(features)
     # Under autocast the features have its type; a function of our own must cast by itself.
@@ -53,10 +56,7 @@ def predict_label_channel(
         bias = weight.new_zeros(len(labels))
     else:
         bias = predictor.bias[labels].to(features.dtype)
-    if relu is None:
-        logits = _sum_channels(features, weight, bias)
-    else:
-        logits = _ReLUThenSum.apply(features, weight, bias)
+    logits = sum_channels(features, weight, bias)
     return logits.view(-1, *features.shape[2:])
 
 
