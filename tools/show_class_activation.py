@@ -96,10 +96,11 @@ class ClassActivation:
         predictor.model.roi_heads.mask_prior.register_forward_hook(self._keep)
 
     def _keep(self, prior: nn.Module, inputs: tuple, output: object) -> None:
-        _, (instances,), kept = inputs
+        context = inputs[1]
+        (instances,) = context.instances
         # The mask head adds to the instances; the boxes are scaled to the image in place.
         boxes = instances.pred_boxes.tensor.clone()
-        self._calls.append((instances, boxes, cam_of([instances], kept)))
+        self._calls.append((instances, boxes, cam_of([instances], context.kept)))
 
     def __call__(self, image: np.ndarray) -> tuple[Instances, np.ndarray]:
         """

@@ -16,6 +16,7 @@ from teacher_student_mask.modeling.feature_map_box_head import PooledFastRCNNOut
 from teacher_student_mask.modeling.priors import (
     ROI_MASK_PRIOR_REGISTRY,
     KeptBoxFeatures,
+    ROIContext,
     build_mask_prior,
 )
 from teacher_student_mask.modeling.priors.class_activation import (
@@ -122,7 +123,9 @@ def test_prior_by_hand():
     mask_features = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
     before = mask_features.clone()
     kept = kept_by_hand()
-    out, losses = ClassActivationPrior()(mask_features, instances_of([[0], [1]]), kept)
+    out, losses = ClassActivationPrior()(
+        mask_features, ROIContext(instances_of([[0], [1]]), [], kept)
+    )
     assert losses == {} and torch.equal(mask_features, before)
     # Bilinear from 2 to 4 cells, cell centres aligned: [a, b] -> a, 3a/4 + b/4, a/4 + 3b/4, b.
     resize = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
@@ -149,7 +152,7 @@ def test_class_is_the_objects_in_training_and_the_predicted_one_at_inference():
     for field in ("gt_classes", "pred_classes"):
         # Three images of different numbers of ROIs.
         instances = instances_of([[2, 0, 1], [], [2]], field)
-        out, _ = ClassActivationPrior()(features, instances, kept)
+        out, _ = ClassActivationPrior()(features, ROIContext(instances, [], kept))
         assert torch.allclose(out, expected([2, 0, 1, 2])[:, None].expand(-1, 2, -1, -1), atol=1e-3)
         assert torch.equal(cam_of(instances, kept), out[:, :1])
     # Detections beside their matched objects, as an analysis may have them.
@@ -166,7 +169,7 @@ def test_gradient_reaches_maps_and_mask_features_but_not_the_classifier(stop_gra
     features = torch.randn(3, 4, 14, 14, requires_grad=True)
     prior = ClassActivationPrior(stop_gradient=stop_gradient)
     assert not list(prior.parameters())
-    out, _ = prior(features, instances_of([[0, 2], [1]]), kept)
+    out, _ = prior(features, ROIContext(instances_of([[0, 2], [1]]), [], kept))
     assert out.shape == features.shape
     weights = torch.randn(3, 4, 14, 14)
     (out * weights).sum().backward()
@@ -183,7 +186,7 @@ def test_maps_that_are_constant_add_nothing():
     with torch.no_grad():
         kept.maps.copy_(torch.tensor([0.0, 0.3])[:, None, None, None].expand_as(kept.maps))
     features = torch.randn(2, 4, 14, 14)
-    out, _ = ClassActivationPrior()(features, instances_of([[0, 1]]), kept)
+    out, _ = ClassActivationPrior()(features, ROIContext(instances_of([[0, 1]]), [], kept))
     assert torch.allclose(out, features, atol=1e-2)
     out.square().sum().backward()
     assert torch.isfinite(kept.maps.grad).all()
@@ -193,7 +196,9 @@ def test_maps_that_are_constant_add_nothing():
 def test_no_roi(num_images):
     kept = random_kept(0)
     features = torch.zeros(0, 4, 14, 14, requires_grad=True)
-    out, losses = ClassActivationPrior()(features, instances_of([[]] * num_images), kept)
+    out, losses = ClassActivationPrior()(
+        features, ROIContext(instances_of([[]] * num_images), [], kept)
+    )
     assert out.shape == (0, 4, 14, 14) and losses == {}
     out.sum().backward()
     assert features.grad.shape == features.shape and kept.maps.grad.shape == kept.maps.shape
@@ -203,16 +208,16 @@ def test_half_precision_keeps_the_type_of_the_mask_features():
     kept = random_kept(2)
     instances = instances_of([[0, 1]])
     features = torch.zeros(2, 4, 14, 14)
-    expected, _ = ClassActivationPrior()(features, instances, kept)
+    expected, _ = ClassActivationPrior()(features, ROIContext(instances, [], kept))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, _ = ClassActivationPrior()(features.bfloat16(), instances, kept)
+        out, _ = ClassActivationPrior()(features.bfloat16(), ROIContext(instances, [], kept))
     assert out.dtype == torch.bfloat16
     assert torch.allclose(out.float(), expected, atol=0.03)
     # Half-precision mask features with float32 maps, and the reverse, outside autocast.
-    out, _ = ClassActivationPrior()(features.bfloat16(), instances, kept)
+    out, _ = ClassActivationPrior()(features.bfloat16(), ROIContext(instances, [], kept))
     assert out.dtype == torch.bfloat16
     half = KeptBoxFeatures(maps=kept.maps.bfloat16(), classifier=kept.classifier)
-    out, _ = ClassActivationPrior()(features, instances, half)
+    out, _ = ClassActivationPrior()(features, ROIContext(instances, [], half))
     assert out.dtype == torch.float32
     assert torch.allclose(out, expected, atol=0.03)
 
@@ -220,10 +225,10 @@ def test_half_precision_keeps_the_type_of_the_mask_features():
 def test_missing_or_wrong_box_features_are_named():
     features, prior = torch.zeros(2, 4, 14, 14), ClassActivationPrior()
     with pytest.raises(ValueError, match='ROI_BOX_HEAD.NAME to "FeatureMapBoxHead"'):
-        prior(features, instances_of([[0, 1]]), None)
+        prior(features, ROIContext(instances_of([[0, 1]]), []))
     # One map must not spread over two ROIs.
     with pytest.raises(ValueError, match="1 box features for 2 ROIs"):
-        prior(features, instances_of([[0, 1]]), random_kept(1))
+        prior(features, ROIContext(instances_of([[0, 1]]), [], random_kept(1)))
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
@@ -232,6 +237,6 @@ def test_prior_is_built_by_its_name(stop_gradient):
     add_teacher_student_mask_config(cfg)
     cfg.MODEL.ROI_MASK_PRIOR.NAME = "ClassActivationPrior"
     cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT = stop_gradient
-    prior = build_mask_prior(cfg, ShapeSpec(channels=256, height=14, width=14))
+    prior = build_mask_prior(cfg, ShapeSpec(channels=256, height=14, width=14), {})
     assert isinstance(prior, ROI_MASK_PRIOR_REGISTRY.get("ClassActivationPrior"))
     assert prior.needs_box_features is True and prior.stop_gradient is stop_gradient

@@ -21,7 +21,7 @@ from .feature_map_box_head import FeatureMapBoxHead, PooledFastRCNNOutputLayers
 from .label_channel import predict_label_channel
 from .mask_head import has_batch_norm
 from .mask_loss import crop_gt_masks, mask_accuracy, masked_bce_loss
-from .priors import KeptBoxFeatures, build_mask_prior
+from .priors import KeptBoxFeatures, ROIContext, build_mask_prior
 from .pseudo_mask import cells_inside_boxes
 from .roi_pixels import PIXELS, InputPixels
 from .training_rois import (
@@ -137,7 +137,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super()._init_mask_head(cfg, input_shape)
         if ret:
-            ret["mask_prior"] = build_mask_prior(cfg, cls._roi_shape(cfg, input_shape))
+            shapes = {k: input_shape[k] for k in cfg.MODEL.ROI_HEADS.IN_FEATURES}
+            ret["mask_prior"] = build_mask_prior(cfg, cls._roi_shape(cfg, input_shape), shapes)
         return ret
 
     @staticmethod
@@ -195,7 +196,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         if not self.mask_on or not self.training:
             return self._predict_masks(self.mask_head, features, instances)
         rois = self._select_training_rois(instances)
-        mask_features, losses = self.compute_mask_features(features, rois)
+        mask_features, losses = self.compute_mask_features(features, rois, instances)
         labels = torch.cat([x.gt_classes for x in rois])
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         logits = predict_label_channel(self.mask_head, mask_features, labels)
@@ -221,7 +222,11 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _uses_rois_without_mask(self) -> bool:
         # Batch statistics are those of all objects, as at inference.
-        return self.box_supervision is not None or has_batch_norm(self.mask_head)
+        return (
+            self.box_supervision is not None
+            or has_batch_norm(self.mask_head)
+            or (self.mask_prior is not None and self.mask_prior.uses_rois_without_mask)
+        )
 
     def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
         rois, _ = select_foreground_proposals(proposals, self.num_classes)
@@ -231,7 +236,10 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         return rois if self._uses_rois_without_mask() else [rois_with_mask(x) for x in rois]
 
     def compute_mask_features(
-        self, features: dict[str, torch.Tensor], instances: list[Instances]
+        self,
+        features: dict[str, torch.Tensor],
+        instances: list[Instances],
+        sampled: list[Instances] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Pool what the mask heads see, and enrich it with the prior.
@@ -240,12 +248,13 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             features: of the backbone.
             instances: one per image, R rows in all, with ``pred_boxes`` and ``pred_classes``, or
                 ``proposal_boxes`` and ``gt_classes``.
+            sampled: in training, all sampled proposals, see :class:`ROIContext`.
 
         Returns:
             shape (R, D, S, S), and the prior's losses.
         """
-        boxes = [boxes_of(x) for x in instances]
-        pooled = self.mask_pooler([features[f] for f in self.mask_in_features], boxes)
+        feature_maps = [features[f] for f in self.mask_in_features]
+        pooled = self.mask_pooler(feature_maps, [boxes_of(x) for x in instances])
         if self.mask_prior is None:
             return pooled, {}
         kept = None
@@ -253,7 +262,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             kept = self.keep_box_features(features, instances)
             if self.training and self._is_vis_iteration():
                 put_class_activation(features[PIXELS], instances, kept)
-        return self.mask_prior(pooled, instances, kept)
+        return self.mask_prior(pooled, ROIContext(instances, feature_maps, kept, sampled))
 
     def keep_box_features(
         self, features: dict[str, torch.Tensor], instances: list[Instances]

@@ -136,7 +136,9 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
 
         rois = self._select_training_rois(instances)
         has_mask = torch.cat([has_mask_of(x) for x in rois])
-        teacher_logits, student_logits, losses = self.compute_mask_logits(features, rois, has_mask)
+        teacher_logits, student_logits, losses = self.compute_mask_logits(
+            features, rois, has_mask, instances
+        )
 
         side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
         gt_masks = crop_gt_masks(rois, side, has_mask.device)
@@ -175,6 +177,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         features: dict[str, torch.Tensor],
         rois: list[Instances],
         has_mask: torch.Tensor | None = None,
+        sampled: list[Instances] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
         Run both heads on the same ROI features, Eq. (2) of the paper.
@@ -184,13 +187,14 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             rois: one per image, R rows in all, with ``proposal_boxes`` and ``gt_classes``.
             has_mask: bool, shape (R,): the rows that train the teacher. The others' logits get no
                 gradient where no loss could use it. None = all.
+            sampled: see :meth:`compute_mask_features`.
 
         Returns:
             The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
             (R, M, M), and the losses of the mask prior.
         """
         labels = torch.cat([x.gt_classes for x in rois])
-        mask_features, losses = self.compute_mask_features(features, rois)
+        mask_features, losses = self.compute_mask_features(features, rois, sampled)
         teacher_logits = self._compute_teacher_logits(mask_features, has_mask)
         student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         return teacher_logits, student_logits, losses

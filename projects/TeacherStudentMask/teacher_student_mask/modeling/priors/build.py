@@ -7,22 +7,27 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import nn
 
-__all__ = ["KeptBoxFeatures", "ROI_MASK_PRIOR_REGISTRY", "build_mask_prior"]
+__all__ = ["KeptBoxFeatures", "ROI_MASK_PRIOR_REGISTRY", "ROIContext", "build_mask_prior"]
 
 ROI_MASK_PRIOR_REGISTRY = Registry("ROI_MASK_PRIOR")
 ROI_MASK_PRIOR_REGISTRY.__doc__ = """
-Registry of mask-feature priors: modules ``Prior(cfg, input_shape)`` that enrich the ROI features
-of the mask heads. The call ``prior(mask_features, instances, kept)`` gets
+Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shapes)``, arguments of
+:func:`build_mask_prior`, that enrich the ROI features of the mask heads. The call
+``prior(mask_features, context)`` gets
 
 * ``mask_features``: shape (R, D, S, S), the pooled mask features;
-* ``instances``: one :class:`Instances` per image, R rows in all; ROIs with ``gt_classes`` in
-  training, detections with ``pred_classes`` at inference;
-* ``kept``: :class:`KeptBoxFeatures` of these R rows, or None where ``needs_box_features`` is False;
+* ``context``: :class:`ROIContext`, what else there is of these R rows;
 
-and returns features of the same spatial size and {name: loss}.
+and returns features of the same spatial size and, in training mode, {name: loss}. Two attributes
+say what it needs:
+
+* ``needs_box_features``: ``context.kept``;
+* ``uses_rois_without_mask``: in training, the ROIs whose object has no mask even where no mask
+  head trains on them.
 """
 
 
@@ -40,16 +45,43 @@ class KeptBoxFeatures:
     classifier: nn.Linear
 
 
-def build_mask_prior(cfg: CfgNode, input_shape: ShapeSpec) -> nn.Module | None:
+@dataclass(frozen=True)
+class ROIContext:
+    """
+    What a prior may look at beside the pooled mask features.
+
+    Args:
+        instances: one per image, R rows in all; ROIs with ``proposal_boxes`` and ``gt_classes`` in
+            training, and the other targets where an image has a ROI; detections with ``pred_boxes``
+            and ``pred_classes`` at inference.
+        feature_maps: those of the backbone that the mask features are pooled from, shape
+            (N, C, H_k, W_k), for N images.
+        kept: of these R rows; None where ``needs_box_features`` is False.
+        sampled: in training, one per image: all sampled proposals with ``proposal_boxes`` and
+            ``gt_classes``, background (the number of classes) included; otherwise None.
+    """
+
+    instances: list[Instances]
+    feature_maps: list[torch.Tensor]
+    kept: KeptBoxFeatures | None = None
+    sampled: list[Instances] | None = None
+
+
+def build_mask_prior(
+    cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
+) -> nn.Module | None:
     """
     Build ``MODEL.ROI_MASK_PRIOR.NAME``.
 
     Args:
         cfg: the config.
         input_shape: channels and size of the pooled mask features.
+        feature_shapes: channels and strides of ``ROIContext.feature_maps``, in their order.
 
     Returns:
         The prior, None if the name is "".
     """
     name = cfg.MODEL.ROI_MASK_PRIOR.NAME
-    return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape) if name else None
+    if not name:
+        return None
+    return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape, feature_shapes)

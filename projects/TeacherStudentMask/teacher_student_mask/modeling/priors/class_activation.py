@@ -9,7 +9,7 @@ from detectron2.structures import Instances
 from torch import nn
 from torch.nn import functional as F
 
-from .build import ROI_MASK_PRIOR_REGISTRY, KeptBoxFeatures
+from .build import ROI_MASK_PRIOR_REGISTRY, KeptBoxFeatures, ROIContext
 
 __all__ = ["ClassActivationPrior", "cam_of", "class_activation_maps", "normalize_per_roi"]
 
@@ -93,6 +93,7 @@ class ClassActivationPrior(nn.Module):
     """
 
     needs_box_features = True
+    uses_rois_without_mask = False
 
     @configurable
     def __init__(self, *, stop_gradient: bool = False):
@@ -105,32 +106,31 @@ class ClassActivationPrior(nn.Module):
         self.stop_gradient = stop_gradient
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+    def from_config(
+        cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
+    ) -> dict:
         return {"stop_gradient": cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT}
 
     def forward(
-        self,
-        mask_features: torch.Tensor,
-        instances: list[Instances],
-        kept: KeptBoxFeatures | None,
+        self, mask_features: torch.Tensor, context: ROIContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
             mask_features: shape (R, D, S, S); not changed.
-            instances, kept: see :func:`cam_of`.
+            context: its ``instances`` and ``kept``, see :func:`cam_of`.
 
         Returns:
             shape (R, D, S, S), the features plus the maps, bilinearly resized; no losses.
 
         Raises:
-            ValueError: ``kept`` is None, or not of R rows.
+            ValueError: ``context.kept`` is None, or not of R rows.
         """
-        if kept is None:
+        if context.kept is None:
             raise ValueError(
                 "ClassActivationPrior needs the box head's feature maps of the ROIs: set "
                 'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead".'
             )
-        cam = cam_of(instances, kept)
+        cam = cam_of(context.instances, context.kept)
         if self.stop_gradient:
             cam = cam.detach()
         cam = F.interpolate(
