@@ -18,10 +18,14 @@ TINY_MODEL = (
 SMALL = {
     "analysis.py": "--images 20 --objects 120 --detections 600 --resamples 5 --rounds 1",
     "annotation_checks.py": "--images 20 --objects 120 --rounds 1",
+    "cpu_settings.py": "--settings keep_memory --rounds 1 --steps 1 --size 64 "
+    f"--opts {TINY_MODEL}",
     "dense_crf.py": "--objects 3 --batch-sizes 2 --rounds 1 --side 14",
     "evaluation.py": "--images 20 --objects 120 --detections 600 --rounds 1",
     "inference.py": f"--device cpu --sizes 64 --num-images 2 --rounds 1 --opts {TINY_MODEL}",
     "loading.py": "--dataset coco_2017_val --images 3 --rounds 1",
+    "mask_head_variants.py": "--device cpu --rois 3 --rounds 1 "
+    f"--variants channels_last autocast both --opts {TINY_MODEL}",
     "startup.py": "--rounds 1 --warmup 0 --slowest 3",
     "training_step.py": "--device cpu --size 64 --batches 2 --batch-size 1 --foreground 4 "
     "--rounds 1 --variants interact threshold none box_fit --mask-branch --profile "
