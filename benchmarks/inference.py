@@ -12,7 +12,9 @@ Every program gets the same image in the same round, one image at a time, in tur
 
 The weights are random, so nothing is downloaded, and are set so that enough boxes pass the score
 threshold to fill TEST.DETECTIONS_PER_IMAGE, here 100, which COCO's AP allows; the number found is
-printed. Before the timing boxes, classes, scores and masks of both are compared, with TF32 off.
+printed. Before the timing boxes, classes, scores and masks of both are compared, with TF32 off,
+and both masks with what the last layer gives in double precision: how far apart are two correct
+results in single precision?
 """
 
 from __future__ import annotations
@@ -101,11 +103,12 @@ def batches(inputs: list[dict]) -> list[list[dict]]:
 def compare(models: dict[str, nn.Module], inputs: list[dict], size: int) -> None:
     """Print whether both models find the same, and how many objects."""
     count, difference, same = 0, 0.0, True
+    rounding = {STOCK: 0.0, STUDENT: 0.0}
     with torch.no_grad(), exact_convolutions():
         for batch in batches(inputs):
-            (stock,), (student,) = (
-                model.inference(batch, do_postprocess=False) for model in models.values()
-            )
+            with last_layer_in_double(models[STOCK]) as exact:
+                (stock,) = models[STOCK].inference(batch, do_postprocess=False)
+            (student,) = models[STUDENT].inference(batch, do_postprocess=False)
             count += len(student)
             same = same and len(stock) == len(student)
             for field in ("pred_boxes", "pred_classes", "scores"):
@@ -113,14 +116,42 @@ def compare(models: dict[str, nn.Module], inputs: list[dict], size: int) -> None
                 a, b = (x.tensor if field == "pred_boxes" else x for x in (a, b))
                 same = same and torch.equal(a, b)
             if same and len(stock) > 0:
-                gap = (stock.pred_masks - student.pred_masks).abs().max().item()
-                difference = max(difference, gap)
+                difference = max(difference, largest(stock.pred_masks - student.pred_masks))
+                rows = torch.arange(len(stock), device=stock.pred_classes.device)
+                expected = exact[0][rows, stock.pred_classes][:, None]
+                for name, found in ((STOCK, stock), (STUDENT, student)):
+                    error = largest(found.pred_masks.double() - expected)
+                    rounding[name] = max(rounding[name], error)
     boxes = "the same" if same else "DIFFERENT"
     masks = "equal to 1e-6" if same and difference <= 1e-6 else "NOT EQUAL to 1e-6"
     print(
         f"\nShort side {size}: {count / len(inputs):.1f} detections per image; boxes, classes and "
         f"scores {boxes}; mask probabilities {masks} (largest difference {difference:.1e})"
     )
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in rounding.items())
+    print(f"Largest difference to the last layer in double precision: {errors}")
+
+
+def largest(differences: torch.Tensor) -> float:
+    return differences.abs().max().item()
+
+
+@contextlib.contextmanager
+def last_layer_in_double(model: nn.Module):
+    """Yield a list that gets the probabilities of all classes, the last sum in double precision."""
+    found = []
+
+    def compute(predictor, args, output):
+        exact = nn.functional.conv2d(
+            args[0].double(), predictor.weight.double(), predictor.bias.double()
+        )
+        found.append(exact.sigmoid())
+
+    hook = model.roi_heads.mask_head.predictor.register_forward_hook(compute)
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
