@@ -25,8 +25,9 @@ def predict_label_channel(
     :func:`select_label_channel`, up to rounding. Of the last 1x1 convolution's C channels all but
     one are left out, where the head allows it: a :class:`MaskRCNNConvUpsampleHead`, or a subclass
     with the same ``layers``, that ends with a plain 1x1 convolution ``predictor`` without hooks.
-    Any other head computes all channels, and so does every head while it is traced or exported: the
-    graph is then Detectron2's.
+    A head with a method ``label_channel(features, labels)`` of its own is asked for it. Any other
+    head computes all channels, and so does every head while it is traced or exported: the graph is
+    then Detectron2's.
 
     Args:
         mask_head: its ``layers`` return logits of shape (R, C, M, M), or (R, 1, M, M) if
@@ -41,6 +42,8 @@ def predict_label_channel(
     Raises:
         IndexError: a label outside [-C, C), as in indexing, unless the head is class-agnostic.
     """
+    if not _is_exporting() and hasattr(mask_head, "label_channel"):
+        return mask_head.label_channel(features, labels)
     if _is_exporting() or not _has_separate_predictor(mask_head):
         return select_label_channel(mask_head.layers(features), labels)
     *layers, predictor = mask_head

@@ -11,7 +11,13 @@ from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import nn
 
-__all__ = ["KeptBoxFeatures", "ROI_MASK_PRIOR_REGISTRY", "ROIContext", "build_mask_prior"]
+__all__ = [
+    "KeptBoxFeatures",
+    "ROI_MASK_PRIOR_REGISTRY",
+    "ROIContext",
+    "build_mask_prior",
+    "shape_with_prior",
+]
 
 ROI_MASK_PRIOR_REGISTRY = Registry("ROI_MASK_PRIOR")
 ROI_MASK_PRIOR_REGISTRY.__doc__ = """
@@ -28,6 +34,8 @@ say what it needs:
 * ``needs_box_features``: ``context.kept``;
 * ``uses_rois_without_mask``: in training, the ROIs whose object has no mask even where no mask
   head trains on them.
+
+A third one is optional: ``out_channels``, of the features that it returns, where these are not D.
 """
 
 
@@ -85,3 +93,18 @@ def build_mask_prior(
     if not name:
         return None
     return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape, feature_shapes)
+
+
+def shape_with_prior(input_shape: ShapeSpec, prior: nn.Module | None) -> ShapeSpec:
+    """
+    What the mask heads are built for.
+
+    Args:
+        input_shape: channels and size of the pooled mask features.
+        prior: which enriches them; None = nothing does.
+
+    Returns:
+        ``input_shape``, with the channels that the prior returns if it says so.
+    """
+    channels = getattr(prior, "out_channels", input_shape.channels)
+    return ShapeSpec(channels=channels, height=input_shape.height, width=input_shape.width)

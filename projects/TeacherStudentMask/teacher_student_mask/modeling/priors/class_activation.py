@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from .build import ROI_MASK_PRIOR_REGISTRY, KeptBoxFeatures, ROIContext
 
-__all__ = ["ClassActivationPrior", "cam_of", "class_activation_maps", "normalize_per_roi"]
+__all__ = [
+    "ClassActivationPrior",
+    "cam_of",
+    "class_activation_maps",
+    "normalize_per_roi",
+    "raw_cam_of",
+]
 
 
 def class_activation_maps(
@@ -63,23 +69,35 @@ def normalize_per_roi(cam: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     return (cam - low) / (high - low + eps)
 
 
-def cam_of(instances: list[Instances], kept: KeptBoxFeatures) -> torch.Tensor:
+def raw_cam_of(instances: list[Instances], kept: KeptBoxFeatures) -> torch.Tensor:
     """
-    The maps that :class:`ClassActivationPrior` adds, before it resizes them.
+    The class activation map of each ROI for its class, as :func:`class_activation_maps` gives it.
 
     Args:
         instances: one per image, R rows in all, with ``pred_classes``, or else ``gt_classes``.
         kept: of these R rows.
 
     Returns:
-        shape (R, 1, h, w), in [0, 1]; gradient flows to ``kept.maps``, not to the classifier.
+        shape (R, 1, h, w), logits without bias; gradient flows to ``kept.maps``, not to the
+        classifier.
     """
     classes = torch.cat(
         [x.pred_classes if x.has("pred_classes") else x.gt_classes for x in instances]
     )
-    return normalize_per_roi(
-        class_activation_maps(kept.maps, kept.classifier.weight.detach(), classes)
-    )
+    return class_activation_maps(kept.maps, kept.classifier.weight.detach(), classes)
+
+
+def cam_of(instances: list[Instances], kept: KeptBoxFeatures) -> torch.Tensor:
+    """
+    The maps that :class:`ClassActivationPrior` adds, before it resizes them.
+
+    Args:
+        instances, kept: as for :func:`raw_cam_of`.
+
+    Returns:
+        shape (R, 1, h, w), in [0, 1]; gradient flows to ``kept.maps``, not to the classifier.
+    """
+    return normalize_per_roi(raw_cam_of(instances, kept))
 
 
 @ROI_MASK_PRIOR_REGISTRY.register()

@@ -1,0 +1,332 @@
+"""ShapeProp's prior against loops in numpy; which loss trains what; batches without anything."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prior_inputs import make_context, rows_of
+from roi_heads_factory import CHANNELS, HALF_EMPTY, MIXED, NO_OBJECT, NONE_SEEN, NUM_CLASSES, STRIDE
+from torch import nn
+
+from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.modeling.priors import (
+    ShapePropagationPrior,
+    build_mask_prior,
+    shape_with_prior,
+)
+from teacher_student_mask.modeling.priors.shape_propagation import (
+    activation_loss,
+    pass_messages,
+    relative_activation,
+    rows_in_sampled,
+)
+
+SIDE = 6
+# Modules that a loss can reach, by the names of their parameters.
+PARTS = {"activation", "classifier", "propagation", "message_weights", "encoder", "decoder"}
+PARTS |= {"shape_encoder"}
+
+
+def make_prior(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return ShapePropagationPrior(
+        ShapeSpec(channels=CHANNELS, height=SIDE, width=SIDE),
+        pooler=ROIPooler(SIDE, (1 / STRIDE,), 2, "ROIAlignV2"),
+        feature_channels=CHANNELS,
+        num_classes=NUM_CLASSES,
+        **{"conv_dim": 5, "num_channels": 3, **kwargs},
+    )
+
+
+def mask_features_of(context):
+    torch.manual_seed(1)
+    return torch.randn(rows_of(context), CHANNELS, SIDE, SIDE, requires_grad=True)
+
+
+def parts_with_gradient(prior):
+    return {
+        name.split(".")[0]
+        for name, x in prior.named_parameters()
+        if x.grad is not None and x.grad.any()
+    }
+
+
+def one_step_in_a_loop(states, weights):
+    result = np.zeros_like(states)
+    num_rois, num_channels, height, width = states.shape
+    for r, c, y, x in np.ndindex(num_rois, num_channels, height, width):
+        total, norm = 0.0, 1e-5
+        for k, (dy, dx) in enumerate((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
+            weight = weights[r, c, k, y, x]
+            norm += weight
+            if 0 <= y + dy < height and 0 <= x + dx < width:
+                total += weight * states[r, c, y + dy, x + dx]
+        result[r, c, y, x] = total / norm
+    return result
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_message_passing_is_that_of_a_loop_over_cells(num_steps):
+    rng = np.random.default_rng(0)
+    states, weights = rng.normal(size=(2, 3, 4, 5)), rng.random((2, 3, 9, 4, 5))
+    result = pass_messages(torch.tensor(states), torch.tensor(weights), num_steps)
+    for _ in range(num_steps):
+        states = one_step_in_a_loop(states, weights)
+    assert np.allclose(result, states, rtol=1e-12)
+
+
+def test_one_step_keeps_a_constant_map_but_for_its_border():
+    torch.manual_seed(0)
+    weights = torch.rand(2, 3, 9, 5, 5, dtype=torch.float64) + 0.1
+    result = pass_messages(torch.full((2, 3, 5, 5), 7.0, dtype=torch.float64), weights, 1)
+    assert torch.allclose(result[..., 1:-1, 1:-1], torch.tensor(7.0).double(), rtol=1e-4)
+    assert (result[..., 0, :] < 6.9).all() and (result[..., :, -1] < 6.9).all()
+    # With equal weights a corner has 4 of its 9 neighbours, an edge 6.
+    result = pass_messages(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 9, 3, 3), 1)[0, 0]
+    expected = torch.tensor([[4.0, 6, 4], [6, 9, 6], [4, 6, 4]]) / 9
+    assert torch.allclose(result, expected, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 5))
+def test_messages_reach_one_cell_further_a_step_and_never_grow(seed, num_steps):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(1, 2, 9, 6, 6, generator=generator) + 0.01
+    y, x = torch.randint(6, (2,), generator=generator).tolist()
+    states = torch.zeros(1, 2, 6, 6)
+    states[..., y, x] = 1.0
+    result = pass_messages(states, weights, num_steps)
+    rows, columns = torch.arange(6)[:, None], torch.arange(6)
+    reached = torch.maximum((rows - y).abs(), (columns - x).abs()) <= num_steps
+    assert torch.equal(result[0, 0] > 0, reached) and torch.equal(result[0, 1] > 0, reached)
+    assert result.max() <= 1
+    assert states.sum() == 2  # not changed in place
+
+
+def test_gradients_of_message_passing_and_relative_activation():
+    torch.manual_seed(0)
+    states = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, 2, 9, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h, w: pass_messages(h, w, 2), (states, weights))
+    logits = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(relative_activation, (logits,))
+
+
+def test_relative_activation_by_hand():
+    logits = torch.tensor([[[[-1.0, 2], [4, 0]]], [[[-3, -1], [-2, -9]]]], requires_grad=True)
+    result = relative_activation(logits)
+    expected = torch.tensor([[[[0, 0.5], [1, 0]]], [[[0.0, 0], [0, 0]]]])
+    assert torch.allclose(result, expected, atol=1e-5) and result.max() < 1
+    result.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits[0, 0, 0, 0] == -1  # not changed in place
+
+
+def test_activation_loss_is_the_cross_entropy_of_the_mean_of_all_maps():
+    torch.manual_seed(0)
+    features, classifier = torch.randn(5, 4, 3, 3), nn.Linear(4, NUM_CLASSES + 1)
+    labels = torch.tensor([0, NUM_CLASSES, 2, 1, NUM_CLASSES])
+    loss = activation_loss(features, classifier, labels)
+    weight, bias = classifier.weight.detach().numpy(), classifier.bias.detach().numpy()
+    maps = np.einsum("rdhw,kd->rkhw", features.numpy(), weight) + bias[:, None, None]
+    scores = maps.mean(axis=(2, 3))
+    log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    assert loss.item() == pytest.approx(-log_probs[range(5), labels].mean(), rel=1e-5)
+    # Without a ROI.
+    loss = activation_loss(features[:0], classifier, labels[:0])
+    loss.backward()
+    assert loss == 0 and classifier.weight.grad is not None
+
+
+def test_rows_in_sampled_by_hand():
+    def boxes(*corners):
+        box = [[float(x), 0.0, x + 9.0, 5.0] for x in corners]
+        classes = torch.zeros(len(corners), dtype=torch.int64)
+        tensor = torch.tensor(box).reshape(-1, 4)
+        return Instances((64, 64), proposal_boxes=Boxes(tensor), gt_classes=classes)
+
+    # Box 3 is in both images, and twice in the first.
+    sampled = [boxes(8, 3, 5, 3), boxes(), boxes(3, 7)]
+    rows = rows_in_sampled([boxes(3, 8), boxes(), boxes(7, 3, 7)], sampled)
+    assert rows.tolist() == [1, 0, 5, 4, 5]
+    assert rows_in_sampled([boxes(3), boxes(3), boxes()], sampled) is None
+    assert rows_in_sampled([boxes(), boxes(), boxes(7, 8)], sampled) is None
+    assert rows_in_sampled([boxes(), boxes(), boxes()], sampled).tolist() == []
+
+
+def test_losses_of_a_batch_by_numpy():
+    prior, context = make_prior(activation_weight=0.5, shape_weight=3.0).train(), make_context(
+        MIXED
+    )
+    outputs = {}
+    prior.decoder.register_forward_hook(lambda m, i, o: outputs.update(logits=o.detach()))
+    _, losses = prior(mask_features_of(context), context)
+    assert set(losses) == {"loss_shape_activation", "loss_shape"}
+
+    logits, expected = outputs["logits"][:, 0].numpy(), []
+    rois = [x[i : i + 1] for x in context.instances for i in range(len(x))]
+    for roi, z in zip(rois, logits, strict=True):
+        if roi.gt_has_mask.item():
+            mask = roi.gt_masks.crop_and_resize(roi.proposal_boxes.tensor, SIDE).numpy()[0]
+            assert 0 < mask.mean() < 1
+            expected.append(np.log1p(np.exp(-np.where(mask, z, -z))).mean())
+    assert 0 < len(expected) < len(rois)
+    assert losses["loss_shape"].item() == pytest.approx(3 * np.mean(expected), rel=1e-5)
+
+    boxes = [x.proposal_boxes for x in context.sampled]
+    features = prior.activation(prior.pooler(context.feature_maps, boxes))
+    labels = torch.cat([x.gt_classes for x in context.sampled])
+    assert (labels == NUM_CLASSES).sum() == 2
+    scores = prior.classifier(features.permute(0, 2, 3, 1)).mean(dim=(1, 2)).log_softmax(1)
+    expected = -scores[range(len(labels)), labels].mean()
+    assert losses["loss_shape_activation"].item() == pytest.approx(0.5 * expected.item(), rel=1e-4)
+
+
+def test_which_loss_trains_what():
+    reached = {
+        "loss_shape_activation": {"activation", "classifier"},
+        "loss_shape": PARTS - {"shape_encoder"},
+        "mask heads": PARTS,
+    }
+    for name, parts in reached.items():
+        prior, context = make_prior().train(), make_context(MIXED)
+        features = mask_features_of(context)
+        out, losses = prior(features, context)
+        (out.square().sum() if name == "mask heads" else losses[name]).backward()
+        assert parts_with_gradient(prior) == parts, name
+        # Nothing is detached from the backbone, and the pooled mask features pass by.
+        assert context.feature_maps[0].grad.any(), name
+        assert (features.grad is not None) == (name == "mask heads")
+        rows = prior.classifier.weight.grad.any(dim=1).tolist()
+        # Of the objects, 0 has a mask; 1 and 2 have none.
+        assert rows == {"loss_shape": [True, False, False, False]}.get(
+            name, [True, True, True, name == "loss_shape_activation"]
+        )
+
+
+def test_loss_shape_comes_from_rois_with_a_mask_alone():
+    """The second image has none: its features get no gradient of this loss."""
+    prior, context = make_prior().train(), make_context(MIXED)
+    _, losses = prior(mask_features_of(context), context)
+    losses["loss_shape"].backward()
+    gradient = context.feature_maps[0].grad
+    assert gradient[0].any() and not gradient[1].any()
+
+
+def test_training_and_inference_give_the_same_features():
+    context = make_context(MIXED)
+    features = mask_features_of(context)
+    expected, losses = make_prior().eval()(features, context)
+    assert losses == {}
+    assert expected.shape == (rows_of(context), CHANNELS + 5, SIDE, SIDE)
+    assert torch.equal(expected[:, :CHANNELS], features)
+    # By the rows of the sampled ROIs.
+    out, _ = make_prior().train()(features, context)
+    assert torch.allclose(out, expected, atol=1e-6)
+    # By themselves, where not all of them were sampled, as with TRAIN_ON_GT_BOXES.
+    fewer = dataclasses.replace(context, sampled=[x[:2] for x in context.sampled])
+    out, _ = make_prior().train()(features, fewer)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_the_map_is_of_the_predicted_class_at_inference():
+    prior, context = make_prior().eval(), make_context(MIXED)
+    features, expected = mask_features_of(context), {}
+    for label in range(NUM_CLASSES):
+        for x in context.instances:
+            x.gt_classes = torch.full_like(x.gt_classes, label)
+        expected[label], _ = prior(features, context)
+    assert not torch.allclose(expected[0], expected[1])
+    detections = []
+    for x in context.instances:
+        fields = {"pred_boxes": x.proposal_boxes, "pred_classes": torch.ones_like(x.gt_classes)}
+        detections.append(Instances(x.image_size, **fields))
+    out, _ = prior(features, dataclasses.replace(context, instances=detections, sampled=None))
+    assert torch.equal(out, expected[1])
+
+
+@pytest.mark.parametrize("batch", [NONE_SEEN, NO_OBJECT, NO_OBJECT * 2, HALF_EMPTY])
+@pytest.mark.parametrize("num_background", [0, 2])
+def test_batches_without_masks_rois_or_anything_sampled(batch, num_background):
+    prior, context = make_prior().train(), make_context(batch, num_background)
+    out, losses = prior(mask_features_of(context), context)
+    assert losses["loss_shape"] == 0
+    assert (losses["loss_shape_activation"] > 0) == any(len(x) for x in context.sampled)
+    (out.sum() + sum(losses.values())).backward()
+    for name, parameter in prior.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    prior.eval()
+    assert prior(mask_features_of(context), context)[0].shape == out.shape
+
+
+def test_half_precision():
+    context = make_context(MIXED)
+    features = mask_features_of(context)
+    expected, losses = make_prior().train()(features, context)
+    prior = make_prior().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, low = prior(features.bfloat16(), context)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), expected, atol=0.05 * expected.abs().max().item())
+    for name, loss in losses.items():
+        assert low[name].item() == pytest.approx(loss.item(), rel=0.02), name
+    sum(low.values()).backward()
+    assert all(x.grad.isfinite().all() for x in prior.parameters() if x.grad is not None)
+
+
+def test_missing_proposals_and_wrong_steps_are_named():
+    context = dataclasses.replace(make_context(MIXED), sampled=None)
+    with pytest.raises(ValueError, match="all sampled ROIs.*give ROIContext.sampled"):
+        make_prior().train()(mask_features_of(context), context)
+    with pytest.raises(ValueError, match="NUM_STEPS must be 0 .* or more, got -1"):
+        make_prior(num_steps=-1)
+
+
+def test_prior_is_built_by_its_name():
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.MODEL.ROI_MASK_PRIOR.NAME = "ShapePropagationPrior"
+    shape = ShapeSpec(channels=32, height=10, width=10)
+    levels = {f"p{k}": ShapeSpec(channels=32, stride=2**k) for k in (2, 3)}
+    prior = build_mask_prior(cfg, shape, levels)
+    # The widths of ShapeProp: 256 and 24, and 9 neighbours.
+    assert prior.out_channels == 32 + 256 and prior.num_steps == 10
+    assert shape_with_prior(shape, prior) == ShapeSpec(channels=288, height=10, width=10)
+    assert prior.message_weights.out_channels == 216 and prior.classifier.out_features == 81
+    assert [x.sampling_ratio for x in prior.pooler.level_poolers] == [2, 2]
+    assert prior.pooler.output_size == (10, 10)
+    settings = cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION
+    settings.CONV_DIM, settings.NUM_CHANNELS, settings.NUM_STEPS = 8, 4, 3
+    settings.ACTIVATION_WEIGHT, settings.SHAPE_WEIGHT = 0.5, 0.25
+    prior = build_mask_prior(cfg, shape, levels)
+    assert prior.out_channels == 40 and prior.message_weights.out_channels == 36
+    assert prior.num_steps == 3
+    assert (prior.activation_weight, prior.shape_weight) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("name", ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"])
+def test_mask_heads_are_built_for_the_longer_features(tiny_cfg, name):
+    opts = ["MODEL.ROI_HEADS.NAME", name, "MODEL.ROI_MASK_PRIOR.NAME", "ShapePropagationPrior"]
+    opts += ["MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM", 8, "MODEL.DEVICE", "meta"]
+    opts += ["MODEL.TEACHER_MASK_HEAD.NAME", "HourglassMaskHead"]
+    opts += ["MODEL.TEACHER_MASK_HEAD.HOURGLASS", 20]
+    with torch.device("meta"):
+        heads = build_model(tiny_cfg(opts=opts)).roi_heads
+    assert heads.mask_head.mask_fcn1.in_channels == 16 + 8
+    features = torch.empty(2, 16 + 8, 10, 10, device="meta")
+    assert heads.mask_head.layers(features).shape == (2, 3, 20, 20)
+    if name == "TeacherStudentROIHeads":
+        assert heads.teacher_mask_head.layers(features).shape[:2] == (2, 1)
+    # A prior without ``out_channels`` leaves them as they are.
+    opts[3] = "CommonalityParsingPrior"
+    with torch.device("meta"):
+        heads = build_model(tiny_cfg(opts=opts)).roi_heads
+    assert heads.mask_head.mask_fcn1.in_channels == 16
