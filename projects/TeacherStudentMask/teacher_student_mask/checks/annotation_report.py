@@ -74,11 +74,17 @@ class ClassCounts:
     name: str
     category_id: int
     is_seen: bool | None  # None where the seen classes were not given
-    masks: int
+    masks: int  # of humans
     boxes_only: int
     crowd: int
     rectangles: int  # masks that are the rectangle of their box: boxes exported as masks?
     dropped: dict[str, int]  # what training leaves out: reason -> number of objects
+    model_masks: int = 0  # masks with "mask_source" "model"
+
+    @property
+    def num_objects(self) -> int:
+        """All that is no crowd."""
+        return self.masks + self.model_masks + self.boxes_only
 
 
 @dataclass
@@ -123,14 +129,17 @@ class AnnotationReport:
         return replace(self, findings=findings)
 
     def class_table(self) -> str:
-        """The counts of the classes as text, a row for each."""
+        """The counts of the classes as text, a row for each; model masks only if there are some."""
+        has_model_masks = any(x.model_masks for x in self.classes)
         rows = []
         for x in self.classes:
             split = {True: "seen", False: "unseen", None: "-"}[x.is_seen]
             dropped = ", ".join(f"{num} ({reason})" for reason, num in x.dropped.items()) or "-"
-            numbers = [x.masks + x.boxes_only, x.masks, x.boxes_only, x.crowd, x.rectangles]
+            masks = [x.masks, x.model_masks] if has_model_masks else [x.masks]
+            numbers = [x.num_objects, *masks, x.boxes_only, x.crowd, x.rectangles]
             rows.append([x.name, split, *numbers, dropped])
-        headers = ["class", "split", "objects", "masks", "boxes only", "crowd", "rectangles"]
+        masks = ["human masks", "model masks"] if has_model_masks else ["masks"]
+        headers = ["class", "split", "objects", *masks, "boxes only", "crowd", "rectangles"]
         # Names such as "1e3" are no numbers.
         return tabulate(rows, headers=[*headers, "left out"], disable_numparse=[0])
 

@@ -7,6 +7,7 @@ import os
 from .annotation_checks import check_annotations
 from .annotation_report import AnnotationReport, Finding
 from .mask_measures import has_mask, to_floats
+from .mask_sources import MODEL, is_from_model
 
 __all__ = ["check_for_evaluation", "is_known_by_box_only"]
 
@@ -22,7 +23,8 @@ def check_for_evaluation(
     Check a COCO json as ground truth of COCO's AP.
 
     Unlike training, it takes the masks of all objects, and needs ids, and "area". What is left out
-    by COCO's evaluation makes a warning: objects of images that are not listed.
+    by COCO's evaluation makes a warning: objects of images that are not listed. Masks that a model
+    made are no ground truth of masks.
 
     Args:
         json_file: what messages name.
@@ -39,6 +41,7 @@ def check_for_evaluation(
         _check_areas(report, data["annotations"])
         if reads_masks:
             _check_all_have_masks(report, data["annotations"])
+            _check_no_mask_is_from_model(report, data["annotations"])
     return report.judged(lambda finding: _judge(finding, reads_masks, image_root is not None))
 
 
@@ -68,6 +71,16 @@ def _check_all_have_masks(report: AnnotationReport, rows: list[dict]) -> None:
         report.add("error", "annotation", rows, is_lacking, "segmentation", remedy)
 
 
+def _check_no_mask_is_from_model(report: AnnotationReport, rows: list[dict]) -> None:
+    is_model = [is_from_model(x) and not is_known_by_box_only(x) for x in rows]
+    remedy = (
+        f"of {len(rows)} objects {sum(is_model)} have a mask that a model made, which is no ground "
+        "truth; evaluate on human masks, or boxes alone with tasks=('bbox',); a mask that a human "
+        "has checked and corrected has 'mask_source' 'human'"
+    )
+    report.add("error", "annotation", rows, is_model, "mask_source", remedy, lambda i: repr(MODEL))
+
+
 def _judge(finding: Finding, reads_masks: bool, needs_files: bool) -> Finding | None:
     where = (finding.unit, finding.field)
     if where == ("annotation", "id"):
@@ -77,7 +90,7 @@ def _judge(finding: Finding, reads_masks: bool, needs_files: bool) -> Finding | 
         return None
     if where == ("image", "file_name") and not needs_files:
         return None
-    if where == ("annotation", "segmentation") and not reads_masks:
+    if finding.field in ("segmentation", "mask_source") and not reads_masks:
         return None
     if where == ("annotation", "image_id"):
         return finding.as_warning("COCO's evaluation leaves the object out")

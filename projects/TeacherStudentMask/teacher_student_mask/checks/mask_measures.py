@@ -11,6 +11,7 @@ __all__ = [
     "covers_image",
     "has_mask",
     "is_whole",
+    "measure_points",
     "measure_polygons",
     "measure_rles",
     "to_floats",
@@ -89,19 +90,29 @@ def measure_polygons(polygons: list[list]) -> tuple[np.ndarray, np.ndarray]:
         if flat is None:
             of_each = [(to_floats(x), len(x)) for x in polygons[part]]
             flat = np.concatenate([np.full(n, np.nan) if x is None else x for x, n in of_each])
-        points, num_points = flat.reshape(-1, 2), lengths[part] // 2
-        ends = np.cumsum(num_points)
-        starts = ends - num_points
-        low = np.minimum.reduceat(points, starts)
-        extents[part] = np.concatenate([low, np.maximum.reduceat(points, starts)], axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            points = points - np.repeat(low, num_points, axis=0)
-            following = np.arange(1, len(points) + 1)
-            following[ends - 1] = starts
-            x, y = points.T
-            doubled = np.add.reduceat(x * y[following] - x[following] * y, starts)
-        areas[part] = abs(doubled) / 2
+        extents[part], areas[part] = measure_points(flat.reshape(-1, 2), lengths[part] // 2)
     return extents, areas
+
+
+def measure_points(points: np.ndarray, num_points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :func:`measure_polygons` of polygons that are one array.
+
+    Args:
+        points: x and y of the points of n polygons, one after the other, shape (points, 2).
+        num_points: of each polygon, none 0; int64, shape (n,).
+    """
+    ends = np.cumsum(num_points)
+    starts = ends - num_points
+    low = np.minimum.reduceat(points, starts)
+    extents = np.concatenate([low, np.maximum.reduceat(points, starts)], axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        points = points - np.repeat(low, num_points, axis=0)
+        following = np.arange(1, len(points) + 1)
+        following[ends - 1] = starts
+        x, y = points.T
+        doubled = np.add.reduceat(x * y[following] - x[following] * y, starts)
+    return extents, abs(doubled) / 2
 
 
 def covers_image(extents: np.ndarray, areas: np.ndarray, sizes: np.ndarray) -> np.ndarray:

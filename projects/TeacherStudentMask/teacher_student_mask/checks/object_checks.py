@@ -8,13 +8,8 @@ from itertools import chain
 
 import numpy as np
 
-from .annotation_report import (
-    NO_MASK,
-    ONLY_CROWDS,
-    AnnotationReport,
-    ClassCounts,
-    short_repr,
-)
+from .annotation_report import AnnotationReport, short_repr
+from .class_counts import count_classes
 from .mask_measures import (
     covers_image,
     is_whole,
@@ -22,6 +17,7 @@ from .mask_measures import (
     measure_rles,
     to_floats,
 )
+from .mask_sources import HUMAN, MODEL, has_known_source, is_from_model
 
 __all__ = ["MAX_PIXELS_OUTSIDE", "ObjectChecks"]
 
@@ -58,10 +54,13 @@ class ObjectChecks:
         is_flag = [type(x) in (int, bool, float) and x in (0, 1) for x in crowd]
         self._find("error", [not x for x in is_flag], "iscrowd", "allowed: 0 or 1")
         self.is_crowd = np.array([x != 0 for x in crowd], dtype=bool)
-        # Whether training reads the mask: crowds are left out, and unseen classes lose theirs.
+        self.is_from_model = self._check_sources()
+        # Whether training reads the mask: crowds are left out, and unseen classes lose theirs,
+        # unless a model made them.
         self.is_read = np.ones(len(rows), dtype=bool)
         if is_seen is not None:
-            self.is_read = np.append(is_seen, False)[self.category] & ~self.is_crowd
+            self.is_read = np.append(is_seen, False)[self.category] | self.is_from_model
+            self.is_read &= ~self.is_crowd
         self.dropped = {}
         self.has_mask, self.is_rectangle = np.zeros((2, len(rows)), dtype=bool)
 
@@ -75,6 +74,17 @@ class ObjectChecks:
         )
         self._find("error", found < 0, field, f"allowed: an id of {where!r}")
         return found
+
+    def _check_sources(self) -> np.ndarray:
+        self._find(
+            "error",
+            [not has_known_source(x) for x in self.rows],
+            "mask_source",
+            f"allowed: {HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made",
+            lambda i: f"{short_repr.repr(self.rows[i]['mask_source'])} (image id "
+            f"{short_repr.repr(self.rows[i].get('image_id'))})",
+        )
+        return np.array([is_from_model(x) for x in self.rows], dtype=bool)
 
     def check(self, images: list[dict]) -> None:
         """Add all findings about the objects, and the counts of the classes."""
@@ -92,6 +102,18 @@ class ObjectChecks:
             "training takes them all, but the memory for matching them grows with their number",
             lambda i: f"a list of {counts[i]} objects",
         )
+
+    def _count_classes(self) -> None:
+        is_object, is_human = ~self.is_crowd, ~self.is_from_model
+        columns = {
+            "masks": is_object & self.has_mask & is_human,
+            "model_masks": is_object & self.has_mask & ~is_human,
+            "boxes_only": is_object & ~self.has_mask,
+            "crowd": self.is_crowd,
+            "rectangles": is_object & self.is_rectangle & is_human,
+        }
+        dropped = {reason: x & is_object for reason, x in self.dropped.items()}
+        count_classes(self.report, self.category, self.names, self.is_seen, columns, dropped)
 
     def _check_ids(self) -> None:
         # Evaluation renumbers what is no positive number, so id 0 or a name is no problem.
@@ -234,66 +256,6 @@ class ObjectChecks:
         is_empty[good] = areas == 0
         self._leave_out_mask(is_empty & ~is_broken)
         self.has_mask[good] = (areas > 0) & ~is_broken[good]
-
-    def _count_classes(self) -> None:
-        is_object = ~self.is_crowd
-        columns = {
-            "masks": is_object & self.has_mask,
-            "boxes_only": is_object & ~self.has_mask,
-            "crowd": self.is_crowd,
-            "rectangles": is_object & self.is_rectangle,
-        }
-
-        def count(is_counted: np.ndarray) -> np.ndarray:
-            # The unknown class -1 comes first, and is no row.
-            return np.bincount(self.category[is_counted] + 1, minlength=len(self.names) + 1)[1:]
-
-        counts = {name: count(x) for name, x in columns.items()}
-        dropped = {reason: count(x & is_object) for reason, x in self.dropped.items()}
-        for k, (category_id, name) in enumerate(self.names.items()):
-            seen = None if self.is_seen is None else bool(self.is_seen[k])
-            left_out = {reason: int(x[k]) for reason, x in dropped.items() if x[k]}
-            numbers = {column: int(x[k]) for column, x in counts.items()}
-            counted = ClassCounts(name, category_id, seen, dropped=left_out, **numbers)
-            self.report.classes.append(counted)
-        if not is_object.any():
-            if not self.rows:
-                return
-            allowed = "allowed: at least one object with 'iscrowd' 0"
-            self.report.add_to_file("error", "annotations", ONLY_CROWDS, allowed)
-            return
-        self._check_classes(counts)
-
-    def _check_classes(self, counts: dict[str, np.ndarray]) -> None:
-        categories = [{"id": i} for i in self.names]
-        describe = [f"{name!r}, a class with" for name in self.names.values()].__getitem__
-        masks, rectangles = counts["masks"], counts["rectangles"]
-        self.report.add(
-            "warning",
-            "category",
-            categories,
-            2 * rectangles > masks,
-            "name",
-            "rectangles teach nothing about shapes; give null where only the box is known",
-            lambda k: f"{describe(k)} {masks[k]} masks, {rectangles[k]} of them the box itself",
-        )
-        if self.is_seen is None:
-            return
-        is_without = self.is_seen & (masks == 0)
-        if is_without.sum() == self.is_seen.sum():
-            found = NO_MASK
-            remedy = "allowed: at least one class with masks, as nothing else teaches them"
-            self.report.add_to_file("error", "seen_classes", found, remedy)
-            return
-        self.report.add(
-            "warning",
-            "category",
-            categories,
-            is_without,
-            "name",
-            "a seen class without a mask is trained as an unseen one; take it out of the list",
-            lambda k: f"{describe(k)} {counts['boxes_only'][k]} objects and no mask",
-        )
 
 
 def _is_far(low: np.ndarray, high: np.ndarray, limits: np.ndarray) -> np.ndarray:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.structures import BitMasks, Instances, PolygonMasks, polygons_to_bitmask
 from detectron2.utils import comm
 from torch import nn
 
 from ..class_splits import resolve_seen_classes
+from ..data.model_masks import ModelMaskCounts
+from ..data.seen_classes import training_classes
 
 __all__ = ["UnseenMaskGuard", "find_unseen_masks", "is_box_shaped"]
 
@@ -32,6 +34,9 @@ _SPANNED = 0.9
 _IS_MARKED = "gt_has_mask is True"
 _IS_UNMARKED = "it has gt_masks, but no gt_has_mask"
 _IS_NO_BOX = "gt_masks is not its box, though gt_has_mask is False"
+_IS_NOT_OF_MODEL = (
+    "gt_has_external_mask is True, but the training data have no mask of a model for it"
+)
 _IS_EXCLUDED = "gt_exclusion_masks covers it, and no mask of a seen object does"
 
 
@@ -47,12 +52,20 @@ class UnseenMaskGuard(HookBase):
     """
 
     @configurable
-    def __init__(self, seen_classes: Collection[int], class_names: Sequence[str]):
+    def __init__(
+        self,
+        seen_classes: Collection[int],
+        class_names: Sequence[str],
+        model_masks: Callable[[str], Mapping[int, int]] = lambda file_name: {},
+    ):
         """
         Args:
             seen_classes: contiguous ids of the classes whose masks training may use.
             class_names: of all classes, by contiguous id; for the message.
+            model_masks: from the file name of an image to its numbers of masks that a model made,
+                {contiguous class id: number}.
         """
+        self.model_masks = model_masks
         self.seen_classes = frozenset(seen_classes)
         self.class_names = tuple(class_names)
         self.num_masks = self.num_objects = 0
@@ -62,14 +75,11 @@ class UnseenMaskGuard(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        dataset = cfg.DATASETS.TRAIN[0]  # the mapper makes sure that the others have its classes
-        metadata = MetadataCatalog.get(dataset)
-        if not metadata.get("thing_classes"):
-            DatasetCatalog.get(dataset)  # json datasets learn their classes when they are read
-        names = list(metadata.thing_classes)
+        names = training_classes(cfg)
         return {
             "seen_classes": resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, names),
             "class_names": names,
+            "model_masks": ModelMaskCounts(cfg.DATASETS.TRAIN),
         }
 
     def before_train(self) -> None:
@@ -117,7 +127,10 @@ class UnseenMaskGuard(HookBase):
             if instances is None:
                 continue
             self.num_objects += len(_rows_of_unseen(instances, self.seen_classes))
-            found = find_unseen_masks(instances, self.seen_classes)
+            model_masks = {}
+            if _rows_of_unseen(instances, self.seen_classes, "gt_has_external_mask"):
+                model_masks = self.model_masks(example.get("file_name", ""))
+            found = find_unseen_masks(instances, self.seen_classes, model_masks)
             num_masks += len(found)
             if found:
                 images.append(self._describe(example, found))
@@ -145,7 +158,11 @@ class UnseenMaskGuard(HookBase):
         return f"{image}: {', '.join(masks)}"
 
 
-def find_unseen_masks(instances: Instances, seen_classes: Collection[int]) -> list[tuple[int, str]]:
+def find_unseen_masks(
+    instances: Instances,
+    seen_classes: Collection[int],
+    model_masks: Mapping[int, int] = MappingProxyType({}),
+) -> list[tuple[int, str]]:
     """
     Find the objects of unseen classes whose masks are among the training data of an image.
 
@@ -154,15 +171,19 @@ def find_unseen_masks(instances: Instances, seen_classes: Collection[int]) -> li
     * its ``gt_has_mask`` is True;
     * there are ``gt_masks``, but no ``gt_has_mask``: the example is of another mapper;
     * its mask is not what is left of a rectangle, see :func:`is_box_shaped`;
-    * ``gt_exclusion_masks`` has pixels that span its box and belong to no mask of a seen object.
+    * ``gt_exclusion_masks`` has pixels that span its box and belong to no mask of a seen object;
+    * ``gt_has_external_mask`` is True for it, and for more of its class than have a mask of a
+      model; then all of the class are found.
 
     A mask of an object marked as one without is not found where it could be a rectangle after
     rotations and crops, and one in ``gt_exclusion_masks`` not where masks of seen objects hide it,
-    or a crop cut it short. No loss reads the former.
+    or a crop cut it short. No loss reads the former. Nor is a human mask found that takes the place
+    of the model's mask of the same object, or of another one of its class in the image.
 
     Args:
         instances: of one image, with ``gt_classes``; not changed.
         seen_classes: contiguous ids.
+        model_masks: how many masks of a model the image has, {contiguous class id: number}.
 
     Returns:
         (contiguous class id, why) of each object found.
@@ -180,6 +201,11 @@ def find_unseen_masks(instances: Instances, seen_classes: Collection[int]) -> li
             found[i] = _IS_NO_BOX
     for i in _excluded_without_reason(instances, rows):
         found.setdefault(i, _IS_EXCLUDED)
+    external = _rows_of_unseen(instances, seen_classes, "gt_has_external_mask")
+    counts = Counter(classes[i] for i in external)
+    for i in external:
+        if counts[classes[i]] > model_masks.get(classes[i], 0):
+            found.setdefault(i, _IS_NOT_OF_MODEL)
     return [(classes[i], reason) for i, reason in sorted(found.items())]
 
 
@@ -227,10 +253,15 @@ def _is_convex(points: np.ndarray, area: float, tolerance: float) -> bool:
     return len(cv2.approxPolyDP(hull, tolerance, True)) <= _MAX_CORNERS
 
 
-def _rows_of_unseen(instances: Instances, seen_classes: Collection[int]) -> list[int]:
-    if not instances.has("gt_classes"):
+def _rows_of_unseen(
+    instances: Instances, seen_classes: Collection[int], flag: str | None = None
+) -> list[int]:
+    # Those where a bool field is True, or all.
+    if not instances.has("gt_classes") or (flag is not None and not instances.has(flag)):
         return []
-    return [i for i, k in enumerate(instances.gt_classes.tolist()) if k not in seen_classes]
+    classes = instances.gt_classes.tolist()
+    flags = instances.get(flag).tolist() if flag is not None else [True] * len(classes)
+    return [i for i, k in enumerate(classes) if flags[i] and k not in seen_classes]
 
 
 def _excluded_without_reason(instances: Instances, rows: list[int]) -> list[int]:

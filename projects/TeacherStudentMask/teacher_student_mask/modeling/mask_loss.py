@@ -7,6 +7,7 @@ from detectron2.structures import Instances
 from torch.nn import functional as F
 
 __all__ = [
+    "crop_external_masks",
     "crop_gt_masks",
     "mask_accuracy",
     "masked_bce_loss",
@@ -61,6 +62,32 @@ def crop_gt_masks(
                 )
                 target[has_mask] = crops.to(device=device, dtype=target.dtype)
         targets.append(target)
+    return torch.cat(targets)
+
+
+def crop_external_masks(
+    instances: list[Instances], mask_side_len: int, device: torch.device
+) -> torch.Tensor:
+    """
+    Crop the masks that another model made to the ROIs; only of ROIs that have one.
+
+    Args:
+        instances: one per image, with ``proposal_boxes``, and ``gt_external_masks`` where there is
+            one.
+        mask_side_len: side M of the targets.
+        device: of the result.
+
+    Returns:
+        bool, shape (R, M, M); False where there is no external mask.
+    """
+    targets = []
+    for x in instances:
+        if len(x) > 0 and x.has("gt_external_masks"):
+            boxes = x.proposal_boxes.tensor
+            targets.append(x.gt_external_masks.crop_and_resize(boxes, mask_side_len).to(device))
+        else:
+            shape = (len(x), mask_side_len, mask_side_len)
+            targets.append(torch.zeros(shape, dtype=torch.bool, device=device))
     return torch.cat(targets)
 
 

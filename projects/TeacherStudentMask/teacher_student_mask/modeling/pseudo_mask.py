@@ -100,9 +100,18 @@ def generate_pseudo_masks(
             raise ValueError("Method 'box_fit' needs 'roi_boxes' and 'gt_boxes'.")
         masks = fit_to_boxes(probs, cells_inside_boxes(roi_boxes, gt_boxes, side))
 
-    masks = masks.to(teacher_probs.dtype)
-    if has_boxes and clip_to_box:
-        masks = masks * cells_inside_boxes(roi_boxes, gt_boxes, side)
+    boxes = (roi_boxes, gt_boxes) if has_boxes and clip_to_box else None
+    return _clean(masks.to(teacher_probs.dtype), boxes, exclusion_masks)
+
+
+def _clean(
+    masks: torch.Tensor,
+    boxes: tuple[torch.Tensor, torch.Tensor] | None,
+    exclusion_masks: torch.Tensor | None,
+) -> torch.Tensor:
+    # masks: (R, M, M); boxes: of the ROIs and of their objects, if cells outside are to be cleared.
+    if boxes is not None:
+        masks = masks * cells_inside_boxes(*boxes, masks.shape[-1])
     if exclusion_masks is not None:
         masks = masks * ~exclusion_masks
     return masks
@@ -164,26 +173,46 @@ class PseudoMaskGenerator:
         Returns:
             The pseudo masks, shape (R, M, M), without gradient.
         """
-        rois = [x for x in rois if len(x) > 0]
-        roi_boxes = [x.proposal_boxes.tensor for x in rois]
-        exclusion_masks = None
-        if self.exclude_seen:
-            side = student_probs.shape[-1]
-            exclusion_masks = torch.cat(
-                [x.gt_exclusion_masks.crop_and_resize(b, side) for x, b in zip(rois, roi_boxes)]
-            )
+        roi_boxes, gt_boxes = _boxes_of(rois, teacher_probs)
         return generate_pseudo_masks(
             teacher_probs,
             student_probs,
             method=self.method,
             threshold=self.threshold,
-            roi_boxes=torch.cat(roi_boxes),
-            gt_boxes=torch.cat([x.gt_boxes.tensor for x in rois]),
+            roi_boxes=roi_boxes,
+            gt_boxes=gt_boxes,
             clip_to_box=self.clip_to_box,
-            exclusion_masks=exclusion_masks,
+            exclusion_masks=self._exclusion_masks(rois, student_probs.shape[-1]),
             crf=self.crf,
             roi_images=roi_images,
         )
+
+    def clean(self, masks: torch.Tensor, rois: list[Instances]) -> torch.Tensor:
+        """
+        Clear, as in pseudo masks, the cells outside the object's own box and in annotated masks.
+
+        Args:
+            masks: shape (R, M, M), in [0, 1]; not changed.
+            rois: as above.
+        """
+        boxes = _boxes_of(rois, masks) if self.clip_to_box else None
+        return _clean(masks, boxes, self._exclusion_masks(rois, masks.shape[-1]))
+
+    def _exclusion_masks(self, rois: list[Instances], side: int) -> torch.Tensor | None:
+        rois = [x for x in rois if len(x) > 0]
+        if not self.exclude_seen or not rois:
+            return None
+        return torch.cat(
+            [x.gt_exclusion_masks.crop_and_resize(x.proposal_boxes.tensor, side) for x in rois]
+        )
+
+
+def _boxes_of(rois: list[Instances], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Of the ROIs and of their objects, (R, 4) each; an image without ROIs may lack the latter.
+    none = like.new_zeros((0, 4))
+    rois = [x for x in rois if len(x) > 0]
+    roi_boxes = torch.cat([x.proposal_boxes.tensor for x in rois]) if rois else none
+    return roi_boxes, torch.cat([x.gt_boxes.tensor for x in rois]) if rois else none
 
 
 def cells_inside_boxes(

@@ -10,28 +10,29 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
     select_foreground_proposals,
 )
-from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.modeling.roi_heads.mask_head import build_mask_head, mask_rcnn_inference
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .box_losses import box_supervision_from, compute_box_losses
 from .box_supervision import BoxSupervision, masked_dice_loss
 from .deferred_scalars import DeferredScalars
 from .feature_map_box_head import FeatureMapBoxHead, PooledFastRCNNOutputLayers
 from .label_channel import predict_label_channel
 from .mask_head import has_batch_norm
-from .mask_loss import crop_gt_masks, mask_accuracy, masked_bce_loss
-from .priors import KeptBoxFeatures, ROIContext, build_mask_prior
-from .pseudo_mask import cells_inside_boxes
+from .mask_loss import crop_external_masks, crop_gt_masks, mask_accuracy, masked_bce_loss
+from .priors import KeptBoxFeatures, ROIContext, build_mask_prior, shape_with_prior
 from .roi_pixels import PIXELS, InputPixels
 from .training_rois import (
     boxes_of,
+    has_external_mask_of,
     has_mask_of,
     one_roi_per_object,
-    rois_with_mask,
-    rois_without_mask,
+    take,
 )
 from .visualization import put_class_activation
+from .weight_transfer_mask_head import WeightTransferMaskHead
 
 __all__ = ["PartiallySupervisedROIHeads"]
 
@@ -54,6 +55,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         self,
         *,
         train_on_gt_boxes: bool = False,
+        train_on_external_masks: bool = False,
         mask_prior: nn.Module | None = None,
         repool_box_features: bool = False,
         box_supervision: BoxSupervision | None = None,
@@ -66,6 +68,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         Args:
             train_on_gt_boxes: train masks on the ground-truth boxes of the sampled objects, each
                 once, instead of on the foreground proposals.
+            train_on_external_masks: take masks that another model made as ground truth, too.
             mask_prior: enriches the mask features, see ``ROI_MASK_PRIOR_REGISTRY``.
             repool_box_features: at inference, compute the box head's maps for the prior at the
                 detected boxes instead of keeping those of the proposals.
@@ -77,8 +80,9 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                 that returns logits, as every :class:`BaseMaskRCNNHead` has.
 
         Raises:
-            ValueError: a mask head without a pooler, an unknown loss, or a prior that needs the box
-                head's map of a box head that has none.
+            ValueError: a mask head without a pooler, an unknown loss, a prior that needs the box
+                head's map of a box head that has none, or a :class:`WeightTransferMaskHead` whose
+                box predictor has not the weights it needs.
         """
         super().__init__(**kwargs)
         if self.mask_on and self.mask_pooler is None:
@@ -93,7 +97,10 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                 f"The mask prior {type(mask_prior).__name__} needs the box head's feature map: set "
                 'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead".'
             )
+        if self.mask_on and isinstance(self.mask_head, WeightTransferMaskHead):
+            self.mask_head.use_box_predictor(self.box_predictor)
         self.train_on_gt_boxes = train_on_gt_boxes
+        self.train_on_external_masks = train_on_external_masks
         self.mask_prior = mask_prior
         self.repool_box_features = repool_box_features
         self.box_supervision = box_supervision
@@ -105,22 +112,9 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super().from_config(cfg, input_shape)
-        settings = cfg.MODEL.BOX_SUPERVISION
-        if settings.NAME not in ("", "boxinst"):
-            raise ValueError(
-                f"MODEL.BOX_SUPERVISION.NAME is {settings.NAME!r}; allowed: '', 'boxinst'."
-            )
-        if settings.NAME:
-            ret["mask_loss"] = settings.MASK_LOSS
-            ret["box_supervision"] = BoxSupervision(
-                threshold=settings.COLOR_THRESHOLD,
-                dilation=settings.DILATION,
-                projection_weight=settings.PROJECTION_WEIGHT,
-                pairwise_weight=settings.PAIRWISE_WEIGHT,
-                warmup_iters=settings.WARMUP_ITERS,
-                bottom_rows=settings.BOTTOM_ROWS,
-            )
+        ret.update(box_supervision_from(cfg))
         ret["train_on_gt_boxes"] = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES
+        ret["train_on_external_masks"] = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
         ret["repool_box_features"] = cfg.MODEL.ROI_MASK_PRIOR.REPOOL
         ret["pixels"] = InputPixels(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT)
         ret["vis_period"] = cfg.VIS_PERIOD
@@ -138,7 +132,11 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         ret = super()._init_mask_head(cfg, input_shape)
         if ret:
             shapes = {k: input_shape[k] for k in cfg.MODEL.ROI_HEADS.IN_FEATURES}
-            ret["mask_prior"] = build_mask_prior(cfg, cls._roi_shape(cfg, input_shape), shapes)
+            shape = cls._roi_shape(cfg, input_shape)
+            ret["mask_prior"] = build_mask_prior(cfg, shape, shapes)
+            head_shape = shape_with_prior(shape, ret["mask_prior"])
+            if head_shape != shape:
+                ret["mask_head"] = build_mask_head(cfg, head_shape)
         return ret
 
     @staticmethod
@@ -194,21 +192,25 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
         if not self.mask_on or not self.training:
-            return self._predict_masks(self.mask_head, features, instances)
+            # Without MODEL.MASK_ON there is no head.
+            return self._predict_masks(getattr(self, "mask_head", None), features, instances)
         rois = self._select_training_rois(instances)
         mask_features, losses = self.compute_mask_features(features, rois, instances)
         labels = torch.cat([x.gt_classes for x in rois])
-        has_mask = torch.cat([has_mask_of(x) for x in rois])
         logits = predict_label_channel(self.mask_head, mask_features, labels)
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device)
-        self.scalars.put({"mask_head/accuracy": mask_accuracy(logits, targets, has_mask)})
+        if self.train_on_external_masks:
+            # Of other ROIs: the targets are 0 there.
+            targets = targets + crop_external_masks(rois, logits.shape[-1], logits.device)
+        is_supervised = torch.cat([self._is_supervised(x) for x in rois])
+        self.scalars.put({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
         weight = self.mask_head.loss_weight
-        losses["loss_mask"] = self.mask_loss(logits, targets, has_mask) * weight
-        losses.update(self._box_losses(logits, features, rois, weight))
+        losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
+        losses.update(compute_box_losses(self.box_supervision, logits, features, rois, weight))
         return losses
 
     def _predict_masks(
-        self, head: nn.Module, features: dict[str, torch.Tensor], instances: list[Instances]
+        self, head: nn.Module | None, features: dict[str, torch.Tensor], instances: list[Instances]
     ):
         if self.mask_on:
             mask_features, _ = self.compute_mask_features(features, instances)
@@ -228,12 +230,19 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             or (self.mask_prior is not None and self.mask_prior.uses_rois_without_mask)
         )
 
+    def _is_supervised(self, rois: Instances) -> torch.Tensor:
+        # Bool, shape (R_i,): which ROIs of an image have a mask to learn from that is given.
+        has_mask = has_mask_of(rois)
+        return has_mask | has_external_mask_of(rois) if self.train_on_external_masks else has_mask
+
     def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
         rois, _ = select_foreground_proposals(proposals, self.num_classes)
         if self.train_on_gt_boxes:
             rois = [one_roi_per_object(x) if len(x) > 0 else x for x in rois]
         # What would add nothing to the loss need not be computed.
-        return rois if self._uses_rois_without_mask() else [rois_with_mask(x) for x in rois]
+        if self._uses_rois_without_mask():
+            return rois
+        return [take(x, self._is_supervised(x)) for x in rois]
 
     def compute_mask_features(
         self,
@@ -280,27 +289,3 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             box_features = [features[f] for f in self.box_in_features]
             maps = self.box_head(self.box_pooler(box_features, [boxes_of(x) for x in instances]))
         return KeptBoxFeatures(maps, self.box_predictor.cls_score)
-
-    def _box_losses(
-        self,
-        logits: torch.Tensor,
-        features: dict[str, torch.Tensor],
-        rois: list[Instances],
-        weight: float,
-    ) -> dict[str, torch.Tensor]:
-        # logits: (R, M, M) of all ROIs; the losses are those of the ROIs without a mask.
-        if self.box_supervision is None:
-            return {}
-        has_mask = torch.cat([has_mask_of(x) for x in rois])
-        rois = [rois_without_mask(x) for x in rois]
-        boxes, side = [x.proposal_boxes for x in rois], logits.shape[-1]
-        image_sizes = [x.image_size for x in rois]
-        lab, valid = self.box_supervision.crop_lab(features[PIXELS], image_sizes, boxes, side)
-        roi_boxes = Boxes.cat(boxes).tensor
-        # An image without a ROI may lack the field.
-        gt_boxes = [x.gt_boxes.tensor for x in rois if len(x) > 0]
-        box_masks = cells_inside_boxes(roi_boxes, torch.cat([roi_boxes[:0], *gt_boxes]), side)
-        losses = self.box_supervision(
-            logits[~has_mask], box_masks, roi_boxes, lab, valid, get_event_storage().iter
-        )
-        return {name: loss * weight for name, loss in losses.items()}

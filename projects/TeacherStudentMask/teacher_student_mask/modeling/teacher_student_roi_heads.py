@@ -10,19 +10,23 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .box_losses import compute_box_losses
 from .dense_crf import DenseCRF
 from .label_channel import predict_label_channel
 from .mask_head import build_teacher_mask_head, has_batch_norm
 from .mask_loss import crop_gt_masks, mask_accuracy
+from .priors import shape_with_prior
 from .pseudo_mask import PseudoMaskGenerator
 from .roi_heads import PartiallySupervisedROIHeads
 from .roi_pixels import PIXELS, crop_pixels
+from .student_targets import EXTERNAL_MASK_USES, make_student_targets
 from .training_rois import (
     drop_surplus_rois_without_mask,
+    has_external_mask_of,
     has_mask_of,
     rois_without_mask,
 )
-from .visualization import describe_pseudo_masks, put_mask_images
+from .visualization import put_mask_images
 
 __all__ = ["TeacherStudentROIHeads"]
 
@@ -34,7 +38,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
 
     The teacher ``teacher_mask_head`` learns from the ROIs whose object has a mask, Eq. (5); the
     student ``mask_head`` learns from all of them, Eq. (6), with the teacher's cleaned-up output as
-    target where there is no mask. Only the student runs at inference, and by its name a plain
+    target where there is no mask. Masks that another model made ("external") are the student's
+    alone. Only the student runs at inference, and by its name a plain
     Mask R-CNN's weights load into it. One deviation from the paper: before ``warmup_iters`` ROIs
     without a mask give the student no loss, see ``MODEL.PSEUDO_MASK.WARMUP_ITERS``.
 
@@ -49,6 +54,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         pseudo_masks: PseudoMaskGenerator,
         warmup_iters: int = 1000,
         max_rois_without_mask: int = 0,
+        external_masks: str = "alone",
         test_mask_head: str = "student",
         **kwargs,
     ):
@@ -57,16 +63,31 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             teacher_mask_head: class-agnostic mask head; its ``layers`` turn ROI features of shape
                 (R, D, H, W) into logits (R, 1, M_t, M_t).
             pseudo_masks: makes the student's targets where there is no mask.
-            warmup_iters: first iteration at which ROIs without a mask train the student.
+            warmup_iters: first iteration at which the teacher's pseudo masks train the student.
             max_rois_without_mask: how many ROIs without a mask an image gives to the mask heads
                 at most, chosen at random; 0 = all.
+            external_masks: what masks that another model made are to the student, one of
+                :data:`EXTERNAL_MASK_USES`, see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
-            **kwargs: of :class:`PartiallySupervisedROIHeads`.
+            **kwargs: of :class:`PartiallySupervisedROIHeads`, but for ``train_on_external_masks``:
+                no teacher learns from them.
 
         Raises:
-            ValueError: an unknown test head, or a negative number of ROIs.
+            ValueError: an unknown test head or use of external masks, a negative number of ROIs, or
+                ``train_on_external_masks``.
         """
         super().__init__(**kwargs)
+        if self.train_on_external_masks:
+            raise ValueError(
+                "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but the teacher of "
+                "TeacherStudentROIHeads learns from human masks alone; set it to False, and "
+                "MODEL.PSEUDO_MASK.EXTERNAL to what external masks are to the student."
+            )
+        if external_masks not in EXTERNAL_MASK_USES:
+            raise ValueError(
+                f"MODEL.PSEUDO_MASK.EXTERNAL is {external_masks!r}; allowed: "
+                f"{', '.join(map(repr, EXTERNAL_MASK_USES))}."
+            )
         if max_rois_without_mask < 0:
             raise ValueError(
                 "MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE must be 0 (all) or more, got "
@@ -80,6 +101,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
         self.max_rois_without_mask = max_rois_without_mask
+        self.external_masks = external_masks
         self.test_mask_head = test_mask_head
 
     @classmethod
@@ -96,6 +118,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             ),
             warmup_iters=settings.WARMUP_ITERS,
             max_rois_without_mask=settings.MAX_ROIS_PER_IMAGE,
+            external_masks=settings.EXTERNAL,
             test_mask_head=cfg.TEST.MASK_HEAD,
         )
         return ret
@@ -105,7 +128,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         ret = super()._init_mask_head(cfg, input_shape)
         if not ret:
             raise ValueError("TeacherStudentROIHeads needs MODEL.MASK_ON True.")
-        ret["teacher_mask_head"] = build_teacher_mask_head(cfg, cls._roi_shape(cfg, input_shape))
+        head_shape = shape_with_prior(cls._roi_shape(cfg, input_shape), ret["mask_prior"])
+        ret["teacher_mask_head"] = build_teacher_mask_head(cfg, head_shape)
         return ret
 
     def _needs_pixels(self) -> bool:
@@ -122,6 +146,10 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
 
     def _has_pseudo_masks(self) -> bool:
         return get_event_storage().iter >= self.warmup_iters
+
+    def _is_supervised(self, rois: Instances) -> torch.Tensor:
+        has_mask = super()._is_supervised(rois)
+        return has_mask | has_external_mask_of(rois) if self.external_masks == "alone" else has_mask
 
     def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
         rois = super()._select_training_rois(proposals)
@@ -148,16 +176,21 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         )
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
 
-        targets, is_supervised = gt_masks, has_mask
-        if self._has_pseudo_masks():
-            targets = self._fill_in_pseudo_masks(
-                gt_masks, has_mask, features, rois, teacher_logits, student_logits
-            )
-            is_supervised = torch.ones_like(has_mask)
+        targets, is_supervised, scalars = make_student_targets(
+            gt_masks,
+            rois,
+            teacher_logits.detach(),
+            student_logits.detach(),
+            self.pseudo_masks,
+            external=self.external_masks,
+            has_pseudo_masks=self._has_pseudo_masks(),
+            pixels=features.get(PIXELS),
+        )
         loss_student = self.mask_loss(student_logits, targets, is_supervised)
 
         self.scalars.put(
             {
+                **scalars,
                 "teacher_mask/accuracy": mask_accuracy(teacher_logits, teacher_targets, has_mask),
                 "student_mask/accuracy": mask_accuracy(student_logits, gt_masks, has_mask),
             }
@@ -169,7 +202,9 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             **losses,
             "loss_mask": loss_student * self.mask_head.loss_weight,
             "loss_mask_teacher": loss_teacher * teacher_weight,
-            **self._box_losses(teacher_logits, features, rois, teacher_weight),
+            **compute_box_losses(
+                self.box_supervision, teacher_logits, features, rois, teacher_weight
+            ),
         }
 
     def compute_mask_logits(
@@ -214,33 +249,6 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         with torch.no_grad():
             others = head.layers(mask_features[rows[1]])[:, 0]
         return torch.cat([logits, others])[torch.cat(rows).argsort()]
-
-    @torch.no_grad()
-    def _fill_in_pseudo_masks(
-        self,
-        gt_masks: torch.Tensor,
-        has_mask: torch.Tensor,
-        features: dict[str, torch.Tensor],
-        rois: list[Instances],
-        teacher_logits: torch.Tensor,
-        student_logits: torch.Tensor,
-    ) -> torch.Tensor:
-        # The student's targets, shape (R, M, M): gt_masks, and pseudo masks in the other rows.
-        rows = (~has_mask).nonzero().squeeze(1)
-        if len(rows) == 0:
-            return gt_masks
-        rois = [rois_without_mask(x) for x in rois]
-        teacher_probs, student_probs = (
-            teacher_logits[rows].sigmoid(),
-            student_logits[rows].sigmoid(),
-        )
-        roi_images = None
-        if self.pseudo_masks.needs_images:
-            boxes = [x.proposal_boxes for x in rois]
-            roi_images = crop_pixels(features[PIXELS], boxes, gt_masks.shape[-1])
-        masks = self.pseudo_masks(teacher_probs, student_probs, rois, roi_images)
-        self.scalars.put(describe_pseudo_masks(masks, teacher_probs, student_probs))
-        return gt_masks.index_copy(0, rows, masks.to(gt_masks.dtype))
 
     def _put_images(self, features, rois, teacher_logits, student_logits, targets) -> None:
         unmasked = ~torch.cat([has_mask_of(x) for x in rois])

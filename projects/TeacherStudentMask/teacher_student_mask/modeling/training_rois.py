@@ -8,16 +8,18 @@ from detectron2.structures import Boxes, Instances
 __all__ = [
     "boxes_of",
     "drop_surplus_rois_without_mask",
+    "has_external_mask_of",
     "has_mask_of",
     "one_roi_per_object",
     "rois_with_mask",
     "rois_without_mask",
+    "take",
 ]
 
 
 def has_mask_of(rois: Instances) -> torch.Tensor:
     """
-    Which ROIs have an object with a mask.
+    Which ROIs have an object with a human mask.
 
     Args:
         rois: of one image, with ``gt_has_mask``; an image without ROIs may lack it.
@@ -28,14 +30,29 @@ def has_mask_of(rois: Instances) -> torch.Tensor:
     return rois.gt_has_mask if len(rois) > 0 else rois.gt_classes.to(torch.bool)
 
 
+def has_external_mask_of(rois: Instances) -> torch.Tensor:
+    """
+    Which ROIs have an object with a mask that another model made, and none of a human.
+
+    Args:
+        rois: of one image, with ``gt_classes``; without ``gt_external_masks`` there is none.
+
+    Returns:
+        bool, shape (R_i,).
+    """
+    if len(rois) == 0 or not rois.has("gt_external_masks"):
+        return torch.zeros_like(rois.gt_classes, dtype=torch.bool)
+    return rois.gt_has_external_mask & ~rois.gt_has_mask
+
+
 def rois_with_mask(rois: Instances) -> Instances:
     """The ROIs of :func:`has_mask_of`, in their order."""
-    return _take(rois, has_mask_of(rois))
+    return take(rois, has_mask_of(rois))
 
 
 def rois_without_mask(rois: Instances) -> Instances:
     """The other ROIs, in their order."""
-    return _take(rois, ~has_mask_of(rois))
+    return take(rois, ~has_mask_of(rois))
 
 
 def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
@@ -56,7 +73,7 @@ def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
     chosen = torch.randperm(len(candidates), device=candidates.device)[:limit]
     keep = has_mask.clone()
     keep[candidates[chosen]] = True
-    return _take(rois, keep)
+    return take(rois, keep)
 
 
 def one_roi_per_object(rois: Instances) -> Instances:
@@ -85,6 +102,7 @@ def boxes_of(instances: Instances) -> Boxes:
     return instances.get(name)
 
 
-def _take(rois: Instances, selected: torch.Tensor) -> Instances:
+def take(rois: Instances, selected: torch.Tensor) -> Instances:
+    """The ROIs where ``selected``, bool of shape (R_i,), is True, in their order."""
     # By index: with a bool mask every field would wait for the device to count its True.
     return rois[selected.nonzero().squeeze(1)]

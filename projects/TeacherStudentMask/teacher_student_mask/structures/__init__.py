@@ -1,5 +1,6 @@
-"""Data structures that travel inside Detectron2's :class:`Instances`."""
+"""Fields of :class:`detectron2.structures.Instances` that Detectron2 does not have."""
 
 from .image_mask import ImageMask
+from .sparse_masks import SparseMasks
 
-__all__ = ["ImageMask"]
+__all__ = ["ImageMask", "SparseMasks"]

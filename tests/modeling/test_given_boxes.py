@@ -1,0 +1,50 @@
+"""Mask probabilities on given boxes, against the heads run by hand."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+
+from teacher_student_mask.modeling import given_boxes
+from teacher_student_mask.modeling.given_boxes import predict_masks_on_boxes
+
+BOXES = torch.tensor([[4.0, 4, 30, 30], [20, 20, 50, 56], [0, 0, 64, 64]])
+CLASSES = torch.tensor([2, 0, 1])
+
+
+def make(tiny_cfg, name):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(opts=["MODEL.ROI_HEADS.NAME", name])).eval()
+    image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
+    return model, {"image": image}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["TeacherStudentROIHeads", "PartiallySupervisedROIHeads"])
+@pytest.mark.parametrize("max_rois", [128, 2])
+def test_probabilities_are_those_of_the_heads(tiny_cfg, monkeypatch, name, max_rois):
+    monkeypatch.setattr(given_boxes, "_MAX_ROIS", max_rois)
+    model, inputs = make(tiny_cfg, name)
+    probs = predict_masks_on_boxes(model, inputs, BOXES, CLASSES)
+    heads = model.roi_heads
+    features = model.backbone(model.preprocess_image([inputs]).tensor)
+    pooled = heads.mask_pooler([features[f] for f in heads.mask_in_features], [Boxes(BOXES)])
+    student = heads.mask_head.layers(pooled)[torch.arange(3), CLASSES].sigmoid()
+    torch.testing.assert_close(probs["student"], student)
+    assert ("teacher" in probs) == (name == "TeacherStudentROIHeads")
+    if "teacher" in probs:
+        teacher = heads.teacher_mask_head.layers(pooled)[:, 0].sigmoid()
+        torch.testing.assert_close(probs["teacher"], teacher)
+
+
+def test_no_box_gives_no_row(tiny_cfg):
+    for name in ("TeacherStudentROIHeads", "PartiallySupervisedROIHeads"):
+        model, inputs = make(tiny_cfg, name)
+        probs = predict_masks_on_boxes(model, inputs, BOXES[:0], CLASSES[:0])
+        assert all(len(x) == 0 for x in probs.values())
+
+
+def test_nothing_is_detected(tiny_cfg, monkeypatch):
+    model, inputs = make(tiny_cfg, "TeacherStudentROIHeads")
+    monkeypatch.setattr(model.proposal_generator, "forward", None)
+    predict_masks_on_boxes(model, inputs, BOXES, CLASSES)
