@@ -2,10 +2,12 @@
 """
 Train or evaluate a model of TeacherStudentMask.
 
-All flags and KEY VALUE overrides are Detectron2's. Datasets are looked for under
-$DETECTRON2_DATASETS (default: ./datasets), COCO in Detectron2's layout.
+All flags and KEY VALUE overrides are Detectron2's. DATASETS.TRAIN and DATASETS.TEST name COCO jsons
+by their paths, or registered datasets. These are looked for under $DETECTRON2_DATASETS (default:
+./datasets), COCO in Detectron2's layout.
 
   train:     train_net.py --num-gpus 8 --config-file configs/voc2nonvoc/....yaml
+  your data: train_net.py --config-file configs/custom/....yaml DATASETS.TRAIN "('my.json',)"
   on a CPU:  train_net.py --config-file configs/shapes/....yaml MODEL.DEVICE cpu
   go on:     train_net.py --resume --config-file ...
   evaluate:  train_net.py --eval-only --config-file ... MODEL.WEIGHTS model.pth
@@ -27,8 +29,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.class_splits import AUTO
 from teacher_student_mask.config_file import merge_config_file
-from teacher_student_mask.data import check_datasets
+from teacher_student_mask.data import check_datasets, register_json_datasets, settle_classes
 from teacher_student_mask.engine import (
     Trainer,
     check_device_of_processes,
@@ -55,17 +58,21 @@ def setup(args) -> CfgNode:
         # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
         cfg.MODEL.RESNETS.NORM = "BN"
         cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.freeze()
     if not args.eval_only:
         check_mixed_precision(cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
         check_device_of_processes(cfg.MODEL.DEVICE)
     if cfg.DETERMINISTIC:
         make_deterministic(cfg.SEED, cfg.CUDNN_BENCHMARK)
     check_output_dir(cfg.OUTPUT_DIR)
-    default_setup(cfg, args)
     setup_logger(
         output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="teacher_student_mask"
     )
+    register_json_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+    # Before the config is saved, so that nothing needs the training data after the training.
+    is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
+    cfg = settle_classes(cfg, needs_seen_classes=is_asked)
+    cfg.freeze()
+    default_setup(cfg, args)
     if from_scratch:
         logger.warning(
             "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
@@ -95,7 +102,7 @@ def main(args) -> dict | None:
 
 def check_annotations_of(cfg: CfgNode, eval_only: bool) -> None:
     """Stop at errors of the datasets' annotations before anything is built."""
-    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "GrabCutRCNN")
     check_datasets(
         () if eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,

@@ -340,3 +340,41 @@ def test_all_processes_stop_with_the_sentence(arguments, make_tiny_coco, tmp_pat
     told = [(tmp_path / rank).read_text() for rank in "01"]
     assert told[0] == told[1]
     assert told[0].startswith(f"{bad.json_file}: annotation 111: 'segmentation' is 'mask.png'")
+
+
+def of_model(data):
+    complete(data)
+    for x in data["annotations"]:
+        if x["id"] in (108, 111):
+            x["mask_source"] = "model"
+
+
+@pytest.mark.parametrize("how", [register_coco_instances, register_lvis_instances])
+def test_masks_of_models_that_would_pass_for_human_ones_stop_the_training(register, how):
+    """Detectron2's functions read the fields that they know."""
+    dataset = register(of_model, how)
+    with pytest.raises(ValueError) as error:
+        check_datasets((dataset.name,), (), SEEN, num_classes=3)
+    text = str(error.value)
+    assert text.startswith(f"{dataset.json_file}: annotation 108: 'mask_source' is 'model'; ")
+    assert "register_partial_coco" in text and "(2 in all: 108, 111)" in text
+    # A detector of boxes reads none.
+    check_datasets((dataset.name,), (), SEEN, num_classes=3, reads_masks=False)
+
+
+def test_other_functions_are_warned_of_masks_of_models(register, log):
+    dataset = register(of_model, by_unknown_function)
+    check_datasets((dataset.name,), (), SEEN, num_classes=3)
+    (warning,) = [x.getMessage() for x in log.records if "mask_source" in x.getMessage()]
+    assert "extra_annotation_keys=['mask_source']" in warning
+
+
+def test_masks_of_models_are_trained_on_but_not_evaluated_on(make_tiny_coco, log):
+    dataset = make_tiny_coco(of_model)
+    check_datasets((dataset.name,), (), SEEN, num_classes=3)
+    (table,) = [x.getMessage() for x in log.records if "boxes only" in x.getMessage()]
+    rows = [line.split() for line in table.splitlines()]
+    # Human masks, then a model's.
+    assert ["cat", "unseen", "3", "2", "1", "0", "0", "0", "-"] in rows
+    with pytest.raises(ValueError, match="objects 2 have a mask that a model made"):
+        check_datasets((), (dataset.name,), SEEN, num_classes=3)

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import BitMasks, PolygonMasks
 
 from teacher_student_mask import TeacherStudentDatasetMapper
+from teacher_student_mask.structures import SparseMasks
 
 UNSEEN_CATEGORY = 17
 FORMATS = pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
@@ -80,6 +81,8 @@ def is_same(a, b):
         )
     if len(a) != len(b):
         return False
+    if isinstance(a, SparseMasks):
+        return torch.equal(a.rows, b.rows) and is_same(a.masks, b.masks)
     if not isinstance(a, torch.Tensor):
         a, b = a.tensor, b.tensor  # Boxes, BitMasks, ImageMask
     return a.dtype == b.dtype and torch.equal(a, b)
@@ -159,3 +162,30 @@ def test_both_mask_formats_were_compared(augmented_cfg, tiny_coco, mask_format):
     kinds = {type(x["instances"].gt_masks) for x in examples if len(x["instances"]) > 0}
     # The image with RLEs has BitMasks in any case.
     assert kinds == ({PolygonMasks, BitMasks} if mask_format == "polygon" else {BitMasks})
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", REPLACEMENTS)
+def test_human_masks_are_forgotten_beside_those_of_models(
+    augmented_cfg, make_tiny_coco, mask_format, kind
+):
+    def mark(data):
+        (row,) = [x for x in data["annotations"] if x["id"] == 109]  # of two cats in an image
+        row["mask_source"] = "model"
+        return row
+
+    def scramble(data):
+        segmentation = mark(data)["segmentation"]
+        replace_segmentations(REPLACEMENTS[kind])(data)
+        mark(data)["segmentation"] = segmentation
+
+    dataset, changed = make_tiny_coco(mark), make_tiny_coco(scramble)
+    assert dataset.data != changed.data
+    cfg = augmented_cfg(mask_format)
+    examples = training_examples(cfg, dataset)
+    assert sum(int(x["instances"].gt_has_external_mask.sum()) for x in examples) >= 2
+    assert differences(examples, training_examples(cfg, changed)) == set()
+    # A model's own mask does show, and nowhere else.
+    moved = make_tiny_coco(lambda data: mark(data).update(segmentation=[[8, 9, 30, 12, 9, 40]]))
+    found = differences(examples, training_examples(cfg, moved))
+    assert found == {"gt_external_masks"}

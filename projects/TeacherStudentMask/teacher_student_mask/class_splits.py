@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 
-__all__ = ["VOC_CLASSES", "NONVOC_CLASSES", "resolve_seen_classes"]
+__all__ = ["AUTO", "VOC_CLASSES", "NONVOC_CLASSES", "resolve_seen_classes"]
 
 # COCO's names of the 20 PASCAL VOC classes; VOC itself says aeroplane, motorbike, sofa,
 # pottedplant, diningtable and tvmonitor.
@@ -33,6 +33,9 @@ NONVOC_CLASSES = (
 )
 # fmt: on
 
+# The spec that the training data have to answer, see data/seen_classes.py.
+AUTO = "auto"
+
 _NAMED_SPLITS = {"voc": frozenset(VOC_CLASSES), "nonvoc": frozenset(NONVOC_CLASSES)}
 
 
@@ -52,6 +55,8 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
             * class names separated by commas, e.g. ``"cat, hair drier"``.
             * a path to a ``.json`` file with a list of names, or to a text file with one name a
               line (``#`` starts a comment). Needed for names that contain a comma.
+
+            Names with a comma before them, ``", all"``, are never one of the words above or a file.
         thing_classes: the dataset's class names; the position is the contiguous id.
 
     Returns:
@@ -69,6 +74,12 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
             "unique, because seen classes are given by name."
         )
     spec = spec.strip()
+    if spec == AUTO:
+        raise ValueError(
+            f"SEEN_CLASSES is {AUTO!r}, which only the training annotations can answer, and they "
+            "have not been asked: train_net.py writes the names of the classes to the config.yaml "
+            f"in OUTPUT_DIR; use that one. A class of this name is meant by ', {AUTO}'."
+        )
     if spec == "all":
         return list(range(len(thing_classes)))
     if spec in _NAMED_SPLITS:

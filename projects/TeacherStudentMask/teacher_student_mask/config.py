@@ -19,9 +19,18 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # on a GPU; an operation that has no deterministic form there stops training with its name.
     cfg.DETERMINISTIC = False
 
-    # Whose masks training may use: "voc", "nonvoc", "all", class names separated by commas, or a
-    # path to a text or json list. The masks of all other classes are forgotten by the mapper.
+    # Whose masks training may use: "voc", "nonvoc", "all", "auto" = the classes with enough masks
+    # in the training data, class names separated by commas, or a path to a text or json list. The
+    # masks of all other classes are forgotten by the mapper.
     cfg.DATASETS.SEEN_CLASSES = "voc"
+    # How many masks a class needs to be seen by "auto"; those of crowds and of models do not count.
+    # 10: fewer make no AP of a "seen" class, and are few to lose. LVIS calls classes in up to 10
+    # images rare. 1 = all classes with any mask.
+    cfg.DATASETS.MIN_MASKS_PER_CLASS = 10
+    # Folders of the images of those entries of DATASETS.TRAIN and DATASETS.TEST that are paths of
+    # COCO jsons; "" = the folder of the json.
+    cfg.DATASETS.TRAIN_IMAGE_ROOT = ""
+    cfg.DATASETS.TEST_IMAGE_ROOT = ""
 
     # A pickle can run any code when it is read. True: MODEL.WEIGHTS ending in ".pkl" may come from
     # anywhere, False: from Detectron2's own URLs alone. Counts on the command line, not in a file.
@@ -31,9 +40,16 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV = 1
     # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
     cfg.MODEL.ROI_MASK_HEAD.HOURGLASS = 52
+    # Of "WeightTransferMaskHead" (Mask^X R-CNN): add its class-agnostic fully connected branch, as
+    # its official configs do. 157 million weights for 256 channels of 28x28 cells.
+    cfg.MODEL.ROI_MASK_HEAD.MLP_BRANCH = False
     # Train the mask heads on the ground-truth boxes of the sampled objects, each once, instead of
     # on the sampled foreground proposals. The paper does not say; deep mask heads need it.
     cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES = False
+
+    # Take masks with "mask_source" "model" as ground truth, too: of the only mask head, that of
+    # PartiallySupervisedROIHeads. TeacherStudentROIHeads has MODEL.PSEUDO_MASK.EXTERNAL instead.
+    cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS = False
 
     # The class-agnostic teacher of TeacherStudentROIHeads. It is any registered mask head: it is
     # built with these values in the place of MODEL.ROI_MASK_HEAD's.
@@ -56,7 +72,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_HEAD.CONV_WIDTHS = [512, 1024, 1024, 1024]
 
     # What enriches the ROI features of the mask heads: "" = nothing, or a name of
-    # ROI_MASK_PRIOR_REGISTRY: "ClassActivationPrior" (OPMask).
+    # ROI_MASK_PRIOR_REGISTRY: "ClassActivationPrior" (OPMask), "ShapePropagationPrior" (ShapeProp),
+    # "CommonalityParsingPrior" (CPMask, a reconstruction from its abstract), "ContrastivePrior"
+    # (ContrastMask).
     cfg.MODEL.ROI_MASK_PRIOR = CN()
     cfg.MODEL.ROI_MASK_PRIOR.NAME = ""
     # At inference the prior sees the box head's map of the proposal, as OPMask has it; True pools
@@ -64,6 +82,44 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.ROI_MASK_PRIOR.REPOOL = False
     # Keep mask losses from training the box head through the prior.
     cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT = False
+
+    # "ShapePropagationPrior": width of its convolutions, and of what it appends to the features.
+    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION = CN()
+    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM = 256
+    # Channels in which the saliency spreads.
+    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_CHANNELS = 24
+    # Steps of message passing, one cell far each; 0 = the side of the features (14), ShapeProp's.
+    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_STEPS = 0
+    # Weights of loss_shape_activation and loss_shape.
+    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.ACTIVATION_WEIGHT = 1.0
+    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.SHAPE_WEIGHT = 1.0
+
+    # "CommonalityParsingPrior", all of it a reconstruction from CPMask's abstract, whose code was
+    # never released: width of the boundary's convolutions, then of the affinities.
+    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING = CN()
+    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.CONV_DIM = 256
+    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.AFFINITY_DIM = 128
+    # Weights of loss_boundary and loss_affinity.
+    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.BOUNDARY_WEIGHT = 1.0
+    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.AFFINITY_WEIGHT = 1.0
+
+    # Of "ContrastivePrior" (ContrastMask).
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST = CN()
+    # Side of the grid, in cells, on which pixels are compared.
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.POOLER_RESOLUTION = 28
+    # 3x3 convolutions of the encoder; channels of encoder and projector; norm of the projector.
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NUM_CONV = 8
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM = 256
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "BN"
+    # Weight of the contrastive loss, times 0.25 in epochs 0 and 1, 0.5 and 0.75 in 2 and 3.
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT = 0.1
+    # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. Not rescaled
+    # by SOLVER.REFERENCE_WORLD_SIZE.
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = 7330
+    # Which share of the pixels of each set are keys, a random choice.
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.KEY_SHARE = 0.3
+    # The loss as the official code has it: no temperature at the positive key in the denominator.
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.OFFICIAL_DENOMINATOR = False
 
     # Losses on the boxes of objects without a mask, for the teacher, or for the only mask head:
     # "" = none, "boxinst" = BoxInst's projection and pairwise losses on the ROI grid.
@@ -97,6 +153,11 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Before this iteration objects without a mask give the student no loss at all. Ours: the
     # paper starts at 0, where "interact" can collapse to empty pseudo masks for good.
     cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 1000
+    # What masks with "mask_source" "model" are to the student; the teacher never sees them.
+    # "alone": they are its target, from iteration 0 on; "mean": the mean of mask and teacher takes
+    # the place of the teacher's probabilities in METHOD, from WARMUP_ITERS on; "ignore": the mapper
+    # forgets them. Clipped and excluded like pseudo masks.
+    cfg.MODEL.PSEUDO_MASK.EXTERNAL = "alone"
     # How many ROIs without a mask an image gives to the mask heads at most, a random choice: less
     # time per step. 0 = all, as in the paper.
     cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE = 0
@@ -117,7 +178,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Which mask head runs at inference: "student", or "teacher" for analysis.
     cfg.TEST.MASK_HEAD = "student"
     # Which classes the tasks segm_seen and segm_unseen take for seen, in the form of
-    # DATASETS.SEEN_CLASSES; "" = the same as in training. For the oracle, which sees all.
+    # DATASETS.SEEN_CLASSES; "" = the same as in training. For the oracle, which sees all. "auto"
+    # counts the masks of the training data here, too.
     cfg.TEST.SEEN_CLASSES = ""
     # Evaluate the masks on the ground-truth boxes and classes, which isolates the mask head.
     cfg.TEST.GT_BOXES = False

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_teacher_student_mask_config
 from ..config_file import merge_config_file
+from ..data import register_json_datasets, settle_classes
 from ..modeling import TeacherStudentROIHeads
 from ..weights_file import check_weights, safe_loading
 
@@ -91,6 +92,8 @@ def load_config(config_file: str, weights: str | None = None, opts: Sequence = (
             "the model_final.pth in the OUTPUT_DIR of train_net.py."
         )
     cfg.MODEL.WEIGHTS = weights
+    register_json_datasets(cfg)
+    cfg = settle_classes(cfg, needs_seen_classes=False)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
         cfg.MODEL.DEVICE = "cpu"
@@ -113,7 +116,8 @@ def find_test_dataset(cfg: CfgNode) -> CocoDataset:
     if name not in DatasetCatalog.list():
         raise ValueError(
             f"DATASETS.TEST names {name!r}, which is not registered; register it first with "
-            "teacher_student_mask.register_partial_coco(name, json_file, image_root)."
+            "teacher_student_mask.register_partial_coco(name, json_file, image_root), or name the "
+            "path of a COCO json."
         )
     metadata = MetadataCatalog.get(name)
     if not metadata.get("json_file") or metadata.get("image_root") is None:

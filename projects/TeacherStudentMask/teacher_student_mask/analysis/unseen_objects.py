@@ -17,7 +17,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from pycocotools.coco import COCO
 
-from ..data import TeacherStudentDatasetMapper, load_partial_coco_json
+from ..checks.mask_sources import is_from_model
+from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, settle_classes
 from ..evaluation import compute_overlaps
 from ..structures import ImageMask
 from .trained_model import CocoDataset
@@ -83,7 +84,7 @@ class UnseenObjectReader:
         self._mask_format = cfg.INPUT.MASK_FORMAT
         self._num_without_mask = self._num_without_area = 0
 
-        cfg = cfg.clone()
+        cfg = settle_classes(cfg).clone()
         cfg.defrost()
         # The mapper looks there for the classes.
         cfg.DATASETS.TRAIN = (dataset.name,)
@@ -113,7 +114,9 @@ class UnseenObjectReader:
         for annotation, entry in pairs:
             if annotation["iscrowd"] or annotation["category_id"] in self._mapper.seen_classes:
                 continue
-            segmentation = _read_segmentation(annotation.get("segmentation"), image)
+            segmentation = None
+            if not is_from_model(annotation):
+                segmentation = _read_segmentation(annotation.get("segmentation"), image)
             if segmentation is None:
                 self._num_without_mask += 1
                 continue

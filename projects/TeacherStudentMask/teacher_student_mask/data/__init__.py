@@ -3,6 +3,8 @@
 from .dataset_checks import check_datasets
 from .dataset_mapper import TeacherStudentDatasetMapper
 from .datasets import load_partial_coco_json, register_partial_coco
+from .json_datasets import register_json_datasets
+from .seen_classes import settle_classes
 from .train_loader import build_train_loader
 
 __all__ = [
@@ -10,5 +12,7 @@ __all__ = [
     "build_train_loader",
     "check_datasets",
     "load_partial_coco_json",
+    "register_json_datasets",
     "register_partial_coco",
+    "settle_classes",
 ]

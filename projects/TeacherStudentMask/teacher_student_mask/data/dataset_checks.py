@@ -13,8 +13,10 @@ from detectron2.utils.file_io import PathManager
 from ..checks.annotation_checks import check_annotations
 from ..checks.annotation_report import AnnotationReport, Finding
 from ..checks.evaluation_checks import check_for_evaluation
+from ..checks.mask_sources import is_from_model
 from ..checks.reading import read_json
 from .datasets import classes_of, remember_as_checked
+from .json_datasets import is_json_path
 
 __all__ = ["check_datasets"]
 
@@ -147,9 +149,13 @@ class _Checks:
             report = check_annotations(
                 json_file, image_root, seen_classes, self._num_classes, data=data
             )
+            if self._reads_masks and loader != _OURS and isinstance(data, dict):
+                _check_sources_arrive(report, data, loader)
             reads_masks = self._reads_masks and seen_classes is not None
             report = report.judged(lambda x: _judge_training(x, reads_masks, self._needs_masks))
-        if isinstance(data, dict) and _num_categories(data) < (self._num_classes or 0):
+        # A json that the config names by its path is no part of another dataset.
+        may_be_part = isinstance(data, dict) and not is_json_path(name)
+        if may_be_part and _num_categories(data) < (self._num_classes or 0):
             report = report.judged(_judge_fewer_classes)
         return report.judged(lambda x: _judge_loading(x, use, loader, json_file))
 
@@ -170,6 +176,28 @@ def _has_names(data: object, names: Sequence[str]) -> bool:
         return classes_of(data)["thing_classes"] == list(names)
     except (KeyError, TypeError):
         return False
+
+
+def _check_sources_arrive(report: AnnotationReport, data: dict, loader: str) -> None:
+    """Functions that are not ours may leave "mask_source" out: a model's mask is a human's then."""
+    rows = data.get("annotations")
+    if type(rows) is not list or not set(map(type, rows)) <= {dict}:
+        return  # found already
+    is_known = loader in (_DETECTRON2S, _LVIS)
+    if is_known:
+        remedy = (
+            "Detectron2's function of this dataset leaves this field out, and training would take "
+            "the mask for a human's; register the file with register_partial_coco, or give its "
+            "path in DATASETS.TRAIN"
+        )
+    else:
+        remedy = (
+            "training takes the mask for a human's unless the function of this dataset hands on "
+            "'mask_source', as load_coco_json does with extra_annotation_keys=['mask_source']"
+        )
+    is_lost = [is_from_model(x) and bool(x.get("segmentation")) for x in rows]
+    severity = "error" if is_known else "warning"
+    report.add(severity, "annotation", rows, is_lost, "mask_source", remedy)
 
 
 def _judge_training(finding: Finding, reads_masks: bool, needs_masks: bool) -> Finding:

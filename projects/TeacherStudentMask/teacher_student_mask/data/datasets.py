@@ -56,7 +56,7 @@ def load_partial_coco_json(
 
     Returns:
         One dict an image, sorted by image id. ``segmentation`` is there only where the json holds
-        at least one polygon or an RLE.
+        at least one polygon or an RLE, ``mask_source`` as in the json.
 
     Raises:
         ValueError: what :func:`check_annotations` calls an error, but for masks.
@@ -165,6 +165,8 @@ def _read_object(annotation: dict, contiguous_ids: dict[int, int]) -> dict:
         "category_id": contiguous_ids[annotation["category_id"]],
         "iscrowd": annotation.get("iscrowd", 0),
     }
+    if "mask_source" in annotation:
+        obj["mask_source"] = annotation["mask_source"]
     if annotation.get("keypoints"):
         # COCO's keypoints are pixel indices, Detectron2's are coordinates.
         obj["keypoints"] = [

@@ -50,6 +50,7 @@ def generate_shapes(
     num_val: int = 200,
     image_size: int = 96,
     seed: int = 0,
+    flat: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """
@@ -68,6 +69,8 @@ def generate_shapes(
         num_train, num_val: images in the splits.
         image_size: side of the images in pixels; objects scale with it.
         seed: of the whole dataset.
+        flat: write ``{train,val}.json`` and all images to ``images/`` instead, as many people have
+            their own data.
         progress: called with (images done, images in all) after each image.
 
     Raises:
@@ -75,16 +78,20 @@ def generate_shapes(
     """
     if image_size < 32:
         raise ValueError(f"image_size must be at least 32 pixels, got {image_size}.")
-    os.makedirs(os.path.join(root, "annotations"), exist_ok=True)
     num_done = 0
     for split_id, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
-        os.makedirs(os.path.join(root, split), exist_ok=True)
+        names = (
+            ("images", f"{split}.json") if flat else (split, f"annotations/instances_{split}.json")
+        )
+        folder, path = (os.path.join(root, x) for x in names)
+        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         images, annotations = [], []
         for k in range(num_images):
             rng = np.random.default_rng([seed, split_id, k])
             pixels, objects = _draw_image(rng, image_size)
-            file_name = f"{k:06d}.png"
-            Image.fromarray(pixels).save(os.path.join(root, split, file_name))
+            file_name = f"{split}_{k:06d}.png" if flat else f"{k:06d}.png"
+            Image.fromarray(pixels).save(os.path.join(folder, file_name))
             images.append(
                 {"id": k + 1, "file_name": file_name, "height": image_size, "width": image_size}
             )
@@ -99,7 +106,6 @@ def generate_shapes(
             "annotations": annotations,
             "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES_CLASSES)],
         }
-        path = os.path.join(root, "annotations", f"instances_{split}.json")
         with open(path, "w", encoding="utf-8") as f:
             json.dump(coco, f)
         logger.info(f"Wrote {num_images} images with {len(annotations)} objects: {path}")

@@ -17,7 +17,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..data import TeacherStudentDatasetMapper, build_train_loader
+from ..data import TeacherStudentDatasetMapper, build_train_loader, settle_classes
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
 from ..weights_file import safe_loading, weights_to_load
@@ -45,7 +45,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         if comm.is_main_process():
             tidy_output_dir(cfg.OUTPUT_DIR)
-        super().__init__(cfg)
+        super().__init__(settle_classes(cfg))
         self.checkpointer.path_manager = AtomicPathManager(self.checkpointer.path_manager)
 
     def build_hooks(self) -> list[HookBase | None]:

@@ -1,0 +1,284 @@
+"""Masks that a model made, through loader and mapper: apart from human ones, moved like them."""
+
+import copy
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
+from PIL import Image
+
+from teacher_student_mask import TeacherStudentDatasetMapper, load_partial_coco_json
+from teacher_student_mask.data.model_masks import ModelMaskCounts
+
+HEIGHT, WIDTH = 12, 16
+SEEN, UNSEEN = 0, 1
+FORMATS = pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+KINDS = pytest.mark.parametrize("kind", ["polygon", "rle"])
+# On pixel corners, so that all ways of drawing agree.
+L_SHAPE = [2, 2, 8, 2, 8, 5, 5, 5, 5, 9, 2, 9]
+BAR = [9, 3, 15, 3, 15, 6, 9, 6]
+
+
+def draw(polygon, height=HEIGHT, width=WIDTH):
+    return polygons_to_bitmask([np.array(polygon, dtype=float)], height, width)
+
+
+def segmentation(polygon, kind):
+    if kind == "polygon":
+        return [list(map(float, polygon))]
+    rle = mask_util.encode(np.asfortranarray(draw(polygon), dtype=np.uint8))
+    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
+
+
+def annotation(category_id, box, mask=None, **fields):
+    x0, y0, x1, y1 = map(float, box)
+    fields.update(bbox=[x0, y0, x1 - x0, y1 - y0], bbox_mode=BoxMode.XYWH_ABS, iscrowd=0)
+    return {**fields, "category_id": category_id, "segmentation": mask}
+
+
+@pytest.fixture
+def map_image(tmp_path):
+    """Return ``map_(annotations, augmentations, **options)``: the instances of an image."""
+    path = tmp_path / "x.png"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path)
+
+    def map_(annotations, augmentations=(), mask_format="polygon", **options):
+        mapper = TeacherStudentDatasetMapper(
+            is_train=True,
+            seen_classes=[SEEN],
+            augmentations=list(augmentations),
+            image_format="BGR",
+            use_instance_mask=True,
+            instance_mask_format=mask_format,
+            **options,
+        )
+        image = {"file_name": str(path), "image_id": 3, "height": HEIGHT, "width": WIDTH}
+        given = {**image, "annotations": annotations}
+        before = copy.deepcopy(given)
+        instances = mapper(given)["instances"]
+        assert given == before
+        return instances
+
+    return map_
+
+
+def external_bits(instances):
+    """The external mask of each object as a bool array; None where there is none."""
+    if not instances.has("gt_external_masks"):
+        return [None] * len(instances)
+    sparse = instances.gt_external_masks
+    bits = []
+    for row in sparse.rows.tolist():
+        if row < 0:
+            bits.append(None)
+        elif isinstance(sparse.masks, BitMasks):
+            bits.append(sparse.masks.tensor[row].numpy())
+        else:
+            bits.append(polygons_to_bitmask(sparse.masks.polygons[row], *instances.image_size))
+    return bits
+
+
+def one_of_each(kind="polygon", human="polygon"):
+    return [
+        annotation(SEEN, (9, 3, 15, 6), segmentation(BAR, human), mask_source="human"),
+        annotation(SEEN, (2, 2, 8, 9), segmentation(L_SHAPE, kind), mask_source="model"),
+        annotation(UNSEEN, (2, 2, 8, 9), segmentation(L_SHAPE, kind), mask_source="model"),
+        annotation(UNSEEN, (9, 3, 15, 6), segmentation(BAR, kind)),
+        annotation(SEEN, (1, 1, 5, 5), None, mask_source="model"),
+    ]
+
+
+@KINDS
+@FORMATS
+def test_a_models_mask_is_beside_the_human_ones(map_image, kind, mask_format):
+    instances = map_image(one_of_each(kind), mask_format=mask_format)
+    assert instances.gt_has_mask.tolist() == [True, False, False, False, False]
+    assert instances.gt_has_external_mask.tolist() == [False, True, True, False, False]
+    bits = external_bits(instances)
+    for row in (1, 2):
+        np.testing.assert_array_equal(bits[row], draw(L_SHAPE))
+    assert [x is None for x in bits] == [True, False, False, True, True]
+    # No pixel of it is in what others read.
+    np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor.numpy(), draw(BAR))
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, HEIGHT, WIDTH)
+    box = draw([2, 2, 8, 2, 8, 9, 2, 9])
+    for row in (1, 2):
+        np.testing.assert_array_equal(masks.tensor[row].numpy(), box)
+
+
+@KINDS
+@FORMATS
+@pytest.mark.parametrize("human", ["polygon", "rle"])
+def test_all_other_fields_are_the_same_without_it(map_image, kind, mask_format, human):
+    augmentations = [
+        T.CropTransform(3, 1, 11, 9),
+        T.HFlipTransform(11),
+        T.RotationTransform(9, 11, 8),
+    ]
+    # An RLE of a model must not turn human polygons into bitmasks, which are cropped otherwise.
+    with_masks = one_of_each(kind, human)
+    without = [
+        {**x, "segmentation": None} if x.get("mask_source") == "model" else x for x in with_masks
+    ]
+    options = {"mask_format": mask_format, "recompute_boxes": True}
+    results = [map_image(x, augmentations, **options) for x in (with_masks, without)]
+    first, second = (x.get_fields() for x in results)
+    assert first.pop("gt_has_external_mask").any() and first.pop("gt_external_masks") is not None
+    assert not second.pop("gt_has_external_mask").any()
+    assert first.keys() == second.keys()
+    assert_same_fields(first, second)
+    # And "ignore" is a json without it.
+    ignoring = map_image(with_masks, augmentations, use_external_masks=False, **options)
+    fields = ignoring.get_fields()
+    assert not fields.pop("gt_has_external_mask").any()
+    assert fields.keys() == second.keys()
+    assert_same_fields(fields, second)
+
+
+def assert_same_fields(first, second):
+    for name, a in first.items():
+        b = second[name]
+        assert type(a) is type(b), name
+        if isinstance(a, PolygonMasks):
+            for x, y in zip(a.polygons, b.polygons, strict=True):
+                for p, q in zip(x, y, strict=True):
+                    np.testing.assert_array_equal(p, q)
+        else:
+            a, b = (x if isinstance(x, torch.Tensor) else x.tensor for x in (a, b))
+            assert torch.equal(a, b), name
+
+
+@KINDS
+@FORMATS
+def test_flip_and_crop_move_it(map_image, kind, mask_format):
+    augmentations = [T.HFlipTransform(WIDTH), T.CropTransform(7, 1, 8, 10)]
+    instances = map_image(one_of_each(kind), augmentations, mask_format)
+    expected = draw(L_SHAPE)[:, ::-1][1:11, 7:15]
+    assert instances.image_size == (10, 8)
+    bits = external_bits(instances)
+    for row, has_mask in enumerate(instances.gt_has_external_mask.tolist()):
+        if has_mask:
+            np.testing.assert_array_equal(bits[row], expected)
+    assert instances.gt_has_external_mask.sum() == 2
+
+
+@KINDS
+def test_where_a_crop_leaves_nothing_of_it_the_object_stays_with_its_box(map_image, kind):
+    # The L has no pixel in this part of its box; a human mask would take the object with it.
+    crop = [T.CropTransform(5, 5, 5, 5)]
+    objects = one_of_each(kind)[1:3]
+    instances = map_image(objects, crop, recompute_boxes=True)
+    assert instances.gt_boxes.tensor.tolist() == [[0, 0, 3, 4]] * 2
+    assert not instances.gt_has_external_mask.any() and not instances.has("gt_external_masks")
+    human = [{**objects[0], "mask_source": "human"}]
+    assert len(map_image(human, crop)) == 0
+
+
+@KINDS
+def test_its_object_keeps_its_own_box_after_a_crop(map_image, kind):
+    # Boxes are human; recompute_boxes tightens them to human masks alone.
+    crop = [T.CropTransform(0, 5, 8, 7)]
+    model, human = (
+        map_image([{**one_of_each(kind)[1], "mask_source": x}], crop, recompute_boxes=True)
+        for x in ("model", "human")
+    )
+    assert model.gt_boxes.tensor.tolist() == [[2, 0, 8, 4]]
+    assert human.gt_boxes.tensor.tolist() == [[2, 0, 5, 4]]
+
+
+def test_a_mask_without_a_pixel_is_none(map_image, caplog):
+    empty = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+    outside = [[20.0, 2, 30, 2, 30, 9]]
+    for mask in (empty, outside):
+        instances = map_image([annotation(UNSEEN, (2, 2, 8, 9), mask, mask_source="model")])
+        assert len(instances) == 1 and not instances.gt_has_external_mask.any()
+        assert "covers nothing of the image" in caplog.text
+
+
+def test_images_without_objects_have_the_field(map_image):
+    instances = map_image([])
+    assert instances.gt_has_external_mask.shape == (0,)
+    assert instances.gt_has_external_mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("source", ["sam", "Model", None, 1, ["model"]])
+@pytest.mark.parametrize("category_id", [SEEN, UNSEEN])
+def test_another_source_is_an_error(map_image, source, category_id):
+    objects = [annotation(SEEN, (1, 1, 5, 5)), annotation(category_id, (1, 1, 5, 5), id=7)]
+    objects[1]["mask_source"] = source
+    with pytest.raises(ValueError) as error:
+        map_image(objects)
+    text = str(error.value)
+    assert "x.png (image id 3), annotation 7: 'mask_source' is " + repr(source) in text
+    assert "allowed: 'human' (as without the key), 'model'" in text
+    del objects[1]["id"]
+    with pytest.raises(ValueError, match="annotation number 2 of the image"):
+        map_image(objects)
+
+
+def mark(*category_ids, source="model"):
+    def change(data):
+        for x in data["annotations"]:
+            if x["category_id"] in category_ids:
+                x["mask_source"] = source
+
+    return change
+
+
+def test_the_loader_keeps_the_source(make_tiny_coco):
+    dataset = make_tiny_coco(mark(17))
+    found = [x for image in DatasetCatalog.get(dataset.name) for x in image["annotations"]]
+    assert {x.get("mask_source") for x in found if x["category_id"] == 1} == {"model"}
+    assert not any("mask_source" in x for x in found if x["category_id"] != 1)
+    dataset = make_tiny_coco(mark(17, source="sam"))
+    with pytest.raises(ValueError) as error:
+        load_partial_coco_json(dataset.json_file, dataset.image_root)
+    text = str(error.value)
+    assert dataset.json_file in text and "'mask_source' is 'sam' (image id " in text
+    assert "allowed: 'human' (as without the key), or 'model'" in text
+
+
+@pytest.mark.parametrize(
+    "opts, is_used",
+    [
+        ([], True),
+        (["MODEL.PSEUDO_MASK.EXTERNAL", "mean"], True),
+        (["MODEL.PSEUDO_MASK.EXTERNAL", "ignore"], False),
+        (
+            [
+                "MODEL.PSEUDO_MASK.EXTERNAL",
+                "ignore",
+                "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS",
+                True,
+            ],
+            True,
+        ),
+    ],
+)
+def test_the_config_says_whether_they_are_used(tiny_cfg, make_tiny_coco, opts, is_used):
+    dataset = make_tiny_coco(mark(17))
+    mapper = TeacherStudentDatasetMapper(tiny_cfg(opts=opts, dataset=dataset), True)
+    examples = [mapper(x)["instances"] for x in DatasetCatalog.get(dataset.name)]
+    num_masks = sum(int(x.gt_has_external_mask.sum()) for x in examples)
+    assert num_masks == (3 if is_used else 0)
+    assert all(x.gt_has_mask[x.gt_classes == 1].sum() == 0 for x in examples)
+
+
+def test_counts_of_the_training_data(make_tiny_coco, log):
+    dataset, other = make_tiny_coco(mark(17)), make_tiny_coco()
+    counts = ModelMaskCounts([dataset.name, other.name])
+    names = {
+        image["file_name"].rsplit("/", 1)[1]: image["file_name"]
+        for image in DatasetCatalog.get(dataset.name)
+    }
+    log.clear()
+    assert counts(names["mixed.png"]) == {1: 1} and counts(names["unseen.png"]) == {1: 2}
+    assert counts(names["seen.png"]) == counts("elsewhere.png") == {}
+    assert counts(DatasetCatalog.get(other.name)[0]["file_name"]) == {}
+    assert log.text.count("3 masks in 2 images of") == 1

@@ -1,0 +1,222 @@
+"""Datasets that a config names by the path of their json."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from bad_data import complete, start_in_two_processes
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+
+import train_net
+from teacher_student_mask import TeacherStudentDatasetMapper, add_teacher_student_mask_config
+from teacher_student_mask.analysis.trained_model import find_test_dataset, load_config
+from teacher_student_mask.data import register_json_datasets
+
+
+@pytest.fixture(autouse=True)
+def _forget_paths():
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        if name.endswith(".json"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def folder(make_tiny_coco):
+    """A folder as exports make it: train.json, val.json, and the images of both."""
+    train = make_tiny_coco()
+    root = Path(train.image_root)
+    (root / "train.json").write_text(json.dumps(train.data))
+    complete(train.data)
+    (root / "val.json").write_text(json.dumps(train.data))
+    return root
+
+
+@pytest.fixture
+def path_cfg(tiny_cfg, folder):
+    def make(*opts):
+        cfg = tiny_cfg()
+        cfg.DATASETS.TRAIN = (str(folder / "train.json"),)
+        cfg.DATASETS.TEST = (str(folder / "val.json"),)
+        cfg.DATASETS.SEEN_CLASSES = "auto"
+        cfg.DATASETS.MIN_MASKS_PER_CLASS = 3
+        cfg.MODEL.ROI_HEADS.NAME = "TeacherStudentROIHeads"
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+        cfg.SOLVER.MAX_ITER = 1
+        cfg.merge_from_list(list(opts))
+        return cfg
+
+    return make
+
+
+def test_images_lie_beside_the_json_or_in_a_folder_of_their_own(path_cfg, folder, tmp_path):
+    cfg = path_cfg("DATASETS.TEST_IMAGE_ROOT", str(tmp_path / "elsewhere"))
+    register_json_datasets(cfg)
+    train, val = (DatasetCatalog.get(x[0])[0] for x in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
+    assert train["file_name"] == str(folder / "unseen.png")
+    assert val["file_name"] == str(tmp_path / "elsewhere" / "unseen.png")
+
+
+def test_a_relative_path_without_a_folder(path_cfg, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    cfg = path_cfg("DATASETS.TRAIN", ("train.json",), "DATASETS.TEST", ())
+    register_json_datasets(cfg)
+    assert DatasetCatalog.get("train.json")[0]["file_name"] == "unseen.png"
+
+
+def test_registered_names_are_left_alone(path_cfg, folder):
+    DatasetCatalog.register("a registered name.json", lambda: "mine")
+    register_json_datasets(path_cfg("DATASETS.TRAIN", ("a registered name.json", "coco_2017_val")))
+    assert DatasetCatalog.get("a registered name.json") == "mine"
+
+
+def test_further_calls_see_what_has_changed(path_cfg, folder):
+    cfg = path_cfg()
+    name = cfg.DATASETS.TRAIN[0]
+    register_json_datasets(cfg)
+    DatasetCatalog.get(name)
+    metadata = MetadataCatalog.get(name)
+    register_json_datasets(cfg)
+    assert MetadataCatalog.get(name) is metadata and metadata.thing_classes[0] == "ant"
+    data = json.loads(Path(name).read_text())
+    data["categories"][1]["name"] = "big ant"
+    Path(name).write_text(json.dumps(data))
+    register_json_datasets(cfg)
+    DatasetCatalog.get(name)
+    assert MetadataCatalog.get(name).thing_classes[0] == "big ant"
+    cfg.DATASETS.TRAIN_IMAGE_ROOT = "elsewhere"
+    register_json_datasets(cfg)
+    assert MetadataCatalog.get(name).image_root == "elsewhere"
+
+
+def test_one_path_has_one_folder(path_cfg):
+    cfg = path_cfg("DATASETS.TRAIN_IMAGE_ROOT", "a", "DATASETS.TEST_IMAGE_ROOT", "b")
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    with pytest.raises(ValueError, match="in 'a' and in 'b'"):
+        register_json_datasets(cfg)
+
+
+def start(cfg, tmp_path, *flags, opts=()):
+    config_file = tmp_path / "given.yaml"
+    config_file.write_text(cfg.dump())
+    arguments = [*flags, "--config-file", str(config_file), *map(str, opts)]
+    return train_net.main(default_argument_parser().parse_args(arguments))
+
+
+@pytest.fixture
+def stop_before_model(monkeypatch):
+    class Built(Exception):
+        pass
+
+    def build_model(*args):
+        raise Built
+
+    monkeypatch.setattr(train_net.Trainer, "build_model", build_model)
+    return Built
+
+
+def test_a_path_that_is_not_there(path_cfg, tmp_path, stop_before_model):
+    for key in ("TRAIN", "TEST"):
+        cfg = path_cfg(f"DATASETS.{key}", ("no such.json",))
+        message = rf"DATASETS.{key} names 'no such.json'.*relative paths start at {os.getcwd()}"
+        with pytest.raises(ValueError, match=message):
+            start(cfg, tmp_path)
+    # Evaluation does without the training data, but for "auto".
+    cfg = path_cfg("DATASETS.TRAIN", ("no such.json",), "MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    with pytest.raises(ValueError, match="'auto' asks the training data.*no such.json"):
+        start(cfg, tmp_path, "--eval-only")
+    with pytest.raises(stop_before_model):
+        start(cfg, tmp_path, "--eval-only", opts=["TEST.SEEN_CLASSES", "ant"])
+
+
+@pytest.mark.parametrize("number", [2, 80])
+def test_another_number_of_classes_is_an_error(number, path_cfg, tmp_path, stop_before_model):
+    cfg = path_cfg("MODEL.ROI_HEADS.NUM_CLASSES", number)
+    message = f"train.json: 'categories' is 3 classes; the model has {number}; set MODEL.ROI_HEADS"
+    with pytest.raises(ValueError, match=message):
+        start(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (5, 7, 2**40), (-3, 0, 10**9)])
+def test_category_ids_of_any_kind(ids, path_cfg, folder):
+    cfg = path_cfg()
+    data = json.loads((folder / "train.json").read_text())
+    new = dict(zip((3, 17, 90), ids))
+    for row in data["categories"]:
+        row["id"] = new[row["id"]]
+    for row in data["annotations"]:
+        row["category_id"] = new[row["category_id"]]
+    (folder / "train.json").write_text(json.dumps(data))
+    register_json_datasets(cfg)
+    mapper = TeacherStudentDatasetMapper(cfg, True, augmentations=[])
+    (image,) = [x for x in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]) if x["image_id"] == 7]
+    instances = mapper(image)["instances"]
+    # ant, ship, ant, ship, ant, ship, cat; auto sees ants and cats.
+    assert instances.gt_classes.tolist() == [0, 2, 0, 2, 0, 2, 1]
+    assert instances.gt_has_mask.tolist() == [True, False, True, False, False, False, True]
+    assert instances.gt_boxes.tensor[0].tolist() == [2, 2, 22, 18]
+
+
+def test_category_ids_that_are_text_are_an_error(path_cfg, folder, tmp_path):
+    data = json.loads((folder / "train.json").read_text())
+    for row in data["categories"]:
+        row["id"] = str(row["id"])
+    (folder / "train.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="train.json: category '90': 'id' is '90'; allowed: a who"):
+        start(path_cfg(), tmp_path)
+
+
+def test_the_custom_config_trains_on_paths(stop_before_model, folder, tmp_path):
+    custom = Path(train_net.__file__).with_name("configs") / "custom"
+    config_file = custom / "teacher_student_R_50_FPN_custom.yaml"
+    arguments = ["--config-file", str(config_file), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    arguments += ["OUTPUT_DIR", str(tmp_path / "output"), "DATASETS.MIN_MASKS_PER_CLASS", "3"]
+    arguments += ["DATASETS.TRAIN", f"('{folder}/train.json',)", "DATASETS.TRAIN_IMAGE_ROOT", ""]
+    arguments += ["DATASETS.TEST", f"('{folder}/val.json',)", "DATASETS.TEST_IMAGE_ROOT", ""]
+    with pytest.raises(stop_before_model):
+        train_net.main(default_argument_parser().parse_args(arguments))
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "output" / "config.yaml"))
+    assert cfg.DATASETS.SEEN_CLASSES == "ant, cat" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    logged = (tmp_path / "output" / "log.txt").read_text()
+    assert "2 of 3 classes have at least" in logged and "unseen" in logged
+
+
+@pytest.mark.slow
+def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder, tmp_path):
+    cfg = path_cfg()
+    start(cfg, tmp_path)
+    output = Path(cfg.OUTPUT_DIR)
+    results = json.loads((output / "results.json").read_text())
+    # Of the 12 objects, by hand: 4 ants and 3 cats are seen, 4 ships are not, and one is a crowd.
+    assert results["segm_seen"]["num_gt"] == 7 and results["segm_unseen"]["num_gt"] == 4
+    (folder / "train.json").unlink()
+    trained = str(output / "config.yaml")
+    parser = default_argument_parser()
+    weights = str(output / "model_final.pth")
+    args = ["--eval-only", "--config-file", trained, "MODEL.WEIGHTS", weights]
+    again = train_net.main(parser.parse_args(args))
+    assert again["segm_unseen"]["num_gt"] == 4
+    dataset = find_test_dataset(load_config(trained, weights))
+    assert dataset.classes == ["ant", "cat", "ship"] and dataset.category_ids == [3, 17, 90]
+    model = torch.load(weights, weights_only=False)["model"]
+    assert model["roi_heads.box_predictor.cls_score.bias"].shape == (4,)
+
+
+@pytest.mark.slow
+def test_every_process_registers_for_itself(path_cfg, make_tiny_coco, tmp_path):
+    cfg = path_cfg("DATASETS.MIN_MASKS_PER_CLASS", 99)
+    config_file = tmp_path / "given.yaml"
+    config_file.write_text(cfg.dump())
+    start_in_two_processes(
+        make_tiny_coco(), ["--eval-only", "--config-file", str(config_file)], tmp_path
+    )
+    told = [(tmp_path / rank).read_text() for rank in "01"]
+    assert told[0] == told[1] and "MIN_MASKS_PER_CLASS 99 masks" in told[0]

@@ -1,0 +1,143 @@
+"""Segmentations of an image at once, against Detectron2's and pycocotools' functions for one."""
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_student_mask.data.segmentations import (
+    box_polygons,
+    have_pixels,
+    read_polygons,
+    union_of_masks,
+    usable_segmentations,
+)
+
+SIZE = (23, 31)
+coordinates = st.floats(-20, 60) | st.integers(-5, 35).map(float)
+polygons = st.lists(st.tuples(coordinates, coordinates), min_size=3, max_size=9).map(
+    lambda points: np.array(points).reshape(-1)
+)
+objects = st.lists(st.lists(polygons, min_size=1, max_size=3), max_size=4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(objects)
+def test_the_union_is_detectron2s(polygons_of):
+    union = union_of_masks(PolygonMasks(polygons_of), SIZE)
+    flat = [x for polygons in polygons_of for x in polygons]
+    assert union.dtype == torch.bool
+    np.testing.assert_array_equal(union.numpy(), polygons_to_bitmask(flat, *SIZE))
+
+
+def test_the_union_of_large_masks_is_detectron2s():
+    # Runs whose lengths need several characters, and differences of both signs.
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        polygons = [rng.uniform(-50, 900, 2 * rng.integers(3, 40)) for _ in range(6)]
+        union = union_of_masks(PolygonMasks([polygons]), (700, 800))
+        np.testing.assert_array_equal(union.numpy(), polygons_to_bitmask(polygons, 700, 800))
+
+
+def test_the_union_of_nothing_and_of_bitmasks():
+    assert union_of_masks(PolygonMasks([]), SIZE).shape == SIZE
+    bits = torch.zeros(2, *SIZE, dtype=torch.bool)
+    bits[0, 3, 4] = bits[1, 5, 6] = True
+    assert union_of_masks(BitMasks(bits), SIZE).nonzero().tolist() == [[3, 4], [5, 6]]
+
+
+def test_polygons_of_all_objects_are_read_as_floats_in_their_places():
+    given_ = [[[1, 2, 3, 4, 5, 6], [0.5] * 8], None, {"counts": "x"}, [], [[7.5, 0, 1, 2, 3, 9]]]
+    read = read_polygons(given_, "x.jpg")
+    assert read[1] is None and read[2] is given_[2] and read[3] == []
+    assert [[x.tolist() for x in read[i]] for i in (0, 4)] == [given_[0], given_[4]]
+    assert all(x.dtype == np.float64 for i in (0, 4) for x in read[i])
+    # Arrays, as other datasets' functions give them, are not shared with the dataset.
+    array = np.arange(6)
+    ((copied,),) = read_polygons([[array]], "x.jpg")
+    assert copied.tolist() == array.tolist() and not np.shares_memory(copied, array)
+
+
+@pytest.mark.parametrize(
+    "polygon, words",
+    [
+        ([1, 2, 3, 4], "at least 3 x,y pairs"),
+        ([1, 2, 3, 4, 5, 6, 7], "at least 3 x,y pairs"),
+        ([1, 2, 3, [4, 5], 6, 7], "at least 3 x,y pairs"),
+        ([1, 2, 3, 4, 5, float("nan")], "must be in pixels"),
+        ([1, 2, 3, 4, 5, 1e9], "at most 100000 from the image"),
+        ([1, 2, 3, 4, 5, "6"], "must be in pixels"),
+    ],
+)
+def test_what_is_no_polygon_is_named_beside_good_ones(polygon, words):
+    good = [[0.0, 0, 5, 0, 5, 5]]
+    with pytest.raises(ValueError, match=words) as error:
+        read_polygons([good, None, [good[0], polygon]], "x.jpg (image id 3)")
+    assert "x.jpg (image id 3)" in str(error.value) and str(polygon)[:80] in str(error.value)
+
+
+def covers(polygon):
+    """Whether a polygon has an area, and extents that meet the image."""
+    x, y = np.reshape(polygon, (-1, 2)).T
+    area = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
+    is_inside = x.max() > 0 and x.min() < SIZE[1] and y.max() > 0 and y.min() < SIZE[0]
+    return abs(area) > 0 and is_inside
+
+
+# Whole numbers, so that an area of 0 is exactly that.
+whole = st.lists(st.integers(-20, 60), min_size=3, max_size=9).flatmap(
+    lambda xs: st.lists(st.integers(-20, 60), min_size=len(xs), max_size=len(xs)).map(
+        lambda ys: np.array([xs, ys], dtype=np.float64).T.reshape(-1)
+    )
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.lists(whole, min_size=1, max_size=3), max_size=4))
+def test_masks_are_kept_where_one_of_their_polygons_may_have_pixels(polygons_of):
+    lists = [[x.tolist() for x in polygons] for polygons in polygons_of]
+    usable = usable_segmentations(read_polygons(lists, "x"), SIZE, "x")
+    expected = [any(map(covers, polygons)) for polygons in polygons_of]
+    assert [x is not None for x in usable] == expected
+    assert have_pixels(PolygonMasks(polygons_of), SIZE).tolist() == expected
+
+
+def test_rles_become_compressed_and_empty_ones_none():
+    mask = np.zeros(SIZE, dtype=np.uint8, order="F")
+    mask[3:9, 4:11] = 1
+    rle = mask_util.encode(mask)
+    runs = [4 * 23 + 3] + [6, 17] * 7
+    runs[-1] = SIZE[0] * SIZE[1] - sum(runs[:-1])
+    given_ = [rle, {"size": list(SIZE), "counts": runs}, {"size": list(SIZE), "counts": [23 * 31]}]
+    first, second, third = usable_segmentations([*given_], SIZE, "x")
+    for x in (first, second):
+        np.testing.assert_array_equal(mask_util.decode(x), mask)
+    assert third is None
+    assert usable_segmentations([None, []], SIZE, "x") == [None, None]
+
+
+@pytest.mark.parametrize(
+    "mode, kind",
+    [(BoxMode.XYWH_ABS, list), (BoxMode.XYWH_ABS, tuple)]
+    + [(BoxMode.XYXY_ABS, x) for x in (list, tuple, np.array)],
+)
+def test_rectangles_have_the_corners_of_detectron2s_boxes(mode, kind):
+    boxes = np.random.default_rng(0).uniform(0, 500, (20, 4)).tolist()
+    annotations = [{"bbox": kind(x), "bbox_mode": mode} for x in boxes]
+    polygons = box_polygons(annotations)
+    for x, (polygon,) in zip(annotations, polygons):
+        x0, y0, x1, y1 = BoxMode.convert(x["bbox"], mode, BoxMode.XYXY_ABS)
+        assert polygon.tolist() == [x0, y0, x1, y0, x1, y1, x0, y1]
+    assert box_polygons([]) == []
+
+
+def test_rectangles_of_different_kinds_of_boxes():
+    annotations = [
+        {"bbox": [1.0, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS},
+        {"bbox": [1.0, 2, 3, 4], "bbox_mode": BoxMode.XYXY_ABS},
+    ]
+    found = [x.tolist() for (x,) in box_polygons(annotations)]
+    assert found == [[1, 2, 4, 2, 4, 6, 1, 6], [1, 2, 3, 2, 3, 4, 1, 4]]

@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""Make a COCO json for training of the annotations of another tool. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from import_coco_exports import read_cvat, read_lvis
+from import_labelme import read_labelme
+from import_voc import read_voc
+from import_yolo import read_yolo
+from imported_dataset import InputError, read_text
+from mask_removal import write_json
+from teacher_student_mask.checks import check_annotations
+from teacher_student_mask.engine import WriteError, open_atomically
+
+DESCRIPTION = """
+Makes a COCO json, in which any object may lack its mask, of the annotations of another tool. An
+object that has no outline there gets no mask, never the rectangle of its box.
+
+  FORMAT   INPUT                   what it reads
+  yolo     data.yaml               Ultralytics: 5 numbers a line are a box, more are an outline
+  labelme  folder of jsons         polygons (a group_id is one object), masks; rectangles are boxes
+  voc      folder of xmls          Pascal VOC: boxes
+  cvat     instances_default.json  "COCO 1.0" of CVAT; marks brush masks no longer as crowds
+  lvis     lvis_v1_train.json      LVIS; gives the images a file_name
+
+The COCO json of Label Studio needs no import, nor does that of CVAT without brush masks: name it in
+DATASETS.TRAIN. Images are not copied: the last line says what DATASETS.TRAIN_IMAGE_ROOT must be.
+"""
+
+EXAMPLES = """
+examples:
+  %(prog)s yolo my_data/data.yaml --split train --output train.json
+  %(prog)s labelme my_folder --classes classes.txt --output train.json
+  %(prog)s voc VOC2012/Annotations --images VOC2012/JPEGImages --output train.json
+  %(prog)s cvat annotations/instances_default.json --output train.json
+
+labelme and voc name classes in each file: without --classes, the ids follow the alphabet of those
+that occur, so training and test data get the same ids only if both have objects of all classes.
+
+exit code: 0 written; 1 not written, because of errors in the input or on the disk; 2 for a wrong
+command line. An output that is not written as a whole is not written at all.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    args = parse_args(argv)
+    # Names may have characters that the terminal lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        data, notes, image_root = read_input(args)
+    except InputError as error:
+        print(f"error: {error}")
+        return 1
+    report = check_annotations(args.output, image_root, data=data)
+    for finding in report.findings:
+        print(f"{finding.severity}: {finding}")
+    if report.errors:
+        print(f"Not written: {len(report.errors)} kinds of errors.")
+        return 1
+    try:
+        with open_atomically(args.output) as f:
+            write_json(f, data)
+    except WriteError as error:
+        print(f"error: {error.strerror}")
+        return 1
+    print(report.class_table())
+    for note, count in notes.items():
+        print(f"note: {count} {note}")
+    print(f"{args.output}: {report.num_images} images, {report.num_annotations} objects")
+    print(f"DATASETS.TRAIN \"('{args.output}',)\" DATASETS.TRAIN_IMAGE_ROOT {image_root or 'DIR'}")
+    return 0
+
+
+def read_input(args: argparse.Namespace) -> tuple[dict, Counter, str | None]:
+    """
+    Returns:
+        The content of the COCO json, {what was changed: how often}, and the folder of the images,
+        None where the input does not say.
+
+    Raises:
+        InputError: see its message.
+    """
+    path = Path(args.input)
+    if args.format in ("cvat", "lvis"):
+        read = read_lvis(path) if args.format == "lvis" else read_cvat(path, args.keep_crowds)
+        return *read, args.images
+    class_names = _read_classes(Path(args.classes)) if args.classes else None
+    if args.format == "yolo":
+        dataset = read_yolo(path, args.split, show_progress)
+    elif args.format == "labelme":
+        dataset = read_labelme(path, class_names, show_progress)
+    else:
+        images = Path(args.images) if args.images else path
+        dataset = read_voc(path, images, class_names, args.zero_based, show_progress)
+    return dataset.to_coco(), dataset.notes, str(dataset.image_root)
+
+
+def _read_classes(path: Path) -> list[str]:
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{path}: empty; allowed: one class name a line.")
+    return names
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    formats = ("yolo", "labelme", "voc", "cvat", "lvis")
+    parser.add_argument("format", metavar="FORMAT", choices=formats, help=", ".join(formats))
+    parser.add_argument("input", metavar="INPUT", help="a file or folder, see above")
+    parser.add_argument("--output", required=True, metavar="OUT.json", help="see also --force")
+    parser.add_argument(
+        "--split", default="train", metavar="KEY", help="yolo: key of data.yaml (%(default)s)"
+    )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="voc: folder of the images (default: INPUT); cvat, lvis: also look whether all images "
+        "are there",
+    )
+    parser.add_argument("--classes", metavar="TXT", help="labelme, voc: one class name a line")
+    parser.add_argument(
+        "--zero-based",
+        action="store_true",
+        help="voc: coordinates begin with 0, as some tools write them, not with VOC's 1",
+    )
+    parser.add_argument(
+        "--keep-crowds", action="store_true", help="cvat: bitmaps are crowds, not brush masks"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an OUT.json that exists")
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    wants_folder = args.format in ("labelme", "voc")
+    exists = os.path.isdir(args.input) if wants_folder else os.path.isfile(args.input)
+    if not exists:
+        parser.error(f"{args.input}: no such {'folder' if wants_folder else 'file'}.")
+    if args.images and not os.path.isdir(args.images):
+        parser.error(f"--images {args.images}: no such folder.")
+    if args.classes and args.format not in ("labelme", "voc"):
+        parser.error(f"--classes: {args.format} has its classes in INPUT.")
+    folder = os.path.dirname(args.output) or "."
+    if not os.path.isdir(folder) or os.path.isdir(args.output):
+        parser.error(f"--output {args.output}: the path of a file in a folder that exists.")
+    if os.path.lexists(args.output) and not args.force:
+        parser.error(f"--output {args.output}: exists; --force replaces it.")
+    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
+        parser.error(f"--output {args.output}: the input itself; it is never replaced.")
+
+
+def show_progress(iterable: Iterable) -> Iterable:
+    return tqdm(iterable, desc="Read", unit="file", dynamic_ncols=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
