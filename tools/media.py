@@ -21,6 +21,17 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 OVERLAY_SUFFIXES = (".jpeg", ".jpg", ".png")
 
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "OVERLAY_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Source",
+    "SourceError",
+    "find_sources",
+    "read_image_file",
+    "video_property",
+]
+
 
 class SourceError(Exception):
     """One input is not there, cannot be read, or its overlay cannot be written."""
@@ -49,6 +60,18 @@ class Source:
             return 1
         return max(1, int(video_property(self.path, cv2.CAP_PROP_FRAME_COUNT)))
 
+    def fps(self) -> float:
+        """Frames a second that the video announces; 0 where it does not."""
+        return video_property(self.path, cv2.CAP_PROP_FPS)
+
+    def repeats(self) -> int:
+        """How often the image just read belongs into its overlay; a camera's may lag behind."""
+        return 1
+
+    def image_fields(self, k: int) -> dict:
+        """What images.json says of the k-th image read, beside its file."""
+        return {"frame": k} if self.is_video else {}
+
     def read(self) -> Iterator[np.ndarray]:
         """
         Yield the image, or the frames of the video, uint8 (H, W, 3), BGR.
@@ -59,10 +82,10 @@ class Source:
         if self.is_video:
             yield from _read_frames(self.path)
         else:
-            yield _read_image(self.path)
+            yield read_image_file(self.path)
 
 
-def find_sources(inputs: list[str], overlay_dir: Path) -> list[Source]:
+def find_sources(inputs: list[str], *output_dirs: Path) -> list[Source]:
     """
     List the images and videos that the inputs name, each once.
 
@@ -71,12 +94,12 @@ def find_sources(inputs: list[str], overlay_dir: Path) -> list[Source]:
 
     Args:
         inputs: files, folders and globs.
-        overlay_dir: folder of the overlays, which are not taken for inputs.
+        output_dirs: folders of overlays and the like, which are not taken for inputs.
 
     Raises:
         SourceError: an input that matches nothing, or a file of an unknown kind.
     """
-    overlay_dir = overlay_dir.resolve()
+    output_dirs = {x.resolve() for x in output_dirs}
     sources: dict[Path, Source] = {}
     taken: set[str] = set()
     num_ignored = num_repeated = 0
@@ -84,7 +107,7 @@ def find_sources(inputs: list[str], overlay_dir: Path) -> list[Source]:
         num_found = 0
         for path, name in _expand(text):
             resolved = path.resolve()
-            if overlay_dir in resolved.parents:
+            if not output_dirs.isdisjoint(resolved.parents):
                 continue
             if not _is_known(path):
                 num_ignored += 1
@@ -142,8 +165,16 @@ def _distinct_overlay(name: Path, taken: set[str]) -> Path:
     return overlay
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """Read an image as Detectron2 does in training, with its EXIF orientation."""
+def read_image_file(path: Path) -> np.ndarray:
+    """
+    Read an image as Detectron2 does in training, with its EXIF orientation.
+
+    Returns:
+        uint8, shape (H, W, 3), BGR.
+
+    Raises:
+        SourceError: it is not there, cannot be read, or has more than 8 bits a channel.
+    """
     try:
         with Image.open(path) as image:
             mode = image.mode

@@ -1,9 +1,9 @@
 """The exported student is a Detectron2 model that finds the same, in a process without ours."""
 
+import contextlib
+import functools
+import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +11,12 @@ import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
-from tiny_model import TINY_MODEL
+from small_students import run_without, write_small_student
 
 import export_student
-from teacher_student_mask import add_teacher_student_mask_config
+import plain_student
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
-import sys
 import numpy as np
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
@@ -27,7 +24,6 @@ from detectron2.engine import DefaultPredictor
 cfg = get_cfg()
 cfg.merge_from_file("exported/config.yaml")
 instances = DefaultPredictor(cfg)(np.load("image.npy"))["instances"]
-assert "teacher_student_mask" not in sys.modules
 np.savez("found.npz", boxes=instances.pred_boxes.tensor.numpy(), scores=instances.scores.numpy(),
          classes=instances.pred_classes.numpy(), masks=instances.pred_masks.numpy())
 """
@@ -36,28 +32,7 @@ np.savez("found.npz", boxes=instances.pred_boxes.tensor.numpy(), scores=instance
 @pytest.fixture
 def make_model(tmp_path):
     """Return ``make(config, *opts)``: its config, with weights, in tmp_path."""
-
-    def make(config, *opts):
-        cfg = get_cfg()
-        add_teacher_student_mask_config(cfg)
-        cfg.merge_from_file(str(ROOT / "configs/shapes" / config))
-        cfg.merge_from_list(
-            TINY_MODEL
-            + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]
-            + ["INPUT.MIN_SIZE_TEST", 64, "TEST.DETECTIONS_PER_IMAGE", 5]
-            + ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, *opts]
-        )
-        torch.manual_seed(0)
-        model = build_model(cfg)
-        for name, parameter in model.named_parameters():
-            if name.endswith("mask_head.predictor.weight"):
-                torch.nn.init.normal_(parameter, std=1.0)
-        torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
-        cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
-        (tmp_path / "config.yaml").write_text(cfg.dump())
-        return cfg
-
-    return make
+    return functools.partial(write_small_student, tmp_path)
 
 
 def export(folder, *arguments):
@@ -65,9 +40,19 @@ def export(folder, *arguments):
     return export_student.main([str(x) for x in [*options, *arguments]])
 
 
-@pytest.mark.parametrize("config", ["teacher_student_shapes.yaml", "mask_rcnn_shapes.yaml"])
-def test_it_finds_the_same_without_this_project(make_model, tmp_path, monkeypatch, capsys, config):
-    cfg = make_model(config)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, opts",
+    [
+        ("teacher_student_shapes.yaml", []),
+        ("mask_rcnn_shapes.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
+    ],
+    ids=["student", "class-agnostic"],
+)
+def test_it_finds_the_same_without_this_project(
+    make_model, tmp_path, monkeypatch, capsys, config, opts
+):
+    cfg = make_model(config, *opts)
     image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     np.save(tmp_path / "image.npy", image)
     expected = DefaultPredictor(cfg)(image)["instances"]
@@ -76,8 +61,7 @@ def test_it_finds_the_same_without_this_project(make_model, tmp_path, monkeypatc
     assert export_student.main(["--config-file", "config.yaml", "--output-dir", "exported"]) == 0
     assert "The same 15 objects on 3 random images" in capsys.readouterr().out
 
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_without(["teacher_student_mask"], SCRIPT, tmp_path)
     found = np.load("found.npz")
     assert np.array_equal(found["boxes"], expected.pred_boxes.tensor.numpy())
     assert np.array_equal(found["classes"], expected.pred_classes.numpy())
@@ -139,14 +123,14 @@ def test_a_model_that_finds_something_else_is_not_written(
     make_model, tmp_path, capsys, monkeypatch
 ):
     make_model("teacher_student_shapes.yaml")
-    plain_model = export_student.plain_model
+    plain_model = plain_student.plain_model
 
     def changed(*args):
         model = plain_model(*args)
         model.roi_heads.mask_head.predictor.bias.data += 0.1
         return model
 
-    monkeypatch.setattr(export_student, "plain_model", changed)
+    monkeypatch.setattr(plain_student, "plain_model", changed)
     with pytest.raises(SystemExit):
         export(tmp_path)
     assert "The plain model finds something else" in capsys.readouterr().err
@@ -166,3 +150,28 @@ def test_missing_weights_are_named(make_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export(tmp_path, "--weights", tmp_path / "none.pth")
     assert "none.pth do not exist" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_config_that_evaluates_the_teacher_has_its_student_exported(make_model, tmp_path):
+    cfg = make_model("teacher_student_shapes.yaml", "TEST.MASK_HEAD", "teacher")
+    assert export(tmp_path) == 0
+    before = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
+    weights = torch.load(tmp_path / "exported/model.pth", weights_only=True)["model"]
+    name = "roi_heads.mask_head.predictor.weight"
+    assert torch.equal(weights[name], before[name])
+
+
+def test_what_was_there_stays_if_writing_fails(make_model, tmp_path, monkeypatch):
+    make_model("mask_rcnn_shapes.yaml")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported/model.pth").write_text("earlier")
+
+    @contextlib.contextmanager
+    def full_disk(path, mode):
+        yield io.BytesIO()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export_student, "open_atomically", full_disk)
+    with pytest.raises(SystemExit):
+        export(tmp_path)
+    assert (tmp_path / "exported/model.pth").read_text() == "earlier"

@@ -65,6 +65,19 @@ def test_table_counts_images_objects_and_overlaps(tmp_path, capsys):
     assert "6/6" in output.err
 
 
+def test_flat_has_the_same_images_and_objects_in_one_folder(dataset, tmp_path, capsys):
+    assert make_shapes.main(["--output-dir", str(tmp_path), "--flat", *SIZES]) == 0
+    assert "DETECTRON2_DATASETS" not in capsys.readouterr().out
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["images", "train.json", "val.json"]
+    for split in ("train", "val"):
+        flat, coco = json.loads((tmp_path / f"{split}.json").read_text()), load(dataset, split)
+        for a, b in zip(flat["images"], coco["images"], strict=True):
+            image = tmp_path / "images" / a.pop("file_name")
+            assert image.read_bytes() == (dataset / split / b.pop("file_name")).read_bytes()
+        assert flat == coco
+    assert len(list((tmp_path / "images").iterdir())) == 6
+
+
 def test_other_folder_names_need_a_registration(tmp_path, capsys):
     make_shapes.main(["--output-dir", str(tmp_path / "mine"), *SIZES])
     assert "register_shapes(" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -19,12 +20,14 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
 from tiny_model import TINY_MODEL
 
 import overlays
 import predict
+import webcam
 from teacher_student_mask import add_teacher_student_mask_config, register_partial_coco
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +183,7 @@ def test_overlays_show_the_objects_on_the_enlarged_image(run, tmp_path):
 
 
 def test_overlay_colors_are_far_from_black_and_white():
-    colors = np.array([overlays._color(k) for k in range(150)])
+    colors = np.array([overlays.color_of(k) for k in range(150)])
     assert ((colors > 0.05) & (colors < 0.95)).all()
     assert len(np.unique(colors.round(3), axis=0)) == 150
 
@@ -269,6 +272,109 @@ def test_video(run, tmp_path, name, codec):
     _, results = load_results()
     assert all(len(results.imgToAnns[i]) == 5 for i in (1, 2, 3, 4))
     assert count_frames("out/overlays/v.mp4") == 3
+    capture = cv2.VideoCapture("out/overlays/v.mp4")
+    assert capture.get(cv2.CAP_PROP_FPS) == 10
+    assert capture.read()[1].shape == (64, 80, 3)
+
+
+def test_a_class_keeps_its_color_from_frame_to_frame():
+    def draw(boxes, classes, **options):
+        instances = Instances((410, 300))
+        instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float))
+        instances.pred_classes, instances.scores = torch.tensor(classes), torch.ones(len(classes))
+        image = np.full((410, 300, 3), 90, np.uint8)
+        return overlays.draw_overlay(image, instances, ["a", "b", "c"], **options)
+
+    upper, lower = [20, 20, 120, 150], [20, 220, 120, 380]
+    one = draw([upper], [2], color_by_class=True)[:200]
+    two = draw([lower, upper], [0, 2], color_by_class=True)[:200]
+    assert (one != 90).any() and (one == two).all()
+    assert (draw([upper], [2])[:200] != draw([lower, upper], [0, 2])[:200]).any()
+
+
+def test_webcam_writes_a_video(run, tmp_path):
+    # A file goes the way of a camera.
+    write_video(tmp_path / "v.avi", 3, "MJPG")
+    assert run("--webcam", "v.avi", "--max-frames", 2, "--html") == 0
+    assert [(x["file_name"], x["frame"]) for x in load_images()] == [("v.avi", 0), ("v.avi", 1)]
+    assert count_frames("out/overlays/webcam.mp4") == 2
+    _, results = load_results()
+    assert [len(results.imgToAnns[i]) for i in (1, 2)] == [5, 5]
+    page = Path("out/contact_sheet.html").read_text()
+    assert "at most, in one of 2 frames" in page and './overlays/webcam.mp4"' in page
+
+
+def test_ctrl_c_ends_a_camera_and_keeps_its_results(run, tmp_path, monkeypatch):
+    class Capture:
+        frames = 0
+
+        def __init__(self, device):
+            assert device == 1
+
+        def read(self):
+            Capture.frames += 1
+            if Capture.frames == 3:
+                raise KeyboardInterrupt
+            return True, np.zeros((64, 80, 3), np.uint8)
+
+        def get(self, *_):
+            return 0.0
+
+        set = release = get
+
+    monkeypatch.setattr(webcam.cv2, "VideoCapture", Capture)
+    assert run("--webcam", 1) == 0
+    assert [x["frame"] for x in load_images()] == [0, 1]
+    assert Path("out/overlays/webcam_1.mp4").stat().st_size > 0
+
+
+def test_show_opens_a_window_instead_of_a_video(run, tmp_path, monkeypatch):
+    class Window:
+        is_closed = False
+        shown = []
+
+        def show(self, picture):
+            self.shown.append(picture.shape)
+            self.is_closed = len(self.shown) == 2
+
+        def close(self):
+            self.is_closed = True
+
+    monkeypatch.setattr(predict, "open_window", lambda title: Window())
+    write_video(tmp_path / "v.avi", 3, "MJPG")
+    assert run("--webcam", "v.avi", "--show") == 0
+    assert Window.shown == [(64, 80, 3)] * 2
+    assert len(load_images()) == 2 and not Path("out/overlays").exists()
+
+
+def test_contact_sheet_has_all_that_was_read(run, tmp_path, monkeypatch):
+    names = ["in/a.png", "in/sub/a.png", "in/b #1%.jpg"]
+    for seed, name in enumerate(names):
+        write_image(tmp_path / name, 40, 60, seed=seed)
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
+    assert run("in", "--html") == 1
+    page = Path("out/contact_sheet.html").read_text()
+    links = re.findall(r'<a href="([^"]*overlays[^"]*)"><img [^>]*src="([^"]*)"', page)
+    assert len(links) == 3 and "in/broken.png" in page
+    assert all((Path("out") / unquote(x)).is_file() for pair in links for x in pair)
+    tiles = json.loads(re.search(r'id="gallery-data">(.*?)</script>', page, re.DOTALL)[1])
+    assert sorted(x["name"] for x in tiles) == sorted(names)
+    _, results = load_results()
+    scores = sorted(round(x["score"], 4) for x in results.anns.values())
+    assert sorted(x[2] for tile in tiles for x in tile["items"]) == scores
+    # Neither overlays nor thumbnails are inputs of a second run.
+    write_image(tmp_path / "a.png", 40, 60)
+    assert run(".", "--html", "--opts", "TEST.DETECTIONS_PER_IMAGE", "1") == 1
+    assert sorted(x["file_name"] for x in load_images()) == sorted([*names, "a.png"])
+
+
+def test_contact_sheet_without_jinja2(run, tmp_path, monkeypatch, capsys):
+    write_image(tmp_path / "a.png", 40, 60)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(SystemExit):
+        run("a.png", "--html")
+    expected = "--html needs jinja2: pip install 'teacher-student-mask[report]'"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_classes", [None, 5], ids=["not registered", "other number"])
@@ -310,12 +416,23 @@ def test_without_a_gpu_the_cpu_is_used(run, tmp_path, log, monkeypatch):
         (["a.png", "--score-threshold", "50"], "must be in [0, 1], got 50"),
         (["a.png", "--opts", "MODEL.NO_SUCH_KEY", "1"], "MODEL.NO_SUCH_KEY"),
         (["a.png", "--opts", "MODEL.DEVICE"], "--opts MODEL.DEVICE"),
+        ([], "Give images, videos, folders or globs; or --webcam"),
+        (["a.png", "--webcam", "0"], "or --webcam, and none of them"),
+        (["a.png", "--show"], "--show needs --webcam"),
+        (["a.png", "--max-frames", "3"], "--max-frames needs --webcam"),
+        (["--webcam", "0", "--max-frames", "-1"], "--max-frames is -1; it must be 1 or more"),
+        (["a.png", "--annotations", "x.json"], "--annotations needs --compare"),
+        (["a.png", "--html", "--no-overlays"], "--html shows the overlays"),
+        (["a.png", "--compare", "--no-overlays"], "--compare shows the overlays"),
+        (["a.png", "--compare", "--annotations", "x.json"], "x.json: unreadable"),
+        (["v.mp4", "--compare", "--annotations", "x.json"], "no frames of videos"),
     ],
 )
 def test_usage_errors(run, tmp_path, capsys, arguments, message):
     write_image(tmp_path / "a.png", 40, 60)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "v.mp4").touch()
     (tmp_path / "strange.yaml").write_text("STRANGE: 1\n")
     with pytest.raises(SystemExit) as error:
         run(*arguments)

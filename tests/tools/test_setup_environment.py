@@ -531,6 +531,16 @@ class TestBrowser:
         assert "left out: no route" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part, packages", [("export", "onnx onnxruntime"), ("app", "gradio")])
+def test_the_other_parts_are_pinned_packages(part, packages, capsys):
+    environment = FakeEnvironment(True)
+    optional_parts.PARTS[part](environment)
+    assert environment.commands == [f"install -c constraints.txt {packages}"]
+    failing = FakeEnvironment(True, failing=["install"])
+    optional_parts.PARTS[part](failing)
+    assert "left out: pip failed" in capsys.readouterr().out
+
+
 def test_optional_parts_are_tried_once(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setitem(optional_parts.PARTS, "crf", lambda environment: tried.append("crf"))

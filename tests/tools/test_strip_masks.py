@@ -125,6 +125,39 @@ def test_training_sees_the_same_tensors(make_tiny_coco, tiny_cfg, tmp_path, caps
     assert num_unseen > 3
 
 
+def mark(data):
+    """Of the unseen objects of an image, and of a seen one, a model made the masks."""
+    add_crowd(data)
+    for x in data["annotations"]:
+        if x["image_id"] == 2 or x["id"] in (101, 10**18 + 1):
+            x.update(mask_source="model", score=0.5)
+
+
+def test_masks_of_models_go_unless_they_are_kept(make_tiny_coco, tmp_path, capsys):
+    dataset = make_tiny_coco(mark)
+    data, output = strip(capsys, dataset, tmp_path / "none.json")
+    unseen = [x for x in data["annotations"] if x["category_id"] == UNSEEN_CATEGORY]
+    assert len(unseen) == 4 and not any({"segmentation", "mask_source"} & set(x) for x in unseen)
+    assert [x["mask_source"] for x in data["annotations"] if x["id"] == 101] == ["model"]
+    assert "4 masks removed" in output
+    assert "look whether they hold masks: score" in output
+    data, output = strip(capsys, dataset, tmp_path / "kept.json", "--keep-model-masks")
+    expected = copy.deepcopy(dataset.data)
+    for row in expected["annotations"]:
+        if row["category_id"] != UNSEEN_CATEGORY:
+            continue
+        # That of the human mask, which COCO's tools may have left there.
+        if "area" in row:
+            row["area"] = row["bbox"][2] * row["bbox"][3]
+        if row["image_id"] != 2:  # a human mask, and a crowd
+            del row["segmentation"]
+            row.pop("mask_source", None)
+    assert json.dumps(data) == json.dumps(expected)
+    rows = [line.split() for line in output.splitlines()]
+    assert ["cat", "unseen", "4", "1", "2", "2"] in rows
+    assert "2 masks removed" in output
+
+
 def test_pycocotools_reads_it(make_tiny_coco, tmp_path, capsys):
     out = tmp_path / "out.json"
     dataset = make_tiny_coco(add_crowd)
@@ -161,7 +194,12 @@ rows = st.fixed_dictionaries(
         "category_id": st.sampled_from([3, 17, 90]),
         "bbox": st.lists(numbers, min_size=4, max_size=4),
     },
-    optional={"segmentation": segmentations, "area": numbers, "iscrowd": st.sampled_from([0, 1])},
+    optional={
+        "segmentation": segmentations,
+        "area": numbers,
+        "iscrowd": st.sampled_from([0, 1]),
+        "mask_source": st.sampled_from(["human", "model"]),
+    },
 )
 
 
