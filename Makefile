@@ -10,6 +10,8 @@ VENV_PYTHON := $(VENV)/bin/python
 PYTEST_OPTIONS ?=
 # Test processes at a time; each works on one thread, or they would wait for one another.
 PYTEST_WORKERS ?= auto
+# Optional parts that tests use, where they can be had; "app" (gradio, some 35 packages) is another.
+TEST_PARTS ?= crf browser export
 test test-quick: export OMP_NUM_THREADS ?= 1
 PYTEST := $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 --dist worksteal
 # What the static scan for insecure code reads.
@@ -32,7 +34,7 @@ demo-short: env  ## the demo in a few steps, to see that it runs
 	$(VENV_PYTHON) tools/demo.py --short --output-dir output/demo-short
 
 test:  ## the whole test suite
-	@$(SETUP) $(ENV_OPTIONS) --with crf browser
+	@$(SETUP) $(ENV_OPTIONS) --with $(TEST_PARTS)
 	@$(SETUP) --describe
 	$(PYTEST) $(PYTEST_OPTIONS)
 

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [name for k in range(args.rounds) for name in list(settings)[:: 1 if k % 2 else -1]]
     for name in tqdm(jobs, desc="Processes", unit="process"):
         environment = {**os.environ, "OMP_NUM_THREADS": args.threads, **settings[name]}
-        output = subprocess.run(
+        output = subprocess.run(  # nosec B603  # This file, in this interpreter.
             command, env=environment, check=True, capture_output=True, text=True
         )
         measured[name].append(json.loads(output.stdout.splitlines()[-1]))

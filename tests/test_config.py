@@ -74,7 +74,9 @@ def test_every_config_builds(path):
     # A class-agnostic teacher beside a class-specific student.
     assert roi_heads.teacher_mask_head.predictor.out_channels == 1
     assert roi_heads.mask_head.predictor.out_channels == cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    features = torch.empty(2, cfg.MODEL.FPN.OUT_CHANNELS, 14, 14, device="meta")
+    # A prior may append channels to the mask features.
+    num_channels = getattr(roi_heads.mask_prior, "out_channels", cfg.MODEL.FPN.OUT_CHANNELS)
+    features = torch.empty(2, num_channels, 14, 14, device="meta")
     side = 14 * 2**cfg.MODEL.TEACHER_MASK_HEAD.NUM_DECONV
     assert roi_heads.teacher_mask_head.layers(features).shape == (2, 1, side, side)
 

@@ -99,7 +99,9 @@ def test_named_make_targets_exist(readme):
 
 
 def test_length(readme):
-    assert len(readme.splitlines()) <= MAX_LINES
+    # Without the marks of tests/docs_commands.py, which readers do not see.
+    lines = [x for x in readme.splitlines() if not x.lstrip().startswith("<!-- not run:")]
+    assert len(lines) <= MAX_LINES
 
 
 def test_every_promise_names_tests_that_exist():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the student of a trained model as a plain Detectron2 Mask R-CNN. See --help."""
+"""Write the student of a trained model for those who do not have this project. See --help."""
 
 from __future__ import annotations
 
@@ -7,56 +7,66 @@ import argparse
 import json
 import logging
 import sys
+from pathlib import Path
 
-import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY, build_model
-from detectron2.structures import Instances
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from inference_setup import UsageError, add_model_arguments, check_output_dir, find_classes
+from plain_student import export_plain
+from student_deployment import describe_deployment, export_graphs, make_check_images
 from teacher_student_mask.analysis.trained_model import load_config, load_model
+from teacher_student_mask.engine import open_atomically
+from traced_student import missing_onnx_package
 
 logger = logging.getLogger("teacher_student_mask")
 
 DESCRIPTION = """
-Writes the student (or the only mask head of a baseline or oracle) as a plain Detectron2 Mask R-CNN:
-whoever runs it needs Detectron2 alone, and this project not at all. DIR then holds
-  config.yaml   what differs from Detectron2's defaults; MODEL.WEIGHTS is DIR/model.pth
-  model.pth     the weights, without the teacher's
-  classes.json  the names of the classes, in the order of pred_classes
-Before anything is written both models run on the same random images and must find the same.
+Writes the student (or the only mask head of a baseline or oracle) without this project. Always:
+  deployment.json  how to prepare an image, what comes out, the classes, what was compared
+  classes.json     the names of the classes, in the order of pred_classes
+and of the --formats
+  plain        config.yaml, what differs from Detectron2's defaults, with MODEL.WEIGHTS
+               DIR/model.pth, and model.pth, the weights without the teacher's: a plain Detectron2
+               Mask R-CNN, for whoever has Detectron2 and not this project
+  torchscript  model.ts: PyTorch and torchvision run it, Detectron2 is not needed (traced with
+               Detectron2's exporter where that can be imported)
+  onnx         model.onnx: onnxruntime runs it, PyTorch is not needed (tools/run_onnx.py is an
+               example). Needs the extra "export": pip install -c constraints.txt onnx onnxruntime
+Before anything is written, every format runs on the same images as the model and must find the
+same: random ones, and those of --check-images.
 
-Models with parts that Detectron2 does not have (OPMask's prior, hourglass heads, masks of 56x56)
-cannot be written as one; the message names the part.
+Both graphs take one image of any size, without a batch axis, and return any number of objects;
+masks are probabilities on a grid over each box and want pasting; thresholds are the config's and
+cannot be changed later. The CPU is what they are made on and for. Models with parts that Detectron2
+does not have (a mask prior such as OPMask's, hourglass heads, masks of 56x56) cannot be written as
+a plain one, and the message names the part; their graphs can.
 """
 
 EXAMPLES = """
 examples:
-  %(prog)s --config-file output/ts/config.yaml --weights output/ts/model_final.pth \\
-      --output-dir exported
+  %(prog)s --config-file output/mine/config.yaml --weights output/mine/model_final.pth \\
+      --output-dir output/exported
 
   then, without this project:
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
     cfg = get_cfg()
-    cfg.merge_from_file("exported/config.yaml")
+    cfg.merge_from_file("output/exported/config.yaml")
     instances = DefaultPredictor(cfg)(image)["instances"]
 
-exit code: 0, or 2 if the model cannot be exported.
+  all formats, compared on photos, too:
+    %(prog)s --config-file ... --weights ... --output-dir output/exported \\
+        --formats plain torchscript onnx --check-images data/images/a.jpg data/images/b.jpg
+
+  graphs that keep what they are surer of:
+    %(prog)s ... --formats onnx --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5
+
+exit code: 0, or 2 if the model cannot be exported; nothing is written then.
 """
 
-# Ours -> what computes the same in Detectron2, where it can.
-ROI_HEADS = {
-    "TeacherStudentROIHeads": "StandardROIHeads",
-    "PartiallySupervisedROIHeads": "StandardROIHeads",
-}
-MASK_HEADS = {"MaskRCNNConvMultiUpsampleHead": "MaskRCNNConvUpsampleHead"}
-# Whose modules a plain model may have.
-PACKAGES = ("torch", "detectron2", "fvcore")
-TOLERANCE = 1e-5
-NUM_CHECKS, CHECK_SIDE = 3, 320
+FORMATS = ("plain", "torchscript", "onnx")
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -65,169 +75,81 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        default=["plain"],
+        help="what to write (default: plain)",
+    )
+    parser.add_argument(
+        "--check-images",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="IMAGE",
+        help="images on which the graphs are compared, beside random ones",
+    )
     add_model_arguments(parser)
     return parser, parser.parse_args(argv)
 
 
-def plain_config(cfg: CfgNode) -> CfgNode:
+def load_student(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
     """
-    The values of a config for Detectron2's own keys.
-
-    Args:
-        cfg: with this project's keys; not changed.
-
-    Returns:
-        A config with Detectron2's keys alone, whose ROI heads and mask head are Detectron2's where
-        they compute the same as ours.
+    Load the model without its teacher.
 
     Raises:
-        UsageError: what the student computes depends on one of our keys.
+        UsageError: the config or the weights are wrong.
     """
-    plain = get_cfg()
-    _copy_values(cfg, plain)
-    if cfg.MODEL.ROI_MASK_PRIOR.NAME:
-        raise UsageError(
-            f"MODEL.ROI_MASK_PRIOR.NAME is {cfg.MODEL.ROI_MASK_PRIOR.NAME!r}; a plain Mask R-CNN "
-            "has no mask prior."
-        )
-    mask_head = plain.MODEL.ROI_MASK_HEAD
-    if mask_head.NAME in MASK_HEADS and cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV != 1:
-        raise UsageError(
-            f"MODEL.ROI_MASK_HEAD.NUM_DECONV is {cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV}; the mask "
-            "head of a plain Mask R-CNN has one deconvolution."
-        )
-    mask_head.NAME = MASK_HEADS.get(mask_head.NAME, mask_head.NAME)
-    heads = {
-        "ROI_MASK_HEAD": (ROI_MASK_HEAD_REGISTRY, mask_head.NAME),
-        "ROI_BOX_HEAD": (ROI_BOX_HEAD_REGISTRY, plain.MODEL.ROI_BOX_HEAD.NAME),
-    }
-    for key, (registry, name) in heads.items():
-        package = registry.get(name).__module__.partition(".")[0]
-        if package != "detectron2":
-            raise UsageError(
-                f"MODEL.{key}.NAME is {name!r}, a class of {package}, which a plain Mask R-CNN "
-                "does not have."
-            )
-    plain.MODEL.ROI_HEADS.NAME = ROI_HEADS.get(plain.MODEL.ROI_HEADS.NAME, "")
-    if not plain.MODEL.ROI_HEADS.NAME:
-        raise UsageError(
-            f"MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}; what can be exported: "
-            f"{', '.join(ROI_HEADS)}."
-        )
-    return plain
-
-
-def _copy_values(source: CfgNode, target: CfgNode) -> None:
-    for key, value in target.items():
-        if isinstance(value, CfgNode):
-            _copy_values(source[key], value)
-        else:
-            target[key] = source[key]
-
-
-def plain_model(cfg: CfgNode, source: nn.Module) -> nn.Module:
-    """
-    Build Detectron2's model and give it the weights of ours.
-
-    Args:
-        cfg: of :func:`plain_config`.
-        source: our model.
-
-    Raises:
-        UsageError: a part of the model is not Detectron2's, or the weights do not fit.
-    """
-    model = build_model(cfg).eval()
-    for name, module in model.named_modules():
-        package = type(module).__module__.partition(".")[0]
-        if package not in PACKAGES:
-            raise UsageError(
-                f"{name} is a {type(module).__name__} of {package}, which a plain Mask R-CNN does "
-                "not have."
-            )
-    weights = {
-        name: x for name, x in source.state_dict().items() if "teacher_mask_head" not in name
-    }
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UsageError(f"The weights do not fit a plain Mask R-CNN: {error}") from error
-    return model
-
-
-@torch.no_grad()
-def largest_difference(first: nn.Module, second: nn.Module) -> tuple[float, int]:
-    """
-    Compare what two models find on random images.
-
-    Returns:
-        The largest difference of boxes in pixels, scores, and mask probabilities (infinity where
-        the number or the classes of the objects differ), and the number of objects compared.
-    """
-    generator = torch.Generator().manual_seed(0)
-    difference, count = 0.0, 0
-    for _ in range(NUM_CHECKS):
-        image = torch.rand(3, CHECK_SIDE, CHECK_SIDE, generator=generator) * 255
-        a, b = (m.inference([{"image": image}], do_postprocess=False)[0] for m in (first, second))
-        if len(a) != len(b) or not torch.equal(a.pred_classes, b.pred_classes):
-            return float("inf"), count
-        count += len(a)
-        for x, y in zip(_values(a), _values(b)):
-            if x.numel() > 0:
-                difference = max(difference, (x - y).abs().max().item())
-    return difference, count
-
-
-def _values(instances: Instances) -> list[torch.Tensor]:
-    return [instances.pred_boxes.tensor, instances.scores, instances.pred_masks]
-
-
-def changed_keys(cfg: CfgNode, default: CfgNode) -> dict:
-    """What differs from the defaults, nested; of another release of Detectron2 keys may differ."""
-    changes = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            below = changed_keys(value, default[key])
-            changes.update({key: below} if below else {})
-        elif value != default[key]:
-            changes[key] = value
-    return changes
+        cfg = load_config(args.config_file, args.weights, args.opts)
+        # A config that evaluated the teacher has a student all the same.
+        cfg.TEST.MASK_HEAD = "student"
+        model, _ = load_model(cfg, ["student"])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if hasattr(model.roi_heads, "teacher_mask_head"):
+        model.roi_heads.teacher_mask_head = None
+    return cfg, model
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser, args = parse_args(argv)
+    files, rows = {}, []
     try:
-        try:
-            cfg = load_config(args.config_file, args.weights, args.opts)
-            model, _ = load_model(cfg, ["student"])
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        plain = plain_config(cfg)
-        exported = plain_model(plain, model)
-        # On the thresholds of the config a model may find nothing in noise.
-        for x in (model, exported):
-            x.roi_heads.box_predictor.test_score_thresh = 0.0
-        difference, num_objects = largest_difference(model, exported)
-        if not difference <= TOLERANCE:
+        if "onnx" in args.formats and (missing := missing_onnx_package()):
             raise UsageError(
-                f"The plain model finds something else on random images: a difference of "
-                f"{difference:.1e}. Nothing was written."
+                f"--formats onnx needs the package {missing}, which is not installed: "
+                "pip install -c constraints.txt onnx onnxruntime"
             )
+        cfg, model = load_student(args)
+        if "plain" in args.formats:
+            files, report = export_plain(cfg, model, args.output_dir)
+            rows.append(("model.pth", report))
+        graphs = [x for x in FORMATS[1:] if x in args.formats]
+        if graphs:
+            images = make_check_images(cfg, args.check_images)
+            for name, content, report in export_graphs(model, graphs, images):
+                files[name] = content
+                rows.append((name, report))
         check_output_dir(args.output_dir)
     except UsageError as error:
         parser.error(str(error))
-    weights = args.output_dir / "model.pth"
-    plain.MODEL.WEIGHTS, plain.OUTPUT_DIR = str(weights), get_cfg().OUTPUT_DIR
-    changes = {"VERSION": plain.VERSION, **changed_keys(plain, get_cfg())}
-    torch.save({"model": exported.state_dict()}, weights)
-    (args.output_dir / "config.yaml").write_text(CfgNode(changes).dump())
     names = find_classes(cfg).names
-    (args.output_dir / "classes.json").write_text(json.dumps(names, indent=1) + "\n")
-    print(
-        f"The same {num_objects} objects on {NUM_CHECKS} random images (boxes in pixels, scores, "
-        f"mask probabilities differ by at most {difference:.1e})."
-    )
-    print(f"Exported, {weights.stat().st_size / 2**20:.1f} MiB: {args.output_dir / 'config.yaml'}")
+    facts = describe_deployment(cfg, names, dict(rows))
+    for name, content in (("classes.json", names), ("deployment.json", facts)):
+        files[name] = (json.dumps(content, indent=1) + "\n").encode()
+    try:
+        for name, content in files.items():
+            with open_atomically(args.output_dir / name, "wb") as stream:
+                stream.write(content)
+    except OSError as error:
+        parser.error(str(error))
+    for name, report in rows:
+        size = len(files[name]) / 2**20
+        print(f"{args.output_dir / name}, {size:.1f} MiB: {report}")
+    print(f"Exported: {', '.join(sorted(files))} in {args.output_dir}")
     return 0
 
 

@@ -17,6 +17,7 @@ from detectron2.engine import DefaultPredictor
 from coco_results import Classes
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
+from teacher_student_mask.data import register_json_datasets, settle_classes
 from teacher_student_mask.weights_file import check_weights, safe_loading
 
 __all__ = [
@@ -90,6 +91,11 @@ def setup_cfg(
     if weights is not None:
         cfg.MODEL.WEIGHTS = weights
     _check_weights(cfg, config_file)
+    try:
+        register_json_datasets(cfg)
+        cfg = settle_classes(cfg, needs_seen_classes=False)
+    except ValueError as error:
+        raise UsageError(f"--config-file {config_file}: {error}") from error
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = score_threshold
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

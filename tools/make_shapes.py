@@ -36,6 +36,8 @@ examples:
   %(prog)s --num-train 5000 --num-val 500              more of it
   %(prog)s --output-dir large/shapes --image-size 256  larger images, elsewhere
   %(prog)s --seed 1 --force                            other images, in their place
+  %(prog)s --flat --output-dir data --num-train 30 --num-val 10
+                                                       data/images, data/train.json, data/val.json
 
 use:
   DETECTRON2_DATASETS=<parent of the folder shapes> python train_net.py \\
@@ -55,6 +57,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     add("--num-val", type=int, default=200, metavar="N", help="images (default: %(default)s)")
     add("--image-size", type=int, default=96, metavar="N", help="pixels (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    add("--flat", action="store_true", help="train.json, val.json, and all images in images/")
     add("--force", action="store_true", help="write over annotations that are there")
     return parser, parser.parse_args(argv)
 
@@ -105,10 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser, args = parse_args(argv)
     if min(args.num_train, args.num_val, args.seed) < 0:
         parser.error("--num-train, --num-val and --seed must not be negative.")
-    paths = {
-        split: os.path.join(args.output_dir, "annotations", f"instances_{split}.json")
-        for split in ("train", "val")
-    }
+    name = "{}.json" if args.flat else "annotations/instances_{}.json"
+    paths = {x: os.path.join(args.output_dir, name.format(x)) for x in ("train", "val")}
     existing = [path for path in paths.values() if os.path.exists(path)]
     if existing and not args.force:
         parser.error(f"{existing[0]} exists already; --force writes over it.")
@@ -122,12 +123,14 @@ def main(argv: list[str] | None = None) -> int:
                 num_val=args.num_val,
                 image_size=args.image_size,
                 seed=args.seed,
+                flat=args.flat,
                 progress=lambda num_done, _: progress.update(num_done - progress.n),
             )
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(describe({split: load_coco(path) for split, path in paths.items()}))
-    print(usage_hint(args.output_dir))
+    if not args.flat:
+        print(usage_hint(args.output_dir))
     return 0
 
 

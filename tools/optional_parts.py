@@ -1,4 +1,4 @@
-"""What only some of the tests need: tried once, left out with a reason where it cannot be had."""
+"""What only some tests and programs need: tried once, left out with a reason if not to be had."""
 
 import os
 import shutil
@@ -36,6 +36,22 @@ def install_browser(environment: VirtualEnvironment) -> None:
     _pip_install(environment, "playwright")
 
 
+def install_export(environment: VirtualEnvironment) -> None:
+    """
+    Tries to install the extra `export`: ONNX files and onnxruntime, 110 MB.
+    """
+    print("install onnx and onnxruntime (optional)", flush=True)
+    _pip_install(environment, "onnx", "onnxruntime")
+
+
+def install_app(environment: VirtualEnvironment) -> None:
+    """
+    Tries to install the extra `app`: gradio with some 35 packages, 220 MB.
+    """
+    print("install gradio (optional; some 35 packages)", flush=True)
+    _pip_install(environment, "gradio")
+
+
 def find_browser() -> Optional[str]:
     """
     Returns the path of Chromium or Chrome, if there is one.
@@ -70,9 +86,9 @@ def install_chromium(run: Callable = subprocess.run) -> Optional[str]:
     return None
 
 
-def _pip_install(environment: VirtualEnvironment, package: str) -> None:
+def _pip_install(environment: VirtualEnvironment, *packages: str) -> None:
     try:
-        environment.pip("install", *environment.pins(), package)
+        environment.pip("install", *environment.pins(), *packages)
     except SetupError as error:
         print(f"left out: {error}")
 
@@ -80,4 +96,6 @@ def _pip_install(environment: VirtualEnvironment, package: str) -> None:
 PARTS: Dict[str, Callable[[VirtualEnvironment], None]] = {
     "crf": install_crf,
     "browser": install_browser,
+    "export": install_export,
+    "app": install_app,
 }

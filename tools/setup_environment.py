@@ -190,7 +190,8 @@ def get_parser() -> argparse.ArgumentParser:
         default=[],
         help='also try to get: "crf", pydensecrf for pseudo masks by that method (compiles); '
         '"browser", Playwright, and Debian\'s Chromium where root runs this, for tests of the '
-        "report. What cannot be had is left out with a reason",
+        'report; "export", onnx and onnxruntime for tools/export_student.py; "app", gradio for '
+        "tools/app.py. What cannot be had is left out with a reason",
     )
     parser.add_argument(
         "--force", action="store_true", help="empty the folder first and do every step again"

@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from typing import IO
 
 from tabulate import tabulate
 
-from teacher_student_mask.checks import AnnotationReport, check_annotations
-from teacher_student_mask.checks.reading import read_json
+from mask_removal import (
+    add_file_arguments,
+    check_file_arguments,
+    has_mask,
+    read_checked,
+    remove_mask,
+    write_json,
+)
+from teacher_student_mask.checks import AnnotationReport
+from teacher_student_mask.checks.mask_sources import is_from_model
 from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
@@ -27,6 +32,9 @@ Of an object whose class is not among the seen ones
                 "iscrowd" stays, and training leaves crowds out, as before
   area          becomes width * height of the box: COCO's is counted in the mask, and with the box
                 would tell how much of it the object fills
+  mask_source   goes with the mask. Masks with "mask_source" "model" are taken out, too, for a file
+                cannot prove that no human drew them; --keep-model-masks keeps them, for training
+                with MODEL.PSEUDO_MASK.EXTERNAL, and the area becomes that of the box all the same
 All else keeps its value and its order; fields that are none of COCO's are named, for they may hold
 masks, too. The file is not meant for evaluation: AP needs the masks and areas of the whole json.
 """
@@ -35,6 +43,9 @@ EXAMPLES = """
 examples:
   masks of the 20 VOC classes alone:
     %(prog)s instances_train2017.json voc2nonvoc_train2017.json --seen-classes voc
+
+  the masks that tools/complete_masks.py made of unseen classes stay:
+    %(prog)s completed.json train_stripped.json --seen-classes voc --keep-model-masks
 
   seen classes by name, or from a list (one name a line, or json):
     %(prog)s train.json train_stripped.json --seen-classes "cat, hair drier"
@@ -50,30 +61,21 @@ _KNOWN = {
     "images": {"id", "width", "height", "file_name", "license", "flickr_url", "coco_url"}
     | {"date_captured"},
     "annotations of unseen classes": {"id", "image_id", "category_id", "bbox", "iscrowd", "area"}
-    | {"ignore", "keypoints", "num_keypoints", "segmentation"},
+    | {"ignore", "keypoints", "num_keypoints", "segmentation", "mask_source"},
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    parser, args = parse_args(argv)
-    # Names in the json may have characters that the terminal lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        data = read_json(args.input)
-    except (OSError, ValueError) as error:
-        print(f"error: {args.input}: unreadable ({error}).")
+    args = parse_args(argv)
+    checked = read_checked(args.input, args.seen_classes)
+    if checked is None:
         return 1
-    report = check_annotations(args.input, seen_classes=args.seen_classes, data=data)
-    for finding in report.findings:
-        print(f"{finding.severity}: {finding}")
-    if report.errors:
-        print(f"Not written: {len(report.errors)} kinds of errors in {args.input}.")
-        return 1
+    data, report = checked
     unseen = {x.category_id for x in report.classes if not x.is_seen}
     for where, names in unknown_fields(data, unseen).items():
         print(f"warning: kept in {where}, look whether they hold masks: {', '.join(names)}")
-    num_masks, num_removed = strip_masks(data["annotations"], unseen)
+    num_masks, num_removed = strip_masks(data["annotations"], unseen, args.keep_model_masks)
     try:
         with open_atomically(args.output) as f:
             write_json(f, data)
@@ -85,14 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="IN.json", help="in COCO's format; not changed")
-    parser.add_argument("output", metavar="OUT.json", help="must not exist, or see --force")
+    add_file_arguments(parser)
     parser.add_argument(
         "--seen-classes",
         required=True,
@@ -100,29 +101,26 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         help='classes that keep their masks: "voc", "nonvoc", "all", names separated by commas, or '
         "the path of a list; as DATASETS.SEEN_CLASSES",
     )
-    parser.add_argument("--force", action="store_true", help="replace an OUT.json that exists")
+    parser.add_argument(
+        "--keep-model-masks",
+        action="store_true",
+        help='keep the masks of unseen classes with "mask_source" "model"',
+    )
     args = parser.parse_args(argv)
-    if not os.path.isfile(args.input):
-        parser.error(f"{args.input}: no such file.")
-    folder = os.path.dirname(args.output) or "."
-    if not os.path.isdir(folder):
-        parser.error(f"{args.output}: there is no folder {folder}.")
-    if os.path.isdir(args.output):
-        parser.error(f"{args.output}: a folder; name a file.")
-    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
-        parser.error(f"{args.output}: the input itself; it is never replaced.")
-    if os.path.lexists(args.output) and not args.force:
-        parser.error(f"{args.output}: exists; --force replaces it.")
-    return parser, args
+    check_file_arguments(parser, args)
+    return args
 
 
-def strip_masks(annotations: list[dict], unseen: set[int]) -> tuple[Counter, Counter]:
+def strip_masks(
+    annotations: list[dict], unseen: set[int], keep_model_masks: bool = False
+) -> tuple[Counter, Counter]:
     """
     Take the masks of unseen classes out of a list of COCO annotations, in place.
 
     Args:
         annotations: with boxes that the checks have found to be ones.
         unseen: category ids.
+        keep_model_masks: keep those with "mask_source" "model", of objects that are no crowds.
 
     Returns:
         The masks there were and those removed of them, {category id: number}.
@@ -130,13 +128,15 @@ def strip_masks(annotations: list[dict], unseen: set[int]) -> tuple[Counter, Cou
     num_masks, num_removed = Counter(), Counter()
     for annotation in annotations:
         category_id = annotation["category_id"]
-        has_mask = bool(annotation.get("segmentation"))
-        num_masks[category_id] += has_mask
+        num_masks[category_id] += has_mask(annotation)
         if category_id not in unseen:
             continue
-        num_removed[category_id] += has_mask
-        annotation.pop("segmentation", None)
-        if "area" in annotation:
+        is_kept = keep_model_masks and is_from_model(annotation) and not annotation.get("iscrowd")
+        num_removed[category_id] += has_mask(annotation) and not is_kept
+        if not is_kept:
+            remove_mask(annotation)
+            annotation.pop("mask_source", None)
+        elif "area" in annotation:
             width, height = annotation["bbox"][2:]
             annotation["area"] = width * height
     return num_masks, num_removed
@@ -154,27 +154,12 @@ def unknown_fields(data: dict, unseen: set[int]) -> dict[str, list[str]]:
     return {where: names for where, names in unknown.items() if names}
 
 
-def write_json(f: IO[str], data: dict) -> None:
-    """Write a dict as json, its lists row by row: json.dump takes minutes for COCO's."""
-    f.write("{")
-    for i, (key, value) in enumerate(data.items()):
-        f.write(f"{', ' if i else ''}{json.dumps(key)}: ")
-        if not isinstance(value, list):
-            f.write(json.dumps(value))
-            continue
-        f.write("[")
-        for j, row in enumerate(value):
-            f.write(f"{', ' if j else ''}{json.dumps(row)}")
-        f.write("]")
-    f.write("}")
-
-
 def class_table(report: AnnotationReport, num_masks: Counter, num_removed: Counter) -> str:
     """What became of the masks of each class; "boxes" is all annotations, with the crowds."""
     rows = []
     for x in report.classes:
         masks, removed = num_masks[x.category_id], num_removed[x.category_id]
-        boxes = x.masks + x.boxes_only + x.crowd
+        boxes = x.num_objects + x.crowd
         split = "seen" if x.is_seen else "unseen"
         rows.append([x.name, split, boxes, x.crowd, masks - removed, removed])
     totals = [sum(numbers) for numbers in list(zip(*rows))[2:]]

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from teacher_student_mask import add_teacher_student_mask_config, resolve_seen_classes
 from teacher_student_mask.config_file import merge_config_file
+from teacher_student_mask.data import register_json_datasets, settle_classes
 
 __all__ = [
     "UsageError",
@@ -60,6 +61,7 @@ def load_config(path: str, opts: Sequence[str], has_seen_sets: bool) -> CfgNode:
         cfg.merge_from_list(list(opts))
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--opts {' '.join(opts)}: {error}") from error
+    cfg = _with_classes(cfg, path, needs_seen_classes=not has_seen_sets)
 
     own_keys = OWN_KEYS + (("DATASETS.SEEN_CLASSES",) if has_seen_sets else ())
     for key in opts[::2]:
@@ -73,6 +75,16 @@ def load_config(path: str, opts: Sequence[str], has_seen_sets: bool) -> CfgNode:
             "the oracle does, and does not depend on --seen-sets. Sweep over it on its own."
         )
     return cfg
+
+
+def _with_classes(cfg: CfgNode, path: str, needs_seen_classes: bool) -> CfgNode:
+    try:
+        register_json_datasets(cfg)
+        if any(name not in DatasetCatalog.list() for name in cfg.DATASETS.TRAIN):
+            return cfg  # the training program may know them
+        return settle_classes(cfg, needs_seen_classes)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def config_name(path: str) -> str:

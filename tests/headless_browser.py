@@ -1,0 +1,30 @@
+"""A page in Chromium; tests skip with a reason where the browser or Playwright is missing."""
+
+import contextlib
+import shutil
+
+import pytest
+
+
+@contextlib.contextmanager
+def open_page(path):
+    """The page at ``path``, ready; in the end it must have had no problem and asked no network."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
+    problems, requests = [], []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.on("console", lambda x: problems.append(x.text) if x.type != "log" else None)
+        page.on("pageerror", lambda x: problems.append(str(x)))
+        page.on("dialog", lambda x: problems.append(x.message) or x.dismiss())
+        page.on("request", lambda x: requests.append(x.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        yield page
+        browser.close()
+    assert problems == []
+    assert all(x.startswith(("file:", "data:")) for x in requests)
