@@ -34,7 +34,7 @@ from docs_exclusions import missing_package, reason_not_to_run
 import teacher_student_mask.analysis  # noqa: F401
 import teacher_student_mask.engine  # noqa: F401
 
-LONGEST_COMMAND = 300  # seconds
+LONGEST_COMMAND = 600  # seconds
 # Anything else, make and pip and git among it, is for readers.
 PROGRAMS = ("python", "cp", "ls", "mkdir", "mv")
 LINES_OF_OUTPUT = 25

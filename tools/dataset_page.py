@@ -52,7 +52,8 @@ def choose(annotated: AnnotatedImages, num_images: int, num_crops: int, seed: in
         seed: any.
     """
     ids = [x["id"] for x in annotated.images]
-    chosen = random.Random(seed).sample(ids, min(num_images, len(ids)))  # nosec B311
+    rng = random.Random(seed)  # nosec B311  # A draw that can be repeated.
+    chosen = rng.sample(ids, min(num_images, len(ids)))
     pools: dict[tuple[int, bool], list[tuple[int, int]]] = defaultdict(list)
     for image_id in ids:
         for k, annotation in enumerate(annotated.annotations.get(image_id, [])):
@@ -63,7 +64,7 @@ def choose(annotated: AnnotatedImages, num_images: int, num_crops: int, seed: in
     crops = []
     for k in range(len(annotated.names)):
         # A generator for each, so that one class does not change the choice of the next.
-        rng = random.Random(f"{seed}, {k}")  # nosec B311
+        rng = random.Random(f"{seed}, {k}")  # nosec B311  # A draw that can be repeated.
         of_class = [pools.get((k, has_mask), []) for has_mask in (True, False)]
         with_mask = min(len(of_class[0]), max(-(-num_crops // 2), num_crops - len(of_class[1])))
         numbers = (with_mask, min(len(of_class[1]), num_crops - with_mask))

@@ -11,7 +11,6 @@ import os
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +89,6 @@ class Point:
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = parse_args(argv)
-    start = time.perf_counter()
     data = args.output_dir / "data"
     data.mkdir(parents=True, exist_ok=True)
     points = []
@@ -109,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     slots = [{}] * args.jobs if "OMP_NUM_THREADS" in os.environ else even_slots(args.jobs)
     if not run_jobs("Training and evaluating", jobs, slots):
         return 1
-    table = write_table(args, argv, points, time.perf_counter() - start)
+    table = write_table(args, argv, points)
     draw(args.output_dir / "mask_amount.png", points)
     print(table)
     print(f"Written to {args.output_dir}: mask_amount.md, mask_amount.png")
@@ -202,9 +200,7 @@ def num_iters(config: str, opts: list[str]) -> int:
     return cfg.SOLVER.MAX_ITER
 
 
-def write_table(
-    args: argparse.Namespace, argv: list[str] | None, points: Sequence[Point], seconds: float
-) -> str:
+def write_table(args: argparse.Namespace, argv: list[str] | None, points: Sequence[Point]) -> str:
     """Write mask_amount.md, a line for each share and config; returns its text."""
     rows = []
     for share in dict.fromkeys(x.share for x in points):
@@ -224,7 +220,7 @@ def write_table(
     text = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True) + "\n\n"
     text += f"Command: `{command}`. Seeds: {', '.join(map(str, args.seeds))}"
     text += "; mean ± standard deviation of the sample" if len(args.seeds) > 1 else ""
-    text += f". This call took {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores. "
+    text += f". {os.cpu_count()} CPU cores. "
     text += ". ".join(describe()) + ".\n"
     with open_atomically(args.output_dir / "mask_amount.md") as f:
         f.write(text)

@@ -633,3 +633,11 @@ def test_an_object_whose_mask_leaves_the_image_is_dropped(make_image, mask_forma
     instances = make_mapper([rotation], mask_format)(image)["instances"]
     assert instances.gt_has_mask.tolist() == [True, False]
     assert instances.gt_classes.tolist() == [SEEN[1], UNSEEN[0]]
+
+
+def test_whole_numbers_of_polygons_are_scaled_to_fractions(make_image):
+    # Detectron2's transforms write into the array that they are given: whole numbers stay whole.
+    image = make_image([annotation(0, (1, 1, 5, 5), segmentation=[L_POLYGON])])
+    instances = make_mapper([T.Resize((18, 24))])(image)["instances"]
+    ((polygon,),) = instances.gt_masks.polygons
+    assert polygon.tolist() == [1.5 * x for x in L_POLYGON]

@@ -24,7 +24,7 @@ polygons = st.lists(st.tuples(coordinates, coordinates), min_size=3, max_size=9)
 objects = st.lists(st.lists(polygons, min_size=1, max_size=3), max_size=4)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(objects)
 def test_the_union_is_detectron2s(polygons_of):
     union = union_of_masks(PolygonMasks(polygons_of), SIZE)
@@ -95,7 +95,7 @@ whole = st.lists(st.integers(-20, 60), min_size=3, max_size=9).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.lists(whole, min_size=1, max_size=3), max_size=4))
 def test_masks_are_kept_where_one_of_their_polygons_may_have_pixels(polygons_of):
     lists = [[x.tolist() for x in polygons] for polygons in polygons_of]

@@ -199,5 +199,5 @@ def _runs_of(counts: bytes) -> np.ndarray:
     runs = np.add.reduceat((data & 31) << bits, starts)
     runs -= ((data[stops - 1] & 16) << 1) << (5 * (lengths - 1))
     # From the fourth number on, it is the difference to the run before the last.
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), runs[2::2]
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
     return runs
