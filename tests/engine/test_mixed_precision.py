@@ -50,7 +50,8 @@ def model_with_opinions(cfg):
         heads.append(model.roi_heads.teacher_mask_head)
         model.roi_heads.pseudo_masks = SameTargets(model.roi_heads.pseudo_masks)
     for head in heads:
-        torch.nn.init.normal_(head.predictor.weight, std=1.0)
+        if hasattr(head, "predictor"):  # Mask^X R-CNN predicts its last layer
+            torch.nn.init.normal_(head.predictor.weight, std=1.0)
     return model
 
 

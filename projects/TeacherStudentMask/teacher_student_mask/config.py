@@ -107,10 +107,11 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST = CN()
     # Side of the grid, in cells, on which pixels are compared.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.POOLER_RESOLUTION = 28
-    # 3x3 convolutions of the encoder; channels of encoder and projector; norm of the projector.
+    # 3x3 convolutions of the encoder; channels of encoder and projector; norm of the projector
+    # (the official "BN" has other statistics in each process, and is not safe without a ROI).
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NUM_CONV = 8
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM = 256
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "BN"
+    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "naiveSyncBN_N"
     # Weight of the contrastive loss, times 0.25 in epochs 0 and 1, 0.5 and 0.75 in 2 and 3.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT = 0.1
     # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. Not rescaled

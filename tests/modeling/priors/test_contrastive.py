@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
+from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -333,7 +333,7 @@ def test_prior_is_built_from_the_config():
     prior = build_mask_prior(cfg, shape, shapes)
     convs = [x for x in prior.encoder if isinstance(x, nn.Conv2d)]
     assert len(convs) == 8 and all(x.weight.shape == (256, 256, 3, 3) for x in convs)
-    assert [type(x.norm) for x in prior.projector[:2]] == [nn.BatchNorm2d] * 2
+    assert [type(x.norm) for x in prior.projector[:2]] == [NaiveSyncBatchNorm] * 2
     assert prior.pooler.output_size == (28, 28) and prior.pooler.min_level == 2
     assert prior.needs_box_features and prior.uses_rois_without_mask
     assert (prior.loss_weight, prior.epoch_iters, prior.key_share) == (0.1, 7330, 0.3)
