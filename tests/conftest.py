@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-import setuptools  # noqa: F401  # Before a test can import it halfway: it replaces distutils.
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -78,7 +79,9 @@ def _python_problem(argv: list[str], root: Path) -> str | None:
         compile(argv[1], "-c", "exec")
         return None
     if argv[:1] == ["-m"]:
-        return None if importlib.util.find_spec(argv[1]) else f"no module {argv[1]}"
+        # Not importlib.util: asked for pip, the finder of setuptools gives up replacing distutils
+        # in this process, and a later import of setuptools then fails.
+        return None if PathFinder.find_spec(argv[1]) else f"no module {argv[1]}"
     if not argv or not argv[0].endswith(".py"):
         return f"not a file: python {' '.join(argv)}"
     if argv[1:] == ["--help"]:

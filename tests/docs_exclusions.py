@@ -22,7 +22,7 @@ OPTIONAL = {
     "onnx": r"onnx",
     "onnxruntime": r"onnx",
     "gradio": r"tools/app\.py",
-    "jinja2": r"tools/(view_dataset|analyze)\.py|--contact-sheet",
+    "jinja2": r"tools/(view_dataset|analyze)\.py|--html\b",
 }
 
 
