@@ -7,16 +7,24 @@ import pytest
 
 
 @contextlib.contextmanager
-def open_page(path):
-    """The page at ``path``, ready; in the end it must have had no problem and asked no network."""
+def launch_chromium():
+    """The browser; the test skips with a reason without it, or without Playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
     executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
         pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    problems, requests = [], []
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def open_page(path):
+    """The page at ``path``, ready; in the end it must have had no problem and asked no network."""
+    problems, requests = [], []
+    with launch_chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("console", lambda x: problems.append(x.text) if x.type != "log" else None)
         page.on("pageerror", lambda x: problems.append(str(x)))
@@ -25,6 +33,5 @@ def open_page(path):
         page.goto(path.as_uri())
         page.wait_for_selector("html[data-ready]", timeout=30_000)
         yield page
-        browser.close()
     assert problems == []
     assert all(x.startswith(("file:", "data:")) for x in requests)

@@ -19,7 +19,14 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 
-from inference_setup import UsageError, find_classes, make_predictor, setup_cfg
+from inference_setup import (
+    UsageError,
+    add_opts_argument,
+    add_weights_arguments,
+    find_classes,
+    make_predictor,
+    setup_cfg,
+)
 from overlays import draw_overlay
 
 logger = logging.getLogger("teacher_student_mask")
@@ -223,9 +230,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_weights_arguments(parser)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
     add("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
     add(
         "--host",
@@ -233,13 +239,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         metavar="ADDRESS",
         help="on which to listen (default: %(default)s, this machine alone)",
     )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    add_opts_argument(parser)
     return parser, parser.parse_args(argv)
 
 

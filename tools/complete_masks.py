@@ -16,7 +16,13 @@ from torch.multiprocessing import ProcessExitedException
 from completion_masks import FORMATS, MASKS_OF
 from completion_parts import PartsError
 from completion_run import CompletionRun, parts_of
-from inference_setup import UsageError, check_output_dir, setup_cfg
+from inference_setup import (
+    UsageError,
+    add_opts_argument,
+    add_weights_arguments,
+    check_output_dir,
+    setup_cfg,
+)
 from process_launch import add_launch_arguments, start_processes
 from teacher_student_mask.data import register_json_datasets
 from teacher_student_mask.engine import WriteError
@@ -66,9 +72,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_weights_arguments(parser)
     add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
     add("--annotations", required=True, metavar="IN.json", help="COCO's format; not changed")
     add("--image-root", required=True, metavar="DIR", help="folder of the images")
     add("--output", required=True, type=Path, metavar="OUT.json", help="see --force")
@@ -98,13 +103,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     add("--force", action="store_true", help="replace an OUT.json that exists")
     add("--restart", action="store_true", help="throw away what an unfinished run has done")
     add_launch_arguments(parser)
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    add_opts_argument(parser)
     return parser, parser.parse_args(argv)
 
 

@@ -20,11 +20,10 @@ from mask_removal import (
     has_mask,
     read_checked,
     remove_mask,
-    write_json,
+    write_or_explain,
 )
 from teacher_student_mask.checks import AnnotationReport
 from teacher_student_mask.checks.mask_sources import MODEL, is_from_model
-from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
 Writes a COCO json in which every object without a mask of a human has one of GrabCut, made from its
@@ -89,11 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         return report_problems(problems)
     counts = splice(rows, masks, data["images"])
     num_crowds = remove_crowd_masks(data["annotations"], seen)
-    try:
-        with open_atomically(args.output) as f:
-            write_json(f, data)
-    except WriteError as error:
-        print(f"error: {error.strerror}")
+    if not write_or_explain(args.output, data):
         return 1
     os.unlink(f"{args.output}.cache")
     print(class_table(report, counts))

@@ -19,11 +19,10 @@ from mask_removal import (
     has_mask,
     read_checked,
     remove_mask,
-    write_json,
+    write_or_explain,
 )
 from teacher_student_mask.checks import AnnotationReport
 from teacher_student_mask.checks.mask_sources import is_from_model
-from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
 Writes a COCO json in which a random share of the objects keeps its mask; the others keep their
@@ -69,11 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     num_masks, num_kept = hide_masks(
         data["annotations"], chosen, args.keep, args.min_per_class, args.seed
     )
-    try:
-        with open_atomically(args.output) as f:
-            write_json(f, data)
-    except WriteError as error:
-        print(f"error: {error.strerror}")
+    if not write_or_explain(args.output, data):
         return 1
     print(class_table(report, num_masks, num_kept))
     emptied = [

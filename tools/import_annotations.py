@@ -17,9 +17,8 @@ from import_labelme import read_labelme
 from import_voc import read_voc
 from import_yolo import read_yolo
 from imported_dataset import InputError, read_text
-from mask_removal import write_json
+from mask_removal import write_or_explain
 from teacher_student_mask.checks import check_annotations
-from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
 Makes a COCO json, in which any object may lack its mask, of the annotations of another tool. An
@@ -67,11 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if report.errors:
         print(f"Not written: {len(report.errors)} kinds of errors.")
         return 1
-    try:
-        with open_atomically(args.output) as f:
-            write_json(f, data)
-    except WriteError as error:
-        print(f"error: {error.strerror}")
+    if not write_or_explain(args.output, data):
         return 1
     print(report.class_table())
     for note, count in notes.items():

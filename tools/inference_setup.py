@@ -23,6 +23,8 @@ from teacher_student_mask.weights_file import check_weights, safe_loading
 __all__ = [
     "UsageError",
     "add_model_arguments",
+    "add_opts_argument",
+    "add_weights_arguments",
     "check_output_dir",
     "find_classes",
     "make_predictor",
@@ -38,15 +40,21 @@ class UsageError(Exception):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which model runs, and where its results go; --opts comes last."""
+    add_weights_arguments(parser)
+    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
+    add_opts_argument(parser)
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --config-file and --weights."""
     add = parser.add_argument
     add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add(
-        "--weights",
-        metavar="PTH",
-        help="checkpoint (default: the config's MODEL.WEIGHTS)",
-    )
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
-    add(
+    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+
+
+def add_opts_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --opts, which takes all that follows it: the last argument."""
+    parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],

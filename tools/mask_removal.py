@@ -1,4 +1,4 @@
-"""What programs that take masks out of a COCO json share: their files, and how a mask goes."""
+"""What programs that write a COCO json share: their files, and how a mask is taken out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import IO
 
 from teacher_student_mask.checks import AnnotationReport, check_annotations
 from teacher_student_mask.checks.reading import read_json
+from teacher_student_mask.engine import WriteError, open_atomically
 
 __all__ = [
     "add_file_arguments",
@@ -17,7 +18,9 @@ __all__ = [
     "has_mask",
     "read_checked",
     "remove_mask",
+    "use_area_of_box",
     "write_json",
+    "write_or_explain",
 ]
 
 
@@ -77,18 +80,38 @@ def has_mask(annotation: dict) -> bool:
 
 def remove_mask(annotation: dict) -> None:
     """
-    Take the mask out of a COCO annotation, in place.
-
-    Its area becomes width * height of the box: COCO's is counted in the mask, and with the box
-    would tell how much of it the object fills.
+    Take the mask out of a COCO annotation, in place; its area becomes that of the box.
 
     Args:
         annotation: with a box that the checks have found to be one.
     """
     annotation.pop("segmentation", None)
+    use_area_of_box(annotation)
+
+
+def use_area_of_box(annotation: dict) -> None:
+    """
+    Make the area of a COCO annotation, if it has one, width * height of its box, in place.
+
+    COCO's is counted in the mask, and with the box would tell how much of it the object fills.
+
+    Args:
+        annotation: with a box that the checks have found to be one.
+    """
     if "area" in annotation:
         width, height = annotation["bbox"][2:]
         annotation["area"] = width * height
+
+
+def write_or_explain(path: str, data: dict) -> bool:
+    """Write :func:`write_json`'s text as a whole or not at all; False, with a message, if not."""
+    try:
+        with open_atomically(path) as f:
+            write_json(f, data)
+    except WriteError as error:
+        print(f"error: {error.strerror}")
+        return False
+    return True
 
 
 def write_json(f: IO[str], data: dict) -> None:

@@ -16,11 +16,11 @@ from mask_removal import (
     has_mask,
     read_checked,
     remove_mask,
-    write_json,
+    use_area_of_box,
+    write_or_explain,
 )
 from teacher_student_mask.checks import AnnotationReport
 from teacher_student_mask.checks.mask_sources import is_from_model
-from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
 Writes a COCO json for training from which the masks of unseen classes are gone. Training with it
@@ -76,11 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     for where, names in unknown_fields(data, unseen).items():
         print(f"warning: kept in {where}, look whether they hold masks: {', '.join(names)}")
     num_masks, num_removed = strip_masks(data["annotations"], unseen, args.keep_model_masks)
-    try:
-        with open_atomically(args.output) as f:
-            write_json(f, data)
-    except WriteError as error:
-        print(f"error: {error.strerror}")
+    if not write_or_explain(args.output, data):
         return 1
     print(class_table(report, num_masks, num_removed))
     print(f"Written to {args.output}: {sum(num_removed.values())} masks removed")
@@ -136,9 +132,8 @@ def strip_masks(
         if not is_kept:
             remove_mask(annotation)
             annotation.pop("mask_source", None)
-        elif "area" in annotation:
-            width, height = annotation["bbox"][2:]
-            annotation["area"] = width * height
+        else:
+            use_area_of_box(annotation)
     return num_masks, num_removed
 
 

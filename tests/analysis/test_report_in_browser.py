@@ -1,9 +1,9 @@
 """The page of a report in a browser: it draws, sorts, copies, fits a phone, and runs no input."""
 
-import shutil
 import time
 
 import pytest
+from headless_browser import launch_chromium
 from report_example import HOSTILE, SEEN, example_analysis, write_photos
 
 from teacher_student_mask.analysis.report import write_report
@@ -29,15 +29,8 @@ TRACES = {
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    with launch_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The page of tools/app.py: what a session computes, and the page itself in a browser."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, Instances
+from headless_browser import launch_chromium
 from small_students import write_noise, write_small_student
 
 import app
@@ -137,15 +137,8 @@ def browser():
         "gradio",
         reason="gradio is not installed: make test TEST_PARTS='crf browser export app'",
     )
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    with launch_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hide_masks as program
+import mask_removal
 
 # Of the tiny COCO without crowds: masks of ant (3), cat (17), ship (90).
 MASKS = {3: 3, 17: 3, 90: 2}
@@ -177,9 +178,9 @@ def test_unknown_classes_and_broken_files_end_with_1(tiny_coco, tmp_path, capsys
 
 def test_a_full_disk_is_a_sentence(tiny_coco, tmp_path, capsys, monkeypatch):
     def full(path):
-        raise program.WriteError(28, f"{path} could not be written (No space left on device)")
+        raise mask_removal.WriteError(28, f"{path} could not be written (No space left on device)")
 
-    monkeypatch.setattr(program, "open_atomically", full)
+    monkeypatch.setattr(mask_removal, "open_atomically", full)
     code, output = run(capsys, tiny_coco.json_file, tmp_path / "out.json", "--keep", "0.5")
     assert code == 1 and "error: " in output and "No space left" in output
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
+import mask_removal
 import strip_masks as program
 from teacher_student_mask import TeacherStudentDatasetMapper, register_partial_coco
 from teacher_student_mask.structures import ImageMask
@@ -184,7 +185,7 @@ values = st.recursive(
 def test_any_json_is_written_as_it_was_read(data):
     text = json.dumps(data)
     stream = io.StringIO()
-    program.write_json(stream, json.loads(text))
+    mask_removal.write_json(stream, json.loads(text))
     assert stream.getvalue() == text
 
 
@@ -275,7 +276,7 @@ def test_an_interrupted_writing_leaves_the_older_file(tiny_coco, tmp_path, capsy
         f.write("{")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "write_json", interrupt)
+    monkeypatch.setattr(mask_removal, "write_json", interrupt)
     with contextlib.suppress(KeyboardInterrupt):
         run(capsys, tiny_coco.json_file, out, "--seen-classes", "ant", "--force")
     assert out.read_text() == "older" and not list(tmp_path.glob(".*"))
@@ -284,10 +285,10 @@ def test_an_interrupted_writing_leaves_the_older_file(tiny_coco, tmp_path, capsy
 def test_a_full_disk_is_a_sentence(tiny_coco, tmp_path, capsys, monkeypatch):
     @contextlib.contextmanager
     def full(path):
-        raise program.WriteError(28, f"{path} could not be written (No space left on device)")
+        raise mask_removal.WriteError(28, f"{path} could not be written (No space left on device)")
         yield
 
-    monkeypatch.setattr(program, "open_atomically", full)
+    monkeypatch.setattr(mask_removal, "open_atomically", full)
     out = tmp_path / "out.json"
     code, output = run(capsys, tiny_coco.json_file, out, "--seen-classes", "ant")
     assert code == 1 and f"error: {out} could not be written (No space left" in output

@@ -17,7 +17,7 @@ from .build import ROI_MASK_PRIOR_REGISTRY, ROIContext
 from .class_activation import normalize_per_roi, raw_cam_of
 from .contrast_sets import PixelSets, sets_of_cams, sets_of_masks
 from .contrastive_loss import contrastive_loss
-from .layers import at_least_float32, conv1x1, conv_stack
+from .layers import at_least_float32, build_own_pooler, conv1x1, conv_stack
 
 __all__ = ["ContrastivePrior", "attend_by_cosine", "ramp"]
 
@@ -121,17 +121,13 @@ class ContrastivePrior(nn.Module):
         cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
     ) -> dict:
         settings = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST
-        shapes = list(feature_shapes.values())
-        pooler = ROIPooler(
-            output_size=settings.POOLER_RESOLUTION,
-            scales=tuple(1.0 / x.stride for x in shapes),
-            sampling_ratio=cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
-            pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE,
-        )
+        sampling_ratio = cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO
         return {
-            "in_channels": shapes[0].channels,
+            "in_channels": next(iter(feature_shapes.values())).channels,
             "out_channels": input_shape.channels,
-            "pooler": pooler,
+            "pooler": build_own_pooler(
+                cfg, feature_shapes, settings.POOLER_RESOLUTION, sampling_ratio
+            ),
             "num_conv": settings.NUM_CONV,
             "conv_dim": settings.CONV_DIM,
             "norm": settings.NORM,

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import fvcore.nn.weight_init as weight_init
 import torch
-from detectron2.layers import Conv2d
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
-__all__ = ["at_least_float32", "conv1x1", "conv_stack"]
+__all__ = ["at_least_float32", "build_own_pooler", "conv1x1", "conv_stack"]
+
+
+def build_own_pooler(
+    cfg: CfgNode, feature_shapes: dict[str, ShapeSpec], output_size: int, sampling_ratio: int
+) -> ROIPooler:
+    """
+    A pooler of the type of the mask heads', for a prior that pools by itself.
+
+    Args:
+        cfg: the config.
+        feature_shapes: of ``ROIContext.feature_maps``, in their order.
+        output_size: side of what is pooled, in cells.
+        sampling_ratio: samples along each side of a cell; 0 = as many as it has pixels.
+    """
+    return ROIPooler(
+        output_size=output_size,
+        scales=tuple(1 / x.stride for x in feature_shapes.values()),
+        sampling_ratio=sampling_ratio,
+        pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE,
+    )
 
 
 def conv_stack(widths: list[int], relu_at_end: bool) -> nn.Sequential:

@@ -15,7 +15,7 @@ from ..mask_loss import crop_gt_masks, masked_bce_loss
 from ..training_rois import boxes_of, has_mask_of
 from .build import ROI_MASK_PRIOR_REGISTRY, ROIContext
 from .class_activation import class_activation_maps
-from .layers import at_least_float32, conv1x1, conv_stack
+from .layers import at_least_float32, build_own_pooler, conv1x1, conv_stack
 
 __all__ = [
     "ShapePropagationPrior",
@@ -198,12 +198,7 @@ class ShapePropagationPrior(nn.Module):
         settings = cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION
         return {
             "input_shape": input_shape,
-            "pooler": ROIPooler(
-                output_size=input_shape.height,
-                scales=tuple(1 / x.stride for x in feature_shapes.values()),
-                sampling_ratio=_SAMPLING_RATIO,
-                pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE,
-            ),
+            "pooler": build_own_pooler(cfg, feature_shapes, input_shape.height, _SAMPLING_RATIO),
             "feature_channels": next(iter(feature_shapes.values())).channels,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "conv_dim": settings.CONV_DIM,
