@@ -34,7 +34,8 @@ from models import make_cfg
 from paired import describe_machine, ratios_to
 from tabulate import tabulate
 from tqdm import tqdm
-from training_step import build_models, parse_args, read_batches, step
+from training_batches import read_batches, step
+from training_step import build_models, parse_args
 
 BASELINE = "default"
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -103,7 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     options = parse_args([*options, "--variants", "interact"])
     options.variants = ["interact"]
     cfg = make_cfg("cpu", ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0, *args.opts])
-    (batch,), _ = read_batches(cfg, options)
+    (batch,), _ = read_batches(cfg, options.dataset, 1, 1, options.size)
     model = build_models(cfg, options, batch)["interact"]
     for _ in range(2):
         step(model, batch)

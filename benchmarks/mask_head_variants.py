@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Mixed precision, channels-last memory and torch.compile on the mask heads.
+Mixed precision, channels-last memory, torch.compile and recomputation on the mask heads.
 
 The program is that of training: a class-agnostic teacher and a class-specific student (256
 channels, 80 classes, the label's channel alone) on the same ROI features, forward, BCE and
@@ -22,23 +22,26 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import build_mask_head
+from memory import peak_memory
 from models import make_cfg
 from paired import print_ratios, time_in_turns
 from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from teacher_student_mask.modeling.label_channel import predict_label_channel
 from teacher_student_mask.modeling.mask_head import build_teacher_mask_head
 
 BASELINE = "default"
-VARIANTS = (BASELINE, "channels_last", "autocast", "both", "compiled")
+VARIANTS = (BASELINE, "channels_last", "autocast", "both", "compiled", "recompute")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         expected = programs[BASELINE]()
         rows = [[name, (run() - expected).abs().max().item()] for name, run in programs.items()]
         print(tabulate(rows, ["", "largest difference of the probabilities"], floatfmt=".1e"))
+        if program is training_step:
+            print_memory(programs, args.device)
     return 0
 
 
@@ -88,11 +93,17 @@ def make_inputs(args: argparse.Namespace, heads: nn.ModuleDict) -> tuple[torch.T
     return tuple(x.to(args.device) for x in (features, labels, targets))
 
 
-def training_step(heads: nn.ModuleDict, features, labels, targets) -> torch.Tensor:
+def call(function: Callable, *args) -> torch.Tensor:
+    return function(*args)
+
+
+def training_step(
+    heads: nn.ModuleDict, features, labels, targets, run: Callable = call
+) -> torch.Tensor:
     """Both heads forward and backward; returns the student's probabilities."""
     features = features.detach().requires_grad_()
-    teacher = heads["teacher"].layers(features)[:, 0]
-    student = predict_label_channel(heads["student"], features, labels)
+    teacher = run(heads["teacher"].layers, features)[:, 0]
+    student = run(predict_label_channel, heads["student"], features, labels)
     loss = sum(F.binary_cross_entropy_with_logits(x.float(), targets) for x in (teacher, student))
     loss.backward()
     heads.zero_grad(set_to_none=True)
@@ -117,6 +128,10 @@ def make_program(
             head.layers = torch.compile(head.layers)
     kind = torch.device(device).type
     with_autocast = variant in ("autocast", "both")
+    if variant == "recompute" and program is training_step:
+        program = functools.partial(
+            training_step, run=functools.partial(checkpoint, use_reentrant=False)
+        )
 
     def run() -> torch.Tensor:
         context = nullcontext()
@@ -127,6 +142,12 @@ def make_program(
             return program(heads, features, *others)
 
     return run
+
+
+def print_memory(programs: dict[str, Callable], device: str) -> None:
+    peaks = {x: peak_memory(run, device) for x, run in programs.items() if x != "compiled"}
+    rows = [[name, x / 2**20, x / peaks[BASELINE]] for name, x in peaks.items()]
+    print(tabulate(rows, ["", "peak MiB", "ratio"], floatfmt=(None, ".0f", ".3f")))
 
 
 if __name__ == "__main__":

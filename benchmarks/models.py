@@ -18,17 +18,18 @@ from teacher_student_mask.config_file import merge_config_file
 CONFIG = Path(__file__).resolve().parents[1] / "configs/Base-PartiallySupervised-RCNN-FPN.yaml"
 
 
-def make_cfg(device: str, opts: list[str]) -> CfgNode:
+def make_cfg(device: str, opts: list[str], config_file: Path = CONFIG) -> CfgNode:
     """
-    The recipe's config, Mask R-CNN R50-FPN with 80 classes, without pretrained weights.
+    A config without pretrained weights.
 
     Args:
         device: "cpu" or "cuda".
         opts: KEY VALUE overrides.
+        config_file: by default the recipe's, Mask R-CNN R50-FPN with 80 classes.
     """
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    merge_config_file(cfg, str(CONFIG))
+    merge_config_file(cfg, str(config_file))
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = device
     cfg.merge_from_list(opts)

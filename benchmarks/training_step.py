@@ -31,24 +31,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from coco_data import read_dataset
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
 from memory import peak_memory
 from models import build_random_model, copy_weights, make_cfg, on_next
 from paired import print_ratios, ratios_to, time_in_turns
 from tabulate import tabulate
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from teacher_student_mask import TeacherStudentDatasetMapper
+from training_batches import WithProposalsAroundObjects, count_madds, read_batches, step
 
 HEADS = "MODEL.ROI_HEADS.NAME"
 VARIANTS = {
@@ -69,8 +64,8 @@ MASK_BASELINE = "class_specific"
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     cfg = make_cfg(args.device, ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0, *args.opts])
-    batches, source = read_batches(cfg, args)
-    print(f"{source}; {len(batches)} batches of {args.batch_size} at short side {args.size}")
+    batches, source = read_batches(cfg, args.dataset, args.batches, args.batch_size, args.size)
+    print(source)
     models = build_models(cfg, args, batches[0])
     steps = {name: on_next(step, [(x, b) for b in batches]) for name, x in models.items()}
     madds = {name: [count_madds(x) for _ in batches] for name, x in steps.items()}
@@ -122,20 +117,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_batches(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[list[dict]], str]:
-    """Mapped examples; the images are read and resized before the timing."""
-    cfg = cfg.clone()
-    cfg.DATASETS.TRAIN = (args.dataset,)
-    cfg.INPUT.MIN_SIZE_TRAIN = (args.size,)
-    mapper = TeacherStudentDatasetMapper(cfg, True)
-    np.random.seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        dicts, source = read_dataset(args.dataset, args.batches * args.batch_size, folder)
-        examples = [mapper(x) for x in dicts]
-    starts = range(0, len(examples), args.batch_size)
-    return [examples[i : i + args.batch_size] for i in starts], source
-
-
 def build_models(
     cfg: CfgNode, args: argparse.Namespace, inputs: list[dict]
 ) -> dict[str, nn.Module]:
@@ -154,48 +135,6 @@ def build_models(
             model.proposal_generator, args.foreground
         )
     return models
-
-
-class WithProposalsAroundObjects(nn.Module):
-    """An RPN to whose proposals boxes with an IoU above 0.5 with an object are added."""
-
-    def __init__(self, rpn: nn.Module, num_boxes: int):
-        """
-        Args:
-            rpn: what it wraps.
-            num_boxes: added per image, in turns to its objects.
-        """
-        super().__init__()
-        self.rpn = rpn
-        self.num_boxes = num_boxes
-
-    def forward(self, images, features, gt_instances=None):
-        """As of :class:`RPN`."""
-        proposals, losses = self.rpn(images, features, gt_instances)
-        if not self.training:
-            return proposals, losses
-        return [self._add_boxes(*pair) for pair in zip(proposals, gt_instances)], losses
-
-    def _add_boxes(self, proposals: Instances, targets: Instances) -> Instances:
-        if len(targets) == 0:
-            return proposals
-        rows = torch.arange(self.num_boxes, device=targets.gt_classes.device) % len(targets)
-        boxes = targets.gt_boxes.tensor[rows]
-        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        # Each edge by at most 10 % of the side: at worst IoU 0.64.
-        boxes = Boxes(boxes + 0.1 * sides * (2 * torch.rand_like(boxes) - 1))
-        boxes.clip(proposals.image_size)
-        added = Instances(proposals.image_size, proposal_boxes=boxes)
-        added.objectness_logits = torch.zeros(len(boxes), device=boxes.device)
-        return Instances.cat([proposals, added])
-
-
-def step(model: nn.Module, batch: list[dict]) -> None:
-    """Forward and backward, with the same proposals drawn each time."""
-    torch.manual_seed(0)
-    with EventStorage():
-        sum(model(batch).values()).backward()
-    model.zero_grad(set_to_none=True)
 
 
 def mask_step(model: nn.Module, features: dict, instances: list[Instances]) -> None:
@@ -219,12 +158,6 @@ def mask_inputs_of(model: nn.Module, batch: list[dict]) -> tuple[dict, list[Inst
     finally:
         del heads._forward_mask
     return given[0]
-
-
-def count_madds(program: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
-        program()
-    return counter.get_total_flops() // 2
 
 
 def print_rois(mask_inputs: list[tuple[dict, list[Instances]]], num_classes: int) -> None:

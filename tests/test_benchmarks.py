@@ -25,14 +25,23 @@ SMALL = {
     "inference.py": f"--device cpu --sizes 64 --num-images 2 --rounds 1 --opts {TINY_MODEL}",
     "loading.py": "--dataset coco_2017_val --images 3 --rounds 1",
     "mask_head_variants.py": "--device cpu --rois 3 --rounds 1 "
-    f"--variants channels_last autocast both --opts {TINY_MODEL}",
+    f"--variants channels_last autocast both recompute --opts {TINY_MODEL}",
+    "methods.py": "--methods teacher_student shapeprop mask_x --device cpu --size 64 --batches 1 "
+    f"--foreground 4 --num-images 1 --rounds 1 --opts {TINY_MODEL}",
     "startup.py": "--rounds 1 --warmup 0 --slowest 3",
     "training_step.py": "--device cpu --size 64 --batches 2 --batch-size 1 --foreground 4 "
     "--rounds 1 --variants interact threshold none box_fit --mask-branch --profile "
     f"--opts {TINY_MODEL}",
 }
 # What the scripts import.
-PARTS = {"coco_data.py", "memory.py", "models.py", "paired.py", "synthetic_coco.py"}
+PARTS = {
+    "coco_data.py",
+    "memory.py",
+    "models.py",
+    "paired.py",
+    "synthetic_coco.py",
+    "training_batches.py",
+}
 
 
 def test_every_benchmark_is_tested():
