@@ -16,6 +16,8 @@ same batch and draw the same proposals:
                    of class_specific
   interact, threshold, none, box_fit, crf
                    TeacherStudentROIHeads with that PSEUDO_MASK.METHOD, on all foreground ROIs
+  capped           interact with MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE 4: of the ROIs without a mask
+                   four of each image, drawn at random, take part
 
 The weights are random, so nothing is downloaded. A random RPN finds few objects, so proposals
 around the objects are added, as many as a trained one gives (--foreground per image).
@@ -55,6 +57,7 @@ VARIANTS = {
         method: [HEADS, "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.METHOD", method]
         for method in ("interact", "threshold", "none", "box_fit", "crf")
     },
+    "capped": [HEADS, "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE", 4],
 }
 BASELINE = "class_agnostic"
 # The mask branch is compared with that of the same shape.

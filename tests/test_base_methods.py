@@ -531,6 +531,7 @@ def leaf_cfg(path, output_dir):
         + ["MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM", 16]
         + ["INPUT.MIN_SIZE_TRAIN", (128,), "INPUT.MIN_SIZE_TEST", 128]
         + ["DATASETS.TRAIN", ("coco_2017_val",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+        + ["TEST.DETECTIONS_PER_IMAGE", 20]
     )
     return cfg
 
