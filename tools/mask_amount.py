@@ -103,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         points += [make_point(args, x, share, seed, num_masks, path) for x in args.configs]
     points.sort(key=lambda x: (x.seed, x.num_masks))
     jobs = [job for point in points for job in (point.training, point.evaluation)]
-    # Who has set a number of threads wants it for each job.
-    slots = [{}] * args.jobs if "OMP_NUM_THREADS" in os.environ else even_slots(args.jobs)
-    if not run_jobs("Training and evaluating", jobs, slots):
+    if not run_jobs("Training and evaluating", jobs, even_slots(args.jobs)):
         return 1
     table = write_table(args, argv, points)
     draw(args.output_dir / "mask_amount.png", points)

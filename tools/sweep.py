@@ -95,7 +95,14 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         "DATASETS.SEEN_CLASSES",
     )
     add("--report", action="store_true", help="evaluate on ground-truth boxes, too, and analyse")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once (default: %(default)s), each with OMP_NUM_THREADS threads, or, where "
+        "that is not set, with its share of the cores",
+    )
     add(
         "--num-gpus",
         type=int,

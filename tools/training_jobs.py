@@ -144,7 +144,10 @@ def result_file(folder: Path) -> str:
 
 
 def threads_per_job(num_jobs: int) -> int:
-    """Threads of each of so many jobs at the same time, a share of the cores."""
+    """Threads of each of so many jobs at one time: OMP_NUM_THREADS, or a share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
     # One thread too many makes each of these small models slower than one too few.
     return max(1, (os.cpu_count() or 1) // num_jobs)
 

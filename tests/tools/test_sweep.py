@@ -109,7 +109,8 @@ def table_of(text):
     return dict(zip(table[0], zip(*table[2:])))
 
 
-def test_each_run_is_a_line_with_all_that_is_known_of_it(run, out):
+def test_each_run_is_a_line_with_all_that_is_known_of_it(run, out, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run("--seeds", 1, 2, "--jobs", 2, configs=(BASELINE, OURS)) == 0
     rows = rows_of(out)
     assert len(rows) == 4

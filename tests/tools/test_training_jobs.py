@@ -134,11 +134,23 @@ def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path, program):
 
 def test_without_slots_all_run_at_once_with_a_share_of_the_cores(tmp_path, program, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     jobs = [make_job(tmp_path, f"job{k}", "succeed", 3) for k in range(3)]
     assert run_jobs("Jobs", jobs, program=program)
     logs = [log_of(job) for job in jobs]
     assert {log["threads"] for log in logs} == {"2"}
     assert max(log["start"] for log in logs) < min(log["end"] for log in logs)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("3", 3), ("1", 1), ("", 2), ("0", 2), ("four", 2), (None, 2)]
+)
+def test_who_has_set_a_number_of_threads_gets_it_for_each_job(monkeypatch, given, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert training_jobs.threads_per_job(3) == expected
 
 
 def test_a_job_waits_for_what_it_needs(tmp_path, program, capsys):
