@@ -30,6 +30,7 @@ SMALL = {
     f"--variants channels_last autocast both recompute --opts {TINY_MODEL}",
     "methods.py": "--methods teacher_student shapeprop mask_x --device cpu --size 64 --batches 1 "
     f"--foreground 4 --num-images 1 --rounds 1 --opts {TINY_MODEL}",
+    "pseudo_masks.py": "--device cpu --rois 2 --rounds 1",
     "startup.py": "--rounds 1 --warmup 0 --slowest 3",
     "training_step.py": "--device cpu --size 64 --batches 2 --batch-size 1 --foreground 4 "
     "--rounds 1 --variants interact none box_fit capped --mask-branch --profile "
