@@ -30,9 +30,8 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(items):
-    # Whole trainings first, the longest of which are in this folder itself, so that not one process
-    # is left with them at the end.
-    items.sort(key=lambda x: (x.get_closest_marker("slow") is None, x.nodeid.count("/")))
+    # Whole trainings first, so that not one process is left with them at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

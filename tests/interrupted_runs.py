@@ -83,6 +83,10 @@ def train(plan: dict, run: dict, pipe: int) -> None:
     os.write(pipe, b"b")
     arguments = ["--resume", "--config-file", plan["config_file"], "OUTPUT_DIR", plan["output"]]
     train_net.main(default_argument_parser().parse_args([*arguments, *map(str, run["opts"])]))
+    if run["kill"] is not None:
+        # Near its end a run may be done before its kill comes.
+        os.close(pipe)
+        time.sleep(LONGEST_RUN)
 
 
 def fork(plan: dict, run: dict) -> tuple[int, int]:

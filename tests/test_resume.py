@@ -83,10 +83,10 @@ def kills(seed):
     rng = random.Random(seed)
     moments = []
     for event, count, longest_delay, number in [
-        ("start", 1, 2.0, 4),
-        ("step", 4, 0.1, 6),
-        ("checkpoint", 2, 0.3, 6),
-        ("evaluation", 1, 0.3, 4),
+        ("start", 1, 1.0, 4),
+        ("step", 4, 0.05, 6),
+        ("checkpoint", 2, 0.1, 6),
+        ("evaluation", 1, 0.1, 4),
     ]:
         for _ in range(number):
             moment = {"event": event, "count": rng.randint(1, count)}
