@@ -32,7 +32,13 @@ from models import build_random_model, copy_weights, make_cfg, on_next
 from paired import print_ratios, time_in_turns
 from tabulate import tabulate
 from torch import nn
-from training_batches import WithProposalsAroundObjects, count_madds, read_batches, step
+from training_batches import (
+    WithProposalsAroundObjects,
+    add_batch_arguments,
+    count_madds,
+    read_batches,
+    step,
+)
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/voc2nonvoc"
 SUFFIX = "_R_50_FPN_1x"
@@ -83,11 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="files of configs/voc2nonvoc, without _R_50_FPN_1x and .yaml (default: "
         f"{' '.join(METHODS)}); {BASELINE} always runs",
     )
-    parser.add_argument("--dataset", default="coco_2017_val", help="synthetic if it is not there")
-    parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=1, help="images")
-    parser.add_argument("--size", type=int, default=320, help="short side of the images")
-    parser.add_argument("--foreground", type=int, default=64, help="proposals added per image")
+    add_batch_arguments(parser, batches=2, batch_size=1, size=320)
     parser.add_argument("--images", default=val_images_folder(), metavar="FOLDER")
     parser.add_argument("--num-images", type=int, default=4, help="for the inference")
     parser.add_argument("--rounds", type=int, default=3, help="over all batches, or images")

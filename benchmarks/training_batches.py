@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable
 
@@ -15,6 +16,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from teacher_student_mask import TeacherStudentDatasetMapper
+
+
+def add_batch_arguments(
+    parser: argparse.ArgumentParser, *, batches: int, batch_size: int, size: int
+) -> None:
+    """Add the arguments of :func:`read_batches`, with these defaults, and --foreground."""
+    add = parser.add_argument
+    add("--dataset", default="coco_2017_val", help="synthetic if it is not there")
+    add("--batches", type=int, default=batches)
+    add("--batch-size", type=int, default=batch_size, help="images")
+    add("--size", type=int, default=size, help="short side of the images")
+    add("--foreground", type=int, default=64, help="proposals added per image")
 
 
 def read_batches(

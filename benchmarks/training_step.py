@@ -45,7 +45,13 @@ from models import build_random_model, copy_weights, make_cfg, on_next
 from paired import print_ratios, ratios_to, time_in_turns
 from tabulate import tabulate
 from torch import nn
-from training_batches import WithProposalsAroundObjects, count_madds, read_batches, step
+from training_batches import (
+    WithProposalsAroundObjects,
+    add_batch_arguments,
+    count_madds,
+    read_batches,
+    step,
+)
 
 HEADS = "MODEL.ROI_HEADS.NAME"
 VARIANTS = {
@@ -104,11 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[x for x in VARIANTS if x != "crf"],
         help="default: all but crf, which needs pydensecrf; class_agnostic always runs",
     )
-    parser.add_argument("--dataset", default="coco_2017_val", help="synthetic if it is not there")
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=2, help="images")
-    parser.add_argument("--size", type=int, default=800, help="short side of the images")
-    parser.add_argument("--foreground", type=int, default=64, help="proposals added per image")
+    add_batch_arguments(parser, batches=4, batch_size=2, size=800)
     parser.add_argument("--rounds", type=int, default=3, help="over all batches")
     parser.add_argument("--mask-branch", action="store_true")
     parser.add_argument("--profile", action="store_true")
