@@ -198,6 +198,7 @@ def run_sweep(args: argparse.Namespace, runs: list[Run]) -> bool:
     to_run = [run for run in runs if not run.is_done()]
     slots = make_slots(max(1, min(args.jobs, len(to_run))), args.num_gpus)
     runs_by_job = {job: run for run in runs for job in run.jobs}
+    to_end = {run: {job for job in run.jobs if not job.is_done()} for run in runs}
 
     def add_row(run: Run) -> None:
         rows.pop(run.name, None)
@@ -207,7 +208,9 @@ def run_sweep(args: argparse.Namespace, runs: list[Run]) -> bool:
         run = runs_by_job[job]
         if job is run.training:
             record_seconds(run, seconds)
-        if run.is_done():
+        to_end[run].discard(job)
+        # Results may be there while a process of the run has not ended: one line, after the last.
+        if not to_end[run] and run.is_done():
             add_row(run)
 
     for run in runs:

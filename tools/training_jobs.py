@@ -227,13 +227,18 @@ class _Runner:
             if job.after in self.failed:
                 self._waiting.remove(job)
                 self.failed[job] = _NOT_STARTED
-            elif self._free and (job.after is None or job.after.is_done()):
+            elif self._free and self._may_start(job):
                 self._waiting.remove(job)
                 self._start(job, self._free.pop(0))
         if not self._running:
             # They wait for jobs that nobody runs.
             self.failed.update(dict.fromkeys(self._waiting, _NOT_STARTED))
         return bool(self._running)
+
+    def _may_start(self, job: Job) -> bool:
+        # What is done may still run: its results are there before its process has ended.
+        is_running = any(entry[0] is job.after for entry in self._running)
+        return job.after is None or (job.after.is_done() and not is_running)
 
     def stop(self) -> None:
         for _, process, *_ in self._running:

@@ -30,7 +30,8 @@ OPTS = ["SOLVER.MAX_ITER", "40", "SOLVER.REFERENCE_WORLD_SIZE", "0"]
 
 # AP of unseen classes: 10 x seed for the baseline, 1 more for ours; on ground-truth boxes 50, and
 # 60 of a teacher; of another evaluation, the number of classes that it takes for seen. $FAIL and
-# $HANG name runs that fail and that do not end.
+# $HANG name runs that fail and that do not end; $LINGER has the seconds between results and end, by
+# the name of the folder.
 STUB = """
 import json, os, pathlib, sys, time
 argv = sys.argv[1:]
@@ -62,6 +63,7 @@ else:
 metrics = {"AP": ap, "AP50": 2 * ap, "AP75": float("nan"), "num_gt": 3}
 tasks = ("bbox", "segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
 (out / "results.json").write_text(json.dumps({task: metrics for task in tasks}))
+time.sleep(json.loads(os.environ.get("LINGER", "{}")).get(out.name, 0))
 """
 
 
@@ -286,6 +288,14 @@ def test_a_report_is_asked_for_after_the_trainings(run, out, reported, capsys):
         assert table["mask head"] == ("student", "student", "teacher")
         assert table["**unseen AP**"] == ("50.00 ± 0.00", "50.00 ± 0.00", "60.00 ± 0.00")
         assert table["seeds"] == ("2", "2", "2")
+
+
+def test_a_run_is_one_line_however_its_processes_end(run, out, reported, monkeypatch):
+    """Two lines were written when one process ended while another's results were there already."""
+    monkeypatch.setenv("LINGER", '{"gt_boxes_student": 1.5, "gt_boxes_teacher": 0.7}')
+    assert run("--report", "--jobs", 2, configs=(OURS,)) == 0
+    (row,) = rows_of(out)
+    assert set(row["gt_boxes"]) == {"student", "teacher"}
 
 
 @pytest.mark.parametrize(

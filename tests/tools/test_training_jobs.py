@@ -21,8 +21,10 @@ print("arguments:", sys.argv[2:])
 print(*range(30), sep="\\n", flush=True)
 if action == "fail":
     sys.exit("out of luck")
+if action == "linger":
+    (folder / "results.json").write_text("{}")
 time.sleep(float(sys.argv[3]) if len(sys.argv) > 3 else 0)
-if action != "silent":
+if action == "succeed":
     (folder / "results.json").write_text("{}")
 log = {"start": start, "end": time.time(), "threads": os.environ["OMP_NUM_THREADS"]}
 log["slot"] = os.environ.get("SLOT")
@@ -158,6 +160,11 @@ def test_a_job_waits_for_what_it_needs(tmp_path, program, capsys):
     second = make_job(tmp_path, "second", after=first)
     assert run_jobs("Jobs", [second, first], [{"OMP_NUM_THREADS": "1"}] * 2, program)
     assert log_of(first)["end"] <= log_of(second)["start"]
+    # Results that are there do not mean that the process has ended.
+    lingering = make_job(tmp_path, "lingering", "linger", 0.5)
+    next_one = make_job(tmp_path, "next", after=lingering)
+    assert run_jobs("Jobs", [lingering, next_one], [{"OMP_NUM_THREADS": "1"}] * 2, program)
+    assert log_of(lingering)["end"] <= log_of(next_one)["start"]
 
     broken = make_job(tmp_path, "broken", "fail")
     third = make_job(tmp_path, "third", after=broken)
