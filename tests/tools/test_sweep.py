@@ -293,9 +293,10 @@ def test_a_report_is_asked_for_after_the_trainings(run, out, reported, capsys):
 def test_a_run_is_one_line_however_its_processes_end(run, out, reported, monkeypatch):
     """Two lines were written when one process ended while another's results were there already."""
     monkeypatch.setenv("LINGER", '{"gt_boxes_student": 1.5, "gt_boxes_teacher": 0.7}')
-    assert run("--report", "--jobs", 2, configs=(OURS,)) == 0
-    (row,) = rows_of(out)
-    assert set(row["gt_boxes"]) == {"student", "teacher"}
+    assert run("--report", "--seeds", 1, 2, "--jobs", 2, configs=(OURS,)) == 0
+    rows = rows_of(out)
+    assert sorted(row["seed"] for row in rows) == [1, 2]
+    assert all(set(row["gt_boxes"]) == {"student", "teacher"} for row in rows)
 
 
 @pytest.mark.parametrize(
