@@ -19,9 +19,9 @@ import export_student
 import predict
 import show_class_activation
 import sweep
-import sweep_configs
 import train_net
-from sweep_runs import plan_runs
+from sweeps import configs as sweep_configs
+from sweeps.runs import plan_runs
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
 

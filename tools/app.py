@@ -19,7 +19,8 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 
-from inference_setup import (
+from inference.overlays import draw_overlay
+from inference.setup import (
     UsageError,
     add_opts_argument,
     add_weights_arguments,
@@ -27,7 +28,6 @@ from inference_setup import (
     make_predictor,
     setup_cfg,
 )
-from overlays import draw_overlay
 
 logger = logging.getLogger("teacher_student_mask")
 

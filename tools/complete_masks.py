@@ -13,17 +13,17 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from completion_masks import FORMATS, MASKS_OF
-from completion_parts import PartsError
-from completion_run import CompletionRun, parts_of
-from inference_setup import (
+from completion.masks import FORMATS, MASKS_OF
+from completion.parts import PartsError
+from completion.process_launch import add_launch_arguments, start_processes
+from completion.run import CompletionRun, parts_of
+from inference.setup import (
     UsageError,
     add_opts_argument,
     add_weights_arguments,
     check_output_dir,
     setup_cfg,
 )
-from process_launch import add_launch_arguments, start_processes
 from teacher_student_mask.data import register_json_datasets
 from teacher_student_mask.engine import WriteError
 

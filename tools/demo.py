@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from demo_pictures import draw_columns, save_grid
 from demo_report import write_analysis
-from detectron2_source import describe
+from environment.description import describe
+from sweeps.training_jobs import REPOSITORY, Job, gt_boxes_folder, gt_boxes_job, run_jobs
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
 from teacher_student_mask.evaluation import comparison_table
-from training_jobs import REPOSITORY, Job, gt_boxes_folder, gt_boxes_job, run_jobs
 
 CONFIGS = {
     "mask_rcnn": "configs/shapes/mask_rcnn_shapes.yaml",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sweeps.training_jobs import result_file
 from teacher_student_mask import register_partial_coco
 from teacher_student_mask.analysis import analyze, write_report
 from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES
-from training_jobs import result_file
 
 __all__ = ["write_analysis"]
 

@@ -13,12 +13,12 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from inference_setup import UsageError, add_model_arguments, check_output_dir, find_classes
-from plain_student import export_plain
-from student_deployment import describe_deployment, export_graphs, make_check_images
+from deployment.plain_student import export_plain
+from deployment.student_deployment import describe_deployment, export_graphs, make_check_images
+from deployment.traced_student import missing_onnx_package
+from inference.setup import UsageError, add_model_arguments, check_output_dir, find_classes
 from teacher_student_mask.analysis.trained_model import load_config, load_model
 from teacher_student_mask.engine import open_atomically
-from traced_student import missing_onnx_package
 
 logger = logging.getLogger("teacher_student_mask")
 

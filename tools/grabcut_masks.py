@@ -13,8 +13,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from tabulate import tabulate
 
-from grabcut_jobs import Job, key_of, run_cached
-from mask_removal import (
+from coco_json.mask_removal import (
     add_file_arguments,
     check_file_arguments,
     has_mask,
@@ -22,6 +21,7 @@ from mask_removal import (
     remove_mask,
     write_or_explain,
 )
+from grabcut_jobs import Job, key_of, run_cached
 from teacher_student_mask.checks import AnnotationReport
 from teacher_student_mask.checks.mask_sources import MODEL, is_from_model
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from tabulate import tabulate
 
-from mask_removal import (
+from coco_json.mask_removal import (
     add_file_arguments,
     check_file_arguments,
     has_mask,

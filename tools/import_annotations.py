@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from import_coco_exports import read_cvat, read_lvis
-from import_labelme import read_labelme
-from import_voc import read_voc
-from import_yolo import read_yolo
-from imported_dataset import InputError, read_text
-from mask_removal import write_or_explain
+from coco_json.mask_removal import write_or_explain
+from importers.coco_exports import read_cvat, read_lvis
+from importers.imported_dataset import InputError, read_text
+from importers.labelme import read_labelme
+from importers.voc import read_voc
+from importers.yolo import read_yolo
 from teacher_student_mask.checks import check_annotations
 
 DESCRIPTION = """

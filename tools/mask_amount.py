@@ -21,19 +21,19 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from tabulate import tabulate
 
 import hide_masks
-from detectron2_source import describe
-from mask_removal import has_mask
-from sweep_configs import folder_name
-from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.config_file import merge_config_file
-from teacher_student_mask.engine import open_atomically
-from training_jobs import (
+from coco_json.mask_removal import has_mask
+from environment.description import describe
+from sweeps.configs import folder_name
+from sweeps.training_jobs import (
     Job,
     even_slots,
     gt_boxes_job,
     path_for_child,
     run_jobs,
 )
+from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.config_file import merge_config_file
+from teacher_student_mask.engine import open_atomically
 
 DESCRIPTION = """
 Hides the masks of all but a share of the objects of a COCO json that has them all (as

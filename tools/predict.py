@@ -21,10 +21,11 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from coco_results import Classes, Predictions
-from compare import BothHeads, Comparison, GroundTruth
-from contact_sheet import THUMBNAILS, ContactSheet
-from inference_setup import (
+from inference.coco_results import Classes, Predictions
+from inference.compare import BothHeads, Comparison, GroundTruth
+from inference.media import Source, SourceError, find_sources
+from inference.overlays import Draw, OverlayWriter, plain_overlays
+from inference.setup import (
     UsageError,
     add_model_arguments,
     check_output_dir,
@@ -32,9 +33,8 @@ from inference_setup import (
     make_predictor,
     setup_cfg,
 )
-from media import Source, SourceError, find_sources
-from overlays import Draw, OverlayWriter, plain_overlays
-from webcam import Camera, LiveView, open_window
+from inference.webcam import Camera, LiveView, open_window
+from pages.contact_sheet import THUMBNAILS, ContactSheet
 
 logger = logging.getLogger("teacher_student_mask")
 

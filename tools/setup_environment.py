@@ -15,10 +15,15 @@ import time
 from pathlib import Path
 from typing import List, Optional
 
-import detectron2_source
-from detectron2_wheel import SetupError
-from optional_parts import PARTS
-from virtual_environment import VirtualEnvironment, check_disk, check_python, check_venv_module
+from environment import description, detectron2_source
+from environment.detectron2_wheel import SetupError
+from environment.optional_parts import PARTS
+from environment.virtual_environment import (
+    VirtualEnvironment,
+    check_disk,
+    check_python,
+    check_venv_module,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -150,7 +155,7 @@ def describe(environment: VirtualEnvironment) -> None:
     """
     if not environment.python.exists():
         raise SetupError(f"there is no environment in {environment.folder}: run `make env` first")
-    print(environment.execute([str(environment.python), detectron2_source.__file__]).stdout, end="")
+    print(environment.execute([str(environment.python), description.__file__]).stdout, end="")
 
 
 def get_parser() -> argparse.ArgumentParser:

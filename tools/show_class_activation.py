@@ -19,7 +19,8 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from inference_setup import (
+from inference.media import SourceError, find_sources
+from inference.setup import (
     UsageError,
     add_model_arguments,
     check_output_dir,
@@ -27,7 +28,6 @@ from inference_setup import (
     make_predictor,
     setup_cfg,
 )
-from media import SourceError, find_sources
 from teacher_student_mask.modeling.priors import cam_of
 
 logger = logging.getLogger("teacher_student_mask")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from mask_removal import (
+from coco_json.mask_removal import (
     add_file_arguments,
     check_file_arguments,
     has_mask,

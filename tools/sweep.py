@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from sweep_configs import UsageError
-from sweep_records import (
+from sweeps.configs import UsageError
+from sweeps.records import (
     append_row,
     check_settings,
     finished_row,
@@ -24,10 +24,10 @@ from sweep_records import (
     record_seconds,
     record_start,
 )
-from sweep_reports import check_reports, write_reports
-from sweep_runs import Run, plan_runs
-from sweep_summary import draw_summary, write_summary
-from training_jobs import TRAIN_PROGRAM, Job, run_jobs, threads_per_job
+from sweeps.reports import check_reports, write_reports
+from sweeps.runs import Run, plan_runs
+from sweeps.summary import draw_summary, write_summary
+from sweeps.training_jobs import TRAIN_PROGRAM, Job, run_jobs, threads_per_job
 
 DESCRIPTION = """
 Trains every config with every seed, and with every set of seen classes if some are given, several

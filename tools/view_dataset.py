@@ -16,10 +16,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from annotated_images import AnnotatedImages
-from dataset_page import DatasetPage, choose
-from html_pages import check_jinja2
-from inference_setup import UsageError, check_output_dir
+from inference.annotated_images import AnnotatedImages
+from inference.setup import UsageError, check_output_dir
+from pages.dataset_page import DatasetPage, choose
+from pages.html_pages import check_jinja2
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
 

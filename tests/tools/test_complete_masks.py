@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 from saved_model import TEACHER_STUDENT, save_model
 
 import complete_masks as program
-import completion_run
-from inference_setup import setup_cfg
+from completion import run as completion_run
+from inference.setup import setup_cfg
 from teacher_student_mask import (
     GTBoxInference,
     TeacherStudentDatasetMapper,

@@ -23,8 +23,8 @@ from small_students import (
 )
 
 import export_student
-import student_deployment
-from traced_student import (
+from deployment import student_deployment
+from deployment.traced_student import (
     TOLERANCES,
     Agreement,
     compare,

@@ -14,7 +14,7 @@ from detectron2.engine import DefaultPredictor
 from small_students import run_without, write_small_student
 
 import export_student
-import plain_student
+from deployment import plain_student
 
 SCRIPT = """
 import numpy as np

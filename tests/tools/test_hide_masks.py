@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hide_masks as program
-import mask_removal
+from coco_json import mask_removal
 
 # Of the tiny COCO without crowds: masks of ant (3), cat (17), ship (90).
 MASKS = {3: 3, 17: 3, 90: 2}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import mask_amount as program
-from training_jobs import REPOSITORY
+from sweeps.training_jobs import REPOSITORY
 
 CONFIGS = [str(REPOSITORY / x) for x in program.CONFIGS]
 

@@ -25,9 +25,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tiny_model import TINY_MODEL
 
-import overlays
 import predict
-import webcam
+from inference import overlays, webcam
 from teacher_student_mask import add_teacher_student_mask_config, register_partial_coco
 
 ROOT = Path(__file__).resolve().parents[2]

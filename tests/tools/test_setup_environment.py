@@ -16,13 +16,16 @@ from pathlib import Path
 
 import pytest
 
-import detectron2_source
-import detectron2_wheel
-import optional_parts
 import setup_environment
-import virtual_environment
-from detectron2_wheel import SetupError
-from virtual_environment import VirtualEnvironment
+from environment import (
+    description,
+    detectron2_source,
+    detectron2_wheel,
+    optional_parts,
+    virtual_environment,
+)
+from environment.detectron2_wheel import SetupError
+from environment.virtual_environment import VirtualEnvironment
 
 Result = namedtuple("Result", ["returncode", "stdout", "stderr"])
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
@@ -412,27 +415,27 @@ class TestDescription:
     )
     def test_variant(self, tmp_path, file, variant):
         (tmp_path / file).touch()
-        assert detectron2_source.variant_of(tmp_path) == variant
+        assert description.variant_of(tmp_path) == variant
 
     def test_commit_from_the_note_of_pip(self):
         note = json.dumps(
             {"url": "https://x/d2.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
         )
-        assert detectron2_source.origin_of(note) == {"source": "https://x/d2.git", "commit": "abc"}
-        assert detectron2_source.origin_of(None) == {}
+        assert description.origin_of(note) == {"source": "https://x/d2.git", "commit": "abc"}
+        assert description.origin_of(None) == {}
 
     def test_record_of_an_earlier_detectron2_is_ignored(self, tmp_path):
         record = {"variant": "compiled", "version": "0.6", "commit": "abc", "date": "2026-01-01"}
         path = tmp_path / "record.json"
         path.write_text(json.dumps(record))
         same = {"variant": "compiled", "version": "0.6", "commit": "abc"}
-        assert detectron2_source.recorded(path, same) == record
-        assert detectron2_source.recorded(path, {**same, "commit": "def"}) == {}
-        assert detectron2_source.recorded(path, {**same, "variant": "pure Python"}) == {}
-        assert detectron2_source.recorded(tmp_path / "none", same) == {}
+        assert description.recorded(path, same) == record
+        assert description.recorded(path, {**same, "commit": "def"}) == {}
+        assert description.recorded(path, {**same, "variant": "pure Python"}) == {}
+        assert description.recorded(tmp_path / "none", same) == {}
 
     def test_two_lines(self):
-        python_line, detectron2_line = detectron2_source.describe()
+        python_line, detectron2_line = description.describe()
         assert "torch " in python_line and "Pillow " in python_line
         assert detectron2_line.startswith("Detectron2 ")
 

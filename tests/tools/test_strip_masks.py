@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
-import mask_removal
 import strip_masks as program
+from coco_json import mask_removal
 from teacher_student_mask import TeacherStudentDatasetMapper, register_partial_coco
 from teacher_student_mask.structures import ImageMask
 

@@ -16,10 +16,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 import sweep
-import sweep_summary
-import training_jobs
-from sweep_reports import short_names
-from sweep_summary import draw_summary, group_rows, write_summary
+from sweeps import summary as sweep_summary
+from sweeps import training_jobs
+from sweeps.reports import short_names
+from sweeps.summary import draw_summary, group_rows, write_summary
 from teacher_student_mask import NONVOC_CLASSES, VOC_CLASSES
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shapes
 

@@ -11,8 +11,8 @@ from headless_browser import open_page
 from PIL import Image
 
 import view_dataset
-from annotated_images import AnnotatedImages
-from dataset_page import choose
+from inference.annotated_images import AnnotatedImages
+from pages.dataset_page import choose
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

@@ -1,0 +1,1 @@
+"""Annotations as the programs rewrite them: what changes, and the bytes that stay."""

@@ -1,0 +1,1 @@
+"""What tools/complete_masks.py does, step by step."""

@@ -1,0 +1,1 @@
+"""How tools/setup_environment.py makes the environment; the standard library alone."""

@@ -1,0 +1,1 @@
+"""Annotations of other tools, read for tools/import_annotations.py."""

@@ -1,0 +1,1 @@
+"""Models, media and overlays, for the programs that show what a model finds."""

@@ -1,0 +1,1 @@
+"""Pages for the browser: contact sheets and the page of a dataset."""

@@ -1,0 +1,1 @@
+"""Many trainings: tools/sweep.py's plan, records and summary, and the processes."""
