@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-from teacher_student_mask.checks.annotation_checks import check_annotations
+from teacher_student_mask.checks.annotation_checks import MIN_MASKS_PER_CLASS, check_annotations
 from teacher_student_mask.checks.annotation_report import AnnotationReport
+from teacher_student_mask.engine import WriteError, open_atomically
 
 DESCRIPTION = """
 Checks a COCO json in which any object may lack its mask, and on request every image.
@@ -52,12 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         check_images=args.images,
         progress=show_progress,
         num_workers=args.workers,
+        min_masks_per_class=args.min_masks_per_class,
     )
     if args.json:
         try:
-            with open(args.json, "w", encoding="utf-8") as f:
+            with open_atomically(args.json) as f:
                 json.dump(report.to_dict(), f, indent=2)
-        except OSError as error:
+        except WriteError as error:
             parser.error(f"--json {args.json}: cannot be written: {error.strerror}.")
     print_report(report)
     return 1 if report.errors else 0
@@ -74,8 +76,17 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument(
         "--seen-classes",
         metavar="SPEC",
-        help='classes with masks in training: "voc", "nonvoc", "all", names separated by commas, '
-        "or the path of a list (default: what holds for any)",
+        help='classes with masks in training: "voc", "nonvoc", "all", "auto" (those with enough '
+        "masks here), names separated by commas, or the path of a list (default: what holds for "
+        "any)",
+    )
+    parser.add_argument(
+        "--min-masks-per-class",
+        type=int,
+        default=MIN_MASKS_PER_CLASS,
+        metavar="K",
+        help='masks that a class needs for --seen-classes "auto", DATASETS.MIN_MASKS_PER_CLASS '
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--num-classes", type=int, metavar="N", help="the model's MODEL.ROI_HEADS.NUM_CLASSES"
@@ -91,6 +102,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         help="processes that read images (default: one a core, here %(default)s)",
     )
     parser.add_argument("--json", metavar="OUT", help="write table and findings to this file, too")
+    parser.add_argument("--force", action="store_true", help="replace an OUT that exists")
     args = parser.parse_args(argv)
     if not os.path.isfile(args.annotations):
         parser.error(f"{args.annotations}: no such file.")
@@ -98,7 +110,14 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         parser.error(f"--image-root {args.image_root}: no such folder.")
     if args.images and not args.image_root:
         parser.error("--images needs --image-root.")
-    for option in ("workers", "num_classes"):
+    if args.json and os.path.lexists(args.json):
+        if os.path.exists(args.json) and os.path.samefile(args.annotations, args.json):
+            parser.error(
+                f"--json {args.json}: the annotations themselves; they are never replaced."
+            )
+        if not args.force:
+            parser.error(f"--json {args.json}: exists; --force replaces it.")
+    for option in ("workers", "num_classes", "min_masks_per_class"):
         value = getattr(args, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} is {value}; it must be 1 or more.")

@@ -16,13 +16,13 @@ from tabulate import tabulate
 from coco_json.mask_removal import (
     add_file_arguments,
     check_file_arguments,
-    has_mask,
     read_checked,
     remove_mask,
     write_or_explain,
 )
 from grabcut_jobs import Job, key_of, run_cached
 from teacher_student_mask.checks import AnnotationReport
+from teacher_student_mask.checks.mask_measures import has_mask
 from teacher_student_mask.checks.mask_sources import MODEL, is_from_model
 
 DESCRIPTION = """

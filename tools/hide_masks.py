@@ -16,12 +16,12 @@ from tabulate import tabulate
 from coco_json.mask_removal import (
     add_file_arguments,
     check_file_arguments,
-    has_mask,
     read_checked,
     remove_mask,
     write_or_explain,
 )
 from teacher_student_mask.checks import AnnotationReport
+from teacher_student_mask.checks.mask_measures import has_mask
 from teacher_student_mask.checks.mask_sources import is_from_model
 
 DESCRIPTION = """
@@ -107,8 +107,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--classes",
         default="all",
         metavar="SPEC",
-        help='classes that lose masks, the others keep all: "voc", "nonvoc", "all", names '
-        "separated by commas, or the path of a list (default: %(default)s)",
+        help='classes that lose masks, the others keep all: "voc", "nonvoc", "all", "auto" (those '
+        "with at least 10 masks), names separated by commas, or the path of a list "
+        "(default: %(default)s)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the choice (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -156,23 +157,25 @@ def hide_masks(
         {category id: number}.
     """
     with_mask = defaultdict(list)
-    for annotation in annotations:
+    for row, annotation in enumerate(annotations):
         is_counted = not annotation.get("iscrowd") and not is_from_model(annotation)
         if is_counted and has_mask(annotation):
-            with_mask[annotation["category_id"]].append(annotation)
+            # Without an id its row tells an object from the others.
+            key = annotation.get("id", f"row {row}")
+            with_mask[annotation["category_id"]].append((key, annotation))
     num_masks = Counter({k: len(rows) for k, rows in with_mask.items()})
     num_kept = Counter(num_masks)
     for category_id in with_mask.keys() & set(classes):
-        rows = sorted(with_mask[category_id], key=lambda x: _draw(seed, category_id, x["id"]))
+        rows = sorted(with_mask[category_id], key=lambda x: _draw(seed, category_id, x[0]))
         num_kept[category_id] = min(
             len(rows), max(at_least, math.floor(len(rows) * keep + Fraction(1, 2)))
         )
-        for annotation in rows[num_kept[category_id] :]:
+        for _, annotation in rows[num_kept[category_id] :]:
             remove_mask(annotation)
     return num_masks, num_kept
 
 
-def _draw(seed: int, category_id: int, annotation_id: int) -> bytes:
+def _draw(seed: int, category_id: int, annotation_id: int | str) -> bytes:
     # A number drawn for an object whose place in the file does not matter.
     return hashlib.sha256(f"{seed} {category_id} {annotation_id}".encode()).digest()
 

@@ -21,7 +21,6 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from tabulate import tabulate
 
 import hide_masks
-from coco_json.mask_removal import has_mask
 from environment.description import describe
 from sweeps.configs import folder_name
 from sweeps.training_jobs import (
@@ -32,6 +31,7 @@ from sweeps.training_jobs import (
     run_jobs,
 )
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.checks.mask_measures import has_mask
 from teacher_student_mask.config_file import merge_config_file
 from teacher_student_mask.engine import open_atomically
 

@@ -13,13 +13,13 @@ from tabulate import tabulate
 from coco_json.mask_removal import (
     add_file_arguments,
     check_file_arguments,
-    has_mask,
     read_checked,
     remove_mask,
     use_area_of_box,
     write_or_explain,
 )
 from teacher_student_mask.checks import AnnotationReport
+from teacher_student_mask.checks.mask_measures import has_mask
 from teacher_student_mask.checks.mask_sources import is_from_model
 
 DESCRIPTION = """

@@ -2,16 +2,23 @@
 
 import gc
 import json
+import re
+import subprocess
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from detectron2.config import get_cfg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teacher_student_mask import TeacherStudentDatasetMapper, load_partial_coco_json
-from teacher_student_mask.checks.annotation_checks import check_annotations
+from teacher_student_mask import (
+    TeacherStudentDatasetMapper,
+    add_teacher_student_mask_config,
+    load_partial_coco_json,
+)
+from teacher_student_mask.checks.annotation_checks import MIN_MASKS_PER_CLASS, check_annotations
 
 HEIGHT, WIDTH = 12, 16
 
@@ -61,14 +68,56 @@ def test_objects_are_counted_for_each_class():
     ant, cat = report.classes
     assert (ant.name, ant.category_id, ant.is_seen) == ("ant", 1, True)
     assert (ant.masks, ant.boxes_only, ant.crowd, ant.rectangles) == (4, 4, 1, 1)
-    assert ant.dropped == {
-        "box without area": 1,
-        "box outside its image": 1,
-        "all polygons too short": 1,
-    }
+    assert ant.dropped == {"box without area": 1, "box outside its image": 1}
+    # Their objects stay, as boxes.
+    assert ant.dropped_masks == {"all polygons too short": 1}
     assert (cat.name, cat.category_id, cat.is_seen) == ("cat", 2, False)
     assert (cat.masks, cat.boxes_only, cat.crowd, cat.rectangles) == (1, 1, 0, 0)
-    assert cat.dropped == {"mask without a pixel": 1}
+    assert cat.dropped == {} and cat.dropped_masks == {"mask without a pixel": 1}
+    table = [line.split("  ") for line in report.class_table().splitlines()]
+    cells = [[x.strip() for x in line if x.strip()] for line in table]
+    assert cells[0][-2:] == ["left out", "masks left out"]
+    assert cells[3][-2:] == ["-", "1 (mask without a pixel)"]
+
+
+def test_auto_is_the_classes_with_enough_human_masks():
+    full, empty = rle(np.ones((HEIGHT, WIDTH))), rle(np.zeros((HEIGHT, WIDTH)))
+    data = coco(
+        {"segmentation": [TRIANGLE]},
+        {"segmentation": full},
+        {"segmentation": [TRIANGLE], "category_id": 2},
+        {"segmentation": empty, "category_id": 2},  # these three do not count
+        {"segmentation": full, "category_id": 2, "iscrowd": 1},
+        {"segmentation": full, "category_id": 2, "mask_source": "model"},
+        {"segmentation": full, "category_id": 7},  # no such class: an error of its own
+    )
+
+    def seen_with(number):
+        report = check(data, seen_classes="auto", min_masks_per_class=number)
+        return [x.name for x in report.classes if x.is_seen], report
+
+    assert seen_with(1)[0] == ["ant", "cat"] and seen_with(2)[0] == ["ant"]
+    seen, report = seen_with(3)
+    assert seen == []
+    (finding,) = [x for x in report.errors if x.field == "seen_classes"]
+    assert "'auto'; no class has 3 masks" in str(finding) and "ant 2, cat 1" in str(finding)
+
+
+def test_the_default_of_auto_is_that_of_the_config():
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    assert cfg.DATASETS.MIN_MASKS_PER_CLASS == MIN_MASKS_PER_CLASS
+
+
+def test_a_byte_order_mark_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(coco({})), encoding="utf-8-sig")
+    (finding,) = check_annotations(path).errors
+    assert "it begins with a byte order mark; save it as UTF-8 without one" in str(finding)
+    # The command of the message does it.
+    (command,) = re.findall(r"with: (sed .* FILE)", str(finding))
+    subprocess.run(command.replace("FILE", str(path)), shell=True, check=True)
+    assert not check_annotations(path).errors
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,44 @@ def within_one_pixel(a, b):
     return not (a & ~grown(b)).any() and not (b & ~grown(a)).any()
 
 
+@FORMATS
+@pytest.mark.parametrize("is_on", [False, True])
+def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, caplog, mask_format, is_on):
+    box = (2, 2, 8, 6)
+    rectangle, triangle = [[2, 2, 8, 2, 8, 6, 2, 6]], [[2, 2, 8, 2, 8, 6]]
+    image = make_image(
+        [
+            annotation(0, box, segmentation=rectangle),
+            annotation(1, box, segmentation=triangle),
+            annotation(2, box, segmentation=[[2.4, 2, 8, 2, 8, 6, 2.4, 6]]),  # a rounded box
+            annotation(3, box, segmentation=[[4, 2, 8, 2, 8, 6, 4, 6]]),  # not its box
+            annotation(4, box, segmentation=to_rle(mask_of(box))),  # somebody drew pixels
+            annotation(5, box, segmentation=rectangle, mask_source="model"),
+            annotation(6, box),
+            annotation(10, box, segmentation=rectangle),  # unseen: without a mask anyhow
+        ]
+    )
+    before = copy.deepcopy(image)
+    mapper = make_mapper(mask_format=mask_format, rectangle_as_box_only=is_on)
+    with caplog.at_level("INFO"):
+        instances = mapper(image)["instances"]
+    assert image == before
+    expected = [not is_on, True, not is_on, True, True, False, False, False]
+    assert instances.gt_has_mask.tolist() == expected
+    assert instances.gt_has_external_mask.tolist() == [i == 5 for i in range(8)]
+    logged = [x.message for x in caplog.records if "RECTANGLE_AS_BOX_ONLY" in x.message]
+    assert len(logged) == is_on and all("1 so far in this process" in x for x in logged)
+
+
+def test_the_config_has_rectangle_as_box_only():
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    for value in (False, True):
+        cfg.INPUT.RECTANGLE_AS_BOX_ONLY = cfg.INPUT.RECTANGLE_AS_BOX_ONLY or value
+        options = TeacherStudentDatasetMapper.from_config(cfg, is_train=False)
+        assert options["rectangle_as_box_only"] is value
+
+
 # An L of 4 x 4 pixels, another beside it, an RLE with a hole.
 L_POLYGON = [1, 1, 5, 1, 5, 3, 3, 3, 3, 5, 1, 5]
 L_MASK = mask_of((1, 1, 5, 3), (1, 3, 3, 5))

@@ -3,8 +3,10 @@
 import ast
 import json
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,10 +149,11 @@ def test_training_data_that_are_gone_are_named(auto_cfg):
 
 @pytest.mark.parametrize(
     "names",
-    [["cat"], ["1"], ["1", "2.5"], ["all"], ["voc"], [AUTO], ["x.json"], ["ant", "big cat"]],
+    [["cat"], ["1"], ["1", "2.5"], ["all"], ["voc"], [AUTO], ["x.json"], ["ant", "big cat"]]
+    + [["cat, big", "dog"], [" ant"], ['a "b", c', "é"], ["[1]", "x"]],
 )
 def test_names_survive_a_config(names, auto_cfg, tmp_path):
-    """A name such as "1" would be read as a number, and "all" as every class."""
+    """A name such as "1" would be read as a number, "all" as every class, "a, b" as two."""
     classes = [*names, "another"]
     cfg = auto_cfg(1)
     cfg.DATASETS.SEEN_CLASSES = seen_classes._spec_of(names, classes)
@@ -163,10 +166,37 @@ def test_names_survive_a_config(names, auto_cfg, tmp_path):
         ast.literal_eval(cfg.DATASETS.SEEN_CLASSES)
 
 
-def test_names_with_commas_are_all_or_an_error():
-    assert seen_classes._spec_of(["a, b", "c"], ["a, b", "c"]) == "all"
-    with pytest.raises(ValueError, match="because a name has a comma"):
-        seen_classes._spec_of(["a, b"], ["a, b", "c"])
+@pytest.mark.parametrize(
+    "segmentation, counts",
+    [
+        ([[1, 1, 9, 1, 9, 9]], True),
+        ([np.array([1.0, 1, 9, 1, 9, 9])], True),  # of a function that reads its own files
+        ([[1, 1, 9, 1, 5, 1]], False),  # without area
+        ([[30, 30, 40, 30, 40, 40]], False),  # outside the image
+        ([[1, 1, 9, 9]], False),
+        ({"size": [10, 10], "counts": [100]}, False),
+        ({"size": [10, 10], "counts": [90, 10]}, True),
+        ({"size": [10, 10], "counts": b"j200"}, False),  # runs that are not 100 pixels
+        ([[1, 1, 9, 1, 9, 9], []], True),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_masks_that_cover_nothing_do_not_count(segmentation, counts):
+    """A class of empty RLEs was seen by "auto", and then had nothing to learn from."""
+    obj = {"category_id": 0, "bbox": [1, 1, 8, 8], "segmentation": segmentation}
+    image = {"height": 10, "width": 10, "annotations": [obj]}
+    assert count_objects([image], ["ant"]) == [ClassCount("ant", 1, int(counts))]
+
+
+def test_rectangles_do_not_count_where_they_are_boxes():
+    box = {"category_id": 0, "bbox": [1, 1, 8, 8], "bbox_mode": BoxMode.XYWH_ABS}
+    rectangle = {**box, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
+    triangle = {**box, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+    crowd = {**triangle, "iscrowd": 1}
+    image = {"height": 10, "width": 10, "annotations": [crowd, rectangle, triangle, rectangle]}
+    assert count_objects([image], ["ant"]) == [ClassCount("ant", 3, 3)]
+    assert count_objects([image], ["ant"], True) == [ClassCount("ant", 3, 1)]
 
 
 @pytest.mark.parametrize("is_main", [True, False])

@@ -87,6 +87,35 @@ def test_the_report_is_written_as_json(make_tiny_coco, tmp_path, capsys):
     assert {x["name"]: x["masks"] for x in report["classes"]} == {"ant": 2, "cat": 1, "ship": 1}
 
 
+def test_the_annotations_are_never_replaced_and_other_files_only_when_told(
+    tiny_coco, tmp_path, capsys
+):
+    """--json with the path of the annotations replaced them by the report."""
+    before = open(tiny_coco.json_file, "rb").read()
+    out = tmp_path / "out.json"
+    out.write_text("mine")
+    for path, words in ((tiny_coco.json_file, "never replaced"), (out, "exists; --force")):
+        for arguments in ([], ["--force"]):
+            if path == out and arguments:
+                continue
+            with pytest.raises(SystemExit):
+                program.main([tiny_coco.json_file, "--json", str(path), *arguments])
+            assert words in capsys.readouterr().err
+    assert open(tiny_coco.json_file, "rb").read() == before and out.read_text() == "mine"
+    assert run(capsys, tiny_coco.json_file, "--json", out, "--force")[0] == 0
+    assert json.loads(out.read_text())["num_images"] == 4
+
+
+def test_auto_takes_the_classes_with_enough_masks(tiny_coco, capsys):
+    arguments = ["--seen-classes", "auto", "--min-masks-per-class", 3]
+    code, output = run(capsys, tiny_coco.json_file, *arguments)
+    splits = dict(line.split()[:2] for line in output.splitlines() if line[:4] in ("ant ", "ship"))
+    # Three ants and two ships have a mask.
+    assert code == 0 and splits == {"ant": "seen", "ship": "unseen"}
+    code, output = run(capsys, tiny_coco.json_file, "--seen-classes", "auto")
+    assert code == 1 and "no class has 10 masks, DATASETS.MIN_MASKS_PER_CLASS" in output
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -95,6 +124,7 @@ def test_the_report_is_written_as_json(make_tiny_coco, tmp_path, capsys):
         (["JSON", "--image-root", "none"], "--image-root none: no such folder"),
         (["JSON", "--workers", "0"], "--workers is 0; it must be 1 or more"),
         (["JSON", "--num-classes", "-3"], "--num-classes is -3; it must be 1 or more"),
+        (["JSON", "--min-masks-per-class", "0"], "--min-masks-per-class is 0; it must be 1 or"),
         (["JSON", "--json", "none/out.json"], "--json none/out.json: cannot be written"),
     ],
 )

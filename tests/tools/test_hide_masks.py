@@ -51,6 +51,33 @@ def test_what_loses_its_mask_has_the_area_of_its_box_and_all_else_is_as_it_was(
     assert "no mask is left of: ant, cat, ship" in output and "7 masks removed, 0 kept" in output
 
 
+def test_objects_without_ids_lose_their_masks_too(make_tiny_coco, tmp_path, capsys):
+    """Training does without ids of annotations, and so does this; it ended in a KeyError."""
+
+    def change(data):
+        for annotation in data["annotations"]:
+            del annotation["id"]
+
+    dataset = make_tiny_coco(change)
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    first, second = (hide(capsys, dataset, out, "--keep", 0.4, "--seed", 5)[0] for out in files)
+    assert first == second
+    num_kept = sum(
+        bool(x.get("segmentation")) and not x.get("iscrowd") for x in first["annotations"]
+    )
+    assert num_kept == 3  # 0.4 of 3, 3 and 2 masks: one of each class
+
+
+def test_what_is_no_mask_is_not_counted(make_tiny_coco, tmp_path, capsys):
+    """Two points are no polygon, for the checks and for training; they were counted as a mask."""
+
+    def change(data):
+        data["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+
+    _, output = hide(capsys, make_tiny_coco(change), tmp_path / "out.json", "--keep", 0)
+    assert "7 masks removed, 0 kept" in output
+
+
 def test_the_table_counts(tiny_coco, tmp_path, capsys):
     data, output = hide(capsys, tiny_coco, tmp_path / "out.json", "--keep", 0.4, "--seed", 5)
     rows = [line.split() for line in output.splitlines()]

@@ -129,6 +129,20 @@ def table_row(text, label):
     return re.search(rf"^{label} +(\S+)$", text, re.MULTILINE)[1]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_names_that_are_not_utf8(run, tmp_path, capsys):
+    """OpenCV crashed on them, and took the results of all other images with it."""
+    name = os.fsdecode(b"pl\xe9in")
+    image = write_image(tmp_path / f"{name}.png", 40, 60)
+    video = tmp_path / f"{name}.avi"
+    video.write_bytes(b"a video")
+    other = write_image(tmp_path / "other.png", 40, 60)
+    assert run(image, video, other) == 1
+    assert {x.name for x in Path("out/overlays").iterdir()} == {f"{name}.png", "other.png"}
+    assert [x["file_name"] for x in load_images()] == [str(image), str(other)]
+    assert "pl\\udce9in.avi: the name of a video must be UTF-8" in capsys.readouterr().err
+
+
 def test_results_are_those_of_default_predictor(run, model, tmp_path, register):
     sizes = [(40, 60), (97, 33), (130, 64)]
     paths = [tmp_path / "wide.jpg", tmp_path / "gray.png", tmp_path / "tall.bmp"]

@@ -15,7 +15,6 @@ from teacher_student_mask.engine import WriteError, open_atomically
 __all__ = [
     "add_file_arguments",
     "check_file_arguments",
-    "has_mask",
     "read_checked",
     "remove_mask",
     "use_area_of_box",
@@ -71,11 +70,6 @@ def read_checked(path: str, classes: str) -> tuple[dict, AnnotationReport] | Non
         print(f"Not written: {len(report.errors)} kinds of errors in {path}.")
         return None
     return data, report
-
-
-def has_mask(annotation: dict) -> bool:
-    """Whether an annotation has a polygon or an RLE."""
-    return bool(annotation.get("segmentation"))
 
 
 def remove_mask(annotation: dict) -> None:

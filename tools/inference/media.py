@@ -187,6 +187,7 @@ def read_image_file(path: Path) -> np.ndarray:
 
 
 def _read_frames(path: Path) -> Iterator[np.ndarray]:
+    _check_name_of_video(path)
     capture = cv2.VideoCapture(str(path))
     num_frames = 0
     try:
@@ -205,8 +206,24 @@ def _read_frames(path: Path) -> Iterator[np.ndarray]:
         logger.warning(f"{path}: read {num_frames} of the {announced:.0f} frames it announces.")
 
 
+def _check_name_of_video(path: Path) -> None:
+    # OpenCV crashes on them.
+    if not _is_utf8(path):
+        raise SourceError(
+            f"{str(path).encode('utf-8', 'backslashreplace').decode()}: the name of a video must "
+            "be UTF-8, which this one is not; rename the file."
+        )
+
+
+def _is_utf8(path: Path) -> bool:
+    # Bytes that are none are surrogates in the text of a path.
+    return not any("\ud800" <= character <= "\udfff" for character in str(path))
+
+
 def video_property(path: Path, which: int) -> float:
     """A property of OpenCV's; 0 where the video cannot be opened or does not say."""
+    if not _is_utf8(path):
+        return 0.0
     capture = cv2.VideoCapture(str(path))
     value = capture.get(which)
     capture.release()

@@ -122,8 +122,7 @@ class OverlayWriter:
         if self._video is None:
             self._make_folder()
         if not self._source.is_video:
-            if not cv2.imwrite(str(self._path), overlay):
-                raise self._error(f"cannot write its overlay {self._path}.")
+            self._write_picture(overlay)
             return overlay
         if self._video is None:
             self._video = self._open_video(*overlay.shape[:2])
@@ -134,6 +133,16 @@ class OverlayWriter:
     def _make_folder(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._error(f"cannot write its overlay {self._path}: {error}") from error
+
+    def _write_picture(self, overlay: np.ndarray) -> None:
+        # OpenCV encodes but does not write: a name that is not UTF-8 makes cv2.imwrite crash.
+        is_encoded, content = cv2.imencode(self._path.suffix, overlay)
+        try:
+            if not is_encoded:
+                raise OSError(f"OpenCV cannot encode {self._path.suffix}")
+            self._path.write_bytes(content)
         except OSError as error:
             raise self._error(f"cannot write its overlay {self._path}: {error}") from error
 

@@ -54,7 +54,9 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
             * ``"all"``: every class (the fully supervised oracle).
             * class names separated by commas, e.g. ``"cat, hair drier"``.
             * a path to a ``.json`` file with a list of names, or to a text file with one name a
-              line (``#`` starts a comment). Needed for names that contain a comma.
+              line (``#`` starts a comment).
+            * a json list after a comma, for names that contain commas: ``', ["cat, big", "dog"]'``
+              (without the comma before it a config would read it as a list).
 
             Names with a comma before them, ``", all"``, are never one of the words above or a file.
         thing_classes: the dataset's class names; the position is the contiguous id.
@@ -119,6 +121,9 @@ def _read_names(spec: str) -> list[str]:
     if not os.path.isfile(spec):
         if spec.endswith((".txt", ".json")):
             raise ValueError(f"DATASETS.SEEN_CLASSES names a file that does not exist: {spec!r}.")
+        listed = _read_json_list(spec)
+        if listed is not None:
+            return listed
         return [name.strip() for name in spec.split(",") if name.strip()]
     with open(spec, encoding="utf-8") as f:
         if not spec.endswith(".json"):
@@ -134,6 +139,19 @@ def _read_names(spec: str) -> list[str]:
             f'such as ["cat", "dog"]; it holds {str(names)[:80]}.'
         )
     return names
+
+
+def _read_json_list(spec: str) -> list[str] | None:
+    # Of a spec such as ', ["cat, big", "dog"]'; None where it is none.
+    text = spec.lstrip(", ")
+    if not text.startswith("["):
+        return None
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else None
 
 
 def _unknown_names_message(spec: str, unknown: list[str], thing_classes: list[str]) -> str:

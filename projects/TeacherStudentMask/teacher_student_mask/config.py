@@ -32,6 +32,10 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.DATASETS.TRAIN_IMAGE_ROOT = ""
     cfg.DATASETS.TEST_IMAGE_ROOT = ""
 
+    # Take a mask that is no more than the rectangle of its box, to a pixel, for a box that was
+    # exported as a mask: its object is one without a mask. Rectangular objects lose theirs, too.
+    cfg.INPUT.RECTANGLE_AS_BOX_ONLY = False
+
     # A pickle can run any code when it is read. True: MODEL.WEIGHTS ending in ".pkl" may come from
     # anywhere, False: from Detectron2's own URLs alone. Counts on the command line, not in a file.
     cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
@@ -43,8 +47,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Of "WeightTransferMaskHead" (Mask^X R-CNN): add its class-agnostic fully connected branch, as
     # its official configs do. 157 million weights for 256 channels of 28x28 cells.
     cfg.MODEL.ROI_MASK_HEAD.MLP_BRANCH = False
-    # Train the mask heads on the ground-truth boxes of the sampled objects, each once, instead of
-    # on the sampled foreground proposals. The paper does not say; deep mask heads need it.
+    # Train the mask heads on the ground-truth boxes of all objects of an image, each once, instead
+    # of on the sampled foreground proposals. The paper does not say; deep mask heads need it.
     cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES = False
 
     # Take masks with "mask_source" "model" as ground truth, too: of the only mask head, that of
@@ -114,8 +118,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "naiveSyncBN_N"
     # Weight of the contrastive loss, times 0.25 in epochs 0 and 1, 0.5 and 0.75 in 2 and 3.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT = 0.1
-    # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. Not rescaled
-    # by SOLVER.REFERENCE_WORLD_SIZE.
+    # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. Rescaled as
+    # SOLVER.MAX_ITER with another number of processes than SOLVER.REFERENCE_WORLD_SIZE.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = 7330
     # Which share of the pixels of each set are keys, a random choice.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.KEY_SHARE = 0.3

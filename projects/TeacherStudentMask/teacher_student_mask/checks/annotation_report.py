@@ -78,13 +78,18 @@ class ClassCounts:
     boxes_only: int
     crowd: int
     rectangles: int  # masks that are the rectangle of their box: boxes exported as masks?
-    dropped: dict[str, int]  # what training leaves out: reason -> number of objects
+    dropped: dict[str, int]  # objects that training leaves out: reason -> number
+    dropped_masks: dict[str, int]  # masks that it leaves out, the box stays: reason -> number
     model_masks: int = 0  # masks with "mask_source" "model"
 
     @property
     def num_objects(self) -> int:
         """All that is no crowd."""
         return self.masks + self.model_masks + self.boxes_only
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{num} ({reason})" for reason, num in counts.items()) or "-"
 
 
 @dataclass
@@ -129,19 +134,22 @@ class AnnotationReport:
         return replace(self, findings=findings)
 
     def class_table(self) -> str:
-        """The counts of the classes as text, a row for each; model masks only if there are some."""
+        """The counts of the classes as text, a row for each; some columns only if they say much."""
         has_model_masks = any(x.model_masks for x in self.classes)
+        has_dropped_masks = any(x.dropped_masks for x in self.classes)
         rows = []
         for x in self.classes:
             split = {True: "seen", False: "unseen", None: "-"}[x.is_seen]
-            dropped = ", ".join(f"{num} ({reason})" for reason, num in x.dropped.items()) or "-"
+            left_out = [_reasons(x.dropped)]
+            left_out += [_reasons(x.dropped_masks)] if has_dropped_masks else []
             masks = [x.masks, x.model_masks] if has_model_masks else [x.masks]
             numbers = [x.num_objects, *masks, x.boxes_only, x.crowd, x.rectangles]
-            rows.append([x.name, split, *numbers, dropped])
+            rows.append([x.name, split, *numbers, *left_out])
         masks = ["human masks", "model masks"] if has_model_masks else ["masks"]
         headers = ["class", "split", "objects", *masks, "boxes only", "crowd", "rectangles"]
+        headers += ["left out", "masks left out"] if has_dropped_masks else ["left out"]
         # Names such as "1e3" are no numbers.
-        return tabulate(rows, headers=[*headers, "left out"], disable_numparse=[0])
+        return tabulate(rows, headers=headers, disable_numparse=[0])
 
     def to_dict(self) -> dict:
         """All of it in types that json has; "message" of a finding is its sentence."""

@@ -16,6 +16,7 @@ def count_classes(
     is_seen: np.ndarray | None,
     columns: dict[str, np.ndarray],
     dropped: dict[str, np.ndarray],
+    dropped_masks: dict[str, np.ndarray],
 ) -> None:
     """
     Add the counts of the classes to a report, and findings about classes without human masks.
@@ -28,6 +29,7 @@ def count_classes(
         is_seen: bool, shape (number of classes,); None where the seen classes were not given.
         columns: {number of :class:`ClassCounts`: what it counts}, bool.
         dropped: {why training leaves an object out: which}, bool.
+        dropped_masks: {why training takes an object as one without a mask: which}, bool.
     """
 
     def count(is_counted: np.ndarray) -> np.ndarray:
@@ -35,12 +37,18 @@ def count_classes(
         return np.bincount(category[is_counted] + 1, minlength=len(names) + 1)[1:]
 
     counts = {name: count(x) for name, x in columns.items()}
-    num_dropped = {reason: count(x) for reason, x in dropped.items()}
+    left_out = {
+        "dropped": {reason: count(x) for reason, x in dropped.items()},
+        "dropped_masks": {reason: count(x) for reason, x in dropped_masks.items()},
+    }
     for k, (category_id, name) in enumerate(names.items()):
         seen = None if is_seen is None else bool(is_seen[k])
-        left_out = {reason: int(x[k]) for reason, x in num_dropped.items() if x[k]}
         numbers = {column: int(x[k]) for column, x in counts.items()}
-        report.classes.append(ClassCounts(name, category_id, seen, dropped=left_out, **numbers))
+        reasons = {
+            what: {reason: int(x[k]) for reason, x in of_reason.items() if x[k]}
+            for what, of_reason in left_out.items()
+        }
+        report.classes.append(ClassCounts(name, category_id, seen, **numbers, **reasons))
     if columns["crowd"].all():
         if len(category):
             allowed = "allowed: at least one object with 'iscrowd' 0"

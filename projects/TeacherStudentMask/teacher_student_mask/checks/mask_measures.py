@@ -7,9 +7,12 @@ from itertools import chain
 import numpy as np
 
 __all__ = [
+    "BOX_TOLERANCE",
     "MAX_PIXELS",
+    "are_rectangles",
     "covers_image",
     "has_mask",
+    "have_pixels",
     "is_whole",
     "measure_points",
     "measure_polygons",
@@ -20,6 +23,9 @@ __all__ = [
 
 # pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
 MAX_PIXELS = 2**29
+
+# Exports that round or count pixels from 1 move a box by no more than this.
+BOX_TOLERANCE = 1.0
 
 # A polygon needs three points; pycocotools would read four numbers as a box.
 _MIN_POLYGON_COORDINATES = 6
@@ -128,6 +134,58 @@ def covers_image(extents: np.ndarray, areas: np.ndarray, sizes: np.ndarray) -> n
     """
     is_outside = (extents[:, 2:] <= 0) | (extents[:, :2] >= sizes[..., ::-1])
     return (areas > 0) & ~is_outside.any(axis=1)
+
+
+def are_rectangles(extents: np.ndarray, areas: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """
+    Whether polygons are the rectangles of these boxes, to a pixel.
+
+    Args:
+        extents, areas: as :func:`measure_polygons` returns them.
+        corners: left, top, right and bottom of the box of each polygon's object, shape (n, 4).
+
+    Returns:
+        bool, shape (n,).
+    """
+    sides = extents[:, 2:] - extents[:, :2]
+    # A polygon as large as its extents is a rectangle.
+    is_full = areas >= 0.999 * sides[:, 0] * sides[:, 1]
+    return is_full & (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1) & (areas > 0)
+
+
+def have_pixels(segmentations: list, sizes: np.ndarray) -> np.ndarray:
+    """
+    Whether segmentations of a json are masks that cover something of their image.
+
+    Args:
+        segmentations: n values of "segmentation", of any kind; polygons may be arrays.
+        sizes: (height, width) of the images, shape (n, 2); nan: not known.
+
+    Returns:
+        bool, shape (n,); False where there is no mask, or none that can be read.
+    """
+    found = np.zeros(len(segmentations), dtype=bool)
+    lists = {i: _as_lists(x) for i, x in enumerate(segmentations) if type(x) is list}
+    rows = [i for i, x in lists.items() if x is not None]
+    valid = [valid_polygons(lists[i]) for i in rows]
+    owners = np.repeat(np.array(rows, dtype=int), [len(x) for x in valid])
+    extents, areas = measure_polygons(list(chain.from_iterable(valid)))
+    found[owners[covers_image(extents, areas, sizes[owners])]] = True
+    rows = [i for i, x in enumerate(segmentations) if type(x) is dict]
+    counts = [segmentations[i].get("counts") for i in rows]
+    counts = [x.decode("latin-1") if type(x) is bytes else x for x in counts]
+    pixels, areas, _ = measure_rles(counts)
+    expected = sizes[rows].prod(axis=1)
+    found[rows] = (areas > 0) & ((pixels == expected) | np.isnan(expected))
+    return found
+
+
+def _as_lists(polygons: list) -> list[list] | None:
+    # None where something else is among them.
+    types = set(map(type, polygons))
+    if types <= {list}:
+        return polygons
+    return [np.asarray(x).tolist() for x in polygons] if types <= {list, np.ndarray} else None
 
 
 def measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

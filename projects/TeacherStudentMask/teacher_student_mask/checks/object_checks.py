@@ -11,6 +11,8 @@ import numpy as np
 from .annotation_report import AnnotationReport, short_repr
 from .class_counts import count_classes
 from .mask_measures import (
+    BOX_TOLERANCE,
+    are_rectangles,
     covers_image,
     is_whole,
     measure_polygons,
@@ -24,8 +26,6 @@ __all__ = ["MAX_PIXELS_OUTSIDE", "ObjectChecks"]
 # pycocotools walks along a polygon in fifths of a pixel and keeps every step, so one that ends far
 # away takes all memory.
 MAX_PIXELS_OUTSIDE = 100_000
-# Exports that round or count pixels from 1 move a box by no more than this.
-_BOX_TOLERANCE = 1.0
 # Detectron2's filter_empty_instances: boxes with a side up to this are empty.
 _EMPTY_SIDE = 1e-5
 # Beyond this, matching objects with anchors needs much memory.
@@ -61,7 +61,7 @@ class ObjectChecks:
         if is_seen is not None:
             self.is_read = np.append(is_seen, False)[self.category] | self.is_from_model
             self.is_read &= ~self.is_crowd
-        self.dropped = {}
+        self.dropped, self.dropped_masks = {}, {}
         self.has_mask, self.is_rectangle = np.zeros((2, len(rows)), dtype=bool)
 
     def _find(self, severity: str, is_bad: Sequence[bool], *rest) -> None:
@@ -112,8 +112,15 @@ class ObjectChecks:
             "crowd": self.is_crowd,
             "rectangles": is_object & self.is_rectangle & is_human,
         }
-        dropped = {reason: x & is_object for reason, x in self.dropped.items()}
-        count_classes(self.report, self.category, self.names, self.is_seen, columns, dropped)
+        count_classes(
+            self.report,
+            self.category,
+            self.names,
+            self.is_seen,
+            columns,
+            dropped={reason: x & is_object for reason, x in self.dropped.items()},
+            dropped_masks={reason: x & is_object for reason, x in self.dropped_masks.items()},
+        )
 
     def _check_ids(self) -> None:
         # Evaluation renumbers what is no positive number, so id 0 or a name is no problem.
@@ -155,7 +162,7 @@ class ObjectChecks:
         self._drop(is_empty, "box without area", "bbox")
         is_outside = (inside <= _EMPTY_SIDE).any(axis=1) & ~is_negative & ~is_far & ~is_empty
         self._drop(is_outside, "box outside its image", "bbox")
-        reaches_out = ((low < -_BOX_TOLERANCE) | (high > limits + _BOX_TOLERANCE)).any(axis=1)
+        reaches_out = ((low < -BOX_TOLERANCE) | (high > limits + BOX_TOLERANCE)).any(axis=1)
         reaches_out &= ~(is_negative | is_far | is_empty | is_outside)
         remedy = "it reaches outside the image, and training cuts it there"
         self._find("warning", reaches_out, "bbox", remedy)
@@ -212,14 +219,12 @@ class ObjectChecks:
         has_area = covers_image(extents, areas, self.sizes[owners])
         is_empty = self._any_of(owners, ~is_bad) & ~self._any_of(owners, has_area | is_bad)
         self._leave_out_mask(is_empty)
-        self.dropped["all polygons too short"] = np.isin(np.arange(len(self.rows)), rows)
-        self.dropped["all polygons too short"] &= ~self._any_of(owners, np.ones(len(owners), bool))
+        is_without = np.isin(np.arange(len(self.rows)), rows)
+        is_without &= ~self._any_of(owners, np.ones(len(owners), bool))
+        self.dropped_masks["all polygons too short"] = is_without
         self.has_mask |= self._any_of(owners, has_area)
-        # A polygon as large as its extents is a rectangle.
-        sides = high - low
-        is_rectangle = areas >= 0.999 * sides[:, 0] * sides[:, 1]
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        is_rectangle &= (abs(extents - corners[owners]) <= _BOX_TOLERANCE).all(axis=1) & has_area
+        is_rectangle = are_rectangles(extents, areas, corners[owners]) & has_area
         is_single = np.bincount(owners, minlength=len(self.rows)) == 1
         self.is_rectangle |= self._any_of(owners, is_rectangle) & is_single
 
@@ -229,8 +234,9 @@ class ObjectChecks:
         return marked
 
     def _leave_out_mask(self, is_empty: np.ndarray) -> None:
-        self.dropped.setdefault("mask without a pixel", np.zeros(len(self.rows), dtype=bool))
-        self.dropped["mask without a pixel"] |= is_empty
+        none = np.zeros(len(self.rows), dtype=bool)
+        self.dropped_masks.setdefault("mask without a pixel", none)
+        self.dropped_masks["mask without a pixel"] |= is_empty
         remedy = (
             "the mask covers nothing of its image, so training takes the object as one without a "
             "mask; correct it, or give null"

@@ -37,6 +37,13 @@ def read_json(path: str | os.PathLike) -> object:
     """
     try:
         with open(path, encoding="utf-8") as file:
+            # pycocotools, which reads the same file in an evaluation, does not take one either.
+            if file.read(1) == "\ufeff":
+                raise ValueError(
+                    "it begins with a byte order mark; save it as UTF-8 without one (in an editor, "
+                    "or with: sed -i '1s/^\\xef\\xbb\\xbf//' FILE)"
+                )
+            file.seek(0)
             return json.load(file)
     except RecursionError as error:
         raise ValueError(f"lists within lists, too deep to read ({error})") from error

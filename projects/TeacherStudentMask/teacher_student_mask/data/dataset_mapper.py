@@ -11,15 +11,15 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-from ..checks.image_checks import DEEP_MODES
 from ..checks.mask_sources import HUMAN, MODEL, has_known_source, is_from_model
 from ..structures import ImageMask, SparseMasks
+from .image_depth import refuse_deep_image
 from .seen_classes import training_seen_classes
 from .segmentations import (
+    are_box_rectangles,
     box_polygons,
     have_pixels,
     read_polygons,
@@ -31,9 +31,6 @@ __all__ = ["TeacherStudentDatasetMapper"]
 
 logger = logging.getLogger(__name__)
 
-# The first bytes of every JPEG.
-_JPEG = b"\xff\xd8\xff"
-
 
 class TeacherStudentDatasetMapper(DatasetMapper):
     """
@@ -41,7 +38,8 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     Before any augmentation the ``segmentation`` of every object that training must not use is
     replaced by the rectangle of its box: objects of unseen classes, and objects that have no mask
-    (key missing, ``null``, ``[]``, or a mask that covers nothing of the image, which is warned of).
+    (key missing, ``null``, ``[]``, or a mask that covers nothing of the image, which is warned of;
+    with ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box).
     From there on nothing of an unseen mask exists. A mask with ``mask_source`` "model" is not a
     human's: its object is one without a mask, whatever its class, and the mask itself goes into
     fields of its own. The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
@@ -65,6 +63,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         *,
         seen_classes: Collection[int],
         use_external_masks: bool = True,
+        rectangle_as_box_only: bool = False,
         add_gt_boxes_at_test: bool = False,
         **kwargs,
     ):
@@ -74,6 +73,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             seen_classes: contiguous ids of the classes whose masks training may use.
             use_external_masks: False: forget the masks that a model made, as if they were not
                 there.
+            rectangle_as_box_only: take human masks that are the rectangle of their box for none.
             add_gt_boxes_at_test: if not ``is_train``, give each example ``instances`` with
                 ``gt_boxes`` and ``gt_classes`` of the non-crowd objects, for ``TEST.GT_BOXES``.
             **kwargs: of :class:`DatasetMapper`.
@@ -81,8 +81,10 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         super().__init__(is_train, **kwargs)
         self.seen_classes = frozenset(seen_classes)
         self.use_external_masks = use_external_masks
+        self.rectangle_as_box_only = rectangle_as_box_only
         self.add_gt_boxes_at_test = add_gt_boxes_at_test
         self._num_empty_masks = 0
+        self._num_rectangles = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -92,6 +94,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             cfg.MODEL.PSEUDO_MASK.EXTERNAL != "ignore"
             or cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
         )
+        ret["rectangle_as_box_only"] = cfg.INPUT.RECTANGLE_AS_BOX_ONLY
         ret["add_gt_boxes_at_test"] = cfg.TEST.GT_BOXES
         return ret
 
@@ -111,12 +114,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         if self.is_train and self.use_instance_mask and "annotations" in dataset_dict:
             prepared = self._forget_masks(dataset_dict, where)
         try:
-            mode = _mode_of_image(dataset_dict["file_name"])
-            if mode.startswith(DEEP_MODES):
-                raise ValueError(
-                    f"{where}: the image has PIL's mode {mode!r}, whose values above 255 would be "
-                    "cut; convert it to 8 bits a channel."
-                )
+            refuse_deep_image(dataset_dict["file_name"], where)
             example = super().__call__(prepared)
         except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
             raise ValueError(
@@ -142,12 +140,27 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             is_seen = annotation["category_id"] in self.seen_classes
             if not (self.use_external_masks if is_from_model(annotation) else is_seen):
                 annotation.pop("segmentation", None)
+        if self.rectangle_as_box_only:
+            self._forget_rectangles(annotations, where)
         segmentations = read_polygons([x.get("segmentation") for x in annotations], where)
         for annotation, segmentation in zip(annotations, segmentations):
             annotation["segmentation"] = segmentation
             if "keypoints" in annotation:
                 annotation["keypoints"] = copy.deepcopy(annotation["keypoints"])
         return {**dataset_dict, "annotations": _Copied(annotations)}
+
+    def _forget_rectangles(self, annotations: list[dict], where: str) -> None:
+        human = [x for x in annotations if not is_from_model(x)]
+        for annotation, is_rectangle in zip(human, are_box_rectangles(human)):
+            if is_rectangle:
+                annotation.pop("segmentation")
+                self._num_rectangles += 1
+                if _is_power_of_ten(self._num_rectangles):
+                    logger.info(
+                        f"{where}: a mask is the rectangle of its box and is not used "
+                        f"(INPUT.RECTANGLE_AS_BOX_ONLY; {self._num_rectangles} so far in this "
+                        "process)."
+                    )
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
         if not self.use_instance_mask:
@@ -233,13 +246,12 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     def _warn_of_empty_mask(self, dataset_dict: dict) -> None:
         self._num_empty_masks += 1
-        number = str(self._num_empty_masks)
-        if number.strip("0") == "1":  # the first, the tenth, the hundredth, ...
+        if _is_power_of_ten(self._num_empty_masks):
             logger.warning(
                 f"{_name_of(dataset_dict)}: the mask of an object covers nothing of the image; the "
-                "object is taken as one without "
-                f"a mask (number {number} in this process, counted each time it is read). "
-                "tools/check_annotations.py finds all of them."
+                f"object is taken as one without a mask (number {self._num_empty_masks} in this "
+                "process, counted each time it is read). tools/check_annotations.py finds all of "
+                "them."
             )
 
     def _mask_format_for(self, annotations: list[dict]) -> str:
@@ -269,6 +281,11 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         return instances
 
 
+def _is_power_of_ten(number: int) -> bool:
+    # So that the log has the first, the tenth, the hundredth, ...
+    return str(number).strip("0") == "1"
+
+
 class _Copied(list):
     """Annotations that are a copy already, so that :class:`DatasetMapper` need not make one."""
 
@@ -278,14 +295,3 @@ class _Copied(list):
 
 def _name_of(dataset_dict: dict) -> str:
     return f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
-
-
-def _mode_of_image(file_name: str) -> str:
-    # PathManager, as for all files of a dataset, also gets remote ones.
-    with PathManager.open(file_name, "rb") as f:
-        # A JPEG has 8 bits in all modes that PIL can read, so this need not parse its header.
-        if f.read(len(_JPEG)) == _JPEG:
-            return "RGB"
-        f.seek(0)
-        with Image.open(f) as image:  # the header alone
-            return image.mode

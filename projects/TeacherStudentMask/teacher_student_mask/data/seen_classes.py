@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from ..checks.mask_measures import have_pixels
 from ..checks.mask_sources import is_from_model
 from ..class_splits import AUTO, resolve_seen_classes
+from .segmentations import are_box_rectangles
 
 __all__ = [
     "ClassCount",
@@ -128,24 +134,36 @@ def settle_classes(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgNode:
     return settled
 
 
-def count_objects(dataset_dicts: Iterable[dict], thing_classes: Sequence[str]) -> list[ClassCount]:
+def count_objects(
+    dataset_dicts: Iterable[dict],
+    thing_classes: Sequence[str],
+    rectangle_as_box_only: bool = False,
+) -> list[ClassCount]:
     """
     Args:
         dataset_dicts: images in Detectron2's standard dataset format; not changed.
         thing_classes: names by contiguous id.
+        rectangle_as_box_only: ``INPUT.RECTANGLE_AS_BOX_ONLY``; such masks do not count.
 
     Returns:
         One count a class, in their order. Crowds are not counted, nor are masks with
-        ``mask_source`` "model". A mask is any ``segmentation`` that is not empty.
+        ``mask_source`` "model", or masks that cover nothing of their image.
     """
     counts = [ClassCount(name) for name in thing_classes]
+    classes, segmentations, sizes = [], [], []
     for image in dataset_dicts:
-        for annotation in image.get("annotations", ()):
-            if annotation.get("iscrowd", 0):
-                continue
-            count = counts[annotation["category_id"]]
-            count.objects += 1
-            count.masks += bool(annotation.get("segmentation")) and not is_from_model(annotation)
+        size = (image.get("height", math.nan), image.get("width", math.nan))
+        annotations = [x for x in image.get("annotations", ()) if not x.get("iscrowd", 0)]
+        is_rectangle = are_box_rectangles(annotations) if rectangle_as_box_only else repeat(False)
+        for annotation, is_box in zip(annotations, is_rectangle):
+            counts[annotation["category_id"]].objects += 1
+            if annotation.get("segmentation") and not is_box and not is_from_model(annotation):
+                classes.append(annotation["category_id"])
+                segmentations.append(annotation["segmentation"])
+                sizes.append(size)
+    is_mask = have_pixels(segmentations, np.array(sizes, dtype=np.float64).reshape(-1, 2))
+    for k, counted in zip(classes, is_mask.tolist()):
+        counts[k].masks += counted
     return counts
 
 
@@ -192,7 +210,8 @@ def _count_training_data(cfg: CfgNode) -> list[ClassCount]:
     counts = []
     for dataset in dict.fromkeys(cfg.DATASETS.TRAIN):
         dataset_dicts = DatasetCatalog.get(dataset)
-        counts.append(count_objects(dataset_dicts, _classes_of(dataset)))
+        rectangle_as_box_only = cfg.INPUT.RECTANGLE_AS_BOX_ONLY
+        counts.append(count_objects(dataset_dicts, _classes_of(dataset), rectangle_as_box_only))
     training_classes(cfg)  # all datasets have the same
     return [
         ClassCount(
@@ -223,8 +242,10 @@ def _ask_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[int, str]:
 
 def _spec_of(names: list[str], thing_classes: list[str]) -> str:
     """The names in a form that a config can hold and :func:`resolve_seen_classes` understands."""
-    # The second is for what would be a number, a file or one of the named splits.
-    for spec in (", ".join(names), f", {', '.join(names)},"):
+    # The second is for what would be a number, a file or one of the named splits; the third for
+    # names that have a comma, or begin or end with a space.
+    specs = [", ".join(names), f", {', '.join(names)},"]
+    for spec in (*specs, f", {json.dumps(names, ensure_ascii=False)}"):
         try:
             ast.literal_eval(spec)
             continue  # a config would read it as a number or a tuple
@@ -238,8 +259,8 @@ def _spec_of(names: list[str], thing_classes: list[str]) -> str:
     if len(names) == len(thing_classes):
         return "all"
     raise ValueError(
-        f"DATASETS.SEEN_CLASSES {AUTO!r} has chosen {names}, which cannot be written in one line, "
-        "because a name has a comma or begins or ends with a space; rename the class."
+        f"DATASETS.SEEN_CLASSES {AUTO!r} has chosen {names}, which cannot be written in one line; "
+        "rename the class whose name is unusual."
     )
 
 

@@ -10,10 +10,25 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 
-from ..checks.mask_measures import covers_image, measure_points, measure_rles, to_floats
+from ..checks.mask_measures import (
+    are_rectangles,
+    covers_image,
+    measure_points,
+    measure_polygons,
+    measure_rles,
+    to_floats,
+    valid_polygons,
+)
 from ..checks.object_checks import MAX_PIXELS_OUTSIDE
 
-__all__ = ["box_polygons", "have_pixels", "read_polygons", "union_of_masks", "usable_segmentations"]
+__all__ = [
+    "are_box_rectangles",
+    "box_polygons",
+    "have_pixels",
+    "read_polygons",
+    "union_of_masks",
+    "usable_segmentations",
+]
 
 Polygons = list[np.ndarray]
 
@@ -126,6 +141,32 @@ def _read_rle(segmentation, size: tuple[int, int], where: str) -> dict | None:
     if isinstance(counts, list):
         segmentation = mask_util.frPyObjects(segmentation, *size)
     return segmentation if area > 0 else None
+
+
+def are_box_rectangles(annotations: Sequence[dict]) -> list[bool]:
+    """
+    Which annotations have a mask that is one polygon, the rectangle of the box to a pixel.
+
+    Such masks are mostly boxes that a program has exported as masks.
+
+    Args:
+        annotations: in Detectron2's format, with ``bbox`` and ``bbox_mode``; ``segmentation`` as a
+            json has it, or missing.
+    """
+    polygons = {}
+    for row, annotation in enumerate(annotations):
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list) and all(isinstance(x, list) for x in segmentation):
+            valid = valid_polygons(segmentation)
+            if len(valid) == 1:
+                polygons[row] = valid[0]
+    is_rectangle = [False] * len(annotations)
+    if polygons:
+        corners = [x[0][[0, 1, 4, 5]] for x in box_polygons([annotations[i] for i in polygons])]
+        extents, areas = measure_polygons(list(polygons.values()))
+        for row, value in zip(polygons, are_rectangles(extents, areas, np.stack(corners))):
+            is_rectangle[row] = bool(value)
+    return is_rectangle
 
 
 def box_polygons(annotations: Sequence[dict]) -> list[Polygons]:
