@@ -58,6 +58,12 @@ def metrics(output):
 def test_train_resume_and_evaluate(run):
     output = run()
     assert (output / "config.yaml").is_file()
+    categories = json.loads((output / "categories.json").read_text())
+    assert categories == [
+        {"id": 3, "name": "ant"},
+        {"id": 17, "name": "cat"},
+        {"id": 90, "name": "ship"},
+    ]
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
     results = json.loads((output / "results.json").read_text())
     assert set(results) == {"bbox", "segm"} | SUBSETS
@@ -89,6 +95,83 @@ def test_evaluation_on_ground_truth_boxes(run, head):
     assert results["bbox"]["AP"] == pytest.approx(100)
     assert set(results) == {"bbox", "segm"} | SUBSETS
     assert f"{head} mask head, ground-truth boxes" in (output / "log.txt").read_text()
+
+
+GRABCUT_MASKS = ["MODEL.ROI_HEADS.NAME", "PartiallySupervisedROIHeads", "TEST.EVAL_PERIOD", 0]
+GRABCUT_MASKS += ["MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS", True]
+
+
+@pytest.mark.parametrize("kind", ["none marked", "no mask", "crowd"])
+def test_grabcut_masks_that_are_not_in_the_data_stop_training(
+    run, make_tiny_coco, monkeypatch, kind
+):
+    """Bug: the config without the json of GrabCut's masks trained the baseline in silence."""
+
+    def change(data):
+        for x in data["annotations"]:
+            if kind == "no mask" and x["id"] == 109:
+                x.update(mask_source="model", segmentation=None)
+            elif kind == "crowd" and x["iscrowd"]:
+                x["mask_source"] = "model"
+
+    names = (make_tiny_coco(change).name, make_tiny_coco().name)
+    monkeypatch.setattr(train_net, "Trainer", None)  # nothing is built
+    message = "TRAIN_ON_EXTERNAL_MASKS is True, .*TRAIN, {}, {}, have no mask .*grabcut_masks.py"
+    with pytest.raises(ValueError, match=message.format(*names)):
+        run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", names])
+
+
+def test_grabcut_masks_that_are_in_one_dataset_are_trained_on(run, make_tiny_coco, tiny_coco):
+    def mark(data):
+        for x in data["annotations"]:
+            if x["id"] == 109:
+                x["mask_source"] = "model"
+
+    names = (tiny_coco.name, make_tiny_coco(mark).name)
+    output = run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", names, "DATASETS.TEST", ()])
+    assert (output / "model_final.pth").is_file()
+
+
+def test_masks_of_a_model_alone_are_enough_where_they_are_ground_truth(run, make_tiny_coco):
+    """They were refused as data without any mask."""
+
+    def mark(data):
+        for x in data["annotations"]:
+            x["mask_source"] = "model"
+
+    name = make_tiny_coco(mark).name
+    output = run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", (name,), "DATASETS.TEST", ()])
+    assert (output / "model_final.pth").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["MODEL.NO_SUCH_KEY", "1"], "NO_SUCH_KEY"),
+        (["DATASETS.TRAIN", "('gone.json',)"], "DATASETS.TRAIN names 'gone.json'"),
+        (["DATASETS.SEEN_CLASSES", "wolf", "DATASETS.TRAIN", "('JSON',)"], "'wolf'"),
+    ],
+)
+def test_what_is_wrong_with_the_input_is_one_sentence(tiny_coco, tmp_path, arguments, words):
+    arguments = [x.replace("JSON", tiny_coco.json_file) for x in arguments]
+    arguments += ["DATASETS.TRAIN_IMAGE_ROOT", tiny_coco.image_root]
+    config = "configs/custom/teacher_student_R_50_FPN_custom.yaml"
+    options = ["--config-file", config, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, "train_net.py", *options, "DATASETS.TEST", "()", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr + result.stdout
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+    assert words in line
+
+
+def test_grabcut_masks_are_not_asked_for_in_an_evaluation(run):
+    output = run("--eval-only", opts=[*GRABCUT_MASKS, "MODEL.WEIGHTS", ""])
+    assert (output / "results.json").is_file()
 
 
 def test_loss_scalars_are_logged(run):

@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -35,7 +36,8 @@ and of the --formats
   onnx         model.onnx: onnxruntime runs it, PyTorch is not needed (tools/run_onnx.py is an
                example). Needs the extra "export": pip install -c constraints.txt onnx onnxruntime
 Before anything is written, every format runs on the same images as the model and must find the
-same: random ones, and those of --check-images.
+same: random ones, and those of --check-images. An earlier export in the folder is replaced; other
+files of these names, such as the config.yaml of a training, never are.
 
 Both graphs take one image of any size, without a batch axis, and return any number of objects;
 masks are probabilities on a grid over each box and want pasting; thresholds are the config's and
@@ -67,6 +69,9 @@ exit code: 0, or 2 if the model cannot be exported; nothing is written then.
 """
 
 FORMATS = ("plain", "torchscript", "onnx")
+# What is written last, so that a folder which has it is an export.
+DEPLOYMENT = "deployment.json"
+FILES = ("config.yaml", "model.pth", "model.ts", "model.onnx", "classes.json", DEPLOYMENT)
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -113,11 +118,26 @@ def load_student(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
     return cfg, model
 
 
+def check_free(output_dir: Path, names: Iterable[str]) -> None:
+    """
+    Raises:
+        UsageError: the folder has a file of these names, and no export has written it.
+    """
+    taken = [name for name in sorted(names) if (output_dir / name).exists()]
+    if taken and not (output_dir / DEPLOYMENT).exists():
+        raise UsageError(
+            f"--output-dir {output_dir} holds {', '.join(taken)}, which no export has written (the "
+            "folder of a training?); name another folder."
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser, args = parse_args(argv)
     files, rows = {}, []
     try:
+        # Before minutes of tracing, and with the names of all formats.
+        check_free(args.output_dir, FILES)
         if "onnx" in args.formats and (missing := missing_onnx_package()):
             raise UsageError(
                 f"--formats onnx needs the package {missing}, which is not installed: "
@@ -138,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     names = find_classes(cfg).names
     facts = describe_deployment(cfg, names, dict(rows))
-    for name, content in (("classes.json", names), ("deployment.json", facts)):
+    for name, content in (("classes.json", names), (DEPLOYMENT, facts)):
         files[name] = (json.dumps(content, indent=1) + "\n").encode()
     try:
         for name, content in files.items():

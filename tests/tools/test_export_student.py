@@ -145,6 +145,35 @@ def test_our_mask_head_with_one_deconvolution_is_detectron2s(make_model, tmp_pat
     assert cfg.MODEL.ROI_MASK_HEAD.NAME == "MaskRCNNConvUpsampleHead"
 
 
+def test_the_files_of_a_training_are_never_replaced(make_model, tmp_path, capsys):
+    """An export into OUTPUT_DIR took the config of the training with it, and the teacher."""
+    make_model("teacher_student_shapes.yaml")
+    config = tmp_path / "config.yaml"
+    before = config.read_text()
+    with pytest.raises(SystemExit):
+        export_student.main(["--config-file", str(config), "--output-dir", str(tmp_path)])
+    assert "holds config.yaml, which no export has written" in capsys.readouterr().err
+    assert config.read_text() == before and not (tmp_path / "model.pth").exists()
+    # An earlier export is replaced.
+    assert export(tmp_path) == 0 and export(tmp_path) == 0
+
+
+def test_the_classes_of_the_training_are_known_without_its_data(make_model, tmp_path, caplog):
+    categories = [{"id": 10 * i, "name": f"thing {i}"} for i in range(8)]
+    make_model("teacher_student_shapes.yaml", "DATASETS.TRAIN", "()", "DATASETS.TEST", "('gone',)")
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    assert export(tmp_path) == 0
+    names = json.loads((tmp_path / "exported/classes.json").read_text())
+    assert names == [x["name"] for x in categories] and "have no names" not in caplog.text
+    # Of another model, or no list of classes: as without it, and it is said why.
+    for content, words in ((categories[:3], "no names"), ({}, "categories.json holds {}; allowed")):
+        (tmp_path / "categories.json").write_text(json.dumps(content))
+        caplog.clear()
+        assert export(tmp_path) == 0
+        names = json.loads((tmp_path / "exported/classes.json").read_text())
+        assert names == [f"class {i}" for i in range(8)] and words in caplog.text
+
+
 def test_missing_weights_are_named(make_model, tmp_path, capsys):
     make_model("mask_rcnn_shapes.yaml")
     with pytest.raises(SystemExit):

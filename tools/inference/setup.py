@@ -18,6 +18,7 @@ from inference.coco_results import Classes
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
 from teacher_student_mask.data import register_json_datasets, settle_classes
+from teacher_student_mask.engine import read_class_names
 from teacher_student_mask.weights_file import check_weights, safe_loading
 
 __all__ = [
@@ -148,8 +149,9 @@ def find_classes(cfg: CfgNode) -> Classes:
     """
     The classes of the config's first test or training dataset that can be loaded.
 
-    If there is none, or it has another number of classes than the model, the classes are "class 0",
-    "class 1", ... and their ids the contiguous ones.
+    If there is none, or it has another number of classes than the model, those that the training
+    has written beside the weights; without them the classes are "class 0", "class 1", ... and
+    their ids the contiguous ones.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     problems = []
@@ -172,12 +174,27 @@ def find_classes(cfg: CfgNode) -> Classes:
         contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
         dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
         return Classes(names, [dataset_ids.get(i, i) for i in range(num_classes)])
+    found = _classes_beside(cfg.MODEL.WEIGHTS, problems)
+    if found is not None and len(found.names) == num_classes:
+        return found
     logger.warning(
         "The classes have no names, and their ids are contiguous: "
         f"{'; '.join(problems) or 'the config names no dataset'}. "
         "Datasets are looked for under $DETECTRON2_DATASETS (default: ./datasets)."
     )
     return Classes([f"class {i}" for i in range(num_classes)], list(range(num_classes)))
+
+
+def _classes_beside(weights: str, problems: list[str]) -> Classes | None:
+    # Of weights that are not a file of this machine there is no folder to look into.
+    try:
+        categories = read_class_names(Path(weights).parent) if os.path.isfile(weights) else None
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    if categories is None:
+        return None
+    return Classes([x["name"] for x in categories], [x["id"] for x in categories])
 
 
 def check_output_dir(output_dir: Path) -> None:

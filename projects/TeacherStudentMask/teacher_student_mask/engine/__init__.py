@@ -1,6 +1,7 @@
 """What belongs to running a training: hooks of the trainer, and the files that a run leaves."""
 
 from .atomic_files import AtomicPathManager, WriteError, open_atomically
+from .class_names import read_class_names, write_class_names
 from .determinism import make_deterministic
 from .device_checks import check_device_of_processes, check_mixed_precision
 from .finite_loss import FiniteLoss
@@ -31,5 +32,7 @@ __all__ = [
     "explain_write_errors",
     "make_deterministic",
     "open_atomically",
+    "read_class_names",
     "tidy_output_dir",
+    "write_class_names",
 ]
