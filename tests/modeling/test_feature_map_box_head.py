@@ -1,4 +1,6 @@
-"""The box head that keeps its map, and the predictor beside Detectron2's on pooled features."""
+"""The box heads that keep a map, and the predictor beside Detectron2's on pooled features."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.modeling.feature_map_box_head import (
     FeatureMapBoxHead,
     PooledFastRCNNOutputLayers,
+    TwoBranchBoxHead,
 )
 
 ROI_SHAPE = ShapeSpec(channels=8, height=7, width=7)
@@ -149,6 +152,84 @@ def test_predictor_needs_a_map():
     message = r"shape \(4, 8\), expected \(R, C, h, w\): .*FeatureMapBoxHead"
     with pytest.raises(ValueError, match=message):
         make_predictor()(torch.zeros(4, 8))
+
+
+def test_two_branches_by_their_layers():
+    head = TwoBranchBoxHead(ROI_SHAPE, conv_widths=[5, 12])
+    assert head.output_shape == ShapeSpec(channels=12)
+    shapes = {k: tuple(x.shape) for k, x in head.state_dict().items() if k.endswith("weight")}
+    assert shapes == {
+        "shared.conv1.weight": (5, 8, 3, 3),
+        "shared.conv2.weight": (12, 5, 3, 3),
+        "class_branch.conv1.weight": (12, 12, 3, 3),
+        "box_branch.conv1.weight": (12, 12, 3, 3),
+        "box_branch.conv2.weight": (12, 12, 3, 3),
+    }
+    state = head.state_dict()
+
+    def conv(x, name):
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        return nn.functional.conv2d(x, weight, bias, padding=1).relu()
+
+    for x in head.parameters():
+        if x.dim() == 1:  # biases start at 0
+            nn.init.normal_(x)
+    x = torch.randn(4, 8, 7, 7)
+    shared = conv(conv(x, "shared.conv1"), "shared.conv2")
+    class_maps, box_maps = head(x)
+    assert torch.allclose(class_maps, conv(shared, "class_branch.conv1"), atol=1e-5)
+    expected = conv(conv(shared, "box_branch.conv1"), "box_branch.conv2")
+    assert torch.allclose(box_maps, expected, atol=1e-5)
+    # The map of the classes alone does not need the box branch.
+    head.box_branch = None
+    assert torch.equal(head.class_maps(x), class_maps)
+
+
+def test_scores_come_from_one_branch_and_deltas_from_the_other():
+    predictor, maps = make_predictor(), torch.randn(2, 5, 8, 7, 7)
+    scores, deltas, kept = predictor((maps[0], maps[1]))
+    assert kept is not None and torch.equal(kept, maps[0])
+    weight, bias = predictor.cls_score.weight, predictor.cls_score.bias
+    assert torch.allclose(scores, maps[0].mean(dim=(2, 3)) @ weight.T + bias, atol=1e-5)
+    weight, bias = predictor.bbox_pred.weight, predictor.bbox_pred.bias
+    assert torch.allclose(deltas, maps[1].mean(dim=(2, 3)) @ weight.T + bias, atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(5, 8\), expected .*TwoBranchBoxHead"):
+        predictor((maps[0], maps[1].mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "naiveSyncBN_N"])
+@pytest.mark.parametrize("training", [True, False])
+def test_two_branches_without_a_roi(norm, training):
+    head = TwoBranchBoxHead(ROI_SHAPE, conv_widths=[32, 32], conv_norm=norm).train(training)
+    predictor = make_predictor(channels=32)
+    scores, deltas, maps = predictor(head(torch.zeros(0, 8, 7, 7)))
+    assert deltas.shape == (0, 4 * NUM_CLASSES) and maps.shape == (0, 32, 7, 7)
+    (scores.sum() + deltas.sum() + maps.sum()).backward()
+    for name, parameter in [*head.named_parameters(), *predictor.named_parameters()]:
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    assert all(torch.isfinite(x).all() for x in head.state_dict().values())
+
+
+def test_two_branches_are_built_from_the_config():
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    path = Path(__file__).resolve().parents[2] / "configs/voc2nonvoc/contrastmask_R_50_FPN_1x.yaml"
+    cfg.merge_from_file(str(path))
+    cfg.MODEL.ROI_BOX_HEAD.NORM = "GN"
+    head = build_box_head(cfg, ShapeSpec(channels=256, height=7, width=7))
+    # ContrastMask's: four, one and two convolutions of 256 channels.
+    for branch, num_convs in ((head.shared, 4), (head.class_branch, 1), (head.box_branch, 2)):
+        convs = [x for x in branch.modules() if isinstance(x, nn.Conv2d)]
+        assert [tuple(x.weight.shape) for x in convs] == [(256, 256, 3, 3)] * num_convs
+        assert sum(isinstance(x, nn.GroupNorm) for x in branch.modules()) == num_convs
+    predictor = PooledFastRCNNOutputLayers(cfg, head.output_shape)
+    assert set(predictor.state_dict()) == {
+        f"{layer}.{x}" for layer in ("cls_score", "bbox_pred") for x in ("weight", "bias")
+    }
+    assert predictor.cls_score.weight.shape == (81, 256)
+    assert predictor.bbox_pred.weight.shape == (320, 256)
+    with pytest.raises(ValueError, match=r"CONV_WIDTHS is \[\]; .* each at least 1"):
+        TwoBranchBoxHead(ROI_SHAPE, conv_widths=[])
 
 
 @pytest.mark.parametrize("cls_agnostic_bbox_reg", [False, True])
@@ -275,21 +356,25 @@ def test_no_proposal(sizes):
         assert [x.box_features.shape for x in proposals] == [(0, 8, 7, 7)] * len(sizes)
 
 
-def heads_with_kept_maps(**kwargs):
+both_heads = pytest.mark.parametrize("box_head", [FeatureMapBoxHead, TwoBranchBoxHead])
+
+
+def heads_with_kept_maps(box_head=FeatureMapBoxHead, **kwargs):
     # Ours remove the maps when the mask branch has used them.
     heads = make_heads(StandardROIHeads, **kwargs)
     shape = ShapeSpec(channels=CHANNELS, height=4, width=4)
-    heads.box_head = FeatureMapBoxHead(shape, conv_widths=[32], conv_norm="GN")
+    heads.box_head = box_head(shape, conv_widths=[32], conv_norm="GN")
     heads.box_predictor = make_predictor(channels=32, test_topk_per_image=5)
     return heads
 
 
 def maps_at(heads, features, boxes):
-    return heads.box_head(heads.box_pooler([features["p2"]], boxes))
+    return heads.box_head.class_maps(heads.box_pooler([features["p2"]], boxes))
 
 
-def test_roi_heads_train_with_the_map_of_each_proposal():
-    heads, features = heads_with_kept_maps().train(), make_features(2)
+@both_heads
+def test_roi_heads_train_with_the_map_of_each_proposal(box_head):
+    heads, features = heads_with_kept_maps(box_head).train(), make_features(2)
     with EventStorage():
         proposals, losses = heads(make_images(2), features, plain_proposals(2), targets_of(MIXED))
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
@@ -299,7 +384,11 @@ def test_roi_heads_train_with_the_map_of_each_proposal():
     assert torch.allclose(got, expected, atol=1e-5)
     # What a mask loss does to them trains the box head and the backbone.
     (got * torch.randn_like(got)).sum().backward()
-    assert heads.box_head.conv1.weight.grad.any() and features["p2"].grad.any()
+    assert features["p2"].grad.any()
+    for name, parameter in heads.box_head.named_parameters():
+        # The map is that of the classes: the branch of the box has no part in it.
+        has_part = not name.startswith("box_branch")
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == has_part, name
 
 
 def test_roi_heads_train_on_predicted_boxes():
@@ -324,8 +413,9 @@ def test_roi_heads_train_on_predicted_boxes():
     assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(got, boxes, atol=0.1)
 
 
-def test_roi_heads_detect_with_the_map_of_each_proposal():
-    heads, features = heads_with_kept_maps().eval(), make_features(2)
+@both_heads
+def test_roi_heads_detect_with_the_map_of_each_proposal(box_head):
+    heads, features = heads_with_kept_maps(box_head).eval(), make_features(2)
     proposals = plain_proposals(2)
     proposals[0] = proposals[0][:4]
     with torch.no_grad():

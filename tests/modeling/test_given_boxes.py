@@ -48,3 +48,20 @@ def test_nothing_is_detected(tiny_cfg, monkeypatch):
     model, inputs = make(tiny_cfg, "TeacherStudentROIHeads")
     monkeypatch.setattr(model.proposal_generator, "forward", None)
     predict_masks_on_boxes(model, inputs, BOXES, CLASSES)
+
+
+@pytest.mark.parametrize("mask_on", [False, True])
+def test_grabcut_is_refused_and_its_mask_head_not_used_in_silence(tiny_cfg, mask_on):
+    """Bug: AttributeError without a mask head; with one, that head's masks as if GrabCut's."""
+    opts = ["MODEL.META_ARCHITECTURE", "GrabCutRCNN", "MODEL.MASK_ON", mask_on]
+    model = build_model(tiny_cfg(opts=opts)).eval()
+    inputs = {"image": torch.zeros(3, 64, 64)}
+    for rows in (slice(3), slice(0)):
+        with pytest.raises(ValueError, match="GrabCutRCNN has no mask.*tools/grabcut_masks.py"):
+            predict_masks_on_boxes(model, inputs, BOXES[rows], CLASSES[rows])
+
+
+def test_a_model_without_a_mask_head_is_named(tiny_cfg):
+    model = build_model(tiny_cfg(opts=["MODEL.MASK_ON", False])).eval()
+    with pytest.raises(ValueError, match="no mask head .MODEL.MASK_ON is False."):
+        predict_masks_on_boxes(model, {"image": torch.zeros(3, 64, 64)}, BOXES, CLASSES)

@@ -56,6 +56,93 @@ def test_nothing_outside_the_box_is_found():
     assert mask.any()
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of all calls of cv2.grabCut, as they were given; GrabCut itself runs."""
+    calls, run = [], cv2.grabCut
+
+    def record(image, labels, *rest):
+        calls.append((image.copy(), labels.copy(), *rest))
+        return run(image, labels, *rest)
+
+    monkeypatch.setattr(cv2, "grabCut", record)
+    return calls
+
+
+def test_opencv_gets_five_iterations_and_what_is_inside_as_labels(calls):
+    image, _ = picture()
+    grab_cut(image, (26, 18, 70, 62))
+    ((crop, labels, rectangle, background, foreground, num_iters, mode),) = calls
+    assert num_iters == 5 and mode == cv2.GC_INIT_WITH_MASK and rectangle is None
+    for model in (background, foreground):
+        assert model.shape == (1, 65) and model.dtype == np.float64
+    # 20 % of the 44 pixels, 9, around the box are sure background; the box may be foreground.
+    assert np.array_equal(crop, image[9:71, 17:79])
+    expected = np.full((62, 62), cv2.GC_BGD)
+    expected[9:53, 9:53] = cv2.GC_PR_FGD
+    assert np.array_equal(labels, expected)
+
+
+@pytest.mark.parametrize(
+    "box, crop",
+    [
+        ((100, 100, 150, 160), (90, 88, 160, 172)),  # 20 % of each side: 10 and 12
+        ((100, 100, 110, 124), (95, 95, 115, 129)),  # at least 5
+        ((4, 3, 54, 63), (0, 0, 64, 75)),  # no further than the image
+        ((130, 140, 200, 200), (116, 128, 200, 200)),
+    ],
+)
+def test_margin_around_the_box(calls, box, crop):
+    image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    grab_cut(image, box)
+    x0, y0, x1, y1 = crop
+    assert np.array_equal(calls[0][0], image[y0:y1, x0:x1])
+
+
+@pytest.mark.parametrize(
+    "box, size",
+    [
+        ((100, 100, 283, 200), (139, 256)),  # 183 and 2 * 37 are 257 pixels, one too many
+        ((100, 100, 282, 200), (140, 254)),  # 182 and 2 * 36
+        ((200, 200, 500, 700), (154, 256)),  # 300 and 2 * 60 by 500 and 2 * 100
+        ((200, 200, 800, 400), (85, 256)),  # 600 and 2 * 120 by 200 and 2 * 40
+    ],
+)
+def test_the_longer_side_has_256_pixels_at_most(calls, box, size):
+    image = np.random.default_rng(0).integers(0, 256, (900, 950, 3), dtype=np.uint8)
+    grab_cut(image, box)
+    crop, labels = calls[0][:2]
+    assert crop.shape == (*labels.shape, 3)
+    assert tuple(sorted(labels.shape)) == size
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "left, right, runs",
+    [
+        (30, 38, True),  # 8 pixels wide
+        (30, 37, False),
+        (30.75, 37.25, False),  # 6.5 wide, though it touches 8 pixels
+        (30.1, 38.05, False),  # 7.95; touches 9
+        (np.float32(30.01), np.float32(38.01), True),  # 7.999998
+        (88.5, 400, False),  # 7.5 pixels in the image, 8 touched
+        (88, 400, True),
+        (-300, 7.5, False),
+        (-300, 8, True),
+    ],
+)
+def test_boxes_under_8_pixels_are_their_own_masks(calls, left, right, runs, flip):
+    """Bug: the rule looked at the box rounded outwards, which let GrabCut into boxes of 6.5."""
+    image, _ = picture(96, 96, (40, 34))
+    box = [30, left, 66, right] if flip else [left, 30, right, 66]
+    mask = grab_cut(image, box)
+    assert len(calls) == runs
+    if not runs:
+        x0, x1 = max(0, int(left)), min(96, int(np.ceil(right)))
+        expected = full(image.shape, *((30, x0, 66, x1) if flip else (x0, 30, x1, 66)))
+        assert np.array_equal(mask, expected)
+
+
 @pytest.mark.parametrize(
     "box, expected",
     [
@@ -191,6 +278,12 @@ def test_a_given_box_gets_the_mask_of_the_function(tiny_cfg):
     for wrong in (tensor.float() / 60 - 2, tensor[:1], tensor.float() + 100):
         with pytest.raises(ValueError, match="a.png: .*3 channels .*0-255, not normalised ones"):
             masks_of(wrong, 80, 96)
+    # Bug: of an image in 0-1 the whole numbers are 0, and every mask became the full box.
+    with pytest.raises(ValueError, match="nor ones scaled to 0-1, got .* from 0.078.* to 0.858"):
+        masks_of(tensor.float() / 255, 80, 96)
+    # Almost black, but pixels.
+    for dark in (tensor * 0, tensor.float() * 0, (tensor > 100).float()):
+        assert masks_of(dark, 80, 96).shape == (2, 80, 96)
 
 
 def test_training_without_a_mask_head_has_the_box_losses_alone(tiny_cfg, tiny_coco):

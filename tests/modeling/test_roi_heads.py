@@ -279,19 +279,86 @@ def test_loss_weights_are_applied():
     torch.testing.assert_close(weighted["loss_mask"], 0.5 * plain["loss_mask"])
 
 
-def test_train_on_gt_boxes_uses_each_sampled_object_once_at_its_own_box():
-    heads = make_heads(train_on_gt_boxes=True).train()
-    targets = targets_of(MIXED)
-    proposals = plain_proposals(2)
-    for x, targets_per_image in zip(proposals, targets):
-        # Close enough to be foreground, but not the box itself.
-        x.proposal_boxes.tensor[: len(targets_per_image)] = targets_per_image.gt_boxes.tensor + 1
-    pooled_boxes = []
-    heads.mask_pooler.register_forward_hook(lambda m, args, out: pooled_boxes.append(args[1]))
+# More objects than the sampler of these heads, 8 foreground ROIs of an image at most, has room for.
+CROWD = [
+    [[4 + 14 * x, 4 + 18 * y, 14 + 14 * x, 18 + 18 * y] for x in range(4) for y in range(3)],
+    [k % 3 for k in range(12)],
+    [k % 3 == 0 for k in range(12)],
+]
+
+
+def train_step(heads, batch, bitmask=False):
+    """Losses of a step with sampling, and the boxes that the mask heads' features are pooled at."""
+    n, pooled_boxes = len(batch), []
+    heads.train()
+    hook = heads.mask_pooler.register_forward_hook(
+        lambda m, args, out: pooled_boxes.append([x.tensor.tolist() for x in args[1]])
+    )
     with EventStorage():
-        heads(make_images(2), make_features(2), proposals, targets)
-    for boxes, (gt_boxes, _, _) in zip(pooled_boxes[0], MIXED):
-        assert sorted(boxes.tensor.tolist()) == sorted([float(v) for v in b] for b in gt_boxes)
+        targets = targets_of(batch, bitmask)
+        _, losses = heads(make_images(n), make_features(n), plain_proposals(n), targets)
+    hook.remove()
+    (boxes,) = pooled_boxes
+    return losses, boxes
+
+
+def test_train_on_gt_boxes_uses_every_object_once_at_its_own_box():
+    """Once only the objects with a sampled proposal were used: in crowds a random part of them."""
+    heads = make_heads(train_on_gt_boxes=True)
+    batch = [CROWD, *NO_OBJECT, *MIXED]
+    _, boxes = train_step(heads, batch)
+    assert boxes == [image[0] for image in batch]
+    # Without pseudo masks, and for the baseline, those with a mask.
+    for heads in (
+        make_heads(train_on_gt_boxes=True, warmup_iters=10),
+        make_heads(PartiallySupervisedROIHeads, num_channels=1, train_on_gt_boxes=True),
+    ):
+        _, boxes = train_step(heads, batch)
+        assert boxes == [[b for b, seen in zip(*image[::2]) if seen] for image in batch]
+
+
+@pytest.mark.parametrize("bitmask", [False, True], ids=["polygon", "bitmask"])
+def test_loss_on_gt_boxes_is_detectron2s_on_the_targets(bitmask):
+    batch = [[CROWD[0], CROWD[1], [True] * 12]]
+    rois = targets_of(batch, bitmask)
+    rois[0].proposal_boxes = rois[0].gt_boxes
+    for heads_class in (TeacherStudentROIHeads, PartiallySupervisedROIHeads):
+        heads = make_heads(heads_class, train_on_gt_boxes=True)
+        losses, _ = train_step(heads, batch, bitmask)
+        pooled = heads.mask_pooler([make_features(1)["p2"]], [x.proposal_boxes for x in rois])
+        with EventStorage():
+            expected = mask_rcnn_loss(heads.mask_head.layers(pooled), rois)
+            torch.testing.assert_close(losses["loss_mask"], expected)
+            if heads_class is TeacherStudentROIHeads:
+                expected = mask_rcnn_loss(heads.teacher_mask_head.layers(pooled), rois)
+                torch.testing.assert_close(losses["loss_mask_teacher"], expected)
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("bitmask", [False, True], ids=["polygon", "bitmask"])
+def test_train_on_gt_boxes_with_batches_that_lack_something(batch, bitmask):
+    for heads in (
+        make_heads(train_on_gt_boxes=True),
+        make_heads(PartiallySupervisedROIHeads, num_channels=1, train_on_gt_boxes=True),
+    ):
+        losses, _ = train_step(heads, batch, bitmask)
+        assert all(x.isfinite() for x in losses.values())
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in heads.parameters())
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_the_cap_of_rois_without_a_mask_counts_on_gt_boxes_too(limit):
+    heads = make_heads(train_on_gt_boxes=True, max_rois_without_mask=limit)
+    _, (crowd, empty, single) = train_step(heads, [CROWD, *NO_OBJECT, MIXED[1]])
+    with_mask = [b for b, seen in zip(*CROWD[::2]) if seen]
+    assert len(crowd) == len(with_mask) + limit and all(b in crowd for b in with_mask)
+    assert empty == [] and single == MIXED[1][0]
+
+
+def test_without_train_on_gt_boxes_the_mask_heads_see_sampled_proposals():
+    _, (boxes,) = train_step(make_heads(), [CROWD])
+    assert len(boxes) <= 8
 
 
 @pytest.mark.parametrize("test_mask_head", ["student", "teacher"])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from roi_heads_factory import MIXED, NO_OBJECT, targets_of
 
 from teacher_student_mask.modeling.training_rois import (
     boxes_of,
     drop_surplus_rois_without_mask,
     has_mask_of,
-    one_roi_per_object,
+    rois_of_objects,
     rois_with_mask,
     rois_without_mask,
 )
@@ -57,15 +58,32 @@ def test_the_choice_is_random_and_even():
     assert all(60 < count < 140 for count in counts.values())
 
 
-def test_each_object_is_taken_once_at_its_own_box():
-    rois = make_rois([True, False, True])
-    rois.gt_boxes = Boxes(torch.tensor([[1.0, 1, 5, 5], [2, 2, 6, 6], [1, 1, 5, 5]]))
-    rois.gt_index = torch.tensor([7, 3, 7])
-    rois.box_features = torch.zeros(3, 1)
-    once = one_roi_per_object(rois)
-    assert once.gt_index.tolist() == [3, 7]
-    assert once.proposal_boxes.tensor.tolist() == [[2, 2, 6, 6], [1, 1, 5, 5]]
-    assert not once.has("box_features") and rois.has("box_features")
+def test_each_object_is_a_roi_at_its_own_box_with_all_its_fields():
+    (targets,) = targets_of(MIXED[:1])
+    targets.gt_has_external_mask = torch.tensor([False, True])
+    targets.other = torch.zeros(2)
+    fields = targets.get_fields().copy()
+    rois = rois_of_objects(targets)
+    assert rois.image_size == targets.image_size
+    assert set(rois.get_fields()) == {*fields, "proposal_boxes"} - {"other"}
+    assert rois.proposal_boxes.tensor.tolist() == [[4, 4, 30, 30], [20, 20, 50, 56]]
+    assert rois.gt_classes.tolist() == [0, 2] and rois.gt_has_mask.tolist() == [True, False]
+    assert rois.gt_has_external_mask.tolist() == [False, True]
+    assert rois.gt_masks is targets.gt_masks and targets.get_fields() == fields
+    # Who clips the boxes of ROIs does not move the targets.
+    rois.proposal_boxes.clip((10, 10))
+    assert targets.gt_boxes.tensor.tolist() == [[4, 4, 30, 30], [20, 20, 50, 56]]
+
+
+@pytest.mark.parametrize("bitmask", [False, True])
+def test_an_image_without_objects_has_no_roi_but_the_fields(bitmask):
+    (targets,) = targets_of(NO_OBJECT, bitmask)
+    rois = rois_of_objects(targets)
+    assert set(rois.get_fields()) == {*targets.get_fields(), "proposal_boxes"}
+    assert len(rois) == 0 and rois.proposal_boxes.tensor.shape == (0, 4)
+    for part in (rois_with_mask(rois), rois_without_mask(rois)):
+        assert len(part) == 0 and part.gt_has_mask.dtype == torch.bool
+    assert len(drop_surplus_rois_without_mask(rois, 1)) == 0
 
 
 def test_detections_have_their_own_boxes():

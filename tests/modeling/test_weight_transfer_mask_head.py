@@ -49,6 +49,29 @@ def trunk(head, x):
     return head.deconv_relu(head.deconv(x))
 
 
+def test_initialisation_is_that_of_the_paper():
+    """MSRA and no bias in the layers that transfer; N(0, 0.001) in the MLP branch."""
+    torch.manual_seed(0)
+    shape = ShapeSpec(channels=CHANNELS, height=4, width=4)
+    head = WeightTransferMaskHead(shape, num_classes=80, conv_dims=[96, 96], mlp_branch=True)
+    head.use_box_predictor(
+        FastRCNNOutputLayers(
+            ShapeSpec(channels=64), box2box_transform=Box2BoxTransform((1, 1, 1, 1)), num_classes=80
+        )
+    )
+    first, second = head.transfer[0], head.transfer[2]
+    assert first.weight.shape == (96, 5 * 64) and second.weight.shape == (96, 96)
+    # Caffe2's MSRA divides by the number of outputs, 96 of both; PyTorch's default is uniform.
+    # The mean of n numbers is off by 1 / sqrt(n) of their deviation, which itself is off by
+    # 1 / sqrt(2 n) of it: 3 of these.
+    for layer, std in ((first, (2 / 96) ** 0.5), (second, (2 / 96) ** 0.5), (head.mlp, 0.001)):
+        n = layer.weight.numel()
+        assert abs(layer.weight.mean()) < 3 * std / n**0.5
+        assert layer.weight.std().item() == pytest.approx(std, rel=3 / (2 * n) ** 0.5)
+        assert layer.weight.abs().max() > 3 * std  # normal: uniform ends at 1.73 of them
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize("mlp_branch", [False, True])
 def test_logits_against_loops(mlp_branch):
     head, predictor = make_head(mlp_branch=mlp_branch)

@@ -72,7 +72,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 1.0
 
     # Widths of the 3x3 convolutions of "FeatureMapBoxHead", whose map OPMask's prior needs. The
-    # default is OPMask's own; [256, 256, 256, 256, 256] that of its later re-implementation.
+    # default is OPMask's own; [256, 256, 256, 256, 256] that of its later re-implementation. Of
+    # "TwoBranchBoxHead" (ContrastMask) those before the branches, which have the last width: one
+    # convolution for the classes, two for the box; [256, 256, 256, 256] is ContrastMask's own.
     cfg.MODEL.ROI_BOX_HEAD.CONV_WIDTHS = [512, 1024, 1024, 1024]
 
     # What enriches the ROI features of the mask heads: "" = nothing, or a name of
@@ -118,8 +120,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "naiveSyncBN_N"
     # Weight of the contrastive loss, times 0.25 in epochs 0 and 1, 0.5 and 0.75 in 2 and 3.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT = 0.1
-    # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. Rescaled as
-    # SOLVER.MAX_ITER with another number of processes than SOLVER.REFERENCE_WORLD_SIZE.
+    # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. The trainer
+    # rescales them, as SOLVER.MAX_ITER, where SOLVER.REFERENCE_WORLD_SIZE is another number of
+    # processes.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = 7330
     # Which share of the pixels of each set are keys, a random choice.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.KEY_SHARE = 0.3

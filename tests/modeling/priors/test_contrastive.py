@@ -1,10 +1,11 @@
-"""ContrastMask's prior and loss against numpy loops, and their edge cases."""
+"""ContrastMask's prior by its parts, where its gradients go, and its edge cases."""
 
-import math
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from contrast_reference import cosine, loss_by_hand
 from detectron2.config import get_cfg
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
@@ -14,145 +15,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.modeling.mask_loss import crop_gt_masks
 from teacher_student_mask.modeling.priors import KeptBoxFeatures, ROIContext, build_mask_prior
-from teacher_student_mask.modeling.priors import contrastive_loss as loss_module
-from teacher_student_mask.modeling.priors.contrast_sets import (
-    PixelSets,
-    sets_of_cams,
-    sets_of_masks,
-)
+from teacher_student_mask.modeling.priors.class_activation import normalize_per_roi, raw_cam_of
+from teacher_student_mask.modeling.priors.contrast_sets import sets_of_cams, sets_of_masks
 from teacher_student_mask.modeling.priors.contrastive import (
     ContrastivePrior,
     attend_by_cosine,
     ramp,
 )
-from teacher_student_mask.modeling.priors.contrastive_loss import (
-    contrastive_loss,
-    nce,
-    similarity,
-)
+from teacher_student_mask.modeling.priors.contrastive_loss import contrastive_loss
 
 CHANNELS, SIDE, FINE = 4, 6, 12
-
-
-def cosine(a, b):
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
-def nce_by_hand(positives, negatives, t, official):
-    total = 0.0
-    for a in positives:
-        own = math.exp(a) if official else math.exp(a / t)
-        total -= math.log(math.exp(a / t) / (own + sum(math.exp(b / t) for b in negatives)))
-    return total / len(positives)
-
-
-@pytest.mark.parametrize("official", [False, True])
-def test_nce_by_hand(official):
-    rng = np.random.default_rng(0)
-    positives, negatives = rng.uniform(-1, 1, 5), rng.uniform(-1, 1, 7)
-    actual = nce(torch.tensor(positives), torch.tensor(negatives), 0.3, official)
-    assert actual.item() == pytest.approx(nce_by_hand(positives, negatives, 0.3, official))
-
-
-def test_the_slip_of_the_official_code_makes_losses_below_zero():
-    like, unlike = torch.tensor([1.0]), torch.tensor([-1.0])
-    # -log(e^(1/.3) / (e^(1/.3) + e^(-1/.3))) = log(1 + e^(-2/.3)), and with e^1 in its place.
-    assert nce(like, unlike, 0.3).item() == pytest.approx(math.log1p(math.exp(-2 / 0.3)), abs=1e-6)
-    assert nce(like, unlike, 0.3, official_denominator=True) < -2
-
-
-def test_similarity_is_of_keys_centred_by_the_query():
-    rng = np.random.default_rng(0)
-    q, keys = rng.normal(size=3), rng.normal(size=(5, 3))
-    actual = similarity(torch.tensor(q), torch.tensor(keys))
-    assert np.allclose(actual, [cosine(q, v - q) for v in keys])
-
-
-def test_a_key_that_is_the_query_has_a_finite_gradient():
-    query = torch.tensor([0.5, 1.0], requires_grad=True)
-    similarity(query, query.detach().repeat(3, 1)).sum().backward()
-    assert query.grad.isfinite().all() and query.grad.abs().max() <= 1e5
-
-
-def loss_by_hand(p, sets, official=False):
-    """With all pixels as keys; p: (R, D, M, M)."""
-    kept = [n for n in range(len(p)) if all(int(x[n].sum()) >= 5 for x in sets.keys)]
-
-    def pixels(n, x):
-        return [p[n, :, i, j] for i, j in np.argwhere(x[n].numpy())]
-
-    def query(x):
-        return np.mean([np.mean(pixels(n, x), axis=0) for n in kept], axis=0)
-
-    keys = [[v for n in kept for v in pixels(n, x)] for x in sets.keys]
-    easy_in, hard_in, easy_out, hard_out = keys
-    total = 0.0
-    for q, (ea, eb), (ha, hb) in (
-        (query(sets.inside), (easy_in, easy_out), (hard_in, hard_out)),
-        (query(sets.outside), (easy_out, easy_in), (hard_out, hard_in)),
-    ):
-        for a, b, t in ((ea, eb, 0.3), (ha, hb, 0.7)):
-            s_a, s_b = ([cosine(q, v - q) for v in x] for x in (a, b))
-            total += nce_by_hand(s_a, s_b, t, official)
-    return total
-
-
-def some_sets(seed=0):
-    """ROIs with a mask, by a map, and one with too few pixels."""
-    generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(FINE), torch.arange(FINE), indexing="ij")
-    disk = (y - 5) ** 2 + (x - 6) ** 2 < 14
-    masks = torch.stack([disk, disk, torch.zeros_like(disk), x < 6])
-    cams = torch.rand(4, FINE, FINE, generator=generator)
-    return sets_of_masks(masks).where(torch.tensor([True, False, True, True]), sets_of_cams(cams))
-
-
-@pytest.mark.parametrize("official", [False, True])
-def test_loss_against_loops(official):
-    sets = some_sets()
-    assert sets.have_enough(5).tolist() == [True, True, False, True]
-    projections = torch.randn(4, 3, FINE, FINE, dtype=torch.float64, requires_grad=True)
-    actual = contrastive_loss(projections, sets, 1.0, official)
-    expected = loss_by_hand(projections.detach().numpy(), sets, official)
-    assert actual.item() == pytest.approx(expected)
-    actual.backward()
-    moves = projections.grad.abs().sum(dim=(1, 2, 3)) > 0
-    assert moves.tolist() == [True, True, False, True]
-
-
-def test_gradient_of_the_loss(monkeypatch):
-    monkeypatch.setattr(loss_module, "_MIN_PIXELS", 0)
-    generator = torch.Generator().manual_seed(3)
-    sets = PixelSets(*(torch.rand(2, 3, 3, generator=generator) < 0.6 for _ in range(6)))
-    projections = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda p: contrastive_loss(p, sets, 1.0), (projections,))
-
-
-def test_keys_are_drawn_with_the_generator_of_the_step():
-    sets, projections = some_sets(), torch.randn(4, 3, FINE, FINE)
-    values = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        values.append(contrastive_loss(projections, sets, 0.3).item())
-    assert values[0] == values[1] != values[2]
-
-
-@pytest.mark.parametrize("num_rois", [0, 1, 3])
-def test_no_roi_with_enough_pixels(num_rois):
-    masks = torch.zeros(num_rois, FINE, FINE, dtype=torch.bool)
-    projections = torch.full((num_rois, 3, FINE, FINE), 1e38, requires_grad=True)
-    loss = contrastive_loss(projections, sets_of_masks(masks))
-    assert loss.item() == 0
-    loss.backward()
-    assert projections.grad.shape == projections.shape and not projections.grad.any()
-
-
-def test_projections_that_are_all_the_same():
-    projections = torch.ones(4, 3, FINE, FINE, requires_grad=True)
-    loss = contrastive_loss(projections, some_sets())
-    loss.backward()
-    assert loss.isfinite() and projections.grad.isfinite().all()
 
 
 def test_attention_against_loops():
@@ -188,8 +62,15 @@ def make_prior(**kwargs):
     return ContrastivePrior(**arguments | {"num_conv": 2, "conv_dim": 5} | kwargs)
 
 
-def make_context(has_mask=(True, False, True), field="proposal_boxes", constant=False):
-    """One image of 64 x 64 with a ROI for each entry; masks are disks, or noise without a mask."""
+def make_context(
+    has_mask=(True, False, True), field="proposal_boxes", constant=False, own_boxes=False
+):
+    """
+    One image of 64 x 64 with a ROI for each entry; masks are disks, or noise without a mask.
+
+    In training a background ROI is sampled before them. With ``own_boxes`` the mask heads' ROIs
+    are as many others, which are not among the sampled ones, as with TRAIN_ON_GT_BOXES.
+    """
     n = len(has_mask)
     generator = torch.Generator().manual_seed(1)
     instances = Instances((64, 64))
@@ -202,12 +83,31 @@ def make_context(has_mask=(True, False, True), field="proposal_boxes", constant=
         disks = [(y - c[1] - 15) ** 2 + (x - c[0] - 15) ** 2 < 100 for c in corners]
         instances.gt_masks = BitMasks(torch.stack(disks))
         instances.gt_has_mask = torch.tensor(has_mask)
-    maps = torch.rand(n, 3, 7, 7, generator=generator)
+    maps = torch.rand(n + 1, 3, 7, 7, generator=generator)
     if constant:
         maps = torch.ones_like(maps)
-    kept = KeptBoxFeatures(maps.requires_grad_(), nn.Linear(3, 3))
     features = torch.randn(1, CHANNELS, 16, 16, generator=generator).requires_grad_()
-    return ROIContext([instances], [features], kept)
+    torch.manual_seed(1)
+    classifier = nn.Linear(3, 3)
+    if field == "pred_boxes":
+        return ROIContext([instances], [features], KeptBoxFeatures(maps[1:], classifier))
+    # As Detectron2's sampler: background carries the other fields of any object.
+    sampled = instances[torch.arange(n + 1).sub(1).clamp(min=0)] if n else Instances((64, 64))
+    boxes = torch.cat([torch.tensor([[30.0, 2, 62, 40]]), instances.proposal_boxes.tensor])
+    sampled.proposal_boxes = Boxes(boxes)
+    sampled.gt_classes = torch.cat([torch.tensor([2]), instances.gt_classes])
+    sampled.box_features = maps.requires_grad_()
+    kept = KeptBoxFeatures(maps[1:], classifier)
+    if own_boxes:
+        instances.proposal_boxes = Boxes(instances.proposal_boxes.tensor + 1)
+        maps = torch.rand(n, 3, 7, 7, generator=generator)
+        kept = KeptBoxFeatures(maps.requires_grad_(), classifier)
+    return ROIContext([instances], [features], kept, [sampled])
+
+
+def sampled_maps(context):
+    """Of the background ROI, then of the others; with gradient."""
+    return context.sampled[0].box_features
 
 
 def run_prior(prior, context, features=None, iteration=0):
@@ -239,23 +139,130 @@ def test_prior_by_its_parts():
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
-def test_where_gradients_go(stop_gradient):
-    prior, context = make_prior(stop_gradient=stop_gradient), make_context()
+@pytest.mark.parametrize("own_boxes", [False, True])
+def test_where_gradients_go(stop_gradient, own_boxes):
+    prior = make_prior(stop_gradient=stop_gradient)
+    context = make_context(own_boxes=own_boxes)
+    sampled, own = sampled_maps(context), context.kept.maps
     out, losses = run_prior(prior, context)
     weights = torch.randn(out.shape)
     (out * weights).sum().backward(retain_graph=True)
     # The mask loss trains the encoder, and the box head through the map, but not the backbone.
     assert prior.encoder[0].weight.grad.any() and prior.fuse.weight.grad.any()
-    assert (context.kept.maps.grad is None) == stop_gradient
+    assert (sampled.grad is None) == (stop_gradient or own_boxes)
+    if own_boxes:
+        assert (own.grad is None) == stop_gradient
+    else:
+        assert stop_gradient or not sampled.grad[0].any() and sampled.grad[1:].any()
     assert context.kept.classifier.weight.grad is None
     assert context.feature_maps[0].grad is None and prior.projector[0].weight.grad is None
-    for x in (context.kept.maps, *prior.parameters()):
-        x.grad = None
+    for x in (sampled, own, *prior.parameters()):
+        if x.is_leaf:
+            x.grad = None
     # The contrastive loss trains its own head alone.
     losses["loss_mask_contrast"].backward()
-    assert context.kept.maps.grad is None and context.feature_maps[0].grad is None
+    assert sampled.grad is None and not (own_boxes and own.grad is not None)
+    assert context.kept.classifier.weight.grad is None and context.feature_maps[0].grad is None
     assert prior.projector[0].weight.grad.any() and prior.encoder[0].weight.grad.any()
     assert prior.fuse.weight.grad is None
+
+
+def contexts_with_other_rois(everything=None):
+    """The same sampled ROIs with other ROIs of the mask heads; how many, and if none is sampled."""
+    everything = everything or make_context()
+    (rois,), maps = everything.instances, everything.kept.maps
+    for rows in ([], [1], [2, 0], [0, 1, 2]):
+        kept = KeptBoxFeatures(maps[rows], everything.kept.classifier)
+        # Indexed by a tensor, as an empty list selects nothing.
+        chosen = [rois[torch.tensor(rows, dtype=torch.int64)]]
+        yield dataclasses.replace(everything, instances=chosen, kept=kept), len(rows), False
+    others = make_context(own_boxes=True)
+    kept = KeptBoxFeatures(others.kept.maps, everything.kept.classifier)
+    yield dataclasses.replace(everything, instances=others.instances, kept=kept), 3, True
+
+
+def test_the_loss_is_of_all_sampled_foreground_whatever_the_mask_heads_see():
+    """Once it saw the ROIs of the mask heads alone, with TRAIN_ON_GT_BOXES no proposal."""
+    prior, context = make_prior(key_share=1.0), make_context()
+    with torch.no_grad():
+        # Of the ROI without a mask: high in one half, low in the other.
+        sampled_maps(context)[2] = (torch.arange(7) < 3).float()
+    (foreground,) = context.instances
+    boxes = [foreground.proposal_boxes]
+    projections = prior.projector(prior.encoder(prior.pooler(context.feature_maps, boxes)))
+    cams = []
+    for n, label in enumerate([0, 1, 0]):
+        row = context.kept.classifier.weight[label]
+        cam = (sampled_maps(context)[n + 1] * row[:, None, None]).sum(0)
+        cam = F.interpolate(cam[None, None], (FINE, FINE), mode="bilinear")[0, 0]
+        cams.append((cam - cam.min()) / (cam.max() - cam.min() + 1e-4))
+    masks = foreground.gt_masks.crop_and_resize(foreground.proposal_boxes.tensor, FINE)
+    sets = sets_of_masks(masks).where(foreground.gt_has_mask, sets_of_cams(torch.stack(cams)))
+    # All three take part, the one without a mask, too.
+    assert sets.have_enough(5).all()
+    expected = loss_by_hand(projections.detach().numpy(), sets) * 0.1 / 4
+    for other, *_ in contexts_with_other_rois(context):
+        loss = run_prior(prior, other)[1]["loss_mask_contrast"]
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_background_takes_no_part():
+    prior, context = make_prior(), make_context()
+    expected, expected_losses = run_prior(prior, context)
+    (sampled,) = context.sampled
+    sampled.proposal_boxes.tensor[0] = torch.tensor([0.0, 0, 20, 20])
+    sampled.gt_masks.tensor[0] = True
+    with torch.no_grad():
+        sampled.box_features[0] = 5
+    out, losses = run_prior(prior, context)
+    assert torch.equal(out, expected) and losses == expected_losses
+
+
+def test_training_and_inference_give_the_same_features():
+    prior = make_prior()
+    for context, n, _ in contexts_with_other_rois():
+        features = torch.randn(n, CHANNELS, SIDE, SIDE)
+        out, _ = run_prior(prior.train(), context, features)
+        expected, losses = run_prior(prior.eval(), context, features)
+        assert losses == {} and torch.allclose(out, expected, atol=1e-5)
+
+
+def test_nothing_is_computed_twice():
+    prior, calls = make_prior(), {}
+    for name in ("pooler", "encoder", "projector", "fuse"):
+        module = getattr(prior, name)
+        calls[name] = []
+        module.register_forward_hook(lambda m, i, out, rows=calls[name]: rows.append(len(out)))
+    for context, n, are_others in contexts_with_other_rois():
+        run_prior(prior, context)
+        assert calls["encoder"] == calls["pooler"] == ([3, 3] if are_others else [3])
+        assert calls["projector"] == [3] and calls["fuse"] == [n]
+        for rows in calls.values():
+            rows.clear()
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_official_denominator_and_share_of_the_keys_reach_the_loss(official):
+    prior, context = make_prior(official_denominator=official, loss_weight=2.0), make_context()
+    values = {}
+    for share in (0.3, 1.0):
+        seen = []
+        hook = prior.projector.register_forward_hook(lambda m, i, out: seen.append(out.detach()))
+        prior.key_share = share
+        loss = run_prior(prior, context)[1]["loss_mask_contrast"]
+        hook.remove()
+        (foreground,) = context.instances
+        kept = KeptBoxFeatures(sampled_maps(context)[1:], context.kept.classifier)
+        cam = F.interpolate(raw_cam_of([foreground], kept), (FINE, FINE), mode="bilinear")
+        masks = crop_gt_masks([foreground], FINE, torch.device("cpu")) > 0.5
+        by_cam = sets_of_cams(normalize_per_roi(cam)[:, 0])
+        sets = sets_of_masks(masks).where(foreground.gt_has_mask, by_cam)
+        for other in (False, True):
+            torch.manual_seed(2)
+            expected = contrastive_loss(seen[0], sets, share, other).item() * 2.0 / 4
+            assert (loss.item() == pytest.approx(expected, rel=1e-5)) == (other == official)
+        values[share] = loss.item()
+    assert values[0.3] != pytest.approx(values[1.0], rel=1e-3)
 
 
 def test_weight_and_schedule_of_the_loss():
@@ -275,10 +282,11 @@ def test_masks_of_rois_without_one_do_not_count():
     prior = make_prior()
     context = make_context()
     expected = run_prior(prior, context)[1]["loss_mask_contrast"]
-    masks = context.instances[0].gt_masks.tensor
-    masks[1] = torch.rand(64, 64) < 0.5
+    # Row 0 is background, 1 and 3 have a mask.
+    masks = context.sampled[0].gt_masks.tensor
+    masks[2] = torch.rand(64, 64) < 0.5
     assert torch.equal(run_prior(prior, context)[1]["loss_mask_contrast"], expected)
-    masks[0] = masks[0].roll(9, dims=0)
+    masks[1] = masks[1].roll(9, dims=0)
     assert run_prior(prior, context)[1]["loss_mask_contrast"] != expected
 
 
@@ -286,19 +294,22 @@ def test_rois_without_a_mask_take_part_by_their_map():
     prior, context = make_prior(), make_context((False, False))
     with torch.no_grad():
         # Left half high, or low, and the other half the other way.
-        context.kept.maps.copy_((torch.arange(7) < 3).float().expand_as(context.kept.maps))
+        maps = sampled_maps(context)
+        maps.copy_((torch.arange(7) < 3).float().expand_as(maps))
     loss = run_prior(prior, context)[1]["loss_mask_contrast"]
     assert loss > 0
     with torch.no_grad():
-        context.kept.maps.copy_(context.kept.maps.flip(3))
+        maps.copy_(maps.flip(3))
     assert run_prior(prior, context)[1]["loss_mask_contrast"] != loss
 
 
 @pytest.mark.parametrize("norm", ["BN", "naiveSyncBN_N", ""])
 @pytest.mark.parametrize("has_mask", [(), (False,), (False, False), (True,)])
 @pytest.mark.parametrize("constant", [False, True])
-def test_few_rois_and_constant_maps(norm, has_mask, constant):
-    prior, context = make_prior(norm=norm), make_context(has_mask, constant=constant)
+@pytest.mark.parametrize("own_boxes", [False, True])
+def test_few_rois_and_constant_maps(norm, has_mask, constant, own_boxes):
+    prior = make_prior(norm=norm)
+    context = make_context(has_mask, constant=constant, own_boxes=own_boxes)
     out, losses = run_prior(prior, context)
     assert out.shape == (len(has_mask), CHANNELS, SIDE, SIDE) and out.isfinite().all()
     assert losses["loss_mask_contrast"].isfinite()
@@ -335,7 +346,7 @@ def test_prior_is_built_from_the_config():
     assert len(convs) == 8 and all(x.weight.shape == (256, 256, 3, 3) for x in convs)
     assert [type(x.norm) for x in prior.projector[:2]] == [NaiveSyncBatchNorm] * 2
     assert prior.pooler.output_size == (28, 28) and prior.pooler.min_level == 2
-    assert prior.needs_box_features and prior.uses_rois_without_mask
+    assert prior.needs_box_features
     assert (prior.loss_weight, prior.epoch_iters, prior.key_share) == (0.1, 7330, 0.3)
     assert prior.official_denominator is False
     for key, value, message in (
@@ -353,3 +364,8 @@ def test_missing_box_features_are_named():
     context = make_context()
     with pytest.raises(ValueError, match='ROI_BOX_HEAD.NAME to "FeatureMapBoxHead"'):
         run_prior(make_prior(), ROIContext(context.instances, context.feature_maps))
+    with pytest.raises(ValueError, match="in training give ROIContext.sampled"):
+        run_prior(make_prior(), dataclasses.replace(context, sampled=None))
+    too_few = KeptBoxFeatures(context.kept.maps[:2], context.kept.classifier)
+    with pytest.raises(ValueError, match="2 box features for 3 ROIs"):
+        run_prior(make_prior().eval(), dataclasses.replace(context, kept=too_few))

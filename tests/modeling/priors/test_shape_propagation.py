@@ -190,6 +190,24 @@ def test_losses_of_a_batch_by_numpy():
     assert losses["loss_shape_activation"].item() == pytest.approx(0.5 * expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_saliency_is_the_raw_map_of_the_class_with_its_bias(is_training):
+    """The output of the 1x1 convolution as it is: neither normalised nor without the bias."""
+    prior, context = make_prior().train(is_training), make_context(MIXED)
+    nn.init.normal_(prior.classifier.bias, std=3)
+    seen = {}
+    prior.encoder.register_forward_hook(lambda m, i, o: seen.update(saliency=i[0].detach()))
+    prior(mask_features_of(context), context)
+    boxes = [x.proposal_boxes for x in context.instances]
+    features = prior.activation(prior.pooler(context.feature_maps, boxes)).detach().numpy()
+    labels = torch.cat([x.gt_classes for x in context.instances]).numpy()
+    assert len(set(labels)) == NUM_CLASSES
+    weight, bias = (x.detach().numpy() for x in (prior.classifier.weight, prior.classifier.bias))
+    expected = np.einsum("rdhw,rd->rhw", features, weight[labels]) + bias[labels][:, None, None]
+    assert seen["saliency"].shape == (len(labels), 1, SIDE, SIDE)
+    assert np.allclose(seen["saliency"][:, 0].numpy(), expected, atol=1e-4)
+
+
 def test_which_loss_trains_what():
     reached = {
         "loss_shape_activation": {"activation", "classifier"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -45,8 +46,37 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         if comm.is_main_process():
             tidy_output_dir(cfg.OUTPUT_DIR)
-        super().__init__(settle_classes(cfg))
+        # Detectron2's scaling, which is the next to come, then has nothing left to do.
+        super().__init__(self.auto_scale_workers(settle_classes(cfg), comm.get_world_size()))
         self.checkpointer.path_manager = AtomicPathManager(self.checkpointer.path_manager)
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """
+        As the parent's; ``MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS`` is scaled like ``MAX_ITER``.
+
+        It is the length of an epoch, so it follows the schedule. Warm-ups of this project, in
+        ``MODEL.PSEUDO_MASK`` and ``MODEL.BOX_SUPERVISION``, are numbers of steps and stay.
+
+        Args:
+            cfg: not changed.
+            num_workers: processes of this training.
+
+        Returns:
+            ``cfg`` itself if there is nothing to scale, else a copy, frozen if ``cfg`` is.
+        """
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg:
+            return cfg
+        is_frozen = scaled.is_frozen()
+        scaled.defrost()
+        settings = scaled.MODEL.ROI_MASK_PRIOR.CONTRAST
+        iters = settings.EPOCH_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
+        # Up: an epoch never has no iteration, and a wrong number stays wrong.
+        settings.EPOCH_ITERS = math.ceil(iters)
+        if is_frozen:
+            scaled.freeze()
+        return scaled
 
     def build_hooks(self) -> list[HookBase | None]:
         timer, *others = super().build_hooks()

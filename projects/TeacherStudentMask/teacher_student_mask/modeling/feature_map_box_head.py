@@ -1,4 +1,4 @@
-"""A box head that keeps its feature map, and the predictor that pools the map and hands it on."""
+"""Box heads that keep their feature maps, and the predictor that pools them and hands one on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from detectron2.modeling.roi_heads import (
     FastRCNNOutputLayers,
 )
 from detectron2.structures import Instances
+from torch import nn
 
-__all__ = ["FeatureMapBoxHead", "PooledFastRCNNOutputLayers"]
+__all__ = ["FeatureMapBoxHead", "PooledFastRCNNOutputLayers", "TwoBranchBoxHead"]
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -58,35 +59,99 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
         """What the predictor's linear layers see: the channels, after pooling over h and w."""
         return ShapeSpec(channels=super().output_shape.channels)
 
+    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """What the class scores are pooled from, (R, C, h, w): here the output."""
+        return self(x)
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class TwoBranchBoxHead(nn.Module):
+    """
+    ContrastMask's box head: shared 3x3 convolutions, then one for the classes and two for the box.
+
+    The last of the widths is that of both branches, too. The output is two maps, each of shape
+    (R, C, h, w) and >= 0: that of the classes, from which class activation maps are made, and that
+    of the box.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, conv_widths: Sequence[int], conv_norm: str = ""):
+        """
+        Args:
+            input_shape: of the ROI features.
+            conv_widths: output channels of the shared convolutions, one each; 256 four times is
+                ContrastMask's.
+            conv_norm: as for :class:`FeatureMapBoxHead`, of all convolutions; ContrastMask has "".
+
+        Raises:
+            ValueError: no width, or one below 1.
+        """
+        super().__init__()
+        self.shared = FeatureMapBoxHead(input_shape, conv_widths=conv_widths, conv_norm=conv_norm)
+        width = conv_widths[-1]
+        shape = ShapeSpec(channels=width, height=input_shape.height, width=input_shape.width)
+        self.class_branch = FeatureMapBoxHead(shape, conv_widths=[width], conv_norm=conv_norm)
+        self.box_branch = FeatureMapBoxHead(shape, conv_widths=[width] * 2, conv_norm=conv_norm)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        return FeatureMapBoxHead.from_config(cfg, input_shape)
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """What each of the predictor's linear layers sees, after pooling over h and w."""
+        return self.class_branch.output_shape
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x: ROI features, shape (R, D, h, w).
+
+        Returns:
+            The map of the classes and that of the box, each of shape (R, C, h, w).
+        """
+        shared = self.shared(x)
+        return self.class_branch(shared), self.box_branch(shared)
+
+    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The first of the two maps, for which the box branch need not run."""
+        return self.class_branch(self.shared(x))
+
 
 class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     """
     Detectron2's box predictor on a feature map, Eq. (8) of the paper: GAP(F) W + b.
 
-    Its predictions are (scores, deltas, maps). Maps reach the mask branch as the field
+    Its predictions are (scores, deltas, maps), with the maps that the scores are pooled from; after
+    :class:`TwoBranchBoxHead` deltas come from others. Maps reach the mask branch as the field
     ``box_features``, shape (R_i, C, h, w), of each image's instances: :meth:`losses` sets it on the
     proposals, :meth:`inference` on the detections. Parameters are named as the parent's.
     """
 
-    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, maps: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
-            maps: shape (R, C, h, w), the output of :class:`FeatureMapBoxHead`.
+            maps: shape (R, C, h, w), the output of :class:`FeatureMapBoxHead`, or two such maps,
+                that of :class:`TwoBranchBoxHead`.
 
         Returns:
             scores, shape (R, K + 1), logits of K classes and background; deltas, shape (R, 4 K) or
-            (R, 4); ``maps`` itself. Gradient flows through all three.
+            (R, 4); ``maps`` itself, or the first of the two. Gradient flows through all three.
 
         Raises:
             ValueError: ``maps`` has not four dimensions.
         """
-        if maps.dim() != 4:
-            raise ValueError(
-                f"The box head's output has shape {tuple(maps.shape)}, expected (R, C, h, w): "
-                'set MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead".'
-            )
-        scores, deltas = super().forward(maps.mean(dim=(2, 3)))
-        return scores, deltas, maps
+        all_maps = maps if isinstance(maps, tuple) else (maps,)
+        for x in all_maps:
+            if x.dim() != 4:
+                raise ValueError(
+                    f"The box head's output has shape {tuple(x.shape)}, expected (R, C, h, w): "
+                    'set MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
+                )
+        pooled = [x.mean(dim=(2, 3)) for x in all_maps]
+        return self.cls_score(pooled[0]), self.bbox_pred(pooled[-1]), all_maps[0]
 
     def losses(
         self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]

@@ -6,6 +6,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
 
+from .grab_cut import GrabCutRCNN
 from .teacher_student_roi_heads import TeacherStudentROIHeads
 
 __all__ = ["predict_masks_on_boxes"]
@@ -33,7 +34,11 @@ def predict_masks_on_boxes(
         over the box: "student", and "teacher" where the model has
         :class:`TeacherStudentROIHeads`; M may differ between the two. The head of any other model
         is its "student".
+
+    Raises:
+        ValueError: a model without a mask head, or :class:`GrabCutRCNN`, which does not use one.
     """
+    _check_has_mask_probabilities(model)
     image_size = tuple(inputs["image"].shape[-2:])
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor)
@@ -43,6 +48,20 @@ def predict_masks_on_boxes(
         for i, part in zip(range(0, max(1, len(boxes)), _MAX_ROIS), _split(classes))
     ]
     return {head: torch.cat([x[head] for x in chunks]) for head in chunks[0]}
+
+
+def _check_has_mask_probabilities(model: GeneralizedRCNN) -> None:
+    if isinstance(model, GrabCutRCNN):
+        raise ValueError(
+            "GrabCutRCNN has no mask probabilities: its masks come from the pixels of the image, "
+            "not from a mask head, even where it has one. tools/grabcut_masks.py gives GrabCut's "
+            "masks to the objects of a COCO json."
+        )
+    if not model.roi_heads.mask_on:
+        raise ValueError(
+            "The model has no mask head (MODEL.MASK_ON is False), so it has no mask probabilities; "
+            "give one that was trained with MODEL.MASK_ON True."
+        )
 
 
 def _split(classes: torch.Tensor) -> tuple[torch.Tensor, ...]:

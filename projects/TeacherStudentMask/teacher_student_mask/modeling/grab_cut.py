@@ -23,6 +23,8 @@ _NUM_ITERS = 5
 _MAX_SIDE = 256
 # Smaller boxes have too few colours.
 _MIN_BOX_SIDE = 8
+# Of corners in float32, which make a side of 8 one of 7.99999.
+_TOLERANCE = 1e-3
 # What of the background is seen beside the box, on each side: a share of the box, in pixels.
 _MARGIN, _MIN_MARGIN = 0.2, 5
 
@@ -31,8 +33,9 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
     """
     The object in a box by OpenCV's GrabCut: around the box is background, inside it is to be found.
 
-    The full box is the answer for one with a side under 8 pixels, and where GrabCut finds nothing
-    or fails. The same image and box give the same mask, in whichever process and order.
+    The full box, every pixel that it touches, is the answer for one with a side under 8 pixels in
+    the image, and where GrabCut finds nothing or fails. The same image and box give the same mask,
+    in whichever process and order.
 
     Args:
         image: uint8, shape (H, W, 3); any order of the channels.
@@ -54,23 +57,22 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"GrabCut needs a box x0, y0, x1, y1 of finite numbers, got {box}.")
     mask = np.zeros(image.shape[:2], dtype=bool)
-    x0, y0, x1, y1 = _whole_pixels(box, image.shape[:2])
+    box = np.clip(box, 0, np.array(image.shape[1::-1] * 2))
+    x0, y0, x1, y1 = _whole_pixels(box)
     if x0 >= x1 or y0 >= y1:
         return mask
     inside = mask[y0:y1, x0:x1]
     found = None
-    if min(x1 - x0, y1 - y0) >= _MIN_BOX_SIDE:
+    # Of the box itself: whole pixels make 6.5 up to 8.
+    if (box[2:] - box[:2]).min() >= _MIN_BOX_SIDE - _TOLERANCE:
         found = _find_inside(image, (x0, y0, x1, y1))
     inside[:] = True if found is None or not found.any() else found
     return mask
 
 
-def _whole_pixels(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _whole_pixels(box: np.ndarray) -> list[int]:
     # Every pixel that the box touches.
-    (x0, y0), (x1, y1) = np.floor(box[:2]), np.ceil(box[2:])
-    x0, x1 = np.clip([x0, x1], 0, size[1]).astype(int).tolist()
-    y0, y1 = np.clip([y0, y1], 0, size[0]).astype(int).tolist()
-    return x0, y0, x1, y1
+    return np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
 
 
 def _find_inside(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray | None:
@@ -123,7 +125,7 @@ class GrabCutRCNN(GeneralizedRCNN):
         shape (n, height, width), in the frame of the output.
 
         Raises:
-            ValueError: an input image that is not 3 channels in 0-255.
+            ValueError: an input image that is not 3 channels in 0-255, but normalised, or in 0-1.
         """
         results = super().inference(batched_inputs, detected_instances, do_postprocess)
         if do_postprocess:
@@ -138,15 +140,23 @@ class GrabCutRCNN(GeneralizedRCNN):
 def _image_of(inputs: dict, size: tuple[int, int]) -> np.ndarray:
     # uint8, shape (H, W, 3), of the size of the output, whose boxes GrabCut gets.
     tensor = inputs["image"]
-    is_pixels = tensor.numel() == 0 or (tensor.min() >= 0 and tensor.max() <= 255)
-    if tensor.shape[0] != 3 or not is_pixels:
+    if tensor.shape[0] != 3 or not _has_pixel_values(tensor):
         raise ValueError(
             f"{inputs.get('file_name')}: GrabCutRCNN needs images of 3 channels with values in "
-            f"0-255, not normalised ones, got shape {tuple(tensor.shape)} with values from "
-            f"{tensor.min():.4g} to {tensor.max():.4g}."
+            "0-255, not normalised ones nor ones scaled to 0-1, got shape "
+            f"{tuple(tensor.shape)} with values from {tensor.min():.4g} to {tensor.max():.4g}."
         )
     image = np.ascontiguousarray(tensor.permute(1, 2, 0).cpu().to(torch.uint8).numpy())
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def _has_pixel_values(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    if tensor.min() < 0 or tensor.max() > 255:
+        return False
+    # Fractions up to 1 are an image scaled to 0-1, of which the whole numbers are almost all 0.
+    return bool(tensor.max() > 1 or (tensor == tensor.round()).all())
 
 
 def _grab_cut_all(image: np.ndarray, boxes: np.ndarray) -> torch.Tensor:

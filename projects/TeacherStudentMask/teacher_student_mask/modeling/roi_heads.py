@@ -18,17 +18,22 @@ from torch import nn
 from .box_losses import box_supervision_from, compute_box_losses
 from .box_supervision import BoxSupervision, masked_dice_loss
 from .deferred_scalars import DeferredScalars
-from .feature_map_box_head import FeatureMapBoxHead, PooledFastRCNNOutputLayers
+from .feature_map_box_head import (
+    FeatureMapBoxHead,
+    PooledFastRCNNOutputLayers,
+    TwoBranchBoxHead,
+)
 from .label_channel import predict_label_channel
 from .mask_head import has_batch_norm
 from .mask_loss import crop_external_masks, crop_gt_masks, mask_accuracy, masked_bce_loss
 from .priors import KeptBoxFeatures, ROIContext, build_mask_prior, shape_with_prior
 from .roi_pixels import PIXELS, InputPixels
 from .training_rois import (
+    OBJECT_ROIS,
     boxes_of,
     has_external_mask_of,
     has_mask_of,
-    one_roi_per_object,
+    rois_of_objects,
     take,
 )
 from .visualization import put_class_activation
@@ -66,8 +71,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     ):
         """
         Args:
-            train_on_gt_boxes: train masks on the ground-truth boxes of the sampled objects, each
-                once, instead of on the foreground proposals.
+            train_on_gt_boxes: train masks on the ground-truth boxes of all objects of an image,
+                each once, instead of on the foreground proposals.
             train_on_external_masks: take masks that another model made as ground truth, too.
             mask_prior: enriches the mask features, see ``ROI_MASK_PRIOR_REGISTRY``.
             repool_box_features: at inference, compute the box head's maps for the prior at the
@@ -95,7 +100,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         if needs_maps and not isinstance(self.box_predictor, PooledFastRCNNOutputLayers):
             raise ValueError(
                 f"The mask prior {type(mask_prior).__name__} needs the box head's feature map: set "
-                'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead".'
+                'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
             )
         if self.mask_on and isinstance(self.mask_head, WeightTransferMaskHead):
             self.mask_head.use_box_predictor(self.box_predictor)
@@ -123,7 +128,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super()._init_box_head(cfg, input_shape)
-        if isinstance(ret["box_head"], FeatureMapBoxHead):
+        if isinstance(ret["box_head"], (FeatureMapBoxHead, TwoBranchBoxHead)):
             ret["box_predictor"] = PooledFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
         return ret
 
@@ -150,8 +155,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
         """
-        As in :class:`ROIHeads`; with ``train_on_gt_boxes`` the sampled proposals also get
-        ``gt_index``, int64, the row of their object in the image's targets.
+        As in :class:`ROIHeads`.
 
         Raises:
             ValueError: the targets lack the fields of :class:`TeacherStudentDatasetMapper`.
@@ -166,10 +170,6 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                             "train_net.py does. Detectron2's default mapper cannot say which "
                             "objects have a mask."
                         )
-            if self.train_on_gt_boxes:
-                targets_per_image.gt_index = torch.arange(
-                    len(targets_per_image), device=targets_per_image.gt_classes.device
-                )
         return super().label_and_sample_proposals(proposals, targets)
 
     def forward(
@@ -182,6 +182,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         """See :meth:`StandardROIHeads.forward`."""
         if self.training and self._needs_pixels():
             features = {**features, PIXELS: self.pixels.to_rgb(images.tensor)}
+        if self.training and self.train_on_gt_boxes and targets is not None:
+            features = {**features, OBJECT_ROIS: [rois_of_objects(x) for x in targets]}
         return super().forward(images, features, proposals, targets)
 
     def _needs_pixels(self) -> bool:
@@ -194,7 +196,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         if not self.mask_on or not self.training:
             # Without MODEL.MASK_ON there is no head.
             return self._predict_masks(getattr(self, "mask_head", None), features, instances)
-        rois = self._select_training_rois(instances)
+        rois = self._select_training_rois(self._candidates(features, instances))
         mask_features, losses = self.compute_mask_features(features, rois, instances)
         labels = torch.cat([x.gt_classes for x in rois])
         logits = predict_label_channel(self.mask_head, mask_features, labels)
@@ -224,21 +226,21 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _uses_rois_without_mask(self) -> bool:
         # Batch statistics are those of all objects, as at inference.
-        return (
-            self.box_supervision is not None
-            or has_batch_norm(self.mask_head)
-            or (self.mask_prior is not None and self.mask_prior.uses_rois_without_mask)
-        )
+        return self.box_supervision is not None or has_batch_norm(self.mask_head)
 
     def _is_supervised(self, rois: Instances) -> torch.Tensor:
         # Bool, shape (R_i,): which ROIs of an image have a mask to learn from that is given.
         has_mask = has_mask_of(rois)
         return has_mask | has_external_mask_of(rois) if self.train_on_external_masks else has_mask
 
-    def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
-        rois, _ = select_foreground_proposals(proposals, self.num_classes)
-        if self.train_on_gt_boxes:
-            rois = [one_roi_per_object(x) if len(x) > 0 else x for x in rois]
+    def _candidates(
+        self, features: dict[str, torch.Tensor], sampled: list[Instances]
+    ) -> list[Instances]:
+        # Of which the ROIs that train the mask heads are chosen.
+        return features[OBJECT_ROIS] if self.train_on_gt_boxes else sampled
+
+    def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
+        rois, _ = select_foreground_proposals(candidates, self.num_classes)
         # What would add nothing to the loss need not be computed.
         if self._uses_rois_without_mask():
             return rois
@@ -287,5 +289,6 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             maps = torch.cat([x.box_features for x in instances])
         else:
             box_features = [features[f] for f in self.box_in_features]
-            maps = self.box_head(self.box_pooler(box_features, [boxes_of(x) for x in instances]))
+            pooled = self.box_pooler(box_features, [boxes_of(x) for x in instances])
+            maps = self.box_head.class_maps(pooled)
         return KeptBoxFeatures(maps, self.box_predictor.cls_score)

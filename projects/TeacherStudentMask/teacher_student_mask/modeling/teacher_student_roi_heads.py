@@ -151,8 +151,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         has_mask = super()._is_supervised(rois)
         return has_mask | has_external_mask_of(rois) if self.external_masks == "alone" else has_mask
 
-    def _select_training_rois(self, proposals: list[Instances]) -> list[Instances]:
-        rois = super()._select_training_rois(proposals)
+    def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
+        rois = super()._select_training_rois(candidates)
         if self.max_rois_without_mask > 0:
             return [drop_surplus_rois_without_mask(x, self.max_rois_without_mask) for x in rois]
         return rois
@@ -162,7 +162,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             head = self.mask_head if self.test_mask_head == "student" else self.teacher_mask_head
             return self._predict_masks(head, features, instances)
 
-        rois = self._select_training_rois(instances)
+        rois = self._select_training_rois(self._candidates(features, instances))
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         teacher_logits, student_logits, losses = self.compute_mask_logits(
             features, rois, has_mask, instances

@@ -6,15 +6,22 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 __all__ = [
+    "OBJECT_ROIS",
     "boxes_of",
     "drop_surplus_rois_without_mask",
     "has_external_mask_of",
     "has_mask_of",
-    "one_roi_per_object",
+    "rois_of_objects",
     "rois_with_mask",
     "rois_without_mask",
+    "rows_in_sampled",
     "take",
 ]
+
+# Key under which the batch's objects stand as ROIs, one Instances per image, beside the feature
+# maps: the mask branch is given feature maps and sampled proposals only, and of an image with many
+# objects not all are sampled.
+OBJECT_ROIS = "object_rois"
 
 
 def has_mask_of(rois: Instances) -> torch.Tensor:
@@ -76,24 +83,50 @@ def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
     return take(rois, keep)
 
 
-def one_roi_per_object(rois: Instances) -> Instances:
+def rois_of_objects(targets: Instances) -> Instances:
     """
-    Replace the proposals of an image by the boxes of their objects, each object once.
+    All objects of an image as ROIs, each once and at its own box, whatever was sampled.
 
     Args:
-        rois: with ``gt_boxes`` and ``gt_index``, the row of the object in the image's targets.
+        targets: with ``gt_boxes`` and the other ``gt_*`` fields; not changed; may be empty.
 
     Returns:
-        ROIs by ascending ``gt_index``; without ``box_features``, which belong to the proposals.
+        ROIs in the order of the targets, with all their ``gt_*`` fields, and as ``proposal_boxes``
+        a copy of ``gt_boxes``.
     """
-    index, order = rois.gt_index.sort(stable=True)
-    is_first = torch.ones_like(index, dtype=torch.bool)
-    is_first[1:] = index[1:] != index[:-1]
-    rois = rois[order[is_first]]
-    rois.proposal_boxes = Boxes(rois.gt_boxes.tensor.clone())
-    if rois.has("box_features"):
-        rois.remove("box_features")
+    rois = Instances(targets.image_size)
+    rois.proposal_boxes = Boxes(targets.gt_boxes.tensor.clone())
+    for name, value in targets.get_fields().items():
+        if name.startswith("gt_"):
+            rois.set(name, value)
     return rois
+
+
+def rows_in_sampled(instances: list[Instances], sampled: list[Instances]) -> torch.Tensor | None:
+    """
+    Where the ROIs of the mask heads stand among sampled ones, found by their boxes.
+
+    Args:
+        instances: one per image, R rows in all, with ``proposal_boxes``.
+        sampled: one per image, in the same order.
+
+    Returns:
+        int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
+        first. None if a box is not there, as an object's own box may not be.
+    """
+    rows, offset = [], 0
+    for rois, candidates in zip(instances, sampled, strict=True):
+        boxes, others = boxes_of(rois).tensor, boxes_of(candidates).tensor
+        if len(boxes) > 0:
+            is_equal = (boxes[:, None] == others[None]).all(dim=2)
+            if not is_equal.any(dim=1).all():
+                return None
+            # Of a bool tensor argmax is not defined everywhere.
+            rows.append(is_equal.to(torch.int32).argmax(dim=1) + offset)
+        offset += len(others)
+    if not rows:
+        return torch.zeros(0, dtype=torch.int64, device=instances[0].gt_classes.device)
+    return torch.cat(rows)
 
 
 def boxes_of(instances: Instances) -> Boxes:

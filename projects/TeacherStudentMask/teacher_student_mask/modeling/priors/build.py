@@ -28,14 +28,9 @@ Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shape
 * ``mask_features``: shape (R, D, S, S), the pooled mask features;
 * ``context``: :class:`ROIContext`, what else there is of these R rows;
 
-and returns features of the same spatial size and, in training mode, {name: loss}. Two attributes
-say what it needs:
-
-* ``needs_box_features``: ``context.kept``;
-* ``uses_rois_without_mask``: in training, the ROIs whose object has no mask even where no mask
-  head trains on them.
-
-A third one is optional: ``out_channels``, of the features that it returns, where these are not D.
+and returns features of the same spatial size and, in training mode, {name: loss}. The attribute
+``needs_box_features`` says whether it needs ``context.kept``. Another one is optional:
+``out_channels``, of the features that it returns, where these are not D.
 """
 
 
@@ -45,7 +40,7 @@ class KeptBoxFeatures:
     What the box head computed for the ROIs of the mask heads.
 
     Args:
-        maps: shape (R, C, h, w), its feature map before pooling.
+        maps: shape (R, C, h, w), its feature map before pooling, that of the classes.
         classifier: linear layer from C features to the scores of classes and background.
     """
 
@@ -61,12 +56,16 @@ class ROIContext:
     Args:
         instances: one per image, R rows in all; ROIs with ``proposal_boxes`` and ``gt_classes`` in
             training, and the other targets where an image has a ROI; detections with ``pred_boxes``
-            and ``pred_classes`` at inference.
+            and ``pred_classes`` at inference. In training those alone that the mask heads learn
+            from: some of the foreground proposals, or with ``TRAIN_ON_GT_BOXES`` objects at their
+            own boxes, sampled or not.
         feature_maps: those of the backbone that the mask features are pooled from, shape
             (N, C, H_k, W_k), for N images.
         kept: of these R rows; None where ``needs_box_features`` is False.
         sampled: in training, one per image: all sampled proposals with ``proposal_boxes`` and
-            ``gt_classes``, background (the number of classes) included; otherwise None.
+            ``gt_classes``, background (the number of classes) included, the other targets where an
+            image has an object, and ``box_features``, a row of the box head's maps for each, where
+            ``needs_box_features`` is True; otherwise None.
     """
 
     instances: list[Instances]

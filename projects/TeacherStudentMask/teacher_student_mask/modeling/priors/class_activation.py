@@ -111,7 +111,6 @@ class ClassActivationPrior(nn.Module):
     """
 
     needs_box_features = True
-    uses_rois_without_mask = False
 
     @configurable
     def __init__(self, *, stop_gradient: bool = False):
@@ -146,7 +145,7 @@ class ClassActivationPrior(nn.Module):
         if context.kept is None:
             raise ValueError(
                 "ClassActivationPrior needs the box head's feature maps of the ROIs: set "
-                'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead".'
+                'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
             )
         cam = cam_of(context.instances, context.kept)
         if self.stop_gradient:

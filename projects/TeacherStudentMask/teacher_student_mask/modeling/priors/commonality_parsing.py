@@ -139,7 +139,6 @@ class CommonalityParsingPrior(nn.Module):
     """
 
     needs_box_features = False
-    uses_rois_without_mask = False
 
     @configurable
     def __init__(

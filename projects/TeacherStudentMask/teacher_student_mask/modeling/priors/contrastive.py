@@ -7,13 +7,15 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import select_foreground_proposals
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
 
 from ..mask_loss import crop_gt_masks
-from ..training_rois import boxes_of, has_mask_of
-from .build import ROI_MASK_PRIOR_REGISTRY, ROIContext
+from ..training_rois import boxes_of, has_mask_of, rows_in_sampled
+from .build import ROI_MASK_PRIOR_REGISTRY, KeptBoxFeatures, ROIContext
 from .class_activation import normalize_per_roi, raw_cam_of
 from .contrast_sets import PixelSets, sets_of_cams, sets_of_masks
 from .contrastive_loss import contrastive_loss
@@ -52,12 +54,12 @@ class ContrastivePrior(nn.Module):
     own, in which a contrastive loss makes pixels of objects alike, as ContrastMask.
 
     That head sees features pooled on a finer grid and detached: neither loss trains the backbone
-    through it. Objects without a mask take part in the contrastive loss by their class activation
-    map, which is detached there.
+    through it. The contrastive loss is of all sampled foreground ROIs, whichever of them, or of the
+    ground-truth boxes, the mask heads are trained on. Objects without a mask take part in it by
+    their class activation map, which is detached there.
     """
 
     needs_box_features = True
-    uses_rois_without_mask = True
 
     @configurable
     def __init__(
@@ -84,7 +86,8 @@ class ContrastivePrior(nn.Module):
             conv_dim: their channels, and those of the projector.
             norm: of the projector, any of :func:`detectron2.layers.get_norm`.
             loss_weight: of the contrastive loss, before :func:`ramp`.
-            epoch_iters: iterations of an epoch, for :func:`ramp`.
+            epoch_iters: iterations of an epoch, for :func:`ramp`; the trainer rescales it with
+                the schedule.
             key_share: of the pixels of a set that are keys of the loss, in (0, 1].
             official_denominator: see :func:`nce`.
             stop_gradient: mask losses do not train the box head's convolutions through the map.
@@ -144,46 +147,86 @@ class ContrastivePrior(nn.Module):
         """
         Args:
             mask_features: shape (R, D, S, S); not changed.
-            context: its ``instances``, ``feature_maps`` and ``kept``.
+            context: its ``instances``, ``feature_maps`` and ``kept``, and in training ``sampled``.
 
         Returns:
-            shape (R, D, S, S); in training mode ``loss_mask_contrast``.
+            shape (R, D, S, S); in training mode ``loss_mask_contrast``, of the foreground of
+            ``sampled``, with and without a mask, whichever of it the R rows are.
 
         Raises:
-            ValueError: ``context.kept`` is None, or not of R rows.
+            ValueError: ``context.kept`` is None, or not of R rows; in training, ``context.sampled``
+                is None.
         """
         if context.kept is None:
             raise ValueError(
                 "ContrastivePrior needs the box head's feature maps of the ROIs: set "
-                'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead".'
+                'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
             )
-        raw_cam = at_least_float32(raw_cam_of(context.instances, context.kept))
+        if not self.training:
+            cam, encoded = self._look_at(context.instances, context.kept, context.feature_maps)
+            return self._enrich(mask_features, cam, encoded), {}
+        foreground, kept = self._foreground_of(context)
+        cam, encoded = self._look_at(foreground, kept, context.feature_maps)
+        losses = {"loss_mask_contrast": self._contrast(foreground, cam, encoded)}
+        rows = rows_in_sampled(context.instances, foreground)
+        if rows is None:
+            cam, encoded = self._look_at(context.instances, context.kept, context.feature_maps)
+        else:
+            cam, encoded = cam[rows], encoded[rows]
+        return self._enrich(mask_features, cam, encoded), losses
+
+    @staticmethod
+    def _foreground_of(context: ROIContext) -> tuple[list[Instances], KeptBoxFeatures]:
+        if context.sampled is None:
+            raise ValueError(
+                "ContrastivePrior learns from all sampled foreground ROIs, not only from those of "
+                "the mask heads: in training give ROIContext.sampled."
+            )
+        classifier = context.kept.classifier
+        # Its last row is background's.
+        foreground, _ = select_foreground_proposals(context.sampled, classifier.out_features - 1)
+        maps = torch.cat([x.box_features for x in foreground])
+        return foreground, KeptBoxFeatures(maps, classifier)
+
+    def _look_at(
+        self, rois: list[Instances], kept: KeptBoxFeatures, feature_maps: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Of R ROIs the class activation map, (R, 1, h, w), logits with gradient to the box head,
+        # and the encoder's output, (R, C, M, M), without gradient to the backbone.
+        cam = at_least_float32(raw_cam_of(rois, kept))
+        maps = [x.detach() for x in feature_maps]
+        return cam, self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
+
+    def _enrich(
+        self, mask_features: torch.Tensor, cam: torch.Tensor, encoded: torch.Tensor
+    ) -> torch.Tensor:
+        # All three of the same R ROIs.
         side = mask_features.shape[-1]
-        cam = normalize_per_roi(_resize(raw_cam, side))
+        cam = normalize_per_roi(_resize(cam, side))
         if self.stop_gradient:
             cam = cam.detach()
-        maps = [x.detach() for x in context.feature_maps]
-        encoded = self.encoder(self.pooler(maps, [boxes_of(x) for x in context.instances]))
         attended = self.fuse(_resize(attend_by_cosine(encoded), side))
-        enriched = mask_features + (attended + cam).to(mask_features.dtype)
-        if not self.training:
-            return enriched, {}
-        fine_cam = normalize_per_roi(_resize(raw_cam.detach(), encoded.shape[-1]))[:, 0]
+        return mask_features + (attended + cam).to(mask_features.dtype)
+
+    def _contrast(
+        self, rois: list[Instances], cam: torch.Tensor, encoded: torch.Tensor
+    ) -> torch.Tensor:
+        # The weighted loss of these ROIs; the class activation map decides, but does not learn.
+        fine_cam = normalize_per_roi(_resize(cam.detach(), encoded.shape[-1]))[:, 0]
         loss = contrastive_loss(
             self.projector(encoded),
-            self._sets_of(context, fine_cam),
+            self._sets_of(rois, fine_cam),
             self.key_share,
             self.official_denominator,
         )
-        factor = self.loss_weight * ramp(get_event_storage().iter, self.epoch_iters)
-        return enriched, {"loss_mask_contrast": loss * factor}
+        return loss * self.loss_weight * ramp(get_event_storage().iter, self.epoch_iters)
 
     @staticmethod
     @torch.no_grad()
-    def _sets_of(context: ROIContext, cam: torch.Tensor) -> PixelSets:
+    def _sets_of(rois: list[Instances], cam: torch.Tensor) -> PixelSets:
         # By the mask where there is one, by the map (R, M, M) where there is none.
-        has_mask = torch.cat([has_mask_of(x) for x in context.instances])
-        masks = crop_gt_masks(context.instances, cam.shape[-1], cam.device) > 0.5
+        has_mask = torch.cat([has_mask_of(x) for x in rois])
+        masks = crop_gt_masks(rois, cam.shape[-1], cam.device) > 0.5
         return sets_of_masks(masks).where(has_mask, sets_of_cams(cam))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..mask_loss import crop_gt_masks, masked_bce_loss
-from ..training_rois import boxes_of, has_mask_of
+from ..training_rois import boxes_of, has_mask_of, rows_in_sampled
 from .build import ROI_MASK_PRIOR_REGISTRY, ROIContext
 from .class_activation import class_activation_maps
 from .layers import at_least_float32, build_own_pooler, conv1x1, conv_stack
@@ -90,33 +90,6 @@ def relative_activation(logits: torch.Tensor) -> torch.Tensor:
     return positive / (positive.amax(dim=(1, 2, 3), keepdim=True) + 1e-5)
 
 
-def rows_in_sampled(instances: list[Instances], sampled: list[Instances]) -> torch.Tensor | None:
-    """
-    Where the ROIs of the mask heads stand among all sampled ones, found by their boxes.
-
-    Args:
-        instances: one per image, R rows in all, with ``proposal_boxes``.
-        sampled: one per image, in the same order.
-
-    Returns:
-        int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
-        first. None if a box is not there, as an object's own box may not be.
-    """
-    rows, offset = [], 0
-    for rois, candidates in zip(instances, sampled, strict=True):
-        boxes, others = boxes_of(rois).tensor, boxes_of(candidates).tensor
-        if len(boxes) > 0:
-            is_equal = (boxes[:, None] == others[None]).all(dim=2)
-            if not is_equal.any(dim=1).all():
-                return None
-            # Of a bool tensor argmax is not defined everywhere.
-            rows.append(is_equal.to(torch.int32).argmax(dim=1) + offset)
-        offset += len(others)
-    if not rows:
-        return torch.zeros(0, dtype=torch.int64, device=instances[0].gt_classes.device)
-    return torch.cat(rows)
-
-
 @ROI_MASK_PRIOR_REGISTRY.register()
 class ShapePropagationPrior(nn.Module):
     """
@@ -136,7 +109,6 @@ class ShapePropagationPrior(nn.Module):
     """
 
     needs_box_features = False
-    uses_rois_without_mask = False
 
     @configurable
     def __init__(
