@@ -19,6 +19,9 @@ every_method = pytest.mark.parametrize(
 )
 # bfloat16 has 8 bits: one rounding is up to 0.4 %. Measured: losses up to 0.9 %, masks up to 2.8 %.
 LOSS_TOLERANCE = 0.02
+# The class activation map stretches what few channels say to [0, 1], their rounding with it.
+# Measured: losses up to 2.4 %.
+LOSS_TOLERANCE_OF_MAPS = 0.04
 MASK_TOLERANCE = 0.04
 LOW = {"cpu": torch.bfloat16, "cuda": torch.float16}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a CUDA GPU")
@@ -62,9 +65,11 @@ def check_agreement(cfg, dataset):
     with torch.autocast(cfg.MODEL.DEVICE, dtype=LOW[cfg.MODEL.DEVICE]):
         losses = step(model, batch)
     assert losses.keys() == expected.keys()
+    has_maps = cfg.MODEL.ROI_MASK_PRIOR.NAME == "ContrastivePrior"
+    tolerance = LOSS_TOLERANCE_OF_MAPS if has_maps else LOSS_TOLERANCE
     for name, loss in losses.items():
         assert loss.dtype == torch.float32, name
-        assert loss.item() == pytest.approx(expected[name].item(), rel=LOSS_TOLERANCE), name
+        assert loss.item() == pytest.approx(expected[name].item(), rel=tolerance), name
     # Rounding is in it: the comparison is not of float32 with itself.
     assert any(loss.item() != expected[name].item() for name, loss in losses.items())
     if isinstance(model.roi_heads, TeacherStudentROIHeads):

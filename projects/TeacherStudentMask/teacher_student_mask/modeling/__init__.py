@@ -7,7 +7,7 @@ image.
 """
 
 from .dense_crf import DenseCRF
-from .feature_map_box_head import FeatureMapBoxHead
+from .feature_map_box_head import FeatureMapBoxHead, TwoBranchBoxHead
 from .grab_cut import GrabCutRCNN, grab_cut
 from .gt_boxes import GTBoxInference
 from .hourglass_mask_head import HourglassMaskHead
@@ -30,6 +30,7 @@ __all__ = [
     "PartiallySupervisedROIHeads",
     "ROI_MASK_PRIOR_REGISTRY",
     "TeacherStudentROIHeads",
+    "TwoBranchBoxHead",
     "WeightTransferMaskHead",
     "build_teacher_mask_head",
     "generate_pseudo_masks",
