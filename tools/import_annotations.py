@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -13,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from coco_json.mask_removal import write_or_explain
-from importers.coco_exports import read_cvat, read_lvis
-from importers.imported_dataset import InputError, read_text
+from importers.coco_exports import check_images, read_cvat, read_lvis
+from importers.input_files import InputError, check_different, read_text
 from importers.labelme import read_labelme
 from importers.voc import read_voc
 from importers.yolo import read_yolo
@@ -45,9 +46,22 @@ examples:
 labelme and voc name classes in each file: without --classes, the ids follow the alphabet of those
 that occur, so training and test data get the same ids only if both have objects of all classes.
 
+Images are as large as training sees them, which turns them by their EXIF orientation. Where the
+input says another size the import stops.
+
 exit code: 0 written; 1 not written, because of errors in the input or on the disk; 2 for a wrong
 command line. An output that is not written as a whole is not written at all.
 """
+
+
+# The formats that have it, of each option that not all have.
+_FORMATS_WITH = {
+    "split": ("yolo",),
+    "images": ("voc", "cvat", "lvis"),
+    "classes": ("labelme", "voc"),
+    "zero_based": ("voc",),
+    "keep_crowds": ("cvat",),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,10 +71,18 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         data, notes, image_root = read_input(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}")
         return 1
-    report = check_annotations(args.output, image_root, data=data)
+    # Before the errors: what was left out may be the reason for them.
+    for note, count in notes.items():
+        print(f"note: {count} {note}")
+    if not data["annotations"]:
+        print(f"error: {args.input}: there is no object to import; allowed: at least one.")
+        return 1
+    # The ids in a message are those of a COCO json: of the input where it is one.
+    checked = args.input if args.format in ("cvat", "lvis") else args.output
+    report = check_annotations(checked, image_root, data=data)
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")
     if report.errors:
@@ -69,11 +91,19 @@ def main(argv: list[str] | None = None) -> int:
     if not write_or_explain(args.output, data):
         return 1
     print(report.class_table())
-    for note, count in notes.items():
-        print(f"note: {count} {note}")
     print(f"{args.output}: {report.num_images} images, {report.num_annotations} objects")
-    print(f"DATASETS.TRAIN \"('{args.output}',)\" DATASETS.TRAIN_IMAGE_ROOT {image_root or 'DIR'}")
+    print(_settings_for(args.output, image_root))
     return 0
+
+
+def _settings_for(output: str, image_root: str | None) -> str:
+    """What a training needs to know, to be pasted into its command line."""
+    train = f"({output!r},)"
+    # It has single quotes, so double ones around it are easier to read, where the shell sees
+    # nothing of its own in between.
+    train = shlex.quote(train) if set(train) & set('"$`\\!') else f'"{train}"'
+    root = "DIR" if image_root is None else shlex.quote(image_root)
+    return f"DATASETS.TRAIN {train} DATASETS.TRAIN_IMAGE_ROOT {root}"
 
 
 def read_input(args: argparse.Namespace) -> tuple[dict, Counter, str | None]:
@@ -87,15 +117,18 @@ def read_input(args: argparse.Namespace) -> tuple[dict, Counter, str | None]:
     """
     path = Path(args.input)
     if args.format in ("cvat", "lvis"):
-        read = read_lvis(path) if args.format == "lvis" else read_cvat(path, args.keep_crowds)
-        return *read, args.images
-    class_names = _read_classes(Path(args.classes)) if args.classes else None
+        is_lvis = args.format == "lvis"
+        data, notes = read_lvis(path) if is_lvis else read_cvat(path, args.keep_crowds)
+        if args.images is not None:
+            notes += check_images(path, data, Path(args.images), show_progress)
+        return data, notes, args.images
+    class_names = None if args.classes is None else _read_classes(Path(args.classes))
     if args.format == "yolo":
-        dataset = read_yolo(path, args.split, show_progress)
+        dataset = read_yolo(path, "train" if args.split is None else args.split, show_progress)
     elif args.format == "labelme":
         dataset = read_labelme(path, class_names, show_progress)
     else:
-        images = Path(args.images) if args.images else path
+        images = path if args.images is None else Path(args.images)
         dataset = read_voc(path, images, class_names, args.zero_based, show_progress)
     return dataset.to_coco(), dataset.notes, str(dataset.image_root)
 
@@ -104,6 +137,7 @@ def _read_classes(path: Path) -> list[str]:
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names:
         raise InputError(f"{path}: empty; allowed: one class name a line.")
+    check_different(names, str(path))
     return names
 
 
@@ -117,14 +151,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("format", metavar="FORMAT", choices=formats, help=", ".join(formats))
     parser.add_argument("input", metavar="INPUT", help="a file or folder, see above")
     parser.add_argument("--output", required=True, metavar="OUT.json", help="see also --force")
-    parser.add_argument(
-        "--split", default="train", metavar="KEY", help="yolo: key of data.yaml (%(default)s)"
-    )
+    parser.add_argument("--split", metavar="KEY", help="yolo: key of data.yaml (default: train)")
     parser.add_argument(
         "--images",
         metavar="DIR",
         help="voc: folder of the images (default: INPUT); cvat, lvis: also look whether all images "
-        "are there",
+        "are there and as large as INPUT says",
     )
     parser.add_argument("--classes", metavar="TXT", help="labelme, voc: one class name a line")
     parser.add_argument(
@@ -146,10 +178,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     exists = os.path.isdir(args.input) if wants_folder else os.path.isfile(args.input)
     if not exists:
         parser.error(f"{args.input}: no such {'folder' if wants_folder else 'file'}.")
-    if args.images and not os.path.isdir(args.images):
+    for name, formats in _FORMATS_WITH.items():
+        value = getattr(args, name)
+        if value not in (None, False) and args.format not in formats:
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            parser.error(f"{option}: not for {args.format}; it is for: {', '.join(formats)}.")
+    if args.images is not None and not os.path.isdir(args.images):
         parser.error(f"--images {args.images}: no such folder.")
-    if args.classes and args.format not in ("labelme", "voc"):
-        parser.error(f"--classes: {args.format} has its classes in INPUT.")
     folder = os.path.dirname(args.output) or "."
     if not os.path.isdir(folder) or os.path.isdir(args.output):
         parser.error(f"--output {args.output}: the path of a file in a folder that exists.")

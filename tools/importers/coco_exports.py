@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from importers.imported_dataset import InputError
-from teacher_student_mask.checks.reading import read_json
+from importers.imported_dataset import TURNED
+from importers.input_files import InputError, check_declared_size, read_header, read_json
 
-__all__ = ["read_cvat", "read_lvis"]
+__all__ = ["check_images", "read_cvat", "read_lvis"]
 
 
 def read_cvat(path: Path, keep_crowds: bool) -> tuple[dict, Counter]:
@@ -55,7 +55,7 @@ def read_lvis(path: Path) -> tuple[dict, Counter]:
     for image in data["images"]:
         if image.get("file_name"):
             continue
-        parts = PurePosixPath(urlsplit(str(image.get("coco_url"))).path).parts
+        parts = _parts_of(str(image.get("coco_url")))
         if len(parts) < 2:
             raise InputError(
                 f"{path}: image {image.get('id')}: 'coco_url' is {image.get('coco_url')!r}, and "
@@ -66,11 +66,45 @@ def read_lvis(path: Path) -> tuple[dict, Counter]:
     return data, notes
 
 
-def _read_coco(path: Path) -> dict:
+def check_images(path: Path, data: dict, image_root: Path, progress) -> Counter:
+    """
+    Compare the sizes in a COCO json with those of its images; those that are missing are left out.
+
+    Args:
+        path: of the json.
+        data: its content.
+        image_root: folder of the images.
+        progress: wraps the list of images.
+
+    Returns:
+        What is to know -> how often.
+
+    Raises:
+        InputError: a size differs, or an image is broken.
+    """
+    notes: Counter[str] = Counter()
+    for image in progress(data["images"]):
+        name, where = image.get("file_name"), f"{path}: image {image.get('id')}"
+        # What is no name, or names no file, the checks of the whole json tell.
+        if not isinstance(name, str) or not (image_root / name).is_file():
+            continue
+        header = read_header(image_root / name, where)
+        declared = (image.get("width"), image.get("height"))
+        check_declared_size(header, declared, where, "'width' and 'height'")
+        if header.is_turned:
+            notes[TURNED] += 1
+    return notes
+
+
+def _parts_of(url: str) -> tuple[str, ...]:
     try:
-        data = read_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error}).") from error
+        return PurePosixPath(urlsplit(url).path).parts
+    except ValueError:  # such as a bracket without its other half
+        return ()
+
+
+def _read_coco(path: Path) -> dict:
+    data = read_json(path)
     for key in ("images", "annotations", "categories"):
         rows = data.get(key) if isinstance(data, dict) else None
         if not isinstance(rows, list) or not all(isinstance(x, dict) for x in rows):

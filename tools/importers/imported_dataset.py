@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 
-__all__ = ["ImportedDataset", "InputError", "image_size", "read_text"]
+from importers.input_files import ImageHeader, InputError
 
+__all__ = ["TURNED", "ImportedDataset"]
 
-class InputError(Exception):
-    """The input cannot be imported; the message names file, place, value and what is allowed."""
+# A note: of an image that is only mirrored or upside down, no size tells what its labels refer to.
+TURNED = (
+    "images are turned as their EXIF orientation says, in training as well; their boxes and "
+    "outlines must fit the turned image"
+)
 
 
 class ImportedDataset:
@@ -32,13 +35,11 @@ class ImportedDataset:
         """
         Args:
             image_root: see above.
-            class_names: by category id.
+            class_names: by category id; all different.
         """
         self.image_root = image_root
         self.notes: Counter[str] = Counter()
         self._category_ids = {name: i for i, name in class_names.items()}
-        if len(self._category_ids) < len(class_names):
-            raise InputError(f"The class names {list(class_names.values())} are not all different.")
         self.class_names = dict(class_names)
         self._images: list[dict] = []
         self._annotations: list[dict] = []
@@ -54,18 +55,14 @@ class ImportedDataset:
             )
         return self._category_ids[name]
 
-    def add_image(self, path: Path, size: tuple[int, int]) -> None:
-        """
-        Begin a new image; the objects that follow are of it.
-
-        Args:
-            path: of the file.
-            size: width and height in pixels.
-        """
-        name = Path(os.path.relpath(path, self.image_root)).as_posix()
-        width, height = size
+    def add_image(self, header: ImageHeader) -> None:
+        """Begin a new image; the objects that follow are of it."""
+        name = Path(os.path.relpath(header.path, self.image_root)).as_posix()
+        width, height = header.size
         image = {"id": len(self._images) + 1, "file_name": name, "width": width, "height": height}
         self._images.append(image)
+        if header.is_turned:
+            self.notes[TURNED] += 1
 
     def add_box(self, category_id: int, corners: Sequence[float]) -> None:
         """
@@ -134,32 +131,3 @@ class ImportedDataset:
                 **mask,
             }
         )
-
-
-def image_size(path: Path, where: str) -> tuple[int, int]:
-    """
-    Width and height of an image, from its header alone.
-
-    Raises:
-        InputError: there is no such file, or it is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError as error:
-        raise InputError(f"{where}: its image {path} does not exist.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: its image {path} cannot be read: {error}.") from error
-
-
-def read_text(path: Path) -> str:
-    """
-    Raises:
-        InputError: there is no such file, or it is no UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as text in UTF-8: {error}.") from error

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from importers.imported_dataset import ImportedDataset, InputError, image_size, read_text
+from importers.imported_dataset import ImportedDataset
+from importers.input_files import InputError, check_declared_size, read_header, read_json
 
 __all__ = ["read_labelme"]
 
@@ -31,7 +30,7 @@ def read_labelme(folder: Path, class_names: Sequence[str] | None, progress) -> I
     """
     contents = {}
     for path in progress(sorted(folder.rglob("*.json"))):
-        contents[path] = _read_json(path)
+        contents[path] = _read_labels(path)
     if not contents:
         raise InputError(f"{folder}: there is no json in it.")
     if class_names is None:
@@ -42,34 +41,48 @@ def read_labelme(folder: Path, class_names: Sequence[str] | None, progress) -> I
     for path, content in contents.items():
         # LabelMe on Windows writes backslashes.
         image = path.parent / PurePosixPath(content["imagePath"].replace("\\", "/"))
-        size = image_size(image, str(path))
-        dataset.add_image(image, size)
+        header = read_header(image, str(path))
+        # LabelMe turns images by their EXIF, so this is the size of the turned one.
+        declared = (content.get("imageWidth"), content.get("imageHeight"))
+        check_declared_size(header, declared, str(path), "'imageWidth' and 'imageHeight'")
+        dataset.add_image(header)
         for shapes in _objects(content["shapes"], dataset):
-            _add_object(dataset, shapes, size, path)
+            _add_object(dataset, shapes, header.size)
     return dataset
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(read_text(path))
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{path}: no json: {error}.") from error
+def _read_labels(path: Path) -> dict:
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise InputError(f"{path}: a json of LabelMe has a list 'shapes'.")
     if not isinstance(content.get("imagePath"), str):
         raise InputError(f"{path}: 'imagePath' is {content.get('imagePath')!r}; allowed: a path.")
     for number, shape in enumerate(content["shapes"]):
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
-            raise InputError(f"{path}, shape {number}: it must have a 'label', the class.")
-        shape["where"] = f"{path}, shape {number} ({shape['label']})"
+        _prepare(shape, f"{path}, shape {number}")
     return content
+
+
+def _prepare(shape: object, where: str) -> None:
+    """Check a shape, and add "where", and "shape_type" where it is missing."""
+    if not isinstance(shape, dict):
+        raise InputError(f"{where}: it is {str(shape)[:80]}; allowed: a dict with a 'label'.")
+    label, group = shape.get("label"), shape.get("group_id")
+    if not isinstance(label, str) or not label.strip():
+        raise InputError(f"{where}: 'label' is {str(label)[:80]!r}; allowed: the name of a class.")
+    shape["where"] = f"{where} ({label})"
+    if group is not None and not isinstance(group, (int, float, str)):
+        raise InputError(
+            f"{shape['where']}: 'group_id' is {str(group)[:80]}; allowed: a number, a text or null."
+        )
+    if shape.get("shape_type") is None:
+        shape["shape_type"] = "polygon"  # as LabelMe itself takes it
 
 
 def _objects(shapes: list[dict], dataset: ImportedDataset) -> list[list[dict]]:
     """The shapes of each object: those with one label and ``group_id`` are one."""
     objects: dict[tuple, list[dict]] = {}
     for number, shape in enumerate(shapes):
-        kind = shape.get("shape_type", "polygon")
+        kind = shape["shape_type"]
         if kind not in ("polygon", *_NUM_POINTS):
             dataset.notes[f"shapes of the kind {kind!r} were left out"] += 1
             continue
@@ -79,12 +92,10 @@ def _objects(shapes: list[dict], dataset: ImportedDataset) -> list[list[dict]]:
     return list(objects.values())
 
 
-def _add_object(
-    dataset: ImportedDataset, shapes: list[dict], size: tuple[int, int], path: Path
-) -> None:
+def _add_object(dataset: ImportedDataset, shapes: list[dict], size: tuple[int, int]) -> None:
     category_id = dataset.category_id(shapes[0]["label"], shapes[0]["where"])
     points = [_points_of(x) for x in shapes]
-    kinds = [x.get("shape_type", "polygon") for x in shapes]
+    kinds = [x["shape_type"] for x in shapes]
     polygons = [x.ravel().tolist() for x, kind in zip(points, kinds) if kind == "polygon"]
     masks = [_mask_of(x, size) for x, kind in zip(shapes, kinds) if kind == "mask"]
     if len(set(kinds)) > 1 or len(masks) > 1 or kinds.count("rectangle") > 1:
@@ -103,10 +114,10 @@ def _add_object(
 
 def _points_of(shape: dict) -> np.ndarray:
     # float64, shape (n, 2)
-    kind = shape.get("shape_type", "polygon")
+    kind = shape["shape_type"]
     try:
         points = np.array(shape.get("points"), dtype=float)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         points = np.zeros(0)
     is_pairs = points.ndim == 2 and points.shape[1] == 2 and bool(np.isfinite(points).all())
     allowed = _NUM_POINTS.get(kind)
@@ -124,15 +135,16 @@ def _mask_of(shape: dict, size: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"], validate=True))) as picture:
             part = np.array(picture.convert("L")) > 0
-    except (KeyError, TypeError, OSError, SyntaxError, ValueError, binascii.Error) as error:
+    # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, IndexError, ...
+    except Exception as error:
         raise InputError(f"{shape['where']}: 'mask' is no picture in base64: {error}.") from error
-    x, y = _points_of(shape).min(axis=0).astype(int)
-    mask = np.zeros(size[::-1], dtype=bool)
-    place = mask[max(y, 0) : y + part.shape[0], max(x, 0) : x + part.shape[1]]
-    if place.shape != part.shape or not part.any():
+    x, y = np.trunc(_points_of(shape).min(axis=0))
+    height, width = part.shape
+    if not (0 <= x <= size[0] - width and 0 <= y <= size[1] - height and part.any()):
         raise InputError(
-            f"{shape['where']}: its mask of {part.shape[1]}x{part.shape[0]} pixels at ({x}, {y}) "
-            f"is empty, or not inside the image of {size[0]}x{size[1]}."
+            f"{shape['where']}: its mask of {width}x{height} pixels at ({x:g}, {y:g}) is empty, or "
+            f"not inside the image of {size[0]}x{size[1]}."
         )
-    place[...] = part
+    mask = np.zeros(size[::-1], dtype=bool)
+    mask[int(y) : int(y) + height, int(x) : int(x) + width] = part
     return mask

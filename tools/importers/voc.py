@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree  # nosec B405  # _PlainTree refuses what can declare entities
 from xml.etree.ElementTree import Element  # nosec B405  # As above.
 
-from importers.imported_dataset import ImportedDataset, InputError, image_size, read_text
+from importers.imported_dataset import ImportedDataset
+from importers.input_files import InputError, check_declared_size, read_header
 
 __all__ = ["read_voc"]
+
+_DECLARED_ENCODING = re.compile(rb"<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)")
 
 
 class _PlainTree(ElementTree.TreeBuilder):
     """Without a DOCTYPE there are no entities, which could grow without end."""
 
     def doctype(self, name, pubid, system):
-        raise InputError("a DOCTYPE is not allowed")
+        raise ValueError("a DOCTYPE is not allowed")
 
 
 def read_voc(
@@ -49,8 +53,11 @@ def read_voc(
         class_names = sorted(names)
     dataset = ImportedDataset(image_root, dict(enumerate(class_names, start=1)))
     for path, root in roots.items():
-        image = image_root / _text(root, "filename", path)
-        dataset.add_image(image, image_size(image, str(path)))
+        header = read_header(image_root / _text(root, "filename", path), str(path))
+        # Programs differ in whether they turn images by their EXIF; the size tells.
+        declared = [(root.findtext(f"size/{x}") or "").strip() for x in ("width", "height")]
+        check_declared_size(header, declared, str(path), "<size>")
+        dataset.add_image(header)
         for number, element in enumerate(root.findall("object")):
             where = f"{path}, object {number}"
             category_id = dataset.category_id(_text(element, "name", path), where)
@@ -63,12 +70,20 @@ def read_voc(
 def _read_xml(path: Path) -> Element:
     parser = ElementTree.XMLParser(target=_PlainTree())  # nosec B314  # As above.
     try:
-        parser.feed(read_text(path))
+        parser.feed(_decoded(path.read_bytes()))
         return parser.close()
-    except ElementTree.ParseError as error:
-        raise InputError(f"{path}: no xml: {error}.") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}.") from error
+    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+        raise InputError(f"{path}: no xml that can be read: {error}.") from error
+
+
+def _decoded(content: bytes) -> str | bytes:
+    declared = _DECLARED_ENCODING.match(content)
+    if not declared:
+        return content  # UTF-8 or UTF-16, which the parser tells apart
+    # Not left to the parser, which takes no encoding with several bytes a character, as GB2312.
+    encoding = declared[1].decode("ascii").lower()
+    # Some programs declare UTF-16 and write UTF-8; one byte a character was enough up to here.
+    return content.decode("utf-8" if encoding.startswith("utf-16") else encoding)
 
 
 def _text(element: Element, name: str, path: Path) -> str:

@@ -8,12 +8,13 @@ image has a polygon; here an object without an outline stays one without a mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
-from importers.imported_dataset import ImportedDataset, InputError, image_size, read_text
+from importers.imported_dataset import ImportedDataset
+from importers.input_files import InputError, check_different, read_header, read_text
 
 __all__ = ["read_yolo"]
 
@@ -34,7 +35,9 @@ def read_yolo(path: Path, split: str, progress) -> ImportedDataset:
         InputError: see its message.
     """
     settings = _read_settings(path, split)
-    images = sorted(_images_of(path, _root_of(path, settings), settings[split], split))
+    root = _root_of(path, settings)
+    places = list(_places_of(path, root, settings[split], split))
+    images = sorted(x for place in places for x in _images_of(place, root))
     if not any(_labels_of(image).is_file() for image in images):
         raise InputError(
             f"{path}: none of the {len(images)} images of {split!r} has a txt with its labels"
@@ -42,20 +45,25 @@ def read_yolo(path: Path, split: str, progress) -> ImportedDataset:
         )
     dataset = ImportedDataset(_common_folder(images), _class_names(path, settings))
     for image in progress(images):
-        size, labels = image_size(image, str(path)), _labels_of(image)
-        dataset.add_image(image, size)
+        header, labels = read_header(image, str(path)), _labels_of(image)
+        dataset.add_image(header)
         if labels.is_file():
-            _read_labels(dataset, labels, size)
+            _read_labels(dataset, labels, header.size)
         else:
             dataset.notes["images have no txt, and so no objects"] += 1
+    _note_orphans(dataset, places, images)
     return dataset
 
 
 def _read_settings(path: Path, split: str) -> dict:
     try:
         settings = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: cannot be read as yaml: {error}") from error
+    # The reader of dates and numbers raises ValueError.
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        # It says so in several lines.
+        raise InputError(
+            f"{path}: cannot be read as yaml: {' '.join(str(error).split())}."
+        ) from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: must have keys and values, such as 'names' and {split!r}.")
     if not settings.get(split):
@@ -74,7 +82,25 @@ def _class_names(path: Path, settings: dict) -> dict[int, str]:
             f"{path}: 'names' is {str(names)[:80]}; allowed: a list of class names, or a dict of "
             "whole numbers and names."
         )
+    for i, name in names.items():
+        if not _is_name(name):
+            raise InputError(
+                f"{path}: 'names' has {str(name)[:80]!r} for class {i}; allowed: a name, in quotes "
+                "if it is a word that yaml has a meaning for."
+            )
+    if settings.get("nc") not in (None, len(names)):
+        raise InputError(
+            f"{path}: 'nc' is {settings['nc']!r}, but 'names' has {len(names)} classes; allowed: "
+            "the number of the names."
+        )
+    check_different([str(name) for name in names.values()], str(path))
     return {i: str(name) for i, name in names.items()}
+
+
+def _is_name(value: object) -> bool:
+    # Without quotes, yaml takes yes, no, on and off for truth values, and ~ for nothing.
+    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return is_text and bool(str(value).strip())
 
 
 def _root_of(path: Path, settings: dict) -> Path:
@@ -89,23 +115,33 @@ def _root_of(path: Path, settings: dict) -> Path:
     )
 
 
-def _images_of(path: Path, root: Path, entries: object, split: str) -> Iterator[Path]:
-    # Entries are folders, or lists of files.
+def _places_of(path: Path, root: Path, entries: object, split: str) -> Iterator[Path]:
+    """What the split names: folders with images, and txts with lists of images."""
     for entry in entries if isinstance(entries, list) else [entries]:
         place = root / str(entry)
         if not place.exists() and str(entry).startswith("../"):
             place = root / str(entry)[3:]  # as in exports of Roboflow; Ultralytics does the same
         if place.is_dir():
-            found = [x for x in place.rglob("*") if x.suffix.lower() in _SUFFIXES]
-            if not found:
+            if not any(_images_in(place)):
                 raise InputError(f"{path}: {split!r} names {place}, a folder without images.")
-            yield from found
-        elif place.suffix == ".txt":
-            lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
-            # In such a list "./" is the folder of the list.
-            yield from (place.parent / x if x.startswith("./") else root / x for x in lines)
-        else:
+        elif place.suffix != ".txt":
             raise InputError(f"{path}: {split!r} names {place}, which is no folder and no txt.")
+        yield place
+
+
+def _images_of(place: Path, root: Path) -> Iterator[Path]:
+    if place.is_dir():
+        yield from _images_in(place)
+        return
+    for line in read_text(place).splitlines():
+        name = line.strip()
+        if name:
+            # In such a list "./" is the folder of the list.
+            yield (place.parent if name.startswith("./") else root) / name
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    return (x for x in folder.rglob("*") if x.suffix.lower() in _SUFFIXES)
 
 
 def _common_folder(images: list[Path]) -> Path:
@@ -126,6 +162,22 @@ def _labels_of(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
+def _note_orphans(dataset: ImportedDataset, places: Iterable[Path], images: list[Path]) -> None:
+    """Count the txts whose image is not there; it need not be in the split to be there."""
+    folders = {x for x in places if x.is_dir()} | {x.parent for x in images}
+    found, known = set(), {_labels_of(x) for x in images}
+    for folder in folders:
+        if not folders.isdisjoint(folder.parents):
+            continue  # seen with the folder that it is in
+        found.update(_labels_of(folder / "any.txt").parent.rglob("*.txt"))
+        known.update(map(_labels_of, _images_in(folder)))
+    # Programs for labelling leave a list of the class names beside the labels.
+    orphans = [x for x in found.difference(known, places) if x.name != "classes.txt"]
+    if orphans:
+        note = f"txts with labels have no image and were left out, such as {min(orphans)}"
+        dataset.notes[note] = len(orphans)
+
+
 def _read_labels(dataset: ImportedDataset, labels: Path, size: tuple[int, int]) -> None:
     for number, line in enumerate(read_text(labels).splitlines(), start=1):
         if line.strip():
@@ -137,7 +189,7 @@ def _read_line(dataset: ImportedDataset, line: str, where: str, size: tuple[int,
         class_index, *values = map(float, line.split())
     except ValueError as error:
         raise InputError(f"{where}: {line[:80]!r} are not all numbers.") from error
-    category_id = int(class_index) if class_index.is_integer() else -1
+    category_id = int(class_index) if class_index.is_integer() else None
     if category_id not in dataset.class_names:
         raise InputError(
             f"{where}: the class is {class_index:g}; allowed: {_ranges(dataset.class_names)}, the "
