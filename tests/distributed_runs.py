@@ -17,7 +17,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from distributed_evaluation import TEST_SETS, evaluate
 from distributed_gradients import GRADIENT_METHODS, SYNC_METHODS, compare_gradients
-from distributed_training import EVERY_METHOD, METHODS_OF_RANKS, make_cfg, train
+from distributed_training import METHODS_OF_RANKS, train_method
 
 # Far more than any step takes. What hangs ends with an error, too, but with another one.
 TIMEOUT = timedelta(seconds=300)
@@ -76,7 +76,7 @@ def run_everything(folder: str, shapes_root: str) -> None:
     rank = comm.get_rank()
     folder = Path(folder)
     for name in METHODS_OF_RANKS[comm.get_world_size()]:
-        torch.save(train(make_cfg(EVERY_METHOD[name])), folder / f"training {name} {rank}.pt")
+        torch.save(train_method(name), folder / f"training {name} {rank}.pt")
     for name in (*GRADIENT_METHODS, *SYNC_METHODS):
         torch.save(compare_gradients(name), folder / f"gradients {name} {rank}.pt")
     for name in TEST_SETS:

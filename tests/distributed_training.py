@@ -13,18 +13,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import test_base_methods
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import SimpleTrainer, create_ddp_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils import comm
-from roi_heads_factory import SIZE, make_proposals, make_targets
-from test_base_methods import AGNOSTIC, METHODS, OURS
+from roi_heads_factory import SIZE, make_proposals, make_targets, polygon_of
+from test_base_methods import AGNOSTIC, OURS, WITH_EXTERNAL_MASKS
 from tiny_model import TINY_MODEL
 
 from teacher_student_mask import add_teacher_student_mask_config
+from teacher_student_mask.structures import SparseMasks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_STEPS = 10
@@ -46,7 +48,7 @@ def _norm_of_both_heads(name: str, num_channels: int) -> list:
 
 
 EVERY_METHOD = {
-    **METHODS,
+    **test_base_methods.EVERY_METHOD,
     "oracle": [],
     "ours, crf": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "crf"]
     + ["MODEL.PSEUDO_MASK.CRF.BACKEND", "torch"],
@@ -128,9 +130,15 @@ def make_cfg(opts=()) -> CfgNode:
     return cfg
 
 
-def make_input(kind: str, seed: int = 0) -> dict:
-    """One image as the mapper gives it, and proposals for a model without an RPN."""
+def make_input(kind: str, seed: int = 0, with_external: bool = False) -> dict:
+    """
+    One image as the mapper gives it, and proposals for a model without an RPN.
+
+    ``with_external``: the first object without a mask, if there is one, has a model's.
+    """
     targets = make_targets(*IMAGES[kind])
+    if with_external:
+        _add_external_mask(targets)
     (rois,) = make_proposals([targets])
     proposals = Instances((SIZE, SIZE))
     background = torch.tensor([[40.0, 2, 62, 20], [0, 40, 18, 62], [52, 44, 63, 63]])
@@ -148,9 +156,25 @@ def make_input(kind: str, seed: int = 0) -> dict:
     }
 
 
-def train(cfg: CfgNode, batches: Iterator[list[dict]] | None = None) -> dict:
+def _add_external_mask(targets: Instances) -> None:
+    without = (~targets.gt_has_mask).nonzero()[:1, 0]
+    rows = torch.full((len(targets),), -1)
+    rows[without] = 0
+    targets.gt_has_external_mask = rows >= 0
+    if len(without) > 0:
+        box = targets.gt_boxes.tensor[without[0]].tolist()
+        masks = PolygonMasks([polygon_of(box, corner=True)])
+        targets.gt_external_masks = SparseMasks(masks, rows)
+
+
+def train(
+    cfg: CfgNode, batches: Iterator[list[dict]] | None = None, with_external: bool = False
+) -> dict:
     """
     Train over :func:`schedule`, or over other batches, with Detectron2's trainer and DDP.
+
+    ``with_external`` is that of :func:`make_input`.
+
 
     Detectron2 leaves ``find_unused_parameters`` False: DDP stops at the next step where a
     parameter of a rank had no gradient.
@@ -167,12 +191,17 @@ def train(cfg: CfgNode, batches: Iterator[list[dict]] | None = None) -> dict:
     )
     if batches is None:
         kinds = [x[rank] for x in schedule(comm.get_world_size())]
-        batches = iter([[make_input(x, seed=i)] for i, x in enumerate(kinds)])
+        batches = iter([[make_input(x, i, with_external)] for i, x in enumerate(kinds)])
     # On the CPU DDP wants no device.
     ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     SimpleTrainer(ddp, batches, optimizer).train(0, NUM_STEPS)
     return {"losses": losses, "state": model.state_dict()}
+
+
+def train_method(name: str) -> dict:
+    """:func:`train` with a method of ``EVERY_METHOD``."""
+    return train(make_cfg(EVERY_METHOD[name]), with_external=name in WITH_EXTERNAL_MASKS)
 
 
 def train_and_fail(folder: str, failure: str, failing_rank: int) -> None:

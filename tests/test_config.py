@@ -25,6 +25,12 @@ PACKAGE = Path(teacher_student_mask.config.__file__).parent
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 # One method on one dataset; configs/custom is a template, long for its comments.
 LEAVES = [p for p in CONFIGS if not p.name.startswith("Base-") and p.parent.name != "custom"]
+# Ablations, which the paper has with R-50 alone; all other methods have R-50 and R-101.
+R_50_ALONE = {
+    f"teacher_student_R_50_FPN_1x_{x}.yaml"
+    for x in ("none", "threshold", "crf", "box_fit", "high_res_teacher", "deep_teacher")
+    + ("deep_teacher_gt_boxes",)
+}
 # Read as a whole; see the tests that each key arrives.
 NODES_READ_AS_A_WHOLE = ("MODEL.TEACHER_MASK_HEAD.", "MODEL.PSEUDO_MASK.CRF.")
 
@@ -112,6 +118,49 @@ def test_the_two_directions_differ_in_the_classes_alone(first, second):
         for node in (cfg.DATASETS, cfg.TEST):
             node.SEEN_CLASSES = swapped[node.SEEN_CLASSES]
         assert cfg == other, path.name
+
+
+@pytest.mark.parametrize("direction", ["voc2nonvoc", "nonvoc2voc"])
+def test_every_method_has_both_backbones_which_differ_in_nothing_else(direction):
+    folder = REPOSITORY / "configs" / direction
+    names = {path.name for path in folder.glob("*.yaml")}
+    small = {name for name in names if "_R_50_FPN_1x" in name}
+    twins = {name: name.replace("_R_50_", "_R_101_") for name in small - R_50_ALONE}
+    assert R_50_ALONE < small and names == small | set(twins.values())
+    for name, twin in twins.items():
+        cfg, other = load(folder / name), load(folder / twin)
+        assert (cfg.MODEL.RESNETS.DEPTH, other.MODEL.RESNETS.DEPTH) == (50, 101), twin
+        assert "R-50" in cfg.MODEL.WEIGHTS and "R-101" in other.MODEL.WEIGHTS, twin
+        other.MODEL.RESNETS.DEPTH, other.MODEL.WEIGHTS = 50, cfg.MODEL.WEIGHTS
+        assert cfg == other, twin
+
+
+@pytest.mark.parametrize("depth", [20, 52, 100])
+def test_hourglasses_alone_and_as_teachers(depth):
+    """Deep-MAC's heads have 32x32 features; as a teacher they share the student's 14x14."""
+    folder = REPOSITORY / "configs/voc2nonvoc"
+    cfg = load(folder / f"mask_rcnn_R_50_FPN_1x_hourglass{depth}.yaml")
+    alone, gt_boxes = cfg.MODEL.ROI_MASK_HEAD, "mask_rcnn_R_50_FPN_1x_gt_boxes.yaml"
+    assert (alone.NAME, alone.HOURGLASS) == ("HourglassMaskHead", depth)
+    assert alone.POOLER_RESOLUTION == 32 and alone.CLS_AGNOSTIC_MASK
+    cfg = load(folder / f"teacher_student_R_50_FPN_1x_hourglass{depth}_teacher.yaml")
+    teacher, student = cfg.MODEL.TEACHER_MASK_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    assert (teacher.NAME, teacher.HOURGLASS) == ("HourglassMaskHead", depth)
+    assert (student.NAME, student.NUM_CONV) == ("MaskRCNNConvUpsampleHead", 4)
+    assert student.POOLER_RESOLUTION == 14 and not student.CLS_AGNOSTIC_MASK
+    default = load(folder / gt_boxes).MODEL.ROI_MASK_HEAD
+    assert (default.NAME, default.NUM_CONV) == (student.NAME, 4)
+    # Batch normalisation that bears processes without a ROI, and the boxes that depth needs.
+    assert {x.NORM for x in (alone, teacher, default)} == {"naiveSyncBN_N"}
+    assert alone.TRAIN_ON_GT_BOXES and student.TRAIN_ON_GT_BOXES and default.TRAIN_ON_GT_BOXES
+
+
+def test_a_reconstruction_is_called_one():
+    """Nobody should take CPMask, of which no code exists, for the published method."""
+    paths = [path for path in LEAVES if path.name.startswith("cpmask")]
+    assert len(paths) == 10
+    for path in paths:
+        assert "reconstruction" in path.read_text().split("_BASE_:")[0], name_of(path)
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=name_of)

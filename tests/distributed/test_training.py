@@ -14,7 +14,8 @@ import torch
 from detectron2.engine import default_argument_parser
 from detectron2.layers import get_norm
 from detectron2.utils import comm
-from distributed_training import IMAGES, METHODS_OF_RANKS, NUM_STEPS, schedule
+from distributed_training import EVERY_METHOD, IMAGES, METHODS_OF_RANKS, NUM_STEPS, schedule
+from test_base_methods import WITH_EXTERNAL_MASKS, has_mask_head, has_teacher
 from torch import nn
 
 import train_net
@@ -22,7 +23,8 @@ from teacher_student_mask.modeling.mask_head import has_batch_norm
 
 CASES = [(size, method) for size, methods in METHODS_OF_RANKS.items() for method in methods]
 LOSSES = {
-    "loss_mask_teacher": lambda method: "ours" in method or "hourglass" in method,
+    "loss_mask": lambda method: has_mask_head(EVERY_METHOD[method]),
+    "loss_mask_teacher": lambda method: has_teacher(EVERY_METHOD[method]),
     "loss_mask_projection": lambda method: "boxinst" in method,
 }
 
@@ -42,7 +44,6 @@ def test_schedule_has_every_combination():
 def test_ranks_without_objects_train_and_stay_alike(results_of, world_size, method):
     ranks = results_of(world_size, f"training {method}")
     names = set(ranks[0]["losses"][0])
-    assert "loss_mask" in names
     for name, is_expected in LOSSES.items():
         assert (name in names) == is_expected(method)
     for rank, result in enumerate(ranks):
@@ -53,6 +54,9 @@ def test_ranks_without_objects_train_and_stay_alike(results_of, world_size, meth
             assert all(math.isfinite(x) for x in losses.values()), (rank, step, losses)
             if step[rank] == "no object":
                 assert all(x == 0 for name, x in losses.items() if "mask" in name)
+            if step[rank] == "no seen object" and method in ("baseline", *WITH_EXTERNAL_MASKS):
+                # Masks of a model alone.
+                assert (losses["loss_mask"] > 0) == (method != "baseline")
     first = ranks[0]["state"]
     for other in ranks[1:]:
         # Buffers, too: there are no batch statistics but synchronised ones.
