@@ -48,15 +48,21 @@ METHODS = (
     "teacher_student",
     "opmask",
     "shapeprop",
+    "shapeprop_teacher_student",
     "cpmask",
+    "cpmask_teacher_student",
     "contrastmask",
+    "contrastmask_teacher_student",
     "mask_x",
     "mask_x_official",
     "mask_grabcut",
     "boxinst_roi",
     "teacher_student_deep_teacher",
     "teacher_student_hourglass20_teacher",
+    "mask_rcnn_gt_boxes",
+    "mask_rcnn_hourglass20",
     "mask_rcnn_hourglass52",
+    "mask_rcnn_hourglass100",
 )
 
 
