@@ -89,7 +89,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         default=FORMATS[0],
         help="of the new masks; one with a hole is an RLE in any case (default: %(default)s)",
     )
-    add("--rank", type=Path, metavar="CSV", help="list the objects, those in need of a human first")
+    add(
+        "--rank",
+        type=Path,
+        metavar="CSV",
+        help="list the objects, those in need of a human first; see --force",
+    )
     add(
         "--redo-model-masks",
         action="store_true",
@@ -100,7 +105,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         action="store_true",
         help="leave the objects of images that are missing or broken as they are, and list those",
     )
-    add("--force", action="store_true", help="replace an OUT.json that exists")
+    add("--force", action="store_true", help="replace an OUT.json and a CSV that exist")
     add("--restart", action="store_true", help="throw away what an unfinished run has done")
     add_launch_arguments(parser)
     add_opts_argument(parser)
@@ -116,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     if args.restart and args.machine_rank == 0:
-        parts_of(args.output).remove()
+        parts_of(args.output).restart()
     try:
         start_processes(work, args, _TIMEOUT)
     except ProcessExitedException as error:
@@ -135,16 +140,46 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--annotations {args.annotations}: no such file.")
     if not os.path.isdir(args.image_root):
         raise UsageError(f"--image-root {args.image_root}: no such folder.")
-    for name, path in (("--output", args.output), ("--rank", args.rank)):
-        if path is None:
-            continue
+    _check_outputs(args)
+    _check_processes(args)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    outputs = [("--output", args.output), ("--rank", args.rank)]
+    outputs = [(name, path) for name, path in outputs if path is not None]
+    for name, path in outputs:
         if path.is_dir():
             raise UsageError(f"{name} {path}: a folder; name a file.")
-        if path.exists() and path.samefile(args.annotations):
+        if _is_same_file(path, Path(args.annotations)):
             raise UsageError(f"{name} {path}: the input itself; it is never replaced.")
-        check_output_dir(path.resolve().parent)
     if args.output.exists() and not args.force:
         raise UsageError(f"--output {args.output}: exists; --force replaces it.")
+    if args.rank is not None:
+        _check_ranking(args)
+    for _, path in outputs:
+        check_output_dir(path.resolve().parent)
+
+
+def _check_ranking(args: argparse.Namespace) -> None:
+    rank, parts = args.rank, parts_of(args.output)
+    if _is_same_file(rank, args.output):
+        raise UsageError(f"--rank {rank}: the file of --output too; name another one.")
+    if parts.folder.resolve() in (rank.resolve(), *rank.resolve().parents):
+        raise UsageError(
+            f"--rank {rank}: in {parts.folder}, which is removed at the end; name another folder."
+        )
+    # An interrupted run that has come so far goes on with the same command.
+    if rank.exists() and not args.force and not parts.has_written(rank):
+        raise UsageError(f"--rank {rank}: exists; --force replaces it.")
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    if path.resolve() == other.resolve():
+        return True
+    return path.exists() and other.exists() and path.samefile(other)
+
+
+def _check_processes(args: argparse.Namespace) -> None:
     for name, value, least in (
         ("--num-gpus", args.num_gpus, 1),
         ("--num-machines", args.num_machines, 1),
@@ -168,6 +203,8 @@ def work(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: it could not be done; said on stderr.
     """
+    # Names in the json may have characters that the terminal lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")
     if comm.get_world_size() > 1:
         set_up_logging(comm.get_rank())
     try:

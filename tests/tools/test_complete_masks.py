@@ -1,11 +1,14 @@
 """The program that finishes a dataset, with a tiny model of random weights."""
 
+import codecs
 import contextlib
 import csv
 import io
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -25,6 +28,7 @@ from teacher_student_mask import (
 )
 from teacher_student_mask.analysis.trained_model import load_model
 from teacher_student_mask.data import load_partial_coco_json
+from teacher_student_mask.engine import WriteError
 
 # Without a mask in the json: three of the image 7, and the two of image 2; 107 is a crowd.
 TARGETS = {104, 105, 106, 109, 110}
@@ -67,6 +71,12 @@ def run(dataset, tiny_cfg, tmp_path, capsys):
 
     _run.model = (config_file, weights)
     return _run
+
+
+def exit_of(run, *arguments, **options):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments, **options)
+    return error.value.code
 
 
 def annotations_of(path):
@@ -185,6 +195,34 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path, 
         ).read_bytes()
 
 
+@pytest.mark.parametrize("arguments", [(), ("--restart",)])
+def test_a_run_whose_output_failed_goes_on_over_its_own_ranking(
+    run, tmp_path, monkeypatch, arguments
+):
+    """The ranking is written first. Nobody else's file is replaced: one changed since stays."""
+    ranking = tmp_path / "r.csv"
+
+    def fail(*_):
+        raise WriteError(28, "the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(completion_run, "write_completed", fail)
+        assert run("--rank", ranking)[0] == 1
+    written = ranking.read_bytes()
+    ranking.write_bytes(written + b"my notes\n")
+    assert exit_of(run, "--rank", ranking, *arguments) == 2
+    assert ranking.read_bytes() == written + b"my notes\n"
+    ranking.write_bytes(written)
+    if arguments:
+        # What has been thrown away leaves the ranking behind, in a second run that is interrupted.
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 0)
+            with pytest.raises(KeyboardInterrupt):
+                run("--rank", ranking, *arguments)
+    assert run("--rank", ranking)[0] == 0
+    assert ranking.read_bytes() == written and (tmp_path / "out.json").exists()
+
+
 @pytest.mark.slow
 def test_going_on_with_something_else_is_refused(run, dataset, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -237,7 +275,10 @@ def test_a_broken_image_stops_the_run_or_is_left_out(run, dataset, tmp_path):
     assert code == 1 and "mixed.png" in text and "--skip-broken-images" in text
     assert not (tmp_path / "out.json").exists()
     code, text = run("--skip-broken-images")
-    assert code == 0 and "1 images were left out:" in text and "mixed.png (image id 7)" in text
+    assert code == 0 and "1 images were left out:" in text
+    # Bug: the name stood there twice.
+    (line,) = [x for x in text.splitlines() if x.startswith(f"  {image} (image id 7): ")]
+    assert line.count("(image id 7)") == 1
     made = annotations_of(tmp_path / "out.json")
     assert {i for i, x in made.items() if "score" in x} == {109, 110}
     shutil.move(tmp_path / "aside.png", image)
@@ -250,7 +291,7 @@ def test_a_broken_image_stops_the_run_or_is_left_out(run, dataset, tmp_path):
     [
         ("category_id", 5, r"annotation number 4 \(id 104\): 'category_id' is 5; .*3, 17, 90"),
         ("image_id", 99, "'image_id' is 99"),
-        ("bbox", [1, 2, 3], r"'bbox' is \[1, 2, 3\]; allowed: \[x, y, width, height\]"),
+        ("bbox", [1, 2, 3], r"'bbox' is \[1, 2, 3\]; .*numbers \[x, y, width, height\]"),
         ("bbox", [1, 2, float("nan"), 3], "'bbox' is"),
     ],
 )
@@ -286,6 +327,73 @@ def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(run, d
         assert score == annotation["score"]
         assert float(row["need"]) == pytest.approx(1 - score * agreement, abs=1e-4)
     assert {x["file_name"] for x in rows} == {"mixed.png", "unseen.png"}
+
+
+def test_names_that_utf8_cannot_say_are_ranked_and_said(run, dataset, tmp_path, monkeypatch):
+    """
+    Bug: a byte that is no UTF-8 in a file name, in json a lone surrogate, stopped the program when
+    all images were done, with "'utf-8' codec can't encode character" and no word of the file.
+    """
+    name = os.fsdecode(b"uns\xe9en.png")
+    root = Path(dataset.image_root)
+    (root / "unseen.png").rename(root / name)
+    dataset.data["images"][1]["file_name"] = name
+    dataset.data["images"][0]["file_name"] = name + "x"
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(dataset.data))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", stdout)
+    code, _ = run("--rank", tmp_path / "r.csv", "--skip-broken-images", annotations=path)
+    stdout.flush()
+    assert code == 0
+    assert "uns\\udce9en.pngx (image id 7): " in stdout.buffer.getvalue().decode()
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text("utf-8").splitlines()))
+    assert {x["file_name"] for x in rows} == {"uns\\udce9en.png"} and len(rows) == 2
+    made = annotations_of(tmp_path / "out.json")
+    assert {i for i, x in made.items() if "score" in x} == {109, 110}
+
+
+def test_a_name_that_no_file_can_have_is_said_with_the_image_and_the_json(run, dataset, tmp_path):
+    """Bug: all that was said was "embedded null byte"."""
+    dataset.data["images"][1]["file_name"] = "un\0seen.png"
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(dataset.data))
+    code, text = run(annotations=path)
+    where = f"'{dataset.image_root}/un\\x00seen.png' (image id 2)"
+    assert code == 1 and f"error: {where}: the image cannot be used: embedded null byte; " in text
+    assert f"correct 'file_name' in {path}." in text
+
+
+def test_a_byte_order_mark_is_left_out_so_that_pycocotools_reads_the_output(run, dataset, tmp_path):
+    """Bug: such a json was refused, with a text that did not say why."""
+    run(out="without.json")
+    path = tmp_path / "marked.json"
+    path.write_bytes(codecs.BOM_UTF8 + Path(dataset.json_file).read_bytes())
+    with pytest.raises(ValueError, match="BOM"):
+        load_coco(path)
+    assert run(annotations=path)[0] == 0
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "without.json").read_bytes()
+    assert TARGETS <= load_coco(tmp_path / "out.json").anns.keys()
+
+
+@pytest.mark.parametrize("text", ["[]", '"score": 1, "score": 2, "id": 1'])
+def test_an_input_that_is_changed_during_the_run_is_named(
+    run, dataset, tmp_path, monkeypatch, text
+):
+    """Bug: what was said of a row that had become another one did not name the file."""
+    path = Path(dataset.json_file)
+    collect = completion_run.collect_results
+
+    def change_and_collect(*args):
+        data = {**dataset.data, "annotations": ["ROW"] * len(dataset.data["annotations"])}
+        row = text if text == "[]" else f"{{{text}}}"
+        path.write_text(json.dumps(data).replace('"ROW"', row))
+        return collect(*args)
+
+    monkeypatch.setattr(completion_run, "collect_results", change_and_collect)
+    code, said = run()
+    assert code == 1 and not (tmp_path / "out.json").exists()
+    assert f"error: {path} was changed during the run; begin anew (--restart).\n" in said
 
 
 @pytest.mark.slow
@@ -333,9 +441,30 @@ def test_wrong_command_lines_say_what_is_right(run, dataset, tmp_path):
         (["--machine-rank", "1"], {}),
         (["--rank", dataset.json_file], {}),
     ):
-        with pytest.raises(SystemExit) as error:
-            run(*arguments, **options)
-        assert error.value.code == 2
+        assert exit_of(run, *arguments, **options) == 2
+
+
+def test_a_ranking_that_would_replace_something_or_be_lost_is_refused(
+    run, dataset, tmp_path, capsys
+):
+    """Bugs: it replaced any file; that of --output was lost, and said to be there."""
+    there = tmp_path / "r.csv"
+    there.write_text("notes")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for ranking, reason in (
+        (there, "exists; --force replaces it."),
+        (dataset.json_file, "the input itself; it is never replaced."),
+        (tmp_path / "out.json", "the file of --output too; name another one."),
+        (tmp_path / "link/out.json", "the file of --output too; name another one."),
+        (tmp_path / "out.json.parts/r.csv", "which is removed at the end; name another folder."),
+        (tmp_path / "out.json.parts", "which is removed at the end; name another folder."),
+    ):
+        assert exit_of(run, "--rank", ranking) == 2
+        text = capsys.readouterr().err
+        assert f"--rank {ranking}: " in text and text.endswith(f"{reason}\n")
+    assert there.read_text() == "notes" and not (tmp_path / "out.json").exists()
+    assert run("--rank", there, "--force")[0] == 0
+    assert there.read_text().startswith("rank,need,")
 
 
 def test_another_order_of_classes_is_refused(run, dataset, tmp_path, tiny_cfg):

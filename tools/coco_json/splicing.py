@@ -14,8 +14,11 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
+
+from teacher_student_mask.checks.annotation_report import short_repr
 
 __all__ = ["JsonRows", "Piece", "splice"]
 
@@ -25,6 +28,7 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 _CHUNK = 1 << 20
 # Longest word or escape that the end of the text can cut: "-Infinity", "\ud83d\ude00".
 _LONGEST_WORD = 16
+_BYTE_ORDER_MARK = codecs.BOM_UTF8.decode("latin-1")
 
 
 class Piece(NamedTuple):
@@ -51,16 +55,22 @@ class JsonRows:
 
     Iterating yields every byte of the file in the order of the file, once: each element of each
     list that is a value of the top-level object is a piece, and so is the text between two. Memory
-    is that of the longest piece.
+    is that of the longest piece. A byte order mark alone is left out: pycocotools, and with it
+    training and evaluation, could not read a copy that has one.
 
     Attributes:
         path: of the file.
-        sha256: hexadecimal, of the whole file; "" until it has been read to its end.
+        sha256: hexadecimal, of the whole file, a byte order mark included; "" until it has been
+            read to its end.
+        no_lists: {key at the top: a short text of its value} of those that are no list.
+        lists: the keys at the top that are lists.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         self.sha256 = ""
+        self.lists: set[str] = set()
+        self.no_lists: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Piece]:
         """
@@ -69,10 +79,34 @@ class JsonRows:
             ValueError: it is no json object in UTF-8, or has a key twice at its top; names the file
                 and the byte.
         """
+        self.lists, self.no_lists = set(), {}
         with open(self.path, "rb") as stream:
             window = _Window(stream, self.path)
-            yield from _pieces(window)
+            window.skip_byte_order_mark()
+            yield from self._pieces(window)
             self.sha256 = window.digest.hexdigest()
+
+    def _pieces(self, window: _Window) -> Iterator[Piece]:
+        window.read_one_of("{")
+        is_empty = window.next_character() == "}"
+        if is_empty:
+            window.read_one_of("}")
+        while not is_empty:
+            if window.next_character() != '"':
+                window.read_one_of('"')
+            key = window.read_value()
+            if key in self.lists or key in self.no_lists:
+                raise window.error(f"the key {key!r} stands twice at the top of the file")
+            window.read_one_of(":")
+            if window.next_character() == "[":
+                self.lists.add(key)
+                yield from _rows(window, key)
+            else:
+                self.no_lists[key] = short_repr.repr(window.read_value())
+            is_empty = window.read_one_of(",}") == "}"
+        if window.next_character():
+            raise window.error("found text behind the json object")
+        yield Piece(*window.take())
 
 
 class _Window:
@@ -86,6 +120,13 @@ class _Window:
         self._position = 0  # how far it has been read
         self._is_complete = False
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    def skip_byte_order_mark(self) -> None:
+        """At the beginning of the file; no piece has it."""
+        while len(self._text) < len(_BYTE_ORDER_MARK) and not self._is_complete:
+            self._read_more()
+        if self._text.startswith(_BYTE_ORDER_MARK):
+            self._mark = self._position = len(_BYTE_ORDER_MARK)
 
     def next_character(self) -> str:
         """The next one that is not blank, which stays to be read; "" at the end of the file."""
@@ -111,6 +152,10 @@ class _Window:
             except json.JSONDecodeError as error:
                 if self._is_complete or not self._may_be_cut(error):
                     raise self.error(error.msg, error.pos - self._position) from error
+            except ValueError as error:
+                # Python's limit; json has none. Reading on would not help.
+                digits = f"more than {sys.get_int_max_str_digits()} digits"
+                raise self.error(f"a value with a whole number of {digits}") from error
             except RecursionError as error:
                 raise self.error("lists within lists, too deep to read") from error
             else:
@@ -158,30 +203,6 @@ class _Window:
         self._mark = 0
 
 
-def _pieces(window: _Window) -> Iterator[Piece]:
-    window.read_one_of("{")
-    keys: set[str] = set()
-    is_empty = window.next_character() == "}"
-    if is_empty:
-        window.read_one_of("}")
-    while not is_empty:
-        if window.next_character() != '"':
-            window.read_one_of('"')
-        key = window.read_value()
-        if key in keys:
-            raise window.error(f"the key {key!r} stands twice at the top of the file")
-        keys.add(key)
-        window.read_one_of(":")
-        if window.next_character() == "[":
-            yield from _rows(window, key)
-        else:
-            window.read_value()
-        is_empty = window.read_one_of(",}") == "}"
-    if window.next_character():
-        raise window.error("found text behind the json object")
-    yield Piece(*window.take())
-
-
 def _rows(window: _Window, key: str) -> Iterator[Piece]:
     window.read_one_of("[")
     if window.next_character() == "]":
@@ -221,7 +242,7 @@ def splice(raw: bytes, changes: Mapping[str, object]) -> bytes:
         if member.key not in changes:
             continue
         if member.key not in remaining:
-            raise ValueError(f"the key {member.key!r} stands twice in {text[:200]}")
+            raise ValueError(f"the key {member.key!r} stands twice; allowed: once")
         parts += [text[done : member.value_start], json.dumps(remaining.pop(member.key))]
         done = member.value_end
     insert_at = members[-1].value_end if members else end

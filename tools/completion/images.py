@@ -11,7 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
 from torch.utils.data import DataLoader, Dataset
 
-from completion.index import CROWD, TARGET, AnnotationIndex
+from completion.entries import CROWD, TARGET
+from completion.index import AnnotationIndex
 from completion.masks import clip_box, make_mask
 from completion.overlaps import overlaps_in_image
 from teacher_student_mask import TeacherStudentDatasetMapper
@@ -30,7 +31,7 @@ class ImageTask:
         annotations: of these rows.
         is_target: of these rows, whether a mask is to be made.
         inputs: of the model; None if the image cannot be used.
-        problem: why not.
+        problem: why not; begins with the image's path and id.
     """
 
     image: int
@@ -75,8 +76,19 @@ class _Images(Dataset):
         try:
             task.inputs = {"image": self._mapper(record)["image"]}
         except (OSError, ValueError) as error:
-            task.problem = str(error)
+            task.problem = _with_name(str(error), record, index.path)
         return task
+
+
+def _with_name(problem: str, record: dict, json_file: str) -> str:
+    # The mapper names the image, but not where no file can have that name: with a NUL, ...
+    path, image_id = record["file_name"], record["image_id"]
+    if problem.startswith(f"{path} (image id {image_id})"):
+        return problem
+    return (
+        f"{path!r} (image id {image_id}): the image cannot be used: {problem}; correct 'file_name' "
+        f"in {json_file}."
+    )
 
 
 def load_images(

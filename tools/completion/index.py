@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 
 import numpy as np
 
-from coco_json.splicing import JsonRows, Piece
-from teacher_student_mask.checks.mask_measures import has_mask, is_whole
+from coco_json.splicing import JsonRows, Piece, splice
+from completion.entries import (
+    MADE_MEMBERS,
+    TARGET,
+    Problem,
+    kind_of,
+    may_be_far,
+    may_repeat_members,
+    problem_of_annotation,
+    problem_of_category,
+    problem_of_distance,
+    problem_of_image,
+    problem_of_target,
+)
+from teacher_student_mask.checks.annotation_report import short_repr
 
-__all__ = ["KINDS", "AnnotationIndex", "index_annotations", "read_categories"]
+__all__ = ["AnnotationIndex", "index_annotations", "read_categories"]
 
-# What an annotation is for this program. TARGET is to be given a mask.
-CROWD, HUMAN_MASK, MODEL_MASK, TARGET = range(4)
-KINDS = ("crowd", "human mask", "model mask", "to be given a mask")
+_REPEATED = Problem("id", "an id that no other has")
 
 
 @dataclass
@@ -36,7 +46,7 @@ class AnnotationIndex:
         image_spans: int64, shape (n, 2): offset and length of each image's text in the file.
         annotation_spans: int64, shape (m, 2), likewise.
         image_of: int32, shape (m,): the number of each annotation's image; -1 if there is none.
-        kinds: int8, shape (m,): an index of ``KINDS``.
+        kinds: int8, shape (m,): an index of ``entries.KINDS``.
         counts: {(category id, kind): number of annotations}.
     """
 
@@ -70,7 +80,13 @@ class AnnotationIndex:
         # A number of an open file says nothing in another process.
         if self._file is None or self._file[0] != os.getpid():
             self._file = (os.getpid(), open(self.path, "rb", buffering=0))
-        return json.loads(os.pread(self._file[1].fileno(), length, offset))
+        try:
+            return json.loads(os.pread(self._file[1].fileno(), length, offset))
+        except ValueError as error:
+            # It could be read before.
+            raise ValueError(
+                f"{self.path} was changed during the run, at byte {offset}; begin anew (--restart)."
+            ) from error
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None}
@@ -94,8 +110,9 @@ def index_annotations(
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no COCO json, or an object that is to be given a mask cannot be: no box,
-            an unknown image or category. Names file, entry, field, value and what is allowed.
+        ValueError: it is no COCO json, it does not say whether an object has a mask, or one that is
+            to be given a mask cannot be: no box, an unknown image or category. Names file, entry,
+            field, value and what is allowed.
     """
     rows = JsonRows(path)
     builder = _Builder(rows.path, redo_model_masks)
@@ -113,7 +130,7 @@ def index_annotations(
             last = piece.offset
     if progress is not None:
         progress(os.path.getsize(path) - last)
-    return builder.finish(rows.sha256)
+    return builder.finish(rows)
 
 
 def read_categories(path: str | os.PathLike) -> dict[int, str]:
@@ -132,133 +149,143 @@ def read_categories(path: str | os.PathLike) -> dict[int, str]:
 
 
 class _Builder:
+    """Takes one entry after the other; keeps of each what :class:`AnnotationIndex` keeps."""
+
     def __init__(self, path: str, redo_model_masks: bool):
         self.path, self._redo = path, redo_model_masks
         self.categories: dict[int, str] = {}
-        self._lists: set[str] = set()
+        self._names: set[str] = set()
         self._image_ids, self._image_spans = array("q"), array("q")
         self._image_id_of, self._spans, self._kinds = array("q"), array("q"), array("b")
         self._counts: Counter = Counter()
         # A target of each category, for the error if the category is unknown.
         self._example_of: dict[int, int] = {}
+        # Targets whose box may be too far outside of the image; images may come after them.
+        self._far = array("q")
 
     def add_category(self, piece: Piece) -> None:
-        category = json.loads(piece.raw)
         number = len(self.categories)
-        self._check_dict("category", number, category)
-        self._check_whole("category", number, category, "id")
-        if type(category.get("name")) is not str:
-            raise self._error("category", number, category, "name", "a text")
+        # A name is kept, so it must not be garbled.
+        piece = piece._replace(value=json.loads(piece.raw))
+        self._check("category", number, piece, problem_of_category)
+        category = piece.value
         if int(category["id"]) in self.categories:
-            raise self._error("category", number, category, "id", "an id that no other has")
+            raise self._error("category", number, category, _REPEATED)
+        if category["name"] in self._names:
+            problem = Problem("name", "a name that no other has")
+            raise self._error("category", number, category, problem)
+        self._names.add(category["name"])
         self.categories[int(category["id"])] = category["name"]
 
     def add_image(self, piece: Piece) -> None:
-        image, number = piece.value, len(self._image_ids)
-        self._check_dict("image", number, image)
-        for name in ("id", "height", "width"):
-            self._check_whole("image", number, image, name, 1 if name != "id" else None)
-        if type(image.get("file_name")) is not str or not image["file_name"]:
-            raise self._error("image", number, image, "file_name", "a path below --image-root")
-        self._image_ids.append(int(image["id"]))
+        self._check("image", len(self._image_ids), piece, problem_of_image)
+        self._image_ids.append(int(piece.value["id"]))
         self._image_spans.extend((piece.offset, len(piece.raw)))
 
     def add_annotation(self, piece: Piece) -> None:
-        annotation, number = piece.value, len(self._kinds)
-        self._check_dict("annotation", number, annotation)
-        self._check_whole("annotation", number, annotation, "image_id")
-        self._check_whole("annotation", number, annotation, "category_id")
-        category_id = int(annotation["category_id"])
-        kind = self._kind_of(annotation)
+        self._check("annotation", len(self._kinds), piece, problem_of_annotation)
+        annotation = piece.value
+        kind = kind_of(annotation, self._redo)
         if kind == TARGET:
-            box = annotation.get("bbox")
-            if type(box) is not list or len(box) != 4 or not all(map(_is_finite, box)):
-                raise self._error(
-                    "annotation", number, annotation, "bbox", "[x, y, width, height] in pixels"
-                )
-            self._example_of.setdefault(category_id, number)
+            self._add_target(piece)
         self._image_id_of.append(int(annotation["image_id"]))
         self._spans.extend((piece.offset, len(piece.raw)))
         self._kinds.append(kind)
-        self._counts[category_id, kind] += 1
+        self._counts[int(annotation["category_id"]), kind] += 1
 
-    def _kind_of(self, annotation: dict) -> int:
-        if annotation.get("iscrowd", 0):
-            return CROWD
-        if not _has_mask(annotation):
-            return TARGET
-        if annotation.get("mask_source") == "model":
-            return TARGET if self._redo else MODEL_MASK
-        return HUMAN_MASK
+    def _add_target(self, piece: Piece) -> None:
+        number, annotation = len(self._kinds), piece.value
+        self._check("annotation", number, piece, problem_of_target)
+        if may_repeat_members(piece.raw):
+            try:
+                # What would stop the program when all masks have been made stops it now.
+                splice(piece.raw, dict.fromkeys(MADE_MEMBERS))
+            except ValueError as error:
+                where = self._where("annotation", number, json.loads(piece.raw))
+                raise ValueError(f"{where}: {error}.") from error
+        if may_be_far(annotation["bbox"]):
+            self._far.append(number)
+        self._example_of.setdefault(int(annotation["category_id"]), number)
 
-    def finish(self, sha256: str) -> AnnotationIndex:
+    def finish(self, rows: JsonRows) -> AnnotationIndex:
+        """
+        Args:
+            rows: that have been read to their end.
+        """
+        for key in ("images", "annotations", "categories"):
+            if key not in rows.lists:
+                value = rows.no_lists.get(key, "missing")
+                raise ValueError(f"{self.path}: {key!r} is {value}; allowed: a list of dicts.")
+        index = AnnotationIndex(
+            path=self.path,
+            sha256=rows.sha256,
+            categories=dict(sorted(self.categories.items())),
+            image_spans=np.array(self._image_spans, np.int64).reshape(-1, 2),
+            annotation_spans=np.array(self._spans, np.int64).reshape(-1, 2),
+            image_of=self._find_images(),
+            kinds=np.array(self._kinds, np.int8),
+            counts=self._counts,
+        )
+        for number, problem in self._problems_of_targets(index):
+            annotation = index.read(index.annotation_spans[number])
+            raise self._error("annotation", number, annotation, problem)
+        return index
+
+    def _find_images(self) -> np.ndarray:
+        # Of each annotation, int32; -1 where there is none.
         ids = np.array(self._image_ids, dtype=np.int64)
         order = np.argsort(ids, kind="stable")
         repeated = np.flatnonzero(np.diff(ids[order]) == 0)
         if len(repeated):
             number = int(order[repeated[0] + 1])
-            image = {"id": int(ids[number])}
-            raise self._error("image", number, image, "id", "an id that no other has")
-
+            raise self._error("image", number, {"id": int(ids[number])}, _REPEATED)
         wanted = np.array(self._image_id_of, dtype=np.int64)
         places = np.searchsorted(ids[order], wanted).clip(max=max(0, len(ids) - 1))
         is_known = ids[order][places] == wanted if len(ids) else np.zeros(len(wanted), bool)
         image_of = np.full(len(wanted), -1, np.int32)
         image_of[is_known] = order[places[is_known]]
-        index = AnnotationIndex(
-            path=self.path,
-            sha256=sha256,
-            categories=dict(sorted(self.categories.items())),
-            image_spans=np.array(self._image_spans, np.int64).reshape(-1, 2),
-            annotation_spans=np.array(self._spans, np.int64).reshape(-1, 2),
-            image_of=image_of,
-            kinds=np.array(self._kinds, np.int8),
-            counts=self._counts,
-        )
-        lost = np.flatnonzero((image_of < 0) & (index.kinds == TARGET))
-        problems = [(int(lost[0]), "image_id", "the id of one of the images")] if len(lost) else []
-        unknown = [n for i, n in self._example_of.items() if i not in self.categories]
-        if unknown:
-            ids = ", ".join(str(i) for i in index.categories) or "no category"
-            problems.append((unknown[0], "category_id", f"the id of one of the categories, {ids}"))
-        for number, name, allowed in problems:
-            annotation = index.read(index.annotation_spans[number])
-            raise self._error("annotation", number, annotation, name, allowed)
-        return index
+        return image_of
 
-    def _check_dict(self, unit: str, number: int, row: object) -> None:
-        if type(row) is not dict:
-            raise ValueError(
-                f"{self.path}: {unit} number {number + 1} is {str(row)[:80]}; allowed: an object "
-                "with fields."
-            )
+    def _problems_of_targets(self, index: AnnotationIndex) -> Iterator[tuple[int, Problem]]:
+        # Those of an annotation with images and categories, which may stand behind it in the file.
+        lost = np.flatnonzero((index.image_of < 0) & (index.kinds == TARGET))
+        for number in lost.tolist():
+            yield number, Problem("image_id", "the id of one of the images")
+        ids = ", ".join(str(i) for i in index.categories) or "no category"
+        for category_id, number in self._example_of.items():
+            if category_id not in self.categories:
+                yield number, Problem("category_id", f"the id of one of the categories, {ids}")
+        for number in self._far:
+            box = index.read(index.annotation_spans[number])["bbox"]
+            image = index.read(index.image_spans[index.image_of[number]])
+            problem = problem_of_distance(box, image)
+            if problem is not None:
+                yield number, problem
 
-    def _check_whole(
-        self, unit: str, number: int, row: dict, name: str, least: int | None = None
+    def _check(
+        self,
+        unit: str,
+        number: int,
+        piece: Piece,
+        find_problem: Callable[[dict], Problem | None],
     ) -> None:
-        value = row.get(name)
-        if not is_whole(value) or (least is not None and value < least):
-            allowed = "a whole number" if least is None else f"a whole number from {least} on"
-            raise self._error(unit, number, row, name, allowed)
+        if type(piece.value) is not dict:
+            value = short_repr.repr(json.loads(piece.raw))
+            raise ValueError(
+                f"{self.path}: {unit} number {number + 1} is {value}; allowed: a dict."
+            )
+        problem = find_problem(piece.value)
+        if problem is not None:
+            # Strings of piece.value may be garbled.
+            raise self._error(unit, number, json.loads(piece.raw), problem)
 
-    def _error(self, unit: str, number: int, row: dict, name: str, allowed: str) -> ValueError:
-        value = str(row[name])[:80] if name in row else "missing"
-        return ValueError(
-            f"{self.path}: {unit} number {number + 1} (id {row.get('id')}): {name!r} is {value}; "
-            f"allowed: {allowed}."
-        )
+    def _error(self, unit: str, number: int, row: dict, problem: Problem) -> ValueError:
+        field, allowed, value = problem
+        if value is None:
+            value = short_repr.repr(row[field]) if field in row else "missing"
+        where = self._where(unit, number, row)
+        return ValueError(f"{where}: {field!r} is {value}; allowed: {allowed}.")
 
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _has_mask(annotation: dict) -> bool:
-    # A segmentation of another kind is left to whoever wrote it.
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, list):
-        if not all(isinstance(x, list) for x in segmentation):
-            return True
-    elif not isinstance(segmentation, dict):
-        return segmentation is not None
-    return has_mask(annotation)
+    def _where(self, unit: str, number: int, row: dict) -> str:
+        name = f"id {short_repr.repr(row['id'])}" if "id" in row else "without an id"
+        return f"{self.path}: {unit} number {number + 1} ({name})"

@@ -4,12 +4,14 @@ What the processes of an unfinished run have done so far, on the disk, so that i
 A folder holds "plan.json", which says what the run is about, and one file for each process. Such a
 file has a line for each object and then one for its image; objects without the line of their image
 do not count. Each line begins with a checksum of the rest, so what a kill or a power failure left
-half written is found and cut off.
+half written is found and cut off. "ranking.sha256" tells the ranking that the run has written
+before it was interrupted from a file of somebody else.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from teacher_student_mask.engine import open_atomically
 
-__all__ = ["FinishedImage", "PartWriter", "Parts", "PartsError", "read_object"]
+__all__ = ["FinishedImage", "PartWriter", "Parts", "PartsError", "read_object", "sha256_of"]
 
 logger = logging.getLogger("teacher_student_mask")
 
@@ -49,6 +51,7 @@ class Parts:
     def __init__(self, folder: Path):
         self.folder = folder
         self._plan_file = folder / "plan.json"
+        self._ranking_file = folder / "ranking.sha256"
 
     def start(self, plan: Mapping[str, str]) -> None:
         """
@@ -116,6 +119,26 @@ class Parts:
                 for _, record, objects in _finished(stream):
                     yield FinishedImage(number, record, objects)
 
+    def claim_ranking(self, sha256: str) -> None:
+        """Say, before it takes its name, that a ranking with this content is of the run."""
+        with open_atomically(self._ranking_file) as f:
+            f.write(sha256)
+
+    def has_written(self, path: Path) -> bool:
+        """Whether a file is the ranking of the run, and nobody has changed it since."""
+        try:
+            return self._ranking_file.read_text(encoding="utf-8") == sha256_of(path)
+        except (OSError, ValueError):
+            return False
+
+    def restart(self) -> None:
+        """Throw away what has been done; the ranking is known to be of the run all the same."""
+        claim = self._ranking_file.read_bytes() if self._ranking_file.is_file() else None
+        self.remove()
+        if claim is not None:
+            self.folder.mkdir()
+            self._ranking_file.write_bytes(claim)
+
     def remove(self) -> None:
         """Remove the folder with all that is in it; nothing happens if it is not there."""
         if self.folder.is_dir():
@@ -155,6 +178,15 @@ class PartWriter:
         """
         self._stream.write(b"".join(_to_line(x) for x in (*objects, record)))
         self._stream.flush()
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Hexadecimal, of the content of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for data in iter(lambda: f.read(1 << 20), b""):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def read_object(stream: BinaryIO, offset: int) -> dict:

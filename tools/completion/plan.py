@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 
@@ -11,6 +10,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from completion.index import AnnotationIndex, read_categories
+from completion.parts import sha256_of
 from inference.setup import UsageError
 
 __all__ = ["check_classes", "make_plan"]
@@ -36,7 +36,7 @@ def make_plan(cfg: CfgNode, index: AnnotationIndex, choices: dict[str, object]) 
     return {
         "version": _VERSION,
         "annotations": f"sha256 {index.sha256}",
-        "weights": f"sha256 {_sha256_of(PathManager.get_local_path(cfg.MODEL.WEIGHTS))}",
+        "weights": f"sha256 {sha256_of(PathManager.get_local_path(cfg.MODEL.WEIGHTS))}",
         **{name: str(value) for name, value in choices.items()},
         "config": "\n".join(x for x in _lines(cfg) if not x.startswith(_WITHOUT_EFFECT)),
     }
@@ -87,11 +87,6 @@ def _names_of(dataset: str) -> list[str]:
         return []
     # DatasetCatalog.get would read all objects, too.
     return list(read_categories(path).values())
-
-
-def _sha256_of(path: str) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _lines(node: CfgNode, prefix: str = "") -> list[str]:

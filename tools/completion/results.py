@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from coco_json.splicing import JsonRows, splice
-from completion.index import HUMAN_MASK, MODEL_MASK, TARGET, AnnotationIndex
+from coco_json.splicing import JsonRows, Piece, splice
+from completion.entries import HUMAN_MASK, MODEL_MASK, TARGET
+from completion.index import AnnotationIndex
 from completion.parts import Parts, read_object
 from teacher_student_mask.engine import open_atomically
 
@@ -129,7 +130,7 @@ def write_completed(
         progress: called with the number of bytes that have been written since the last call.
 
     Raises:
-        ValueError: the input is not what it was when the run began; nothing is written.
+        ValueError: the input is not what it was when the run began; nothing is written. Names it.
         WriteError: the disk is full, ...; a file that was there before stays.
     """
     rows = JsonRows(index.path)
@@ -144,7 +145,7 @@ def write_completed(
                     stream = streams[results.part_of[number]]
                     record = read_object(stream, int(results.offset_of[number]))
                     if "problem" not in record:
-                        raw = splice(raw, _changes(record, piece.value))
+                        raw = _completed(index, record, piece)
                 number += 1
             f.write(raw)
             size += len(piece.raw)
@@ -154,7 +155,19 @@ def write_completed(
         if progress is not None:
             progress(size)
         if rows.sha256 != index.sha256:
-            raise ValueError(f"{index.path} was changed during the run; begin anew (--restart).")
+            raise _changed(index)
+
+
+def _completed(index: AnnotationIndex, record: dict, piece: Piece) -> bytes:
+    # What the index has found to be an object is one, unless the file is another one now.
+    try:
+        return splice(piece.raw, _changes(record, piece.value))
+    except (TypeError, ValueError) as error:
+        raise _changed(index) from error
+
+
+def _changed(index: AnnotationIndex) -> ValueError:
+    return ValueError(f"{index.path} was changed during the run; begin anew (--restart).")
 
 
 def _changes(record: dict, annotation: dict) -> dict:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from completion.images import complete_image, load_images
-from completion.index import AnnotationIndex, index_annotations
+from completion.index import index_annotations
 from completion.parts import Parts, PartWriter
 from completion.plan import check_classes, make_plan
 from completion.ranking import write_ranking
@@ -156,7 +156,7 @@ class CompletionRun:
                 "far from the truth, and the mean of both then is, too. Look at pictures of both "
                 "(--masks-of teacher, --masks-of student) before these masks are used."
             )
-        _print_broken(self.index, results)
+        _print_broken(results)
         if args.rank is not None:
             print(f"Ranking of {num_objects} objects: {args.rank}")
         print(f"Completed, masks of {self.masks_of}: {args.output}", flush=True)
@@ -167,9 +167,8 @@ class CompletionRun:
         return tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=disable)
 
 
-def _print_broken(index: AnnotationIndex, results: Results) -> None:
+def _print_broken(results: Results) -> None:
     if results.broken:
         print(f"{len(results.broken)} images were left out:")
-    for number, problem in sorted(results.broken.items()):
-        image = index.read(index.image_spans[number])
-        print(f"  {image['file_name']} (image id {image['id']}): {problem}")
+    for _, problem in sorted(results.broken.items()):
+        print(f"  {problem}")

@@ -1,5 +1,6 @@
 """tools/coco_json/splicing.py on generated json texts, against the standard library's reader."""
 
+import codecs
 import hashlib
 import json
 
@@ -51,13 +52,16 @@ def rows_of(path, chunk):
 
 
 @settings(max_examples=30, deadline=None)
-@given(text=documents, chunk=st.integers(1, 40))
-def test_pieces_are_the_file_and_rows_are_those_of_the_json_module(tmp_path_factory, text, chunk):
+@given(text=documents, chunk=st.integers(1, 40), mark=st.sampled_from([b"", codecs.BOM_UTF8]))
+def test_pieces_are_the_file_and_rows_are_those_of_the_json_module(
+    tmp_path_factory, text, chunk, mark
+):
+    """But for a byte order mark. Bug: a file that had one was no json object in UTF-8."""
     path = tmp_path_factory.getbasetemp() / "generated.json"
-    data = text.encode("utf-8")
+    data = mark + text.encode("utf-8")
     path.write_bytes(data)
     pieces, sha256 = rows_of(path, chunk)
-    assert b"".join(x.raw for x in pieces) == data
+    assert b"".join(x.raw for x in pieces) == data.removeprefix(mark)
     assert sha256 == hashlib.sha256(data).hexdigest()
     expected = [
         repr(row) for value in json.loads(text).values() if type(value) is list for row in value
@@ -108,12 +112,14 @@ def test_new_members_look_like_the_old_ones():
         (b'{"a": 1} x', "text behind"),
         (b"[]", "byte 0: found '\\['; allowed: {"),
         (b"", "the end of the file"),
-        (b'\xef\xbb\xbf{"a": 1}', "byte 0"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}', "byte 3"),
+        (b"\xef\xbb\xbf", "byte 3: found the end of the file"),
         (b'{"a": 1, "a": 2}', "'a' stands twice"),
         (b'{"a": "\xff"}', "no UTF-8"),
         (b'{"a": "\xc3', "no UTF-8"),
         (b'{"a": ' + b"[" * 10**5, "too deep|too many|recursion"),
         (b"{1: 2}", "byte 1"),
+        (b'{"a": [' + b"1" * 4301 + b"]}", "byte 7: .*whole number of more than 4300 digits"),
     ],
 )
 def test_what_is_no_json_is_refused_with_its_place(tmp_path, content, problem):
@@ -122,6 +128,16 @@ def test_what_is_no_json_is_refused_with_its_place(tmp_path, content, problem):
     with pytest.raises(ValueError, match=problem) as error:
         list(JsonRows(path))
     assert str(path) in str(error.value)
+
+
+def test_what_stands_at_the_top_is_known(tmp_path):
+    path = tmp_path / "top.json"
+    path.write_text('{"a": [], "b": [1], "c": null, "d": {"e": [2]}, "f": "g"}')
+    rows = JsonRows(path)
+    for _ in range(2):
+        assert [x.value for x in rows if x.key] == [1]
+        assert rows.lists == {"a", "b"}
+        assert rows.no_lists == {"c": "None", "d": "{'e': [2]}", "f": "'g'"}
 
 
 @pytest.mark.parametrize("number", ["1.0e+2", "-0.5E-3", "12345", "-Infinity", "1e5"])

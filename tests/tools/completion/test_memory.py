@@ -16,7 +16,8 @@ NUM_IMAGES, OBJECTS = 10_000, 8
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from completion.index import TARGET, index_annotations
+from completion.entries import TARGET
+from completion.index import index_annotations
 from completion.parts import Parts, PartWriter
 from completion.ranking import write_ranking
 from completion.results import collect_results, write_completed
