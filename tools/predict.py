@@ -35,6 +35,7 @@ from inference.setup import (
 )
 from inference.webcam import Camera, LiveView, open_window
 from pages.contact_sheet import THUMBNAILS, ContactSheet
+from teacher_student_mask.checks.annotation_report import printable
 
 logger = logging.getLogger("teacher_student_mask")
 
@@ -192,8 +193,8 @@ class Runner:
                 try:
                     self._run(source, progress)
                 except SourceError as error:
-                    self.failures.append(str(error))
-                    logger.error(f"Failed: {error}")
+                    self.failures.append(printable(str(error)))
+                    logger.error(f"Failed: {self.failures[-1]}")
                 # What could not be read is done, too.
                 progress.update(max(0, end - progress.n))
 

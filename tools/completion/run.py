@@ -28,6 +28,7 @@ from completion.results import (
 )
 from inference.setup import UsageError
 from teacher_student_mask.analysis.trained_model import load_model
+from teacher_student_mask.checks.annotation_report import printable
 
 __all__ = ["CompletionRun", "parts_of"]
 
@@ -137,7 +138,7 @@ class CompletionRun:
                 f"{problem} What is finished is kept, and the same command goes on; "
                 "--skip-broken-images leaves such images out."
             )
-        logger.warning(f"Left out: {problem}")
+        logger.warning(f"Left out: {printable(problem)}")
 
     def _write(self) -> None:
         args = self.args

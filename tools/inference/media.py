@@ -210,8 +210,7 @@ def _check_name_of_video(path: Path) -> None:
     # OpenCV crashes on them.
     if not _is_utf8(path):
         raise SourceError(
-            f"{str(path).encode('utf-8', 'backslashreplace').decode()}: the name of a video must "
-            "be UTF-8, which this one is not; rename the file."
+            f"{path}: the name of a video must be UTF-8, which this one is not; rename the file."
         )
 
 

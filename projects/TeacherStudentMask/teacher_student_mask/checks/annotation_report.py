@@ -17,6 +17,7 @@ __all__ = [
     "AnnotationReport",
     "ClassCounts",
     "Finding",
+    "printable",
     "short_repr",
 ]
 
@@ -29,6 +30,11 @@ EMPTY, ONLY_CROWDS, NO_MASK = "empty", "nothing but crowds", "classes without an
 
 short_repr = reprlib.Repr()
 short_repr.maxstring = short_repr.maxother = 60
+
+
+def printable(text: str) -> str:
+    """A text for logs: names of files may hold bytes that are no UTF-8, which no log takes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,7 @@ class Finding:
         names = ", ".join(name for name, _ in self.examples)
         more = ", ..." if self.count > len(self.examples) else ""
         others = f" ({self.count} in all: {names}{more})" if self.count > 1 else ""
-        text = f"{where}{self.field!r} is {value}; {self.remedy}{others}."
-        # File names may hold bytes that are no UTF-8, which no log takes.
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+        return printable(f"{where}{self.field!r} is {value}; {self.remedy}{others}.")
 
 
 @dataclass
