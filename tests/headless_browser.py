@@ -2,8 +2,12 @@
 
 import contextlib
 import shutil
+import time
 
 import pytest
+
+# For slow machines; costs nothing on others.
+PATIENCE = 120  # seconds
 
 
 @contextlib.contextmanager
@@ -15,7 +19,9 @@ def launch_chromium():
     if executable is None:
         pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        browser = p.chromium.launch(
+            executable_path=executable, args=["--no-sandbox"], timeout=1000 * PATIENCE
+        )
         yield browser
         browser.close()
 
@@ -30,8 +36,17 @@ def open_page(path):
         page.on("pageerror", lambda x: problems.append(str(x)))
         page.on("dialog", lambda x: problems.append(x.message) or x.dismiss())
         page.on("request", lambda x: requests.append(x.url))
+        page.set_default_timeout(1000 * PATIENCE)
         page.goto(path.as_uri())
-        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        page.wait_for_selector("html[data-ready]")
         yield page
     assert problems == []
     assert all(x.startswith(("file:", "data:")) for x in requests)
+
+
+def wait_until(page, expression, seconds=PATIENCE):
+    """As page.wait_for_function, which the Content-Security-Policy of a page may forbid."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"not within {seconds} s: {expression}"
+        page.wait_for_timeout(20)

@@ -13,7 +13,8 @@ new interpreter. The plan has "config_file", "dataset" (name, json_file, image_r
 
 A run is killed ``delay`` seconds after it told of an event for the ``count``-th time: "start" (of
 the process), "step", "checkpoint" (half of a checkpoint file is written, and the child waits for
-the kill), "evaluation". The result has one entry for each run: how
+the kill), "evaluation". From that moment on it begins no further step, so that a fast machine does
+not get further than a slow one. The result has one entry for each run: how
 it ended, the events it told of, and the checkpoints that could be read afterwards.
 """
 
@@ -24,6 +25,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,17 +41,26 @@ EVENTS = {b"b": "start", b"s": "step", b"c": "checkpoint", b"e": "evaluation"}
 LONGEST_RUN = 120  # seconds
 
 
-def tell_events(pipe: int, last_checkpoint: int | None) -> None:
+def tell_events(pipe: int, kill: dict | None) -> Callable[[bytes], None]:
     """Wrap what train_net.py calls, in this process, so that it tells where it is."""
-    numbers = []
+    told = []
     step, test, save = train_net.Trainer.run_step, train_net.Trainer.test.__func__, torch.save
 
+    def tell(letter):
+        told.append(EVENTS[letter])
+        os.write(pipe, letter)
+
+    def is_to_be_killed():
+        return kill is not None and told.count(kill["event"]) >= kill["count"]
+
     def run_step(self):
-        os.write(pipe, b"s")
+        if is_to_be_killed():
+            time.sleep(LONGEST_RUN)  # here the kill comes
+        tell(b"s")
         step(self)
 
     def evaluate(cls, *args, **kwargs):
-        os.write(pipe, b"e")
+        tell(b"e")
         return test(cls, *args, **kwargs)
 
     def save_in_halves(data, file):
@@ -60,16 +71,16 @@ def tell_events(pipe: int, last_checkpoint: int | None) -> None:
         content = buffer.getbuffer()
         file.write(content[: len(content) // 2])
         file.flush()
-        os.write(pipe, b"c")
-        numbers.append(len(numbers) + 1)
-        if numbers[-1] == last_checkpoint:
-            time.sleep(LONGEST_RUN)  # here the kill comes
+        tell(b"c")
+        if is_to_be_killed():
+            time.sleep(LONGEST_RUN)
         file.write(content[len(content) // 2 :])
 
     train_net.Trainer.run_step = run_step
     train_net.Trainer.test = classmethod(evaluate)
-    if last_checkpoint is not None:
+    if kill is not None and kill["event"] == "checkpoint":
         torch.save = save_in_halves
+    return tell
 
 
 def train(plan: dict, run: dict, pipe: int) -> None:
@@ -77,10 +88,9 @@ def train(plan: dict, run: dict, pipe: int) -> None:
     with open(plan["output"] + ".log", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    kill = run["kill"] or {"event": None}
     defaults.collect_env_info = lambda: "(left out)"  # it runs compilers to ask for their versions
-    tell_events(pipe, kill["count"] if kill["event"] == "checkpoint" else None)
-    os.write(pipe, b"b")
+    tell = tell_events(pipe, run["kill"])
+    tell(b"b")
     arguments = ["--resume", "--config-file", plan["config_file"], "OUTPUT_DIR", plan["output"]]
     train_net.main(default_argument_parser().parse_args([*arguments, *map(str, run["opts"])]))
     if run["kill"] is not None:

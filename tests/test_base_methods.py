@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import narrow_hourglass  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -32,19 +33,8 @@ from teacher_student_mask import (
 from teacher_student_mask.modeling import (
     PSEUDO_MASK_METHODS,
     ROI_MASK_PRIOR_REGISTRY,
-    HourglassMaskHead,
 )
 from teacher_student_mask.structures import SparseMasks
-
-
-@ROI_MASK_HEAD_REGISTRY.register()
-class NarrowHourglassMaskHead(HourglassMaskHead):
-    """An eighth of the width: hourglass-52 has 23 million weights, which some tests keep often."""
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        return {**super().from_config(cfg, input_shape), "width": 8}
-
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPMASK = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]

@@ -1,9 +1,7 @@
 """The page of a report in a browser: it draws, sorts, copies, fits a phone, and runs no input."""
 
-import time
-
 import pytest
-from headless_browser import launch_chromium
+from headless_browser import PATIENCE, launch_chromium, wait_until
 from report_example import HOSTILE, SEEN, example_analysis, write_photos
 
 from teacher_student_mask.analysis.report import write_report
@@ -64,17 +62,10 @@ def open_page(browser, report, **options):
     options = {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", **options}
     page = browser.new_context(**options).new_page()
     page.events = Events(page)
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(report)
-    page.wait_for_selector("html[data-ready]", timeout=30_000)
+    page.wait_for_selector("html[data-ready]")
     return page
-
-
-def wait_until(page, expression, seconds=10):
-    """As page.wait_for_function, which the Content-Security-Policy of the page forbids."""
-    end = time.monotonic() + seconds
-    while not page.evaluate(expression):
-        assert time.monotonic() < end, f"not within {seconds} s: {expression}"
-        page.wait_for_timeout(20)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +250,7 @@ def test_theme_is_the_systems_until_the_button_is_pressed(browser, report):
     assert legend[1] == "constructor"
     # The choice is kept.
     page.reload()
-    page.wait_for_selector("html[data-ready]", timeout=30_000)
+    page.wait_for_selector("html[data-ready]")
     assert shows(page, "dark")
     page.locator("#theme").click()
     assert shows(page, "light")

@@ -149,7 +149,7 @@ def test_a_file_is_read_once_and_then_by_the_loader(make_tiny_coco, monkeypatch)
 def test_a_file_that_has_changed_is_checked_again(make_tiny_coco):
     dataset = make_tiny_coco(complete)
     check_datasets((dataset.name,), (), SEEN)
-    dataset.data["annotations"][0]["bbox"][2] = -100
+    dataset.data["annotations"][0]["bbox"][2] = -100.25
     Path(dataset.json_file).write_text(json.dumps(dataset.data))
     with pytest.raises(ValueError, match="annotation 101: 'bbox'"):
         load_partial_coco_json(dataset.json_file, dataset.image_root)

@@ -1,6 +1,7 @@
 """Tests of the set-up program: no network, nothing installed, every outside fact injected."""
 
 import csv
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -50,7 +51,11 @@ def make_sdist(folder, changes=None):
     """Writes a small source distribution; `changes` replaces files, None removes one."""
     files = {**PACKAGE_FILES, **(changes or {})}
     path = folder / "pb1-detectron2-0.6.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
+    # Without the time of day, which the gzip module writes otherwise.
+    with (
+        gzip.GzipFile(path, "wb", mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w") as archive,
+    ):
         for name, text in files.items():
             if text is not None:
                 entry = tarfile.TarInfo(f"pb1-detectron2-0.6/{name}")

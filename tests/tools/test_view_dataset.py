@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from headless_browser import open_page
+from headless_browser import open_page, wait_until
 from PIL import Image
 
 import view_dataset
@@ -217,6 +217,8 @@ def test_in_a_browser(make_tiny_coco, view, tmp_path):
         # The middle of the lower edge of a triangle is inside of it.
         shape = page.locator('#gallery [data-tip*="annotation 112"] .fill')
         shape.scroll_into_view_if_needed()
+        # The page hears of scrolling with its next frame, and hides the tooltip then.
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => done()))")
         box = shape.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 0.9 * box["height"])
         assert tooltip.is_visible()
@@ -258,9 +260,8 @@ def test_in_a_browser(make_tiny_coco, view, tmp_path):
         page.fill("#minimum", "0")
         for picture in page.locator("img").all():
             picture.scroll_into_view_if_needed()
-        page.wait_for_timeout(300)
-        sizes = page.eval_on_selector_all("img", "x => x.map(i => i.naturalWidth)")
-        assert len(sizes) > 4 and all(x > 0 for x in sizes)
+        wait_until(page, "[...document.images].every(x => x.naturalWidth > 0)")
+        assert page.locator("img").count() > 4
         assert page.locator("img[onerror]").count() == 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Instances
-from headless_browser import open_page
+from headless_browser import open_page, wait_until
 
 from pages.contact_sheet import ContactSheet
 
@@ -99,7 +99,7 @@ def test_sorting_and_filtering(tmp_path):
         page.fill("#minimum", "0")
         page.select_option("#class", "")
         page.check("#empty")
-        page.wait_for_timeout(300)
+        wait_until(page, "[...document.images].every(x => x.naturalWidth > 0)")
         sizes = page.eval_on_selector_all("#gallery img", "x => x.map(i => i.naturalWidth)")
         assert sizes == [60] * 4
         assert page.locator("img[onerror]").count() == 0

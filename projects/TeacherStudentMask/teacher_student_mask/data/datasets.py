@@ -154,7 +154,8 @@ def _state_of(json_file: str) -> tuple | None:
         stat = os.stat(json_file)
     except OSError:
         return None
-    return os.path.realpath(json_file), stat.st_mtime_ns, stat.st_size
+    # Coarse clocks give two versions of a file one time; a replaced one has another number.
+    return os.path.realpath(json_file), stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _read_object(annotation: dict, contiguous_ids: dict[int, int]) -> dict:
