@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -118,12 +117,12 @@ def load_student(args: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
     return cfg, model
 
 
-def check_free(output_dir: Path, names: Iterable[str]) -> None:
+def check_free(output_dir: Path) -> None:
     """
     Raises:
-        UsageError: the folder has a file of these names, and no export has written it.
+        UsageError: the folder has one of FILES, and no export has written it.
     """
-    taken = [name for name in sorted(names) if (output_dir / name).exists()]
+    taken = [name for name in FILES if (output_dir / name).exists()]
     if taken and not (output_dir / DEPLOYMENT).exists():
         raise UsageError(
             f"--output-dir {output_dir} holds {', '.join(taken)}, which no export has written (the "
@@ -137,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     files, rows = {}, []
     try:
         # Before minutes of tracing, and with the names of all formats.
-        check_free(args.output_dir, FILES)
+        check_free(args.output_dir)
         if "onnx" in args.formats and (missing := missing_onnx_package()):
             raise UsageError(
                 f"--formats onnx needs the package {missing}, which is not installed: "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from teacher_student_mask.checks.image_checks import DEEP_MODES
+from teacher_student_mask.checks.image_checks import DEEP_MODES, TRANSPOSED, orientation_of
 from teacher_student_mask.checks.reading import paused_gc
 
 __all__ = [
@@ -23,9 +23,6 @@ __all__ = [
     "read_json",
     "read_text",
 ]
-
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)
 
 # What stands before the EXIF or XMP of a PNG.
 _PNG_METADATA = re.compile(rb"eXIf|Raw profile type|XML:com\.adobe\.xmp")
@@ -50,7 +47,7 @@ class ImageHeader:
     @property
     def stored_size(self) -> tuple[int, int]:
         """Width and height for programs that do not look at EXIF."""
-        return self.size[::-1] if self.orientation in _TRANSPOSED else self.size
+        return self.size[::-1] if self.orientation in TRANSPOSED else self.size
 
 
 def read_header(path: Path, where: str) -> ImageHeader:
@@ -78,7 +75,7 @@ def read_header(path: Path, where: str) -> ImageHeader:
             f"{where}: its image {path} is in PIL's mode {mode!r}; allowed: 8 bits a channel, as "
             "training would cut all values above 255; convert the image."
         )
-    return ImageHeader(path, size[::-1] if orientation in _TRANSPOSED else size, orientation)
+    return ImageHeader(path, size[::-1] if orientation in TRANSPOSED else size, orientation)
 
 
 def _orientation_of(image: Image.Image, path: Path) -> object:
@@ -87,10 +84,7 @@ def _orientation_of(image: Image.Image, path: Path) -> object:
     if image.format == "PNG" and "exif" not in image.info:
         if not _PNG_METADATA.search(path.read_bytes()):
             return None
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # broken metadata; Detectron2 reads such an image without them, too
-        return None
+    return orientation_of(image)
 
 
 def check_declared_size(

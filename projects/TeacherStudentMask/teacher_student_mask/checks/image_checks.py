@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEEP_MODES",
+    "TRANSPOSED",
     "check_image_entries",
     "check_image_file",
     "check_image_files",
+    "orientation_of",
 ]
 
 _EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)
+# Orientations that swap width and height.
+TRANSPOSED = (5, 6, 7, 8)
 
 # What PIL, and with it the training, makes of a pixel above 255 in these.
 DEEP_MODES = ("I", "F")
@@ -207,12 +210,12 @@ def check_image_file(path: str, height: object, width: object) -> list[tuple[str
             with Image.open(path) as image:
                 image.load()
                 mode, size = image.mode, (image.height, image.width)
-                orientation = _orientation_of(image)
+                orientation = orientation_of(image)
     # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         return [("unreadable", f"{name}, which cannot be read ({error})")]
     problems = []
-    turned = size[::-1] if orientation in _TRANSPOSED else size
+    turned = size[::-1] if orientation in TRANSPOSED else size
     # What is no size has been told already.
     is_size = all(is_whole(x) and x > 0 for x in (height, width))
     if is_size and turned != (height, width):
@@ -228,7 +231,8 @@ def check_image_file(path: str, height: object, width: object) -> list[tuple[str
     return problems
 
 
-def _orientation_of(image: Image.Image) -> object:
+def orientation_of(image: Image.Image) -> object:
+    """EXIF's orientation of an open image, 1 to 8 where it is sound; None: it has none."""
     try:
         return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # broken metadata; Detectron2 reads such an image without them, too
