@@ -136,14 +136,16 @@ def compare_training(models: dict[str, nn.Module], cfg: CfgNode, args: argparse.
         model.proposal_generator = WithProposalsAroundObjects(
             model.proposal_generator, args.foreground
         )
-    steps = {name: on_next(step, [(x, b) for b in batches]) for name, x in models.items()}
+    steps = {name: on_next(step, [(x, b, args.amp) for b in batches]) for name, x in models.items()}
     madds = {name: [count_madds(x) for _ in batches] for name, x in steps.items()}
     peaks = {
-        name: max(peak_memory(functools.partial(step, model, b), args.device) for b in batches)
+        name: max(
+            peak_memory(functools.partial(step, model, b, args.amp), args.device) for b in batches
+        )
         for name, model in models.items()
     }
     seconds = time_in_turns(steps, args.rounds * len(batches))
-    print("\nTraining step")
+    print(f"\nTraining step{', mixed precision' if args.amp else ''}")
     print_ratios(seconds, BASELINE)
     print_costs(madds, peaks)
     for name, model in models.items():

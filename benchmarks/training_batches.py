@@ -21,13 +21,19 @@ from teacher_student_mask import TeacherStudentDatasetMapper
 def add_batch_arguments(
     parser: argparse.ArgumentParser, *, batches: int, batch_size: int, size: int
 ) -> None:
-    """Add the arguments of :func:`read_batches`, with these defaults, and --foreground."""
+    """Add the arguments of :func:`read_batches`, with these defaults, --foreground and --amp."""
     add = parser.add_argument
     add("--dataset", default="coco_2017_val", help="synthetic if it is not there")
     add("--batches", type=int, default=batches)
     add("--batch-size", type=int, default=batch_size, help="images")
     add("--size", type=int, default=size, help="short side of the images")
     add("--foreground", type=int, default=64, help="proposals added per image")
+    add(
+        "--amp",
+        action="store_true",
+        help="train under autocast, as SOLVER.AMP.ENABLED does: float16 on a GPU, bfloat16 on a "
+        "CPU (without its gradient scaler, which is the optimizer's)",
+    )
 
 
 def read_batches(
@@ -93,11 +99,13 @@ class WithProposalsAroundObjects(nn.Module):
         return Instances.cat([proposals, added])
 
 
-def step(model: nn.Module, batch: list[dict]) -> None:
-    """Forward and backward, with the same proposals drawn each time."""
+def step(model: nn.Module, batch: list[dict], amp: bool = False) -> None:
+    """Forward and backward, with the same proposals drawn each time; amp: forward in autocast."""
     torch.manual_seed(0)
     with EventStorage():
-        sum(model(batch).values()).backward()
+        with torch.autocast(model.device.type, enabled=amp):
+            losses = model(batch)
+        sum(losses.values()).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -76,17 +76,17 @@ def main(argv: list[str] | None = None) -> int:
     batches, source = read_batches(cfg, args.dataset, args.batches, args.batch_size, args.size)
     print(source)
     models = build_models(cfg, args, batches[0])
-    steps = {name: on_next(step, [(x, b) for b in batches]) for name, x in models.items()}
+    steps = {name: on_next(step, [(x, b, args.amp) for b in batches]) for name, x in models.items()}
     madds = {name: [count_madds(x) for _ in batches] for name, x in steps.items()}
     mask_inputs = {name: [mask_inputs_of(x, b) for b in batches] for name, x in models.items()}
     print_rois(mask_inputs[BASELINE], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     seconds = time_in_turns(steps, args.rounds * len(batches))
-    print("\nTraining step")
+    print(f"\nTraining step{', mixed precision' if args.amp else ''}")
     print_ratios(seconds, BASELINE)
     print_madds(madds, seconds, BASELINE)
     if args.mask_branch:
         masks = {
-            name: on_next(mask_step, [(models[name], *x) for x in inputs])
+            name: on_next(mask_step, [(models[name], *x, args.amp) for x in inputs])
             for name, inputs in mask_inputs.items()
         }
         madds = {name: [count_madds(x) for _ in batches] for name, x in masks.items()}
@@ -142,12 +142,15 @@ def build_models(
     return models
 
 
-def mask_step(model: nn.Module, features: dict, instances: list[Instances]) -> None:
+def mask_step(
+    model: nn.Module, features: dict, instances: list[Instances], amp: bool = False
+) -> None:
     """Forward and backward of the mask branch alone."""
     heads = model.roi_heads
     leaves = {name: features[name].detach().requires_grad_() for name in heads.mask_in_features}
     with EventStorage():
-        losses = heads._forward_mask({**features, **leaves}, instances)
+        with torch.autocast(model.device.type, enabled=amp):
+            losses = heads._forward_mask({**features, **leaves}, instances)
         sum(losses.values()).backward()
     model.zero_grad(set_to_none=True)
 
@@ -207,7 +210,7 @@ def profile(program: Callable, device: str) -> str:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         program()
-    sort_by = "self_cuda_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    sort_by = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=sort_by, row_limit=25)
 
 
