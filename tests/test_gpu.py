@@ -21,8 +21,8 @@ NO_SAMPLING = [
 ]
 # What still draws at random: the pixels that ContrastMask compares.
 DRAWN_LOSSES = {"loss_mask_contrast"}
-# A cell whose centre lies on a mask's edge changes sides with the last bit of its ROI. Dice shows it
-# here: 1e-6 of a pixel is 0.11 % of the loss, on the CPU as between CPU and GPU.
+# A cell whose centre lies on an edge of a mask changes sides with the last bit of its ROI, and Dice
+# shows it: 1e-6 of a pixel is 0.11 % of the loss, on the CPU as between CPU and GPU.
 TOLERANCE, DICE_TOLERANCE = 1e-3, 5e-3
 BOXES = torch.tensor([[4.0, 4, 30, 30], [20, 20, 50, 56], [0, 0, 64, 64]])
 CLASSES = torch.tensor([2, 0, 1])
