@@ -69,7 +69,8 @@ METHODS = (
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.manual_seed(0)
-    cfgs = {name: make_method_cfg(name, args) for name in dict.fromkeys([BASELINE, *args.methods])}
+    names = dict.fromkeys([BASELINE, *args.methods])
+    cfgs = {label_of(name): make_method_cfg(name, args) for name in names}
     images, source = read_images(args.images, args.num_images)
     print(source)
     inputs = [[as_input(image, args.size)] for image in images]
@@ -104,6 +105,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE overrides of the configs")
     return parser.parse_args(argv)
+
+
+def label_of(name: str) -> str:
+    """What the tables call a config: nobody should take CPMask's reconstruction for CPMask."""
+    return f"{name} (reconstruction)" if name.startswith("cpmask") else name
 
 
 def make_method_cfg(name: str, args: argparse.Namespace) -> CfgNode:

@@ -31,6 +31,8 @@ R_50_ALONE = {
     for x in ("none", "threshold", "crf", "box_fit", "high_res_teacher", "deep_teacher")
     + ("deep_teacher_gt_boxes",)
 }
+# Sections of the project's README, and the configs whose results they have.
+RESULTS = [("Results on COCO", ("voc2nonvoc", "nonvoc2voc")), ("Results on shapes", ("shapes",))]
 # Read as a whole; see the tests that each key arrives.
 NODES_READ_AS_A_WHOLE = ("MODEL.TEACHER_MASK_HEAD.", "MODEL.PSEUDO_MASK.CRF.")
 
@@ -161,6 +163,25 @@ def test_a_reconstruction_is_called_one():
     assert len(paths) == 10
     for path in paths:
         assert "reconstruction" in path.read_text().split("_BASE_:")[0], name_of(path)
+
+
+def expand_braces(text):
+    """As a shell does: "a{b,c}" is ["ab", "ac"]."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if match is None:
+        return [text]
+    before, after = text[: match.start()], text[match.end() :]
+    return [x for y in match[1].split(",") for x in expand_braces(before + y + after)]
+
+
+@pytest.mark.parametrize("section, folders", RESULTS)
+def test_every_config_has_a_row_in_the_results(section, folders):
+    text = (REPOSITORY / "projects/TeacherStudentMask/README.md").read_text()
+    tables = re.search(rf"^## {section}\n(.*?)(^## |\Z)", text, re.M | re.S)[1]
+    rows = [line for line in tables.splitlines() if line.startswith("|")]
+    named = {x for row in rows for code in re.findall("`(.*?)`", row) for x in expand_braces(code)}
+    stems = {path.stem for path in LEAVES if path.parent.name in folders}
+    assert len(stems) > 20 and stems - named == set()
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=name_of)

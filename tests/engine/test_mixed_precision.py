@@ -5,23 +5,28 @@ import json
 import pytest
 import test_train_net
 import torch
-from test_base_methods import METHODS, OPMASK, OURS, batch_of, build, step
+from test_base_methods import EVERY_METHOD, METHODS, OPMASK, OURS, batch_of, build, step
 
 from teacher_student_mask.engine import check_mixed_precision
 from teacher_student_mask.modeling import TeacherStudentROIHeads
 
 run_tiny = test_train_net.run  # the fixture
 
-ALL = {**METHODS, "opmask + crf": [*OURS, *OPMASK, "MODEL.PSEUDO_MASK.METHOD", "crf"]}
+DEEPEST = "hourglass-52, narrow"
+ALL = {
+    **METHODS,
+    "opmask + crf": [*OURS, *OPMASK, "MODEL.PSEUDO_MASK.METHOD", "crf"],
+    DEEPEST: EVERY_METHOD[DEEPEST],
+}
 QUICK = ("opmask + crf", "opmask + boxinst + ours")
 every_method = pytest.mark.parametrize(
     "method", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ALL]
 )
 # bfloat16 has 8 bits: one rounding is up to 0.4 %. Measured: losses up to 0.9 %, masks up to 2.8 %.
 LOSS_TOLERANCE = 0.02
-# The class activation map stretches what few channels say to [0, 1], their rounding with it.
-# Measured: losses up to 2.4 %.
-LOSS_TOLERANCE_OF_MAPS = 0.04
+# The class activation map stretches what few channels say to [0, 1], their rounding with it; and
+# 52 layers round 52 times. Measured: losses up to 2.4 % and 2.2 %.
+LARGE_LOSS_TOLERANCE = 0.04
 MASK_TOLERANCE = 0.04
 LOW = {"cpu": torch.bfloat16, "cuda": torch.float16}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a CUDA GPU")
@@ -65,8 +70,9 @@ def check_agreement(cfg, dataset):
     with torch.autocast(cfg.MODEL.DEVICE, dtype=LOW[cfg.MODEL.DEVICE]):
         losses = step(model, batch)
     assert losses.keys() == expected.keys()
-    has_maps = cfg.MODEL.ROI_MASK_PRIOR.NAME == "ContrastivePrior"
-    tolerance = LOSS_TOLERANCE_OF_MAPS if has_maps else LOSS_TOLERANCE
+    names = cfg.MODEL.ROI_MASK_PRIOR.NAME, cfg.MODEL.ROI_MASK_HEAD.NAME
+    rounds_more = {"ContrastivePrior", "NarrowHourglassMaskHead"} & {*names}
+    tolerance = LARGE_LOSS_TOLERANCE if rounds_more else LOSS_TOLERANCE
     for name, loss in losses.items():
         assert loss.dtype == torch.float32, name
         assert loss.item() == pytest.approx(expected[name].item(), rel=tolerance), name
