@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import pycocotools.mask as mask_util
+import numpy as np
 from pycocotools.coco import COCO
 
 from inference.setup import UsageError
 from teacher_student_mask.checks import AnnotationReport, check_annotations
-from teacher_student_mask.checks.mask_measures import has_mask, valid_polygons
+from teacher_student_mask.checks.mask_measures import has_mask, have_pixels, valid_polygons
 from teacher_student_mask.checks.reading import read_json
 from teacher_student_mask.class_splits import AUTO, resolve_seen_classes
 from teacher_student_mask.data.seen_classes import ClassCount, choose_seen_classes
@@ -42,7 +42,7 @@ class AnnotatedObject:
         kind: key of KINDS.
         box: XYWH in pixels.
         polygons: of the mask, [x, y, x, y, ...] in pixels; empty where the json has none or an RLE.
-        rle: the mask, compressed; None without a pixel.
+        rle: the mask, compressed; None where there is none.
         overlap: O of Eq. (1), in [0, 1]; None of crowds, or where it was not asked for.
         is_lower_bound: the overlap may be larger: a box of another object without a mask reaches
             into this one's box, and what that object covers is not known.
@@ -100,8 +100,18 @@ class AnnotatedImages:
         self.annotations: dict[int, list[dict]] = defaultdict(list)
         for annotation in data["annotations"]:
             self.annotations[annotation["image_id"]].append(annotation)
+        self._forget_empty_masks(data["annotations"])
         if seen_classes is not None:
             self.seen = self._resolve_seen(seen_classes, min_masks)
+
+    def _forget_empty_masks(self, annotations: list[dict]) -> None:
+        # As in training, an object whose mask covers nothing of the image is one without a mask.
+        images = [self._image[x["image_id"]] for x in annotations]
+        sizes = np.array([(x["height"], x["width"]) for x in images], dtype=float).reshape(-1, 2)
+        is_mask = have_pixels([x.get("segmentation") for x in annotations], sizes)
+        for annotation, covers in zip(annotations, is_mask.tolist()):
+            if not covers:
+                annotation.pop("segmentation", None)
 
     def _resolve_seen(self, seen_classes: str, min_masks: int) -> set[int]:
         try:
@@ -163,13 +173,12 @@ class AnnotatedImages:
         for k, row in enumerate(rows, start=1):
             neighbours = self.annotations[row["image_id"]] if k in overlaps else []
             polygons, rle = _mask_of(coco, coco.anns[k])
-            kind = self.kind_of(row)
             objects[row["image_id"]].append(
                 AnnotatedObject(
                     annotation_id=row.get("id", "-"),
                     image_id=row["image_id"],
                     class_index=self.class_of(row),
-                    kind="box" if rle is None and kind != "crowd" else kind,
+                    kind=self.kind_of(row),
                     box=tuple(float(x) for x in row["bbox"]),
                     polygons=polygons,
                     rle=rle,
@@ -198,8 +207,6 @@ def _mask_of(coco: COCO, annotation: dict) -> tuple[tuple, dict | None]:
         segmentation = valid_polygons(segmentation)
         polygons = tuple(tuple(x) for x in segmentation)
     rle = coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
-    if mask_util.area(rle) == 0:
-        return (), None
     return polygons, rle
 
 

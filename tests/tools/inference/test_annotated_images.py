@@ -126,6 +126,25 @@ def test_counts_and_auto(write):
         AnnotatedImages(path, "auto", min_masks=4)
 
 
+def test_masks_that_cover_nothing_are_none_as_in_training(write):
+    """Bug: "auto" counted them, so a class could be seen here and unseen in training."""
+    outside = {"segmentation": square(40, 0, 4), "category_id": 9}
+    path = write(
+        annotation(1, [0, 0, 4, 4], segmentation=square(0, 0, 4)),
+        annotation(2, [0, 0, 4, 4], **outside),
+        annotation(3, [0, 0, 4, 4], segmentation=rle(0, 0, 0), category_id=9),
+    )
+    annotated = AnnotatedImages(path, "auto", min_masks=1)
+    assert annotated.seen == {0}
+    assert annotated.count_kinds() == [{"human": 1}, {"box": 2}]
+    objects = annotated.objects_of([5])[5]
+    assert [(x.kind, x.polygons == (), x.rle is None) for x in objects[1:]] == [
+        ("box", True, True)
+    ] * 2
+    # What they may cover is not known, as of any other box.
+    assert objects[0].is_lower_bound
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
