@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from teacher_student_mask.data.segmentations import (
     box_polygons,
-    have_pixels,
+    lie_in_image,
     read_polygons,
     union_of_masks,
     usable_segmentations,
@@ -102,7 +102,7 @@ def test_masks_are_kept_where_one_of_their_polygons_may_have_pixels(polygons_of)
     usable = usable_segmentations(read_polygons(lists, "x"), SIZE, "x")
     expected = [any(map(covers, polygons)) for polygons in polygons_of]
     assert [x is not None for x in usable] == expected
-    assert have_pixels(PolygonMasks(polygons_of), SIZE).tolist() == expected
+    assert lie_in_image(PolygonMasks(polygons_of), SIZE).tolist() == expected
 
 
 def test_rles_become_compressed_and_empty_ones_none():

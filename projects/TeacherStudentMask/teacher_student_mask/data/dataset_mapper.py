@@ -21,7 +21,7 @@ from .seen_classes import training_seen_classes
 from .segmentations import (
     are_box_rectangles,
     box_polygons,
-    have_pixels,
+    lie_in_image,
     read_polygons,
     union_of_masks,
     usable_segmentations,
@@ -191,7 +191,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             instances.gt_boxes.tensor[has_mask] = tight_boxes.tensor
         # Not by_mask=True, Detectron2's default, for it would judge the boxes by rectangles.
         instances = utils.filter_empty_instances(instances, by_mask=False)
-        is_visible = have_pixels(instances.gt_masks, image_shape) | ~instances.gt_has_mask
+        is_visible = lie_in_image(instances.gt_masks, image_shape) | ~instances.gt_has_mask
         if not is_visible.all():
             instances = instances[is_visible]
         # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
@@ -239,7 +239,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             masks = utils.annotations_to_instances(annotations, shape, mask_format).gt_masks
             numbers = torch.arange(len(masks))
             # Where a crop leaves nothing of it, the object is one without a mask.
-            rows[list(external)] = numbers.where(have_pixels(masks, shape), torch.tensor(-1))
+            rows[list(external)] = numbers.where(lie_in_image(masks, shape), torch.tensor(-1))
             if (rows >= 0).any():
                 instances.gt_external_masks = SparseMasks(masks, rows)
         instances.gt_has_external_mask = rows >= 0

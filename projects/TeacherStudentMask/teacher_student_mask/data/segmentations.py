@@ -24,7 +24,7 @@ from ..checks.object_checks import MAX_PIXELS_OUTSIDE
 __all__ = [
     "are_box_rectangles",
     "box_polygons",
-    "have_pixels",
+    "lie_in_image",
     "read_polygons",
     "union_of_masks",
     "usable_segmentations",
@@ -190,7 +190,7 @@ def box_polygons(annotations: Sequence[dict]) -> list[Polygons]:
     return [[x] for x in corners]
 
 
-def have_pixels(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
+def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
     """
     Which masks have an area inside the image: bool, shape (N,).
 
