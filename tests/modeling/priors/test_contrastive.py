@@ -227,6 +227,25 @@ def test_training_and_inference_give_the_same_features():
         assert losses == {} and torch.allclose(out, expected, atol=1e-5)
 
 
+def test_objects_of_two_classes_in_one_box_have_the_maps_of_their_classes():
+    """Bug: in training the second had the class activation map of the first's class."""
+    context, features = make_context((True, True)), torch.randn(2, CHANNELS, SIDE, SIDE)
+    assert context.instances[0].gt_classes.tolist() == [0, 1]
+    with torch.no_grad():
+        # One box has one map of the box head, too.
+        context.instances[0].proposal_boxes.tensor[1] = context.instances[0].proposal_boxes.tensor[
+            0
+        ]
+        context.sampled[0].proposal_boxes.tensor[2] = context.sampled[0].proposal_boxes.tensor[1]
+        sampled_maps(context)[2] = sampled_maps(context)[1]
+        prior = make_prior()
+        out, _ = run_prior(prior.train(), context, features)
+        expected, _ = run_prior(prior.eval(), context, features)
+    torch.testing.assert_close(out, expected)
+    added = out - features
+    assert (added[0] - added[1]).abs().max() > 0.1
+
+
 def test_nothing_is_computed_twice():
     prior, calls = make_prior(), {}
     for name in ("pooler", "encoder", "projector", "fuse"):

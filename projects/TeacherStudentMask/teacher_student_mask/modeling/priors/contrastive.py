@@ -162,18 +162,20 @@ class ContrastivePrior(nn.Module):
                 "ContrastivePrior needs the box head's feature maps of the ROIs: set "
                 'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
             )
+        cam = _cam_of(context.instances, context.kept)
         if not self.training:
-            cam, encoded = self._look_at(context.instances, context.kept, context.feature_maps)
+            encoded = self._encode(context.instances, context.feature_maps)
             return self._enrich(mask_features, cam, encoded), {}
         foreground, kept = self._foreground_of(context)
-        cam, encoded = self._look_at(foreground, kept, context.feature_maps)
-        losses = {"loss_mask_contrast": self._contrast(foreground, cam, encoded)}
+        encoded = self._encode(foreground, context.feature_maps)
+        loss = self._contrast(foreground, _cam_of(foreground, kept), encoded)
+        # ROIs with one box have one encoding, but each the map of its own class.
         rows = rows_in_sampled(context.instances, foreground)
         if rows is None:
-            cam, encoded = self._look_at(context.instances, context.kept, context.feature_maps)
+            encoded = self._encode(context.instances, context.feature_maps)
         else:
-            cam, encoded = cam[rows], encoded[rows]
-        return self._enrich(mask_features, cam, encoded), losses
+            encoded = encoded[rows]
+        return self._enrich(mask_features, cam, encoded), {"loss_mask_contrast": loss}
 
     @staticmethod
     def _foreground_of(context: ROIContext) -> tuple[list[Instances], KeptBoxFeatures]:
@@ -188,14 +190,10 @@ class ContrastivePrior(nn.Module):
         maps = torch.cat([x.box_features for x in foreground])
         return foreground, KeptBoxFeatures(maps, classifier)
 
-    def _look_at(
-        self, rois: list[Instances], kept: KeptBoxFeatures, feature_maps: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Of R ROIs the class activation map, (R, 1, h, w), logits with gradient to the box head,
-        # and the encoder's output, (R, C, M, M), without gradient to the backbone.
-        cam = at_least_float32(raw_cam_of(rois, kept))
+    def _encode(self, rois: list[Instances], feature_maps: list[torch.Tensor]) -> torch.Tensor:
+        # Shape (R, C, M, M), without gradient to the backbone.
         maps = [x.detach() for x in feature_maps]
-        return cam, self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
+        return self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
 
     def _enrich(
         self, mask_features: torch.Tensor, cam: torch.Tensor, encoded: torch.Tensor
@@ -228,6 +226,11 @@ class ContrastivePrior(nn.Module):
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         masks = crop_gt_masks(rois, cam.shape[-1], cam.device) > 0.5
         return sets_of_masks(masks).where(has_mask, sets_of_cams(cam))
+
+
+def _cam_of(rois: list[Instances], kept: KeptBoxFeatures) -> torch.Tensor:
+    # Shape (R, 1, h, w), logits with gradient to the box head.
+    return at_least_float32(raw_cam_of(rois, kept))
 
 
 def _resize(x: torch.Tensor, side: int) -> torch.Tensor:
