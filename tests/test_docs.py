@@ -164,6 +164,26 @@ def test_blocks_that_a_shell_reads_are_called_bash():
         assert not {"sh", "shell", "console", "zsh", "text"} & set(languages), path
 
 
+def anchors_of(page):
+    """What GitHub calls the headings of a page in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
+def test_links_lead_to_files_and_headings_that_exist():
+    broken, checked = [], 0
+    for page in map(ROOT.joinpath, pages(ROOT)):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            checked += 1
+            if not path.exists() or (anchor and anchor not in anchors_of(path)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert checked > 50 and broken == []
+
+
 def test_what_is_not_run_has_a_reason_that_is_needed(commands):
     assert all(reason for *_, reason in EXCLUSIONS)
     for page, pattern, _ in EXCLUSIONS:

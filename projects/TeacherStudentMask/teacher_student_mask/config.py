@@ -114,7 +114,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Side of the grid, in cells, on which pixels are compared.
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.POOLER_RESOLUTION = 28
     # 3x3 convolutions of the encoder; channels of encoder and projector; norm of the projector
-    # (the official "BN" has other statistics in each process, and is not safe without a ROI).
+    # (the official "BN" has other statistics in each process).
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NUM_CONV = 8
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM = 256
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "naiveSyncBN_N"
