@@ -188,6 +188,30 @@ def test_one_step_gives_finite_losses_and_all_mask_parameters_a_gradient(
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
+ONE_HEAD = [
+    x for x, o in METHODS.items() if not has_teacher(o) and "MODEL.BOX_SUPERVISION" not in str(o)
+]
+
+
+@pytest.mark.parametrize("method", ONE_HEAD)
+def test_the_mask_loss_is_the_cross_entropy_of_what_has_a_mask_in_numpy(
+    tiny_cfg, dataset_of, method
+):
+    dataset = dataset_of(method)
+    cfg = tiny_cfg(opts=METHODS[method], dataset=dataset)
+    model, given = build(cfg).train(), []
+    mask_loss = model.roi_heads.mask_loss
+    model.roi_heads.mask_loss = lambda *args: given.append(args) or mask_loss(*args)
+    loss = step(model, batch_of(cfg, dataset))["loss_mask"]
+    logits, targets, is_supervised = (x.detach().numpy() for x in given[0])
+    assert is_supervised.any()
+    x, y = logits[is_supervised].astype(np.float64), targets[is_supervised].astype(np.float64)
+    assert set(np.unique(y)) == {0, 1}
+    probs = 1 / (1 + np.exp(-x))
+    expected = -(y * np.log(probs) + (1 - y) * np.log(1 - probs)).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 @quick_methods_first
 @pytest.mark.parametrize("names", [("seen.png",), ("unseen.png",), ("empty.png",)])
 def test_batches_without_seen_unseen_or_any_objects(tiny_cfg, dataset_of, method, names):
