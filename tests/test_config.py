@@ -137,26 +137,6 @@ def test_every_method_has_both_backbones_which_differ_in_nothing_else(direction)
         assert cfg == other, twin
 
 
-@pytest.mark.parametrize("depth", [20, 52, 100])
-def test_hourglasses_alone_and_as_teachers(depth):
-    """Deep-MAC's heads have 32x32 features; as a teacher they share the student's 14x14."""
-    folder = REPOSITORY / "configs/voc2nonvoc"
-    cfg = load(folder / f"mask_rcnn_R_50_FPN_1x_hourglass{depth}.yaml")
-    alone, gt_boxes = cfg.MODEL.ROI_MASK_HEAD, "mask_rcnn_R_50_FPN_1x_gt_boxes.yaml"
-    assert (alone.NAME, alone.HOURGLASS) == ("HourglassMaskHead", depth)
-    assert alone.POOLER_RESOLUTION == 32 and alone.CLS_AGNOSTIC_MASK
-    cfg = load(folder / f"teacher_student_R_50_FPN_1x_hourglass{depth}_teacher.yaml")
-    teacher, student = cfg.MODEL.TEACHER_MASK_HEAD, cfg.MODEL.ROI_MASK_HEAD
-    assert (teacher.NAME, teacher.HOURGLASS) == ("HourglassMaskHead", depth)
-    assert (student.NAME, student.NUM_CONV) == ("MaskRCNNConvUpsampleHead", 4)
-    assert student.POOLER_RESOLUTION == 14 and not student.CLS_AGNOSTIC_MASK
-    default = load(folder / gt_boxes).MODEL.ROI_MASK_HEAD
-    assert (default.NAME, default.NUM_CONV) == (student.NAME, 4)
-    # Batch normalisation that bears processes without a ROI, and the boxes that depth needs.
-    assert {x.NORM for x in (alone, teacher, default)} == {"naiveSyncBN_N"}
-    assert alone.TRAIN_ON_GT_BOXES and student.TRAIN_ON_GT_BOXES and default.TRAIN_ON_GT_BOXES
-
-
 def test_a_reconstruction_is_called_one():
     """Nobody should take CPMask, of which no code exists, for the published method."""
     paths = [path for path in LEAVES if path.name.startswith("cpmask")]
