@@ -102,9 +102,16 @@ class WithProposalsAroundObjects(nn.Module):
 def step(model: nn.Module, batch: list[dict], amp: bool = False) -> None:
     """Forward and backward, with the same proposals drawn each time; amp: forward in autocast."""
     torch.manual_seed(0)
+    forward_and_backward(model, lambda: model(batch), amp)
+
+
+def forward_and_backward(
+    model: nn.Module, compute_losses: Callable[[], dict[str, torch.Tensor]], amp: bool
+) -> None:
+    """Losses of the model or of a part of it, in autocast if amp, and their backward pass."""
     with EventStorage():
         with torch.autocast(model.device.type, enabled=amp):
-            losses = model(batch)
+            losses = compute_losses()
         sum(losses.values()).backward()
     model.zero_grad(set_to_none=True)
 

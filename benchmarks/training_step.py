@@ -49,6 +49,7 @@ from training_batches import (
     WithProposalsAroundObjects,
     add_batch_arguments,
     count_madds,
+    forward_and_backward,
     read_batches,
     step,
 )
@@ -142,17 +143,11 @@ def build_models(
     return models
 
 
-def mask_step(
-    model: nn.Module, features: dict, instances: list[Instances], amp: bool = False
-) -> None:
+def mask_step(model: nn.Module, features: dict, instances: list[Instances], amp: bool) -> None:
     """Forward and backward of the mask branch alone."""
     heads = model.roi_heads
     leaves = {name: features[name].detach().requires_grad_() for name in heads.mask_in_features}
-    with EventStorage():
-        with torch.autocast(model.device.type, enabled=amp):
-            losses = heads._forward_mask({**features, **leaves}, instances)
-        sum(losses.values()).backward()
-    model.zero_grad(set_to_none=True)
+    forward_and_backward(model, lambda: heads._forward_mask({**features, **leaves}, instances), amp)
 
 
 def mask_inputs_of(model: nn.Module, batch: list[dict]) -> tuple[dict, list[Instances]]:

@@ -173,7 +173,8 @@ def anchors_of(page):
 def test_links_lead_to_files_and_headings_that_exist():
     broken, checked = [], 0
     for page in map(ROOT.joinpath, pages(ROOT)):
-        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'src="([^"]+)"', text):
             if "://" in target or target.startswith("mailto:"):
                 continue
             name, _, anchor = target.partition("#")

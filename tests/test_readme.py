@@ -85,12 +85,6 @@ def test_named_files_exist(readme):
     assert [x for x in sorted(named) if not (ROOT / x).is_file()] == []
 
 
-def test_linked_files_exist(readme):
-    targets = re.findall(r"\]\(([^)\s#]+)", readme) + re.findall(r'src="([^"]+)"', readme)
-    local = {x for x in targets if "://" not in x and not x.startswith("mailto:")}
-    assert [x for x in sorted(local) if not (ROOT / x).exists()] == []
-
-
 def test_named_make_targets_exist(readme):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:^|&&|;)\s*make ([a-z][a-z-]*)", code(readme), re.MULTILINE))

@@ -206,8 +206,9 @@ def _mask_of(coco: COCO, annotation: dict) -> tuple[tuple, dict | None]:
     if isinstance(segmentation, list):
         segmentation = valid_polygons(segmentation)
         polygons = tuple(tuple(x) for x in segmentation)
-    rle = coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
-    return polygons, rle
+    return polygons, coco.annToRLE(
+        {"image_id": annotation["image_id"], "segmentation": segmentation}
+    )
 
 
 def _may_be_covered_more(annotation: dict, neighbours: list[dict]) -> bool:
