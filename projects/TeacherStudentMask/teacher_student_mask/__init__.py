@@ -1,43 +1,58 @@
 """
 TeacherStudentMask: instance segmentation where only some objects have a mask, on Detectron2.
 
-Importing the package registers its ROI heads and mask heads with Detectron2.
+Public names are loaded when they are first used, so that ``tsmask --help`` need not wait for
+PyTorch. The first use also registers the ROI heads, mask heads and demo dataset with Detectron2.
 """
 
+import importlib
 import os
-
-from .class_splits import NONVOC_CLASSES, VOC_CLASSES, resolve_seen_classes
-from .config import add_teacher_student_mask_config
-from .data import TeacherStudentDatasetMapper, load_partial_coco_json, register_partial_coco
-from .data.shapes import register_shapes
-from .evaluation import PartiallySupervisedCOCOEvaluator, compute_overlaps
-from .modeling import (
-    GTBoxInference,
-    PartiallySupervisedROIHeads,
-    TeacherStudentROIHeads,
-    generate_pseudo_masks,
-)
-from .structures import ImageMask
-
-# Like Detectron2's own datasets: known by name, read when they are used.
-register_shapes(os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes"))
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GTBoxInference",
-    "ImageMask",
-    "NONVOC_CLASSES",
-    "PartiallySupervisedCOCOEvaluator",
-    "PartiallySupervisedROIHeads",
-    "TeacherStudentDatasetMapper",
-    "TeacherStudentROIHeads",
-    "VOC_CLASSES",
-    "add_teacher_student_mask_config",
-    "compute_overlaps",
-    "generate_pseudo_masks",
-    "load_partial_coco_json",
-    "register_partial_coco",
-    "register_shapes",
-    "resolve_seen_classes",
-]
+# Public name -> module that defines it.
+_MODULES = {
+    "GTBoxInference": "modeling",
+    "ImageMask": "structures",
+    "InputError": "errors",
+    "NONVOC_CLASSES": "class_splits",
+    "PartiallySupervisedCOCOEvaluator": "evaluation",
+    "PartiallySupervisedROIHeads": "modeling",
+    "TeacherStudentDatasetMapper": "data",
+    "TeacherStudentROIHeads": "modeling",
+    "VOC_CLASSES": "class_splits",
+    "add_teacher_student_mask_config": "config",
+    "compute_overlaps": "evaluation",
+    "generate_pseudo_masks": "modeling",
+    "load_partial_coco_json": "data",
+    "register_partial_coco": "data",
+    "register_shapes": "data",
+    "resolve_seen_classes": "class_splits",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register()
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])
+
+
+def _register() -> None:
+    # As Detectron2's own datasets, "shapes_train" and "shapes_val" are known by name from now on
+    # and read when they are used.
+    from detectron2.data import DatasetCatalog
+
+    from . import data, modeling  # noqa: F401  # Importing registers the heads.
+
+    if "shapes_train" not in DatasetCatalog:
+        root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes")
+        data.register_shapes(root)

@@ -5,14 +5,17 @@ from .dataset_mapper import TeacherStudentDatasetMapper
 from .datasets import load_partial_coco_json, register_partial_coco
 from .json_datasets import register_json_datasets
 from .seen_classes import settle_classes
+from .shapes import generate_shapes, register_shapes
 from .train_loader import build_train_loader
 
 __all__ = [
     "TeacherStudentDatasetMapper",
     "build_train_loader",
     "check_datasets",
+    "generate_shapes",
     "load_partial_coco_json",
     "register_json_datasets",
     "register_partial_coco",
+    "register_shapes",
     "settle_classes",
 ]
