@@ -1,0 +1,210 @@
+"""Ground truth and results in COCO's format, checked and made ready for pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from typing import Annotated, NotRequired, TypedDict
+
+import numpy as np
+import pycocotools.mask as mask_util
+from msgspec import Meta
+from pycocotools.coco import COCO
+
+from .coco_json import Box, Whole, check_coco, check_types, paused_gc, read_json
+from .coco_masks import (
+    BOX_TOLERANCE,
+    MaskState,
+    compress_mask,
+    has_mask,
+    measure_masks,
+    valid_polygons,
+)
+from .coco_rules import Finding, Report
+from .errors import InputError
+
+__all__ = ["load_ground_truth", "load_results", "prepare_ground_truth"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Entry(TypedDict):
+    # Some frameworks write the name of the file, "000000000139", as the id of an image.
+    image_id: Whole | Annotated[str, Meta(pattern=r"\A[0-9]{1,18}\Z")]
+    category_id: Whole
+    score: float
+    bbox: NotRequired[Box | None]
+
+
+def load_ground_truth(
+    json_file: str | os.PathLike,
+    *,
+    reads_masks: bool = True,
+    warnings: list[Finding] | None = None,
+) -> COCO:
+    """
+    Read a COCO json to evaluate on.
+
+    Args:
+        json_file: with a mask on every object, unless masks are not read.
+        reads_masks: whether masks are evaluated.
+        warnings: where to append what is odd but can be evaluated; it is logged in any case.
+
+    Returns:
+        The annotations, indexed, as :func:`prepare_ground_truth` leaves them. The attribute
+        ``annotation_file`` is the path.
+
+    Raises:
+        InputError: the sentence of the first error of the checks; all are logged.
+    """
+    coco = COCO()
+    coco.dataset = read_json(json_file)
+    coco.annotation_file = os.fspath(json_file)
+    if isinstance(coco.dataset, dict):
+        coco.dataset.setdefault("annotations", None)  # an error here
+    report = _prepare(coco, coco.annotation_file, reads_masks)
+    annotations = coco.dataset["annotations"]
+    if reads_masks and annotations and not any(map(has_mask, annotations)):
+        raise InputError(f"{coco.annotation_file}: no annotation has a mask, which mask AP needs.")
+    if warnings is not None:
+        warnings.extend(report.warnings)
+    return coco
+
+
+def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> None:
+    """
+    Check annotations and complete them in place.
+
+    Malformed polygons beside others are left out, runs of length 0 joined, missing "iscrowd"
+    becomes 0, and ids are numbered anew unless all are positive whole numbers.
+
+    Args:
+        coco: with "annotations" in its dataset; indexed anew.
+        json_file: the name of the file, for messages.
+        reads_masks: whether masks are evaluated.
+
+    Raises:
+        InputError: the sentence of the first error of the checks; all are logged.
+    """
+    _prepare(coco, json_file, reads_masks)
+
+
+@paused_gc()
+def _prepare(coco: COCO, json_file: str, reads_masks: bool) -> Report:
+    report = check_coco(json_file, data=coco.dataset, use="evaluation", reads_masks=reads_masks)
+    report.raise_on_error()
+    for image in coco.dataset["images"]:
+        image.update(height=int(image["height"]), width=int(image["width"]))
+    annotations = coco.dataset["annotations"]
+    for annotation in annotations:
+        annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
+        if isinstance(annotation.get("segmentation"), list) and reads_masks:
+            annotation["segmentation"] = valid_polygons(annotation["segmentation"])
+    if reads_masks:
+        rles = [x for x in annotations if isinstance(x.get("segmentation"), dict)]
+        masks = measure_masks([x["segmentation"] for x in rles], np.full((len(rles), 2), np.nan))
+        for i in np.flatnonzero(masks.has_empty_run).tolist():
+            rle = rles[i]["segmentation"]
+            rles[i]["segmentation"] = compress_mask(rle, rle["size"], has_empty_run=True)
+    if not all(type(x["id"]) is int and x["id"] > 0 for x in annotations):
+        # COCOeval stores the id of the matched object and reads 0 as "not matched".
+        logger.info("Annotation ids are not all positive integers; numbering them from 1.")
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return report
+
+
+@paused_gc()
+def load_results(
+    path: str | os.PathLike, coco: COCO, warnings: list[Finding] | None = None
+) -> list[dict]:
+    """
+    Read a COCO result file of instance segmentation, from any framework.
+
+    Args:
+        path: a json list of {"image_id", "category_id", "segmentation", "score"} with an optional
+            "bbox"; other keys are not read. Masks may be polygons, compressed or uncompressed RLE.
+        coco: the ground truth of :func:`load_ground_truth`; not changed.
+        warnings: where to append what is odd but can be evaluated; it is logged in any case.
+
+    Returns:
+        One dict per detection in the order of the file, with "image_id" and "category_id" (int),
+        "score" (float), "bbox" ([x, y, width, height], floats; the mask's own box where the file
+        has none), "segmentation" (compressed RLE {"size": [height, width], "counts": bytes}) and
+        "area" (the mask's, in pixels, float).
+
+    Raises:
+        InputError: the file is not a result file of this ground truth; the sentence names the
+            entry, counted from 0.
+    """
+    report = Report(os.fspath(path), "evaluation")
+    entries = read_json(path)
+    if type(entries) is not list or not set(map(type, entries)) <= {dict}:
+        allowed = 'a list of {"image_id", "category_id", "segmentation", "score"}'
+        hint = (
+            "; this is a ground truth" if isinstance(entries, dict) and "images" in entries else ""
+        )
+        kind = type(entries).__name__
+        raise InputError(f"{report.file}: the content is a {kind}{hint}; allowed: {allowed}.")
+    if not entries:
+        report.add_to_file("no entries", "empty")
+    check_types(report, entries, "entry", _Entry)
+    _raise_first(report)
+    image_ids = [int(x["image_id"]) for x in entries]
+    category_ids = [int(x["category_id"]) for x in entries]
+    report.add("unknown image of entry", entries, [x not in coco.imgs for x in image_ids])
+    is_unknown = [x not in coco.cats for x in category_ids]
+    hint = "they seem to be class numbers in place of category ids"
+    is_numbers = any(is_unknown) and max(category_ids) <= len(coco.cats)
+    report.add(
+        "unknown category of entry",
+        entries,
+        is_unknown,
+        lambda i: f"{category_ids[i]}{f' ({hint})' if is_numbers else ''}",
+    )
+    scores = np.array([x["score"] for x in entries], dtype=np.float64)
+    report.add("entry.score", entries, ~np.isfinite(scores))
+    _raise_first(report)
+
+    sizes = [(coco.imgs[x]["height"], coco.imgs[x]["width"]) for x in image_ids]
+    segmentations = [x.get("segmentation") for x in entries]
+    masks = measure_masks(segmentations, np.array(sizes).reshape(-1, 2))
+    is_usable = (masks.state == MaskState.MASK) | (masks.state == MaskState.EMPTY)
+    report.add("entry.segmentation", entries, ~is_usable)
+    _raise_first(report)
+    rles = [
+        compress_mask(*of_one) for of_one in zip(segmentations, sizes, masks.has_empty_run.tolist())
+    ]
+    areas = np.array(mask_util.area(rles), dtype=np.float64).reshape(-1)
+    boxes = [x.get("bbox") for x in entries]
+    is_without = [x is None for x in boxes]
+    boxes = [mask_util.toBbox(rle).tolist() if x is None else x for x, rle in zip(boxes, rles)]
+    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    is_box = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
+    report.add("entry.bbox", entries, ~is_box)
+    _raise_first(report)
+
+    report.add("empty mask of entry", entries, areas == 0)
+    report.add("unusual score", entries, (scores < 0) | (scores > 1))
+    report.add("entry without box", entries, is_without)
+    limits = np.array(sizes, dtype=np.float64).reshape(-1, 2)[:, ::-1] + BOX_TOLERANCE
+    is_outside = (boxes[:, :2] < -BOX_TOLERANCE) | (boxes[:, :2] + boxes[:, 2:] > limits)
+    report.add("box of entry reaches out", entries, is_outside.any(axis=1))
+    keys = zip(image_ids, category_ids, scores.tolist(), [x["counts"] for x in rles])
+    seen = set()
+    report.add("entry twice", entries, [x in seen or seen.add(x) is not None for x in keys])
+    report.log()
+    if warnings is not None:
+        warnings.extend(report.warnings)
+    names = ("image_id", "category_id", "score", "bbox", "segmentation", "area")
+    columns = (image_ids, category_ids, scores.tolist(), boxes.tolist(), rles, areas.tolist())
+    return [dict(zip(names, values)) for values in zip(*columns)]
+
+
+def _raise_first(report: Report) -> None:
+    for finding in report.errors:
+        raise InputError(str(finding))
