@@ -12,9 +12,9 @@ import gc
 import json
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -36,9 +36,9 @@ from .coco_masks import (
     measure_masks,
     valid_polygons,
 )
-from .coco_rules import ClassCounts, Report, shorten
+from .coco_rules import Report, shorten
 from .errors import InputError
-from .image_files import problems_of_image
+from .image_files import missing_files, read_image_files
 
 __all__ = [
     "HUMAN",
@@ -94,7 +94,7 @@ class _Annotation(TypedDict):
 
 
 class _EvaluatedAnnotation(_Annotation):
-    area: Annotated[float, Meta(ge=0, lt=float("inf"))]
+    area: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def read_coco(path: str | os.PathLike) -> dict:
         ):
             check_types(report, data[key], unit, row_type)
     for finding in report.errors:
-        if not finding.rule.startswith("no "):
+        if finding.rule != "no objects":
             raise InputError(str(finding))
     return data
 
@@ -263,7 +263,10 @@ def check_coco(
         if not report.findings and _has_layout(report, data):
             images, annotations = data["images"], data["annotations"]
             report.num_images, report.num_annotations = len(images), len(annotations)
-            row_of_image, sizes = _check_images(report, images, image_root)
+            read_files = partial(read_image_files, num_workers=num_workers, progress=progress)
+            row_of_image, sizes = _check_images(
+                report, images, image_root, read_files if check_images else None
+            )
             names = _check_categories(report, data["categories"], num_classes)
             _check_annotations(
                 report,
@@ -276,9 +279,7 @@ def check_coco(
                 reads_masks,
                 min_masks_per_class,
             )
-            if check_images:
-                _check_image_files(report, images, sizes, image_root, num_workers, progress)
-    report.findings.sort(key=lambda finding: finding.severity)  # errors first, else as found
+    report.findings.sort(key=lambda finding: finding.severity != "error")  # errors first
     return report
 
 
@@ -289,11 +290,10 @@ def _has_layout(report: Report, data: object) -> bool:
     for key in ("images", "annotations", "categories"):
         rows = data.get(key)
         if type(rows) is not list or not set(map(type, rows)) <= {dict}:
-            value = shorten(rows) if key in data else "missing"
-            report.add_to_file("content", f"{key!r}: {value}", "allowed: a list of dicts")
+            report.add_to_file(key, shorten(rows) if key in data else "missing")
             return False
         if not rows:
-            report.add_to_file(f"no {key}", "empty")
+            report.add_to_file("no objects" if key == "annotations" else key, "empty")
     return True
 
 
@@ -321,7 +321,10 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
 
 
 def _check_images(
-    report: Report, images: list[dict], image_root: str | os.PathLike | None
+    report: Report,
+    images: list[dict],
+    image_root: str | os.PathLike | None,
+    read_files: Callable[[Collection[tuple]], list[dict]] | None,
 ) -> tuple[dict[int, int], np.ndarray]:
     # Returns {image id: row}, and (height, width) of each row and of a last one that stands for
     # images that are not there, float64; nan where it is not known.
@@ -341,64 +344,34 @@ def _check_images(
         lambda i: " x ".join(str(int(x)) for x in sizes[i]),
     )
     names = [x.get("file_name") for x in images]
-    is_name = [type(x) is str and bool(x) for x in names]
-    report.add("image.file_name", images, ~np.array(is_name, dtype=bool))
-    seen = set()
-    is_repeated = [
-        x in seen or seen.add(x) is not None if ok else False for x, ok in zip(names, is_name)
-    ]
+    is_name = np.array([type(x) is str and bool(x) for x in names], dtype=bool)
+    report.add("image.file_name", images, ~is_name)
+    first = {}
+    is_repeated = [good and first.setdefault(names[i], i) != i for i, good in enumerate(is_name)]
     report.add("file twice", images, is_repeated)
     if image_root is None:
         return row_of, sizes
     if not os.path.isdir(image_root):
         report.add_to_file("image root", repr(os.fspath(image_root)))
         return row_of, sizes
-    # One listing a folder rather than one question a file: folders may be far away.
-    files_in: dict[str, set[str]] = {}
-    is_missing = np.zeros(len(images), dtype=bool)
-    for i in np.flatnonzero(is_name).tolist():
-        folder, name = os.path.split(os.path.join(image_root, names[i]))
-        if folder not in files_in:
-            files_in[folder] = _files_in(folder)
-        is_missing[i] = name not in files_in[folder]
+    paths = {i: os.path.join(image_root, names[i]) for i in np.flatnonzero(is_name).tolist()}
+    missing = missing_files(paths.values())
     where = f" (looked for in {os.fspath(image_root)!r})"
+    is_missing = [paths.get(i) in missing for i in range(len(images))]
     report.add("missing file", images, is_missing, lambda i: shorten(names[i]) + where)
+    if read_files is not None:
+        # What has no size has been told already.
+        has_size = ~np.isnan(sizes).any(axis=1)
+        jobs = {
+            i: (path, *sizes[i].astype(int).tolist())
+            for i, path in paths.items()
+            if has_size[i] and path not in missing
+        }
+        problems = dict(zip(jobs, read_files(jobs.values())))
+        for kind in ("unreadable", "size", "depth", "orientation", "colour"):
+            is_bad = [kind in problems.get(i, ()) for i in range(len(images))]
+            report.add(kind, images, is_bad, lambda i, kind=kind: problems[i][kind])
     return row_of, sizes
-
-
-def _files_in(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):  # none such, or a name with characters that no folder has
-        return set()
-
-
-def _check_image_files(
-    report: Report,
-    images: list[dict],
-    sizes: np.ndarray,
-    image_root: str | os.PathLike,
-    num_workers: int,
-    progress: Callable[[Iterable, int], Iterable] | None,
-) -> None:
-    jobs = {}
-    for i, image in enumerate(images):
-        path = os.path.join(image_root, name) if type(name := image.get("file_name")) is str else ""
-        # What is missing, or has no size, has been told already.
-        if os.path.isfile(path) and not np.isnan(sizes[i]).any():
-            jobs[i] = (path, *sizes[i].astype(int).tolist())
-    with contextlib.ExitStack() as stack:
-        run = map
-        if num_workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
-            run = partial(pool.map, chunksize=32)
-        answers = run(problems_of_image, *zip(*jobs.values())) if jobs else []
-        answers = progress(answers, len(jobs)) if progress is not None else answers
-        problems = dict(zip(jobs, list(answers)))
-    for kind in ("unreadable", "size", "depth", "orientation", "colour"):
-        is_bad = [kind in problems.get(i, ()) for i in range(len(images))]
-        report.add(kind, images, is_bad, lambda i, kind=kind: problems[i][kind])
 
 
 def _check_categories(
@@ -443,7 +416,7 @@ def _check_annotations(
     image = np.array([row_of_image.get(x["image_id"], -1) for x in rows], dtype=int)
     category = np.array([class_of.get(x["category_id"], -1) for x in rows], dtype=int)
     find("unknown image", image < 0)
-    find("unknown category", category < 0)
+    find("annotation.category_id", category < 0)
     ids = [x.get("id") for x in rows]
     find("annotation without id", [x is None for x in ids])
     if len(set(ids)) < len(ids):
@@ -454,30 +427,26 @@ def _check_annotations(
 
     is_crowd = np.array([bool(x.get("iscrowd", 0)) for x in rows], dtype=bool)
     is_model = np.array([is_from_model(x) for x in rows], dtype=bool)
-    segmentations = [x.get("segmentation") for x in rows]
-    masks = measure_masks(segmentations, sizes[image], boxes)
+    masks = measure_masks([x.get("segmentation") for x in rows], sizes[image], boxes)
     is_mask = masks.state == MaskState.MASK
     if is_evaluation:
         if reads_masks:
-            _check_mask_types(find, masks, segmentations, sizes[image], np.ones_like(is_mask))
+            _check_masks(find, masks, np.ones_like(is_mask))
             is_lacking = (masks.state == MaskState.NONE) | (masks.state == MaskState.TOO_SHORT)
             if not is_lacking.all():
-                find("object without a mask", is_lacking)
+                find("no mask", is_lacking)
             num = f"{MODEL!r} (of {len(rows)} objects {(is_model & ~is_lacking).sum()})"
             find("mask of a model", is_model & ~is_lacking, lambda i: num)
         return
     is_human = is_mask & ~is_crowd & ~is_model
-    if seen_classes == AUTO:
-        is_known = is_human & (image >= 0) & (category >= 0)
-        counts = np.bincount(category[is_known], minlength=len(names))
-        is_seen = _choose_seen(report, list(names.values()), counts, min_masks)
-    else:
-        is_seen = _resolve_seen(report, list(names.values()), seen_classes)
+    is_known = is_human & (image >= 0) & (category >= 0)
+    num_masks = np.bincount(category[is_known], minlength=len(names))
+    is_seen = _resolve_seen(report, list(names.values()), seen_classes, num_masks, min_masks)
     # Crowds are left out, and unseen classes lose their masks, unless a model made them.
     is_read = np.full(len(rows), reads_masks)
     if is_seen is not None:
         is_read &= (np.append(is_seen, False)[category] | is_model) & ~is_crowd
-    _check_mask_types(find, masks, segmentations, sizes[image], is_read)
+    _check_masks(find, masks, is_read)
     left_out["all polygons too short"] = masks.state == MaskState.TOO_SHORT
     left_out["mask without a pixel"] = masks.state == MaskState.EMPTY
     columns = {
@@ -488,9 +457,9 @@ def _check_annotations(
         "rectangles": masks.is_rectangle & is_human,
     }
     left_out = {reason: marked & ~is_crowd for reason, marked in left_out.items()}
-    _count_classes(report, category, names, is_seen, columns, left_out)
+    report.count_classes(category, names, is_seen, columns, left_out)
     if rows and is_crowd.all():
-        report.add_to_file("only crowds", "nothing but crowds")
+        report.add_to_file("no objects", "nothing but crowds")
     counts = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
     describe = "a list of {} objects".format
     report.add("many objects", images, counts > _MANY_OBJECTS, lambda i: describe(counts[i]))
@@ -500,7 +469,7 @@ def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> dict[s
     # Returns the objects that training leaves out, by the reason, bool of shape (n,).
     limits = sizes[:, ::-1]
     is_bad = ~np.isfinite(boxes).all(axis=1)
-    find("box not finite", is_bad)
+    find("annotation.bbox", is_bad)
     is_negative = (boxes[:, 2:] < 0).any(axis=1) & ~is_bad
     find("negative box", is_negative)
     # As Detectron2 computes them, in 32 bits.
@@ -524,13 +493,7 @@ def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> dict[s
     return {rule: found[rule] for rule in ("box without area", "box outside its image")}
 
 
-def _check_mask_types(
-    find: Callable,
-    masks: MeasuredMasks,
-    segmentations: list,
-    sizes: np.ndarray,
-    is_read: np.ndarray,
-) -> None:
+def _check_masks(find: Callable, masks: MeasuredMasks, is_read: np.ndarray) -> None:
     unread = "training does not read this mask, of a crowd or an unseen class"
     for rule, state in (
         ("not a mask", MaskState.NOT_A_MASK),
@@ -545,74 +508,25 @@ def _check_mask_types(
     find("mask without a pixel", masks.state == MaskState.EMPTY)
 
 
-def _choose_seen(
-    report: Report, names: list[str], num_masks: np.ndarray, min_masks: int
+def _resolve_seen(
+    report: Report, names: list[str], spec: str | None, num_masks: np.ndarray, min_masks: int
 ) -> np.ndarray | None:
-    """What :func:`_resolve_seen` returns, of "auto": whether a class has so many human masks."""
+    # Bool of shape (number of classes,); None where all masks are to be taken for read.
+    if spec is None or any(x.unit == "category" for x in report.errors):
+        return None
+    if spec != AUTO:
+        try:
+            return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
+        except (ValueError, OSError) as error:
+            report.add_to_file("seen classes", repr(spec), str(error).rstrip("."))
+            return None
     if (num_masks >= min_masks).any():
         return num_masks >= min_masks
     most = sorted(zip(num_masks.tolist(), names), reverse=True)[:5]
     remedy = (
-        f"no class has {min_masks} masks, DATASETS.MIN_MASKS_PER_CLASS (crowds and masks of a model "
-        f"do not count; the most masks: {', '.join(f'{name} {num}' for num, name in most)}); lower "
-        "the number, or name the classes"
+        f"no class has {min_masks} masks, DATASETS.MIN_MASKS_PER_CLASS (crowds and masks of a "
+        f"model do not count; the most masks: {', '.join(f'{name} {num}' for num, name in most)})"
+        "; lower the number, or name the classes"
     )
     report.add_to_file("seen classes", repr(AUTO), remedy)
     return None
-
-
-def _resolve_seen(report: Report, names: list[str], spec: str | None) -> np.ndarray | None:
-    """Bool of shape (number of classes,); None where all masks are to be taken for read."""
-    if spec is None or any(x.unit == "category" for x in report.errors):
-        return None
-    try:
-        return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
-    except (ValueError, OSError) as error:
-        report.add_to_file("seen classes", repr(spec), str(error).rstrip("."))
-        return None
-
-
-def _count_classes(
-    report: Report,
-    category: np.ndarray,
-    names: dict[int, str],
-    is_seen: np.ndarray | None,
-    columns: dict[str, np.ndarray],
-    left_out: dict[str, np.ndarray],
-) -> None:
-    def count(is_counted: np.ndarray) -> list[int]:
-        # The unknown class -1 comes first, and is not counted.
-        return np.bincount(category[is_counted] + 1, minlength=len(names) + 1)[1:].tolist()
-
-    counts = {name: count(marked) for name, marked in columns.items()}
-    reasons = {reason: count(marked) for reason, marked in left_out.items()}
-    for k, (category_id, name) in enumerate(names.items()):
-        report.classes.append(
-            ClassCounts(
-                name,
-                category_id,
-                None if is_seen is None else bool(is_seen[k]),
-                **{column: numbers[k] for column, numbers in counts.items()},
-                left_out={reason: x[k] for reason, x in reasons.items() if x[k]},
-            )
-        )
-    classes, rows = report.classes, [{"id": i} for i in names]
-    report.add(
-        "mostly rectangles",
-        rows,
-        [2 * x.rectangles > x.masks for x in classes],
-        lambda k: f"{classes[k].name!r}, a class with {classes[k].masks} masks, "
-        f"{classes[k].rectangles} of them the box itself",
-    )
-    if is_seen is None or columns["crowd"].all():
-        return
-    if not any(x.masks for x in classes if x.is_seen):
-        report.add_to_file("no seen mask", "classes without any mask")
-        return
-    report.add(
-        "seen without mask",
-        rows,
-        [x.is_seen and not x.masks for x in classes],
-        lambda k: f"{classes[k].name!r}, a class with {classes[k].num_objects} objects and no "
-        "human mask",
-    )

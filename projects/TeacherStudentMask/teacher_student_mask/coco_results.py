@@ -69,7 +69,7 @@ def load_ground_truth(
     if reads_masks and annotations and not any(map(has_mask, annotations)):
         raise InputError(f"{coco.annotation_file}: no annotation has a mask, which mask AP needs.")
     if warnings is not None:
-        warnings.extend(report.warnings)
+        warnings.extend(report.findings)
     return coco
 
 
@@ -156,12 +156,12 @@ def load_results(
     _raise_first(report)
     image_ids = [int(x["image_id"]) for x in entries]
     category_ids = [int(x["category_id"]) for x in entries]
-    report.add("unknown image of entry", entries, [x not in coco.imgs for x in image_ids])
+    report.add("entry.image_id", entries, [x not in coco.imgs for x in image_ids])
     is_unknown = [x not in coco.cats for x in category_ids]
     hint = "they seem to be class numbers in place of category ids"
     is_numbers = any(is_unknown) and max(category_ids) <= len(coco.cats)
     report.add(
-        "unknown category of entry",
+        "entry.category_id",
         entries,
         is_unknown,
         lambda i: f"{category_ids[i]}{f' ({hint})' if is_numbers else ''}",
@@ -188,12 +188,12 @@ def load_results(
     report.add("entry.bbox", entries, ~is_box)
     _raise_first(report)
 
-    report.add("empty mask of entry", entries, areas == 0)
+    report.add("empty entry", entries, areas == 0)
     report.add("unusual score", entries, (scores < 0) | (scores > 1))
     report.add("entry without box", entries, is_without)
     limits = np.array(sizes, dtype=np.float64).reshape(-1, 2)[:, ::-1] + BOX_TOLERANCE
     is_outside = (boxes[:, :2] < -BOX_TOLERANCE) | (boxes[:, :2] + boxes[:, 2:] > limits)
-    report.add("box of entry reaches out", entries, is_outside.any(axis=1))
+    report.add("entry reaches out", entries, is_outside.any(axis=1))
     keys = zip(image_ids, category_ids, scores.tolist(), [x["counts"] for x in rles])
     seen = set()
     report.add("entry twice", entries, [x in seen or seen.add(x) is not None for x in keys])

@@ -31,7 +31,8 @@ class Rule:
     Attributes:
         unit: "image", "annotation", "category", "entry" (of results), or "": the file as a whole.
         field: of the unit.
-        training, evaluation: "error": it would stop, or go wrong; "warning"; "": no problem there.
+        training, evaluation: "error": it would stop, or go wrong; "warning"; "note": worth a line
+            in the log; "": not looked for.
         remedy: what is allowed, or what becomes of it, and what to do.
     """
 
@@ -42,175 +43,138 @@ class Rule:
     remedy: str
 
 
-_LISTS = "a dict with the lists 'images', 'annotations', 'categories'"
 _SIDE = f"allowed: a whole number of pixels from 1 to {MAX_PIXELS - 1}"
-_MASK = (
-    "allowed: a list of polygons [[x, y, x, y, x, y, ...], ...] of finite numbers, an RLE with "
-    "'size' and 'counts', or null for an object without a mask"
-)
-_FAR = f"allowed: pixels, at most {MAX_PIXELS_OUTSIDE} outside the image"
 _BOX = "allowed: four finite numbers [x, y, width, height]"
+_FAR = f"allowed: pixels, at most {MAX_PIXELS_OUTSIDE} outside the image"
+_SOURCE = f"allowed: {HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made"
+_UNIQUE = "allowed: an id that no other has"
+_ONLY_BOXES = "evaluate on human masks, or boxes alone with tasks=('bbox',)"
 
-# The one table. Names that are those of a field, such as "image.id", are for values of a type that
-# is not allowed.
+# The one table. A name with a dot is that of a field whose value is of another type than allowed.
 # fmt: off
 RULES = {
-    # The file.
-    "content": Rule("", "content", "error", "error", f"allowed: a COCO json in UTF-8, {_LISTS}"),
-    "no images": Rule("", "images", "error", "error", "allowed: at least one"),
-    "no categories": Rule("", "categories", "error", "error", "allowed: at least one"),
-    "no annotations": Rule("", "annotations", "error", "", "allowed: at least one"),
-    "only crowds": Rule(
-        "", "annotations", "error", "", "allowed: at least one object with 'iscrowd' 0"),
+    # The file as a whole.
+    "content": Rule("", "content", "error", "error", "allowed: a COCO json in UTF-8, a dict with "
+                    "the lists 'images', 'annotations', 'categories'"),
+    "images": Rule("", "images", "error", "error", "allowed: a list of dicts, at least one"),
+    "categories": Rule("", "categories", "error", "error", "allowed: a list of dicts, at least "
+                       "one"),
+    "annotations": Rule("", "annotations", "error", "error", "allowed: a list of dicts"),
+    "no objects": Rule("", "annotations", "error", "", "allowed: at least one object with "
+                       "'iscrowd' 0"),
     "number of classes": Rule("", "categories", "error", "error", "allowed: as many as the model"),
     "seen classes": Rule("", "seen_classes", "error", "error", "allowed: classes of the file"),
-    "no seen mask": Rule(
-        "", "seen_classes", "error", "",
-        "allowed: at least one class with masks, as nothing else teaches them (masks of a model do "
-        "not count)"),
+    "no seen mask": Rule("", "seen_classes", "error", "", "allowed: at least one class with masks, "
+                         "as nothing else teaches them (masks of a model do not count)"),
     "image root": Rule("", "image_root", "error", "error", "allowed: a folder that exists"),
-    # Images.
+    # Images: their entries, then their files.
     "image.id": Rule("image", "id", "error", "error", "allowed: a whole number"),
     "image.height": Rule("image", "height", "error", "error", _SIDE),
     "image.width": Rule("image", "width", "error", "error", _SIDE),
-    "image id twice": Rule("image", "id", "error", "error", "allowed: an id that no other has"),
-    "large image": Rule(
-        "image", "height x width", "error", "error", f"allowed: fewer than {MAX_PIXELS} pixels"),
-    "image.file_name": Rule(
-        "image", "file_name", "error", "",
-        "allowed: the name of the file, relative to the folder of the images"),
-    "file twice": Rule(
-        "image", "file_name", "warning", "",
-        "other images name the same file, which counts more than once in training"),
-    "missing file": Rule(
-        "image", "file_name", "error", "error",
-        "allowed: a file in the folder of the images; get it or take the image out"),
-    "unreadable": Rule(
-        "image", "file_name", "error", "error", "allowed: an image that PIL reads to its end"),
-    "size": Rule(
-        "image", "width, height", "error", "error",
-        "allowed: the size of the file, after it was turned as its EXIF orientation says; correct "
-        "the json, boxes and masks included"),
-    "depth": Rule(
-        "image", "file_name", "error", "error",
-        "allowed: 8 bits a channel, as training would cut all values above 255; convert the image"),
-    "orientation": Rule(
-        "image", "file_name", "warning", "",
-        "training turns the image as its EXIF orientation says, so boxes and masks must fit the "
-        "turned image"),
-    "colour": Rule(
-        "image", "file_name", "warning", "",
-        "training converts it to RGB without a colour profile; convert it yourself if the colours "
-        "matter"),
-    "many objects": Rule(
-        "image", "annotations", "warning", "",
-        "training takes them all, but the memory for matching them grows with their number"),
+    "image.file_name": Rule("image", "file_name", "error", "", "allowed: the name of the file, "
+                            "relative to the folder of the images"),
+    "image id twice": Rule("image", "id", "error", "error", _UNIQUE),
+    "large image": Rule("image", "height x width", "error", "error",
+                        f"allowed: fewer than {MAX_PIXELS} pixels"),
+    "file twice": Rule("image", "file_name", "warning", "", "other images name the same file, "
+                       "which counts more than once in training"),
+    "missing file": Rule("image", "file_name", "error", "error", "allowed: a file in the folder of "
+                         "the images; get it or take the image out"),
+    "many objects": Rule("image", "annotations", "warning", "", "training takes them all, but the "
+                         "memory for matching them grows with their number"),
+    "unreadable": Rule("image", "file_name", "error", "error", "allowed: an image that PIL reads "
+                       "to its end"),
+    "size": Rule("image", "width, height", "error", "error", "allowed: the size of the file, after "
+                 "it was turned as its EXIF orientation says; correct the json, boxes and masks "
+                 "included"),
+    "depth": Rule("image", "file_name", "error", "error", "allowed: 8 bits a channel, as training "
+                  "would cut all values above 255; convert the image"),
+    "orientation": Rule("image", "file_name", "warning", "", "training turns the image as its EXIF "
+                        "orientation says, so boxes and masks must fit the turned image"),
+    "colour": Rule("image", "file_name", "warning", "", "training converts it to RGB without a "
+                   "colour profile; convert it yourself if the colours matter"),
     # Categories.
     "category.id": Rule("category", "id", "error", "error", "allowed: a whole number"),
     "category.name": Rule("category", "name", "error", "error", "allowed: the name of the class"),
-    "category id twice": Rule(
-        "category", "id", "error", "error", "allowed: an id that no other has"),
-    "category name twice": Rule(
-        "category", "name", "error", "error",
-        "allowed: names that differ, as seen classes are given by name; rename or merge them"),
-    "mostly rectangles": Rule(
-        "category", "name", "warning", "",
-        "rectangles teach nothing about shapes; give null where only the box is known"),
-    "seen without mask": Rule(
-        "category", "name", "warning", "",
-        "a seen class without a mask is trained as an unseen one; take it out of the list"),
-    # Annotations.
-    "annotation.image_id": Rule(
-        "annotation", "image_id", "error", "error", "allowed: an id of 'images'"),
-    "annotation.category_id": Rule(
-        "annotation", "category_id", "error", "error", "allowed: an id of 'categories'"),
-    "annotation.bbox": Rule("annotation", "bbox", "error", "error", _BOX),
+    "category id twice": Rule("category", "id", "error", "error", _UNIQUE),
+    "category name twice": Rule("category", "name", "error", "error", "allowed: names that differ, "
+                                "as seen classes are given by name; rename or merge them"),
+    "mostly rectangles": Rule("category", "name", "warning", "", "rectangles teach nothing about "
+                              "shapes; give null where only the box is known"),
+    "seen without mask": Rule("category", "name", "warning", "", "a seen class without a mask is "
+                              "trained as an unseen one; take it out of the list"),
+    # Annotations: ids and flags.
     "annotation.id": Rule("annotation", "id", "error", "error", "allowed: a whole number"),
+    "annotation.image_id": Rule("annotation", "image_id", "error", "error",
+                                "allowed: an id of 'images'"),
+    "annotation.category_id": Rule("annotation", "category_id", "error", "error",
+                                   "allowed: an id of 'categories'"),
     "annotation.iscrowd": Rule("annotation", "iscrowd", "error", "error", "allowed: 0 or 1"),
-    "annotation.mask_source": Rule(
-        "annotation", "mask_source", "error", "error",
-        f"allowed: {HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made"),
-    "annotation.area": Rule(
-        "annotation", "area", "", "error", "allowed: a finite number of pixels, not negative"),
-    "annotation.keypoints": Rule(
-        "annotation", "keypoints", "error", "error", "allowed: a list of numbers, or null"),
-    "unknown image": Rule(
-        "annotation", "image_id", "error", "warning",
-        "allowed: an id of 'images'; COCO's evaluation leaves the object out"),
-    "unknown category": Rule(
-        "annotation", "category_id", "error", "error", "allowed: an id of 'categories'"),
-    "annotation id twice": Rule(
-        "annotation", "id", "error", "error", "allowed: an id that no other annotation has"),
-    "annotation without id": Rule(
-        "annotation", "id", "warning", "error",
-        "training does without, but evaluation needs it; number the annotations"),
-    "box not finite": Rule("annotation", "bbox", "error", "error", _BOX),
-    "negative box": Rule(
-        "annotation", "bbox", "error", "error",
-        "allowed: [x, y, width, height] with width and height not negative"),
+    "annotation.mask_source": Rule("annotation", "mask_source", "error", "error", _SOURCE),
+    "annotation.area": Rule("annotation", "area", "", "error", "allowed: a finite number of "
+                            "pixels, not negative"),
+    "annotation.keypoints": Rule("annotation", "keypoints", "error", "error", "allowed: a list of "
+                                 "numbers, or null"),
+    "unknown image": Rule("annotation", "image_id", "error", "warning", "allowed: an id of "
+                          "'images'; COCO's evaluation leaves the object out"),
+    "annotation id twice": Rule("annotation", "id", "error", "error", _UNIQUE),
+    "annotation without id": Rule("annotation", "id", "warning", "error", "training does without, "
+                                  "but evaluation needs it; number the annotations"),
+    # Boxes.
+    "annotation.bbox": Rule("annotation", "bbox", "error", "error", _BOX),
+    "negative box": Rule("annotation", "bbox", "error", "error",
+                         "allowed: [x, y, width, height] with width and height not negative"),
     "far box": Rule("annotation", "bbox", "error", "error", _FAR),
-    "box without area": Rule(
-        "annotation", "bbox", "warning", "warning",
-        "a box without area: training leaves the object out; correct it, or take it out"),
-    "box outside its image": Rule(
-        "annotation", "bbox", "warning", "warning",
-        "a box outside its image: training leaves the object out; correct it, or take it out"),
-    "box reaches out": Rule(
-        "annotation", "bbox", "warning", "warning",
-        "it reaches outside the image, and training cuts it there"),
-    "not a mask": Rule("annotation", "segmentation", "error", "error", _MASK),
+    "box without area": Rule("annotation", "bbox", "warning", "note", "a box without area: "
+                             "training leaves the object out; correct it, or take it out"),
+    "box outside its image": Rule("annotation", "bbox", "warning", "note", "a box outside its "
+                                  "image: training leaves the object out; correct it, or take it "
+                                  "out"),
+    "box reaches out": Rule("annotation", "bbox", "warning", "note", "it reaches outside the "
+                            "image, and training cuts it there"),
+    # Masks. Of those that training does not read, errors are warnings.
+    "not a mask": Rule("annotation", "segmentation", "error", "error", "allowed: a list of "
+                       "polygons [[x, y, x, y, x, y, ...], ...] of finite numbers, an RLE with "
+                       "'size' and 'counts', or null for an object without a mask"),
     "far polygon": Rule("annotation", "segmentation", "error", "error", _FAR),
-    "RLE of another size": Rule(
-        "annotation", "segmentation", "error", "error",
-        "allowed: an RLE of the [height, width] of the image in 'images'"),
-    "broken runs": Rule(
-        "annotation", "segmentation", "error", "error",
-        "allowed: run lengths that add up to the pixels of the image, height x width"),
-    "short polygon": Rule(
-        "annotation", "segmentation", "warning", "warning",
-        "polygons of fewer than 3 points, or with half a point, are left out, and an object "
-        "without any other has a box only"),
-    "mask without a pixel": Rule(
-        "annotation", "segmentation", "warning", "warning",
-        "the mask covers nothing of its image, so training takes the object as one without a mask; "
-        "correct it, or give null"),
-    "object without a mask": Rule(
-        "annotation", "segmentation", "", "error",
-        "mask AP needs a mask on every object, of unseen classes too; evaluate on annotations that "
-        "have them, or boxes alone with tasks=('bbox',)"),
-    "mask of a model": Rule(
-        "annotation", "mask_source", "", "error",
-        "a mask that a model made is no ground truth; evaluate on human masks, or boxes alone with "
-        "tasks=('bbox',); a mask that a human has checked and corrected has 'mask_source' 'human'"),
-    "mask source is lost": Rule(
-        "annotation", "mask_source", "error", "",
-        "the function that reads this dataset leaves the field out, and training would take the "
-        "mask for a human's; register the file with register_partial_coco, or give its path in "
-        "DATASETS.TRAIN"),
-    # Entries of results.
-    "entry.image_id": Rule("entry", "image_id", "", "error", "allowed: an id of an image"),
-    "entry.category_id": Rule("entry", "category_id", "", "error", "allowed: an id of a category"),
+    "RLE of another size": Rule("annotation", "segmentation", "error", "error", "allowed: an RLE "
+                                "of the [height, width] of the image in 'images'"),
+    "broken runs": Rule("annotation", "segmentation", "error", "error", "allowed: run lengths that "
+                        "add up to the pixels of the image, height x width"),
+    "short polygon": Rule("annotation", "segmentation", "warning", "note", "polygons of fewer than "
+                          "3 points, or with half a point, are left out, and an object without any "
+                          "other has a box only"),
+    "mask without a pixel": Rule("annotation", "segmentation", "warning", "note", "the mask covers "
+                                 "nothing of its image, so training takes the object as one "
+                                 "without a mask; correct it, or give null"),
+    "no mask": Rule("annotation", "segmentation", "", "error", "mask AP needs a mask on every "
+                    "object, of unseen classes too; evaluate on annotations that have them, or "
+                    "boxes alone with tasks=('bbox',)"),
+    "mask of a model": Rule("annotation", "mask_source", "", "error", "a mask that a model made is "
+                            f"not ground truth; {_ONLY_BOXES}; a mask that a human has checked and "
+                            "corrected has 'mask_source' 'human'"),
+    "source is lost": Rule("annotation", "mask_source", "error", "", "the function that reads this "
+                           "dataset leaves the field out, and training would take the mask for a "
+                           "human's; register the file with register_partial_coco, or give its "
+                           "path in DATASETS.TRAIN"),
+    # Entries of a result file.
+    "no entries": Rule("", "content", "", "warning", "there is nothing to measure"),
+    "entry.image_id": Rule("entry", "image_id", "", "error", "allowed: the id of an image of the "
+                           "ground truth"),
+    "entry.category_id": Rule("entry", "category_id", "", "error", "allowed: the id of a category "
+                              "of the ground truth"),
     "entry.score": Rule("entry", "score", "", "error", "allowed: a finite number"),
     "entry.bbox": Rule("entry", "bbox", "", "error", _BOX),
-    "entry.segmentation": Rule(
-        "entry", "segmentation", "", "error",
-        "allowed: polygons [[x, y, x, y, x, y, ...], ...] near the image, or an RLE of its size "
-        "whose runs add up to its pixels"),
-    "unknown image of entry": Rule(
-        "entry", "image_id", "", "error", "allowed: the ids of the images of the ground truth"),
-    "unknown category of entry": Rule(
-        "entry", "category_id", "", "error",
-        "allowed: the category ids of the ground truth"),
-    "empty mask of entry": Rule(
-        "entry", "segmentation", "", "warning", "a mask without any pixel"),
+    "entry.segmentation": Rule("entry", "segmentation", "", "error", "allowed: polygons "
+                               "[[x, y, x, y, x, y, ...], ...] near the image, or an RLE of its "
+                               "size whose runs add up to its pixels"),
+    "empty entry": Rule("entry", "segmentation", "", "warning", "a mask without any pixel"),
     "unusual score": Rule("entry", "score", "", "warning", "usual are scores from 0 to 1"),
     "entry without box": Rule("entry", "bbox", "", "warning", "the mask's own box is taken"),
-    "box of entry reaches out": Rule(
-        "entry", "bbox", "", "warning", "it reaches more than 1 pixel outside its image"),
-    "entry twice": Rule(
-        "entry", "segmentation", "", "warning",
-        "an earlier entry is equal in image, category, score and mask"),
-    "no entries": Rule("", "content", "", "warning", "there is nothing to measure"),
+    "entry reaches out": Rule("entry", "bbox", "", "warning", "it reaches more than 1 pixel "
+                              "outside its image"),
+    "entry twice": Rule("entry", "segmentation", "", "warning", "an earlier entry is equal in "
+                        "image, category, score and mask"),
 }
 # fmt: on
 
@@ -227,7 +191,7 @@ class Finding:
 
     Attributes:
         rule: key of ``RULES``.
-        severity: "error" or "warning".
+        severity: "error", "warning" or "note".
         count: how many rows have the problem.
         examples: (id, value) of the first of them.
     """
@@ -310,10 +274,10 @@ class Report:
         return [x for x in self.findings if x.severity == "warning"]
 
     def log(self) -> None:
-        """Log every finding: errors as errors, warnings as warnings."""
+        """Log every finding with the level of its severity; notes as INFO."""
+        levels = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}
         for finding in self.findings:
-            level = logging.ERROR if finding.severity == "error" else logging.WARNING
-            logger.log(level, str(finding))
+            logger.log(levels[finding.severity], str(finding))
 
     def raise_on_error(self) -> None:
         """
@@ -372,18 +336,69 @@ class Report:
             value = shorten(row[key]) if key in row else "missing"
             examples.append((name, value if describe is None else describe(i)))
         if indices:
-            self._add(rule, len(indices), examples, *consequence)
+            self._add(rule, RULES[rule].remedy, len(indices), examples)
+            if consequence:
+                self.findings[-1] = self.findings[-1].as_warning(*consequence)
 
-    def add_to_file(self, rule: str, value: str, *remedy: str) -> None:
+    def add_to_file(self, rule: str, value: str, remedy: str = "") -> None:
         """Add a finding about the file as a whole; `remedy` takes the place of the rule's."""
-        self._add(rule, 1, [("", value)])
-        if remedy and self.findings and self.findings[-1].rule == rule:
-            self.findings[-1] = replace(self.findings[-1], remedy=remedy[0])
+        self._add(rule, remedy or RULES[rule].remedy, 1, [("", value)])
 
-    def _add(self, rule: str, count: int, examples: list, *consequence: str) -> None:
-        it = RULES[rule]
-        severity = getattr(it, self.use)
+    def _add(self, name: str, remedy: str, count: int, examples: list) -> None:
+        rule = RULES[name]
+        severity = rule.training if self.use == "training" else rule.evaluation
         if severity:
-            found = (rule, severity, self.file, it.unit, it.field, it.remedy, count)
-            finding = Finding(*found, tuple(examples))
-            self.findings.append(finding.as_warning(*consequence) if consequence else finding)
+            where = (self.file, rule.unit, rule.field)
+            self.findings.append(Finding(name, severity, *where, remedy, count, tuple(examples)))
+
+    def count_classes(
+        self,
+        category: np.ndarray,
+        names: dict[int, str],
+        is_seen: np.ndarray | None,
+        columns: dict[str, np.ndarray],
+        left_out: dict[str, np.ndarray],
+    ) -> None:
+        """
+        Add the counts of the classes, and findings about those without human masks.
+
+        Args:
+            category: position of each annotation's class in ``names``, -1 where it is unknown;
+                int64, shape (n,).
+            names: {category id: name}.
+            is_seen: bool, shape (number of classes,); None where the seen classes are not known.
+            columns: {number of :class:`ClassCounts`: what it counts}, bool of shape (n,) each.
+            left_out: {why training leaves an object or its mask out: which}, bool of shape (n,).
+        """
+
+        def count(is_counted: np.ndarray) -> list[int]:
+            # The unknown class -1 comes first, and is not counted.
+            return np.bincount(category[is_counted] + 1, minlength=len(names) + 1)[1:].tolist()
+
+        counts = {name: count(marked) for name, marked in columns.items()}
+        reasons = {reason: count(marked) for reason, marked in left_out.items()}
+        for k, (category_id, name) in enumerate(names.items()):
+            seen = None if is_seen is None else bool(is_seen[k])
+            numbers = {column: x[k] for column, x in counts.items()}
+            of_class = {reason: x[k] for reason, x in reasons.items() if x[k]}
+            self.classes.append(ClassCounts(name, category_id, seen, **numbers, left_out=of_class))
+        classes, rows = self.classes, [{"id": i} for i in names]
+        self.add(
+            "mostly rectangles",
+            rows,
+            [2 * x.rectangles > x.masks for x in classes],
+            lambda k: f"{classes[k].name!r}, a class with {classes[k].masks} masks, "
+            f"{classes[k].rectangles} of them the box itself",
+        )
+        if is_seen is None or columns["crowd"].all():
+            return
+        if not any(x.masks for x in classes if x.is_seen):
+            self.add_to_file("no seen mask", "classes without any mask")
+            return
+        self.add(
+            "seen without mask",
+            rows,
+            [x.is_seen and not x.masks for x in classes],
+            lambda k: f"{classes[k].name!r}, a class with {classes[k].num_objects} objects and no "
+            "human mask",
+        )

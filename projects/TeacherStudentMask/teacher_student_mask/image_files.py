@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 from PIL import Image
 
-__all__ = ["DEEP_MODES", "TRANSPOSED", "orientation_of", "problems_of_image"]
+__all__ = [
+    "DEEP_MODES",
+    "TRANSPOSED",
+    "missing_files",
+    "orientation_of",
+    "problems_of_image",
+    "read_image_files",
+]
 
 _EXIF_ORIENTATION = 0x0112
 # Orientations that swap width and height.
@@ -53,6 +64,44 @@ def problems_of_image(path: str | os.PathLike, height: int, width: int) -> dict[
     if mode in ("CMYK", "LAB"):
         problems["colour"] = f"{name} in {mode}"
     return problems
+
+
+def read_image_files(
+    jobs: Collection[tuple[str, int, int]],
+    num_workers: int = 1,
+    progress: Callable[[Iterable, int], Iterable] | None = None,
+) -> list[dict[str, str]]:
+    """
+    Call :func:`problems_of_image` for many images.
+
+    Args:
+        jobs: path, height and width of each.
+        num_workers: processes that read; 1: this one alone.
+        progress: ``progress(iterable, total)`` gives the items of the iterable and shows how many.
+    """
+    with contextlib.ExitStack() as stack:
+        run = map
+        if num_workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
+            run = partial(pool.map, chunksize=32)
+        answers = run(problems_of_image, *zip(*jobs)) if jobs else []
+        return list(answers if progress is None else progress(answers, len(jobs)))
+
+
+def missing_files(paths: Iterable[str]) -> set[str]:
+    """Those that are not files, found with one listing a folder: folders may be far away."""
+    files_in: dict[str, set[str]] = {}
+    missing = set()
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in files_in:
+            files_in[folder] = set()
+            # No such folder, or a name with characters that no folder has.
+            with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+                files_in[folder] = {entry.name for entry in entries if entry.is_file()}
+        if name not in files_in[folder]:
+            missing.add(path)
+    return missing
 
 
 def orientation_of(image: Image.Image) -> object:
