@@ -33,10 +33,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.checks.mask_sources import is_from_model
 from teacher_student_mask.class_splits import AUTO
+from teacher_student_mask.coco_json import is_from_model
 from teacher_student_mask.config_file import merge_config_file
-from teacher_student_mask.data import check_datasets, register_json_datasets, settle_classes
+from teacher_student_mask.data import check_datasets, register_json_datasets, resolve_auto_settings
 from teacher_student_mask.engine import (
     Trainer,
     check_device_of_processes,
@@ -92,7 +92,7 @@ def setup(args) -> CfgNode:
     register_json_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
-    cfg = settle_classes(cfg, needs_seen_classes=is_asked)
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=is_asked)
     cfg.freeze()
     default_setup(cfg, args)
     if from_scratch:

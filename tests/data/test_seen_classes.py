@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from teacher_student_mask import TeacherStudentDatasetMapper, resolve_seen_classes
 from teacher_student_mask.class_splits import AUTO
-from teacher_student_mask.data import seen_classes, settle_classes
+from teacher_student_mask.data import seen_classes, resolve_auto_settings
 from teacher_student_mask.data.seen_classes import (
     ClassCount,
     choose_seen_classes,
@@ -85,11 +85,11 @@ def test_the_table_has_the_classes_with_most_masks_first(log):
 
 
 def test_no_class_with_enough_masks_is_an_error_with_the_counts(auto_cfg):
-    for resolve in (settle_classes, training_seen_classes):
+    for resolve in (resolve_auto_settings, training_seen_classes):
         with pytest.raises(ValueError, match="MIN_MASKS_PER_CLASS 4 masks.* ant 3, cat 3, ship 2"):
             resolve(auto_cfg(4))
     with pytest.raises(ValueError, match="MIN_MASKS_PER_CLASS is 0; it must be 1 or more"):
-        settle_classes(auto_cfg(0))
+        resolve_auto_settings(auto_cfg(0))
     many = [ClassCount(f"{i}", 9, 0) for i in range(25)]
     with pytest.raises(ValueError, match=", and 5 classes with no more"):
         choose_seen_classes(many, 1)
@@ -98,12 +98,12 @@ def test_no_class_with_enough_masks_is_an_error_with_the_counts(auto_cfg):
 def test_a_settled_config_has_names_and_the_number_of_classes(auto_cfg):
     cfg = auto_cfg(3, "TEST.SEEN_CLASSES", AUTO, "MODEL.ROI_HEADS.NUM_CLASSES", 0)
     cfg.freeze()
-    settled = settle_classes(cfg)
+    settled = resolve_auto_settings(cfg)
     assert settled.is_frozen() and settled.MODEL.ROI_HEADS.NUM_CLASSES == 3
     assert settled.DATASETS.SEEN_CLASSES == settled.TEST.SEEN_CLASSES == "ant, cat"
     assert cfg.DATASETS.SEEN_CLASSES == AUTO and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0
-    assert settle_classes(settled) is settled
-    only_number = settle_classes(cfg, needs_seen_classes=False)
+    assert resolve_auto_settings(settled) is settled
+    only_number = resolve_auto_settings(cfg, needs_seen_classes=False)
     assert only_number.DATASETS.SEEN_CLASSES == AUTO
     assert only_number.MODEL.ROI_HEADS.NUM_CLASSES == 3
 
@@ -116,13 +116,13 @@ def test_masks_of_all_training_sets_count(auto_cfg, make_tiny_coco):
 
     first, second = make_tiny_coco(), make_tiny_coco(forget_cats)
     cfg = auto_cfg(4, "DATASETS.TRAIN", (first.name, second.name))
-    assert settle_classes(cfg).DATASETS.SEEN_CLASSES == "ant, ship"  # 6, 3 and 4 masks
+    assert resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == "ant, ship"  # 6, 3 and 4 masks
 
 
 def test_mapper_and_guard_follow_the_training_data(auto_cfg):
     cfg = auto_cfg(3)
     assert TeacherStudentDatasetMapper(cfg, True).seen_classes == {0, 1}
-    assert UnseenMaskGuard(settle_classes(cfg)).seen_classes == {0, 1}
+    assert UnseenMaskGuard(resolve_auto_settings(cfg)).seen_classes == {0, 1}
     # An object without a mask in a seen class is simply one.
     image = next(x for x in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]) if x["image_id"] == 7)
     image["annotations"] = [x for x in image["annotations"] if x["category_id"] == 0]
@@ -142,9 +142,9 @@ def test_training_data_that_are_gone_are_named(auto_cfg):
         with pytest.raises(
             ValueError, match=r"'auto'.* \('gone',\), but: .*config.yaml in the OUT"
         ):
-            settle_classes(cfg)
+            resolve_auto_settings(cfg)
     with pytest.raises(ValueError, match="DATASETS.TRAIN is empty"):
-        settle_classes(auto_cfg(1, "DATASETS.TRAIN", ()))
+        resolve_auto_settings(auto_cfg(1, "DATASETS.TRAIN", ()))
 
 
 @pytest.mark.parametrize(
@@ -209,18 +209,18 @@ def test_one_process_reads_and_all_get_its_answer(is_main, auto_cfg, monkeypatch
     monkeypatch.setattr(
         seen_classes.comm, "all_gather", lambda x: [x, (None, None)] if is_main else [told, x]
     )
-    assert settle_classes(auto_cfg(3)).DATASETS.SEEN_CLASSES == "ant, cat"
+    assert resolve_auto_settings(auto_cfg(3)).DATASETS.SEEN_CLASSES == "ant, cat"
     assert len(reads) == is_main
     if not is_main:
         told = (None, "what is wrong")
         with pytest.raises(ValueError, match="^what is wrong$"):
-            settle_classes(auto_cfg(3))
+            resolve_auto_settings(auto_cfg(3))
 
 
 def test_a_file_is_read_once_for_an_answer(auto_cfg, tiny_coco, monkeypatch):
     calls = []
     get = DatasetCatalog.get
     monkeypatch.setattr(DatasetCatalog, "get", lambda name: calls.append(name) or get(name))
-    settle_classes(auto_cfg(3, "MODEL.ROI_HEADS.NUM_CLASSES", 0))
+    resolve_auto_settings(auto_cfg(3, "MODEL.ROI_HEADS.NUM_CLASSES", 0))
     assert calls == [tiny_coco.name]
     assert json.loads(json.dumps(MetadataCatalog.get(tiny_coco.name).thing_classes))

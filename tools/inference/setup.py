@@ -17,7 +17,7 @@ from detectron2.engine import DefaultPredictor
 from inference.coco_results import Classes
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
-from teacher_student_mask.data import register_json_datasets, settle_classes
+from teacher_student_mask.data import register_json_datasets, resolve_auto_settings
 from teacher_student_mask.engine import read_class_names
 from teacher_student_mask.weights_file import check_weights, safe_loading
 
@@ -102,7 +102,7 @@ def setup_cfg(
     _check_weights(cfg, config_file)
     try:
         register_json_datasets(cfg)
-        cfg = settle_classes(cfg, needs_seen_classes=False)
+        cfg = resolve_auto_settings(cfg, needs_seen_classes=False)
     except ValueError as error:
         raise UsageError(f"--config-file {config_file}: {error}") from error
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from teacher_student_mask import add_teacher_student_mask_config, resolve_seen_classes
 from teacher_student_mask.config_file import merge_config_file
-from teacher_student_mask.data import register_json_datasets, settle_classes
+from teacher_student_mask.data import register_json_datasets, resolve_auto_settings
 
 __all__ = [
     "UsageError",
@@ -82,7 +82,7 @@ def _with_classes(cfg: CfgNode, path: str, needs_seen_classes: bool) -> CfgNode:
         register_json_datasets(cfg)
         if any(name not in DatasetCatalog.list() for name in cfg.DATASETS.TRAIN):
             return cfg  # the training program may know them
-        return settle_classes(cfg, needs_seen_classes)
+        return resolve_auto_settings(cfg, needs_seen_classes)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
 

@@ -16,7 +16,7 @@ from teacher_student_mask.analysis import analyze, write_report
 from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
 from teacher_student_mask.analysis.trained_model import find_test_dataset
 from teacher_student_mask.class_splits import AUTO
-from teacher_student_mask.data import settle_classes
+from teacher_student_mask.data import resolve_auto_settings
 
 __all__ = ["check_reports", "short_names", "write_reports"]
 
@@ -124,7 +124,7 @@ def _truth_of(cfg: CfgNode) -> _Truth:
         )
     try:
         dataset = find_test_dataset(cfg)
-        cfg = settle_classes(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
+        cfg = resolve_auto_settings(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
         spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
         seen = [dataset.classes[i] for i in resolve_seen_classes(spec, dataset.classes)]
     except ValueError as error:

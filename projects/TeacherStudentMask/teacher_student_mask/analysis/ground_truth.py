@@ -10,16 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
-from ..checks.evaluation_checks import is_known_by_box_only
-from ..checks.mask_measures import MAX_PIXELS, to_floats
-from ..checks.reading import paused_gc
+from ..coco_json import paused_gc
+from ..coco_masks import MAX_PIXELS
+from ..coco_rules import shorten
 from .input_checks import (
     InputFile,
     InputWarning,
     boxes_outside,
+    is_known_by_box_only,
     list_some,
     refusal,
-    shorten,
+    to_floats,
     to_id,
 )
 from .rle import check_rles, compress_mask

@@ -10,9 +10,9 @@ from itertools import chain
 
 import numpy as np
 
-from ..checks.annotation_report import short_repr
-from ..checks.mask_measures import is_whole, to_floats
-from ..checks.reading import read_json
+from ..coco_json import read_json
+from ..coco_masks import has_mask
+from ..coco_rules import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,11 @@ __all__ = [
     "InputFile",
     "InputWarning",
     "boxes_outside",
+    "is_known_by_box_only",
+    "is_whole",
     "list_some",
     "refusal",
-    "shorten",
+    "to_floats",
     "to_id",
 ]
 
@@ -129,11 +131,6 @@ def refusal(field: str, value: object, allowed: str) -> str:
     return f'"{field}" is {shorten(value)}; allowed: {allowed}'
 
 
-def shorten(value: object) -> str:
-    """`value` as Python writes it, cut to a length that fits a sentence."""
-    return short_repr.repr(value)
-
-
 def list_some(values: Sequence, num: int = 5) -> str:
     """The first `num` values with commas between, and "..." where there are more."""
     return ", ".join([str(x) for x in values[:num]] + ["..."] * (len(values) > num))
@@ -164,3 +161,29 @@ def _is_box(box: object) -> bool:
         return False
     numbers = to_floats(box)
     return numbers is not None and bool((numbers[2:] >= 0).all())
+
+
+def is_known_by_box_only(annotation: dict) -> bool:
+    """Whether the "segmentation" is missing or empty; False where it is no mask of any kind."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and not all(isinstance(x, list) for x in segmentation):
+        return False
+    return isinstance(segmentation, (dict, list, type(None))) and not has_mask(annotation)
+
+
+def to_floats(values: list) -> np.ndarray | None:
+    """Float64 of shape (n,), or None unless all are finite numbers (True is not one)."""
+    if not set(map(type, values)) <= {int, float}:
+        return None
+    try:
+        array = np.array(values, dtype=np.float64)
+    except OverflowError:  # an int beyond the range of floats
+        return None
+    return array if np.isfinite(array).all() else None
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number of 64 bits: 1 or 1.0, not True."""
+    if type(value) is float:
+        return value.is_integer() and abs(value) < 2.0**63
+    return type(value) is int and -(2**63) <= value < 2**63

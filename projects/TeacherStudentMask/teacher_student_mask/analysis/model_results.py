@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from tqdm import tqdm
 
 from ..class_splits import AUTO, resolve_seen_classes
-from ..data import TeacherStudentDatasetMapper, settle_classes
+from ..data import TeacherStudentDatasetMapper, resolve_auto_settings
 from ..modeling import TeacherStudentROIHeads
 from .trained_model import find_test_dataset, load_config, load_model
 
@@ -91,7 +91,7 @@ def run_model(
     cfg = load_config(config_file, weights, opts)
     cfg.TEST.GT_BOXES = "gt_boxes" in protocols
     dataset = find_test_dataset(cfg)
-    cfg = settle_classes(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
     spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
     seen_classes = [dataset.classes[i] for i in resolve_seen_classes(spec, dataset.classes)]
     model, heads = load_model(cfg, heads)

@@ -10,14 +10,14 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..checks.mask_measures import to_floats
-from ..checks.reading import paused_gc
+from ..coco_json import paused_gc
 from .input_checks import (
     InputFile,
     InputWarning,
     boxes_outside,
     list_some,
     refusal,
+    to_floats,
     to_id,
 )
 from .rle import check_rles, compress_mask

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pycocotools.mask as mask_util
 
-from ..checks.mask_measures import to_floats
-from ..checks.object_checks import MAX_PIXELS_OUTSIDE
-from .input_checks import InputFile, refusal
+from ..coco_masks import MAX_PIXELS_OUTSIDE
+from .input_checks import InputFile, refusal, to_floats
 
 __all__ = ["check_rles", "compress_mask"]
 

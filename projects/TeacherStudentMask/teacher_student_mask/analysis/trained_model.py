@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_teacher_student_mask_config
 from ..config_file import merge_config_file
-from ..data import register_json_datasets, settle_classes
+from ..data import register_json_datasets, resolve_auto_settings
 from ..modeling import TeacherStudentROIHeads
 from ..weights_file import check_weights, safe_loading
 
@@ -93,7 +93,7 @@ def load_config(config_file: str, weights: str | None = None, opts: Sequence = (
         )
     cfg.MODEL.WEIGHTS = weights
     register_json_datasets(cfg)
-    cfg = settle_classes(cfg, needs_seen_classes=False)
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=False)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
         cfg.MODEL.DEVICE = "cpu"

@@ -17,8 +17,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from pycocotools.coco import COCO
 
-from ..checks.mask_sources import is_from_model
-from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, settle_classes
+from ..coco_json import is_from_model
+from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
 from ..evaluation import compute_overlaps
 from ..structures import ImageMask
 from .trained_model import CocoDataset
@@ -84,7 +84,7 @@ class UnseenObjectReader:
         self._mask_format = cfg.INPUT.MASK_FORMAT
         self._num_without_mask = self._num_without_area = 0
 
-        cfg = settle_classes(cfg).clone()
+        cfg = resolve_auto_settings(cfg).clone()
         cfg.defrost()
         # The mapper looks there for the classes.
         cfg.DATASETS.TRAIN = (dataset.name,)

@@ -2,9 +2,8 @@
 
 from .dataset_checks import check_datasets
 from .dataset_mapper import TeacherStudentDatasetMapper
-from .datasets import load_partial_coco_json, register_partial_coco
-from .json_datasets import register_json_datasets
-from .seen_classes import settle_classes
+from .datasets import load_partial_coco_json, register_json_datasets, register_partial_coco
+from .seen_classes import resolve_auto_settings
 from .shapes import generate_shapes, register_shapes
 from .train_loader import build_train_loader
 
@@ -17,5 +16,5 @@ __all__ = [
     "register_json_datasets",
     "register_partial_coco",
     "register_shapes",
-    "settle_classes",
+    "resolve_auto_settings",
 ]

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import chain
 
+import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
-from detectron2.structures import Boxes, BoxMode, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-from ..checks.mask_sources import HUMAN, MODEL, has_known_source, is_from_model
-from ..structures import ImageMask, SparseMasks
-from .image_depth import refuse_deep_image
-from .seen_classes import training_seen_classes
-from .segmentations import (
-    are_box_rectangles,
-    box_polygons,
-    lie_in_image,
-    read_polygons,
-    union_of_masks,
-    usable_segmentations,
+from ..coco_masks import (
+    HUMAN,
+    MODEL,
+    MaskState,
+    compress_mask,
+    is_from_model,
+    measure_masks,
+    polygons_cover,
+    valid_polygons,
 )
+from ..coco_rules import RULES, shorten
+from ..errors import InputError
+from ..image_files import DEEP_MODES
+from ..structures import ImageMask, SparseMasks
+from .seen_classes import training_seen_classes
 
-__all__ = ["TeacherStudentDatasetMapper"]
+__all__ = [
+    "TeacherStudentDatasetMapper",
+    "box_polygons",
+    "lie_in_image",
+    "union_of_masks",
+    "usable_segmentations",
+]
 
 logger = logging.getLogger(__name__)
+
+_RULES_OF_STATES = {
+    MaskState.NOT_A_MASK: RULES["not a mask"],
+    MaskState.TOO_FAR: RULES["far polygon"],
+    MaskState.WRONG_SIZE: RULES["RLE of another size"],
+    MaskState.BROKEN_RUNS: RULES["broken runs"],
+}
 
 
 class TeacherStudentDatasetMapper(DatasetMapper):
@@ -84,7 +103,6 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         self.rectangle_as_box_only = rectangle_as_box_only
         self.add_gt_boxes_at_test = add_gt_boxes_at_test
         self._num_empty_masks = 0
-        self._num_rectangles = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -107,60 +125,58 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             The format that Detectron2's models take.
 
         Raises:
-            ValueError: a usable segmentation that cannot be read; names file and annotation.
+            InputError: an image or a usable segmentation cannot be read; names the file.
         """
         where = _name_of(dataset_dict)
         prepared = dataset_dict
         if self.is_train and self.use_instance_mask and "annotations" in dataset_dict:
-            prepared = self._forget_masks(dataset_dict, where)
+            prepared = {**dataset_dict, "annotations": self._forget_masks(dataset_dict, where)}
         try:
-            refuse_deep_image(dataset_dict["file_name"], where)
+            mode = _mode_of_image(dataset_dict["file_name"])
             example = super().__call__(prepared)
         except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
-            raise ValueError(
+            raise InputError(
                 f"{where}: the image cannot be used: {e} Replace it, or correct the json; "
-                "tools/check_annotations.py --images finds all such images."
+                "tsmask check --images finds all such images."
             ) from e
+        if mode.startswith(DEEP_MODES):
+            raise InputError(
+                f"{where}: the image has PIL's mode {mode!r}, whose values above 255 would be cut; "
+                "convert it to 8 bits a channel."
+            )
         # A json may have 480.0; the image has been found to have this size.
         example.update(height=int(example["height"]), width=int(example["width"]))
         if not self.is_train and self.add_gt_boxes_at_test:
             example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
         return example
 
-    def _forget_masks(self, dataset_dict: dict, where: str) -> dict:
+    def _forget_masks(self, dataset_dict: dict, where: str) -> list[dict]:
         # First of all, so that no later step can see an unseen mask, nor takes time to copy it.
         annotations = [dict(x) for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
-        for number, annotation in enumerate(annotations, start=1):
-            if not has_known_source(annotation):
-                raise ValueError(
-                    f"{where}, annotation {annotation.get('id', f'number {number} of the image')}: "
-                    f"'mask_source' is {annotation['mask_source']!r}; allowed: {HUMAN!r} (as "
-                    f"without the key), {MODEL!r}."
+        for annotation in annotations:
+            if annotation.get("mask_source", HUMAN) not in (HUMAN, MODEL):
+                raise InputError(
+                    f"{where}: 'mask_source' of an annotation is {annotation['mask_source']!r}; "
+                    f"{RULES['annotation.mask_source'].remedy}."
                 )
             is_seen = annotation["category_id"] in self.seen_classes
-            if not (self.use_external_masks if is_from_model(annotation) else is_seen):
-                annotation.pop("segmentation", None)
+            is_used = self.use_external_masks if is_from_model(annotation) else is_seen
+            if not is_used:
+                annotation["segmentation"] = None
+            annotation.setdefault("segmentation", None)
         if self.rectangle_as_box_only:
-            self._forget_rectangles(annotations, where)
-        segmentations = read_polygons([x.get("segmentation") for x in annotations], where)
-        for annotation, segmentation in zip(annotations, segmentations):
-            annotation["segmentation"] = segmentation
-            if "keypoints" in annotation:
-                annotation["keypoints"] = copy.deepcopy(annotation["keypoints"])
-        return {**dataset_dict, "annotations": _Copied(annotations)}
-
-    def _forget_rectangles(self, annotations: list[dict], where: str) -> None:
-        human = [x for x in annotations if not is_from_model(x)]
-        for annotation, is_rectangle in zip(human, are_box_rectangles(human)):
-            if is_rectangle:
-                annotation.pop("segmentation")
-                self._num_rectangles += 1
-                if _is_power_of_ten(self._num_rectangles):
-                    logger.info(
-                        f"{where}: a mask is the rectangle of its box and is not used "
-                        f"(INPUT.RECTANGLE_AS_BOX_ONLY; {self._num_rectangles} so far in this "
-                        "process)."
-                    )
+            boxes = [
+                BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYWH_ABS) for x in annotations
+            ]
+            masks = measure_masks(
+                [x["segmentation"] for x in annotations],
+                np.full((len(annotations), 2), np.nan),
+                np.array(boxes, dtype=np.float64).reshape(-1, 4),
+            )
+            for annotation, is_rectangle in zip(annotations, masks.is_rectangle):
+                if is_rectangle and not is_from_model(annotation):
+                    annotation["segmentation"] = None
+        return annotations
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
         if not self.use_instance_mask:
@@ -250,8 +266,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             logger.warning(
                 f"{_name_of(dataset_dict)}: the mask of an object covers nothing of the image; the "
                 f"object is taken as one without a mask (number {self._num_empty_masks} in this "
-                "process, counted each time it is read). tools/check_annotations.py finds all of "
-                "them."
+                "process, counted each time it is read). tsmask check finds all of them."
             )
 
     def _mask_format_for(self, annotations: list[dict]) -> str:
@@ -286,12 +301,76 @@ def _is_power_of_ten(number: int) -> bool:
     return str(number).strip("0") == "1"
 
 
-class _Copied(list):
-    """Annotations that are a copy already, so that :class:`DatasetMapper` need not make one."""
-
-    def __deepcopy__(self, memo: dict) -> _Copied:
-        return self
-
-
 def _name_of(dataset_dict: dict) -> str:
     return f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
+
+
+def _mode_of_image(file_name: str) -> str:
+    # PathManager, as for all files of a dataset, also gets remote ones.
+    with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+        return image.mode
+
+
+def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: str) -> list:
+    """
+    Check the segmentations of an image and make RLEs compressed.
+
+    Args:
+        segmentations: of any kind, as a json holds them.
+        size: height and width of the image.
+        where: names the image in messages.
+
+    Returns:
+        Polygons, a compressed RLE, or None where there is no mask: none is given (missing, null or
+        ``[]``), or it covers nothing of the image.
+
+    Raises:
+        InputError: one that is broken.
+    """
+    masks = measure_masks(segmentations, np.full((len(segmentations), 2), size))
+    usable = []
+    for segmentation, state in zip(segmentations, masks.state.tolist()):
+        if state in _RULES_OF_STATES:
+            remedy = _RULES_OF_STATES[state].remedy
+            raise InputError(f"{where}: 'segmentation' is {shorten(segmentation)}; {remedy}.")
+        if state != MaskState.MASK:
+            usable.append(None)
+        elif isinstance(segmentation, dict):
+            usable.append(compress_mask(segmentation, size))
+        else:
+            # Detectron2 would cut coordinates that are whole numbers after it has scaled them.
+            usable.append([np.array(x, dtype=np.float64) for x in valid_polygons(segmentation)])
+    return usable
+
+
+def box_polygons(annotations: Sequence[dict]) -> list[list[np.ndarray]]:
+    """
+    The rectangles of the boxes of annotations, one polygon for each, shape (8,).
+
+    The corners are those that :class:`BoxMode` gives the box itself, in 32 bits for XYWH.
+    """
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+    return [[x] for x in corners]
+
+
+def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
+    """
+    Which masks have an area inside the image: bool, shape (N,).
+
+    :meth:`PolygonMasks.nonempty` asks for a polygon, wherever it lies.
+    """
+    if isinstance(masks, BitMasks):
+        return masks.nonempty()
+    return torch.from_numpy(polygons_cover(masks.polygons, image_shape))
+
+
+def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
+    """The pixels of any of the masks: bool, shape (H, W)."""
+    if isinstance(masks, BitMasks):
+        return masks.tensor.any(dim=0)
+    polygons = list(chain.from_iterable(masks.polygons))
+    if not polygons:
+        return torch.zeros(image_shape, dtype=torch.bool)
+    rle = mask_util.merge(mask_util.frPyObjects(polygons, *image_shape))
+    return torch.from_numpy(mask_util.decode(rle).astype(bool))

@@ -1,29 +1,38 @@
-"""COCO json files in which any object may lack its mask."""
+"""COCO jsons in which any object may lack its mask, as datasets of Detectron2."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from ..checks.annotation_checks import check_annotations
-from ..checks.annotation_report import Finding
-from ..checks.reading import read_json
+from ..coco_json import check_coco, classes_of, read_json, valid_polygons
+from ..errors import InputError
 
 __all__ = [
-    "classes_of",
-    "is_harmless",
+    "is_json_path",
     "load_partial_coco_json",
+    "register_json_datasets",
     "register_partial_coco",
     "remember_as_checked",
 ]
 
 logger = logging.getLogger(__name__)
 
+# Errors of the checks in spite of which the objects of a file can be loaded: masks are checked
+# where they are used, a file without objects still has classes, and only evaluation needs ids.
+_HARMLESS = {"no objects", "annotation.id", "annotation id twice", "not a mask", "far polygon"}
+_HARMLESS |= {"RLE of another size", "broken runs"}
+
 # States of files that were found to be good, so that they are not checked at every reading.
 _checked_files: set[tuple] = set()
+
+# Datasets that a config names by their paths: path -> (folder of the images, state of the json).
+_json_datasets: dict[str, tuple[str, tuple | None]] = {}
 
 
 def register_partial_coco(name: str, json_file: str, image_root: str) -> None:
@@ -59,25 +68,16 @@ def load_partial_coco_json(
         at least one polygon or an RLE, ``mask_source`` as in the json.
 
     Raises:
-        ValueError: what :func:`check_annotations` calls an error, but for masks.
+        InputError: what :func:`check_coco` calls an error, but for masks.
     """
-    try:
-        coco = read_json(json_file)
-    except ValueError as error:
-        raise ValueError(f"{json_file}: the content is no json in UTF-8: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
-            raise ValueError(f"{json_file}: a COCO json must have a list {key!r}.")
+    coco = read_json(json_file)
     if _state_of(json_file) not in _checked_files:
-        for finding in check_annotations(json_file, data=coco).errors:
-            if not is_harmless(finding):
-                raise ValueError(str(finding))
-
+        for finding in check_coco(json_file, data=coco).errors:
+            if finding.rule not in _HARMLESS:
+                raise InputError(str(finding))
     classes = classes_of(coco)
-    contiguous_ids = classes["thing_dataset_id_to_contiguous_id"]
     if dataset_name is not None:
         MetadataCatalog.get(dataset_name).set(**classes)
-
     records = {
         image["id"]: {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -90,15 +90,28 @@ def load_partial_coco_json(
     }
     num_without_mask = num_malformed = 0
     for annotation in coco["annotations"]:
-        where = f"{json_file}: annotation {annotation.get('id')}"
-        obj = _read_object(annotation, contiguous_ids)
-        segmentation, num_dropped = _read_segmentation(annotation.get("segmentation"), where)
+        obj = {
+            "bbox": list(annotation["bbox"]),
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": classes["thing_dataset_id_to_contiguous_id"][annotation["category_id"]],
+            "iscrowd": annotation.get("iscrowd", 0),
+        }
+        if "mask_source" in annotation:
+            obj["mask_source"] = annotation["mask_source"]
+        if annotation.get("keypoints"):
+            # COCO's keypoints are pixel indices, Detectron2's are coordinates.
+            obj["keypoints"] = [
+                v + 0.5 if i % 3 != 2 else v for i, v in enumerate(annotation["keypoints"])
+            ]
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list) and set(map(type, segmentation)) <= {list}:
+            num_malformed += len(segmentation)
+            segmentation = valid_polygons(segmentation)
+            num_malformed -= len(segmentation)
         if segmentation:
             obj["segmentation"] = segmentation
         num_without_mask += not segmentation
-        num_malformed += num_dropped
         records[annotation["image_id"]]["annotations"].append(obj)
-
     logger.info(
         f"Loaded {len(records)} images with {len(coco['annotations'])} objects from {json_file}; "
         f"{num_without_mask} objects have a box only."
@@ -111,41 +124,9 @@ def load_partial_coco_json(
     return list(records.values())
 
 
-def classes_of(coco: dict) -> dict:
-    """
-    Args:
-        coco: the content of a COCO json without errors.
-
-    Returns:
-        The metadata that Detectron2's ``load_coco_json`` sets: "thing_classes", names in the order
-        of the category ids, and "thing_dataset_id_to_contiguous_id".
-    """
-    categories = sorted(coco["categories"], key=lambda category: category["id"])
-    return {
-        "thing_classes": [category["name"] for category in categories],
-        "thing_dataset_id_to_contiguous_id": {x["id"]: i for i, x in enumerate(categories)},
-    }
-
-
-def is_harmless(finding: Finding) -> bool:
-    """
-    Whether the objects of a file can be loaded in spite of an error of the checks.
-
-    Masks are checked where they are used; a file without images still has classes, and one without
-    objects can be predicted on; and only evaluation needs ids of annotations.
-    """
-    if finding.field in ("images", "annotations"):
-        return finding.is_about_none
-    return finding.field == "segmentation" or (
-        finding.unit == "annotation" and finding.field == "id"
-    )
-
-
 def remember_as_checked(json_file: str) -> None:
     """Let :func:`load_partial_coco_json` not check a file again that is known to be good."""
-    state = _state_of(json_file)
-    if state is not None:
-        _checked_files.add(state)
+    _checked_files.add(_state_of(json_file))
 
 
 def _state_of(json_file: str) -> tuple | None:
@@ -158,32 +139,56 @@ def _state_of(json_file: str) -> tuple | None:
     return os.path.realpath(json_file), stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def _read_object(annotation: dict, contiguous_ids: dict[int, int]) -> dict:
-    # All of an object in Detectron2's format but its mask.
-    obj = {
-        "bbox": list(annotation["bbox"]),
-        "bbox_mode": BoxMode.XYWH_ABS,
-        "category_id": contiguous_ids[annotation["category_id"]],
-        "iscrowd": annotation.get("iscrowd", 0),
-    }
-    if "mask_source" in annotation:
-        obj["mask_source"] = annotation["mask_source"]
-    if annotation.get("keypoints"):
-        # COCO's keypoints are pixel indices, Detectron2's are coordinates.
-        obj["keypoints"] = [
-            v + 0.5 if i % 3 != 2 else v for i, v in enumerate(annotation["keypoints"])
-        ]
-    return obj
+def is_json_path(name: str) -> bool:
+    """
+    Whether a dataset's name is the path of a json for :func:`register_json_datasets`.
+
+    A name that was registered in another way, whatever it ends in, is a name.
+    """
+    is_other = name in DatasetCatalog.list() and name not in _json_datasets
+    return name.lower().endswith(".json") and not is_other
 
 
-def _read_segmentation(segmentation, where: str) -> tuple[list | dict | None, int]:
-    # The segmentation, without malformed polygons, and how many these were.
-    if not isinstance(segmentation, list):
-        return segmentation, 0
-    if not all(isinstance(polygon, list) for polygon in segmentation):
-        raise ValueError(
-            f"{where}: 'segmentation' must be a list of polygons [[x, y, x, y, ...], ...], an RLE "
-            f"or null, got {str(segmentation)[:80]}."
-        )
-    valid = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
-    return valid, len(segmentation) - len(valid)
+def register_json_datasets(cfg: CfgNode, required: Sequence[str] = ()) -> None:
+    """
+    Register each json that ``DATASETS.TRAIN`` or ``DATASETS.TEST`` names by its path.
+
+    The path as it stands in the config becomes the name of the dataset. The images are looked for
+    in ``DATASETS.TRAIN_IMAGE_ROOT`` and ``DATASETS.TEST_IMAGE_ROOT``; where that is empty, in the
+    folder of the json. Nothing is read. Each process has a catalog of its own, so each calls this.
+    Further calls change nothing but for a json that has changed, or has another folder of images.
+
+    Args:
+        cfg: not changed.
+        required: of "TRAIN" and "TEST", whose files must exist.
+
+    Raises:
+        InputError: a required file does not exist; or one path is in both lists with two folders.
+    """
+    roots: dict[str, str] = {}
+    for key in ("TRAIN", "TEST"):
+        root = cfg.DATASETS[f"{key}_IMAGE_ROOT"]
+        for path in filter(is_json_path, cfg.DATASETS[key]):
+            if key in required and not os.path.isfile(path):
+                raise InputError(
+                    f"DATASETS.{key} names {path!r}, which is not a registered dataset, and there "
+                    f"is no such file; relative paths start at {os.getcwd()}. Allowed: the path of "
+                    "a COCO json, or a name registered with register_partial_coco."
+                )
+            image_root = root or os.path.dirname(path)
+            if roots.setdefault(path, image_root) != image_root:
+                raise InputError(
+                    f"{path} is in DATASETS.TRAIN and DATASETS.TEST, with its images in "
+                    f"{roots[path]!r} and in {image_root!r}; DATASETS.TRAIN_IMAGE_ROOT and "
+                    "DATASETS.TEST_IMAGE_ROOT must be the same for it."
+                )
+    for path, image_root in roots.items():
+        state = (image_root, _state_of(path))
+        if path in DatasetCatalog.list():
+            if _json_datasets[path] == state:
+                continue
+            # The classes of a json that was edited may be others, and metadata cannot be changed.
+            DatasetCatalog.remove(path)
+            MetadataCatalog.remove(path)
+        register_partial_coco(path, path, image_root)
+        _json_datasets[path] = state

@@ -6,26 +6,25 @@ import ast
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import comm
+from detectron2.structures import BoxMode
 from tabulate import tabulate
 
-from ..checks.mask_measures import have_pixels
-from ..checks.mask_sources import is_from_model
 from ..class_splits import AUTO, resolve_seen_classes
-from .segmentations import are_box_rectangles
+from ..coco_masks import MaskState, is_from_model, measure_masks
+from ..errors import InputError
+from .dataset_checks import answer_of_main_process
 
 __all__ = [
     "ClassCount",
     "choose_seen_classes",
     "count_objects",
-    "settle_classes",
+    "resolve_auto_settings",
     "training_classes",
     "training_seen_classes",
 ]
@@ -37,14 +36,7 @@ _MAX_CLASSES_NAMED = 20
 
 @dataclass
 class ClassCount:
-    """
-    What the training data have of one class.
-
-    Attributes:
-        name: of the class.
-        objects: how many there are, without crowds.
-        masks: how many of them have a mask that is not of a model.
-    """
+    """How many objects, without crowds, the training data have of a class, and human masks."""
 
     name: str
     objects: int = 0
@@ -56,15 +48,15 @@ def training_classes(cfg: CfgNode) -> list[str]:
     The names of the classes by contiguous id, which all datasets of ``DATASETS.TRAIN`` share.
 
     Raises:
-        ValueError: there is no dataset, or two have other classes.
+        InputError: there is no dataset, or two have other classes.
     """
     if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
+        raise InputError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
     names = {dataset: _classes_of(dataset) for dataset in cfg.DATASETS.TRAIN}
     thing_classes = next(iter(names.values()))
     for dataset, classes in names.items():
         if classes != thing_classes:
-            raise ValueError(
+            raise InputError(
                 "The datasets of DATASETS.TRAIN must have the same classes in the same order; "
                 f"{cfg.DATASETS.TRAIN[0]!r} and {dataset!r} differ."
             )
@@ -75,13 +67,13 @@ def training_seen_classes(cfg: CfgNode) -> list[int]:
     """
     Resolve ``DATASETS.SEEN_CLASSES`` for the training data.
 
-    "auto", unless :func:`settle_classes` has replaced it, is counted here, in this process.
+    "auto", unless :func:`resolve_auto_settings` has replaced it, is counted here, in this process.
 
     Returns:
         The contiguous ids of the seen classes, sorted.
 
     Raises:
-        ValueError: of :func:`training_classes`, :func:`resolve_seen_classes` and
+        InputError: of :func:`training_classes`, :func:`resolve_seen_classes` and
             :func:`choose_seen_classes`.
     """
     spec = cfg.DATASETS.SEEN_CLASSES
@@ -100,7 +92,7 @@ def training_seen_classes(cfg: CfgNode) -> list[int]:
     return seen
 
 
-def settle_classes(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgNode:
+def resolve_auto_settings(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgNode:
     """
     Put what the training data say in the place of ``SEEN_CLASSES`` "auto" and ``NUM_CLASSES`` 0.
 
@@ -115,23 +107,23 @@ def settle_classes(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgNode:
         ``cfg`` itself where there is nothing to replace, else a copy, frozen if ``cfg`` is.
 
     Raises:
-        ValueError: the training data cannot be read, or no class has enough masks.
+        InputError: the training data cannot be read, or no class has enough masks.
     """
     keys = [("DATASETS", "SEEN_CLASSES"), ("TEST", "SEEN_CLASSES")] if needs_seen_classes else []
     keys = [(node, key) for node, key in keys if cfg[node][key] == AUTO]
     needs_number = cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0
     if not keys and not needs_number:
         return cfg
-    num_classes, spec = _answer_of_main_process(lambda: _ask_data(cfg, bool(keys)))
-    settled = cfg.clone()
-    settled.defrost()
+    num_classes, spec = answer_of_main_process(lambda: _ask_data(cfg, bool(keys)))
+    resolved = cfg.clone()
+    resolved.defrost()
     if needs_number:
-        settled.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+        resolved.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     for node, key in keys:
-        settled[node][key] = spec
+        resolved[node][key] = spec
     if cfg.is_frozen():
-        settled.freeze()
-    return settled
+        resolved.freeze()
+    return resolved
 
 
 def count_objects(
@@ -150,20 +142,27 @@ def count_objects(
         ``mask_source`` "model", or masks that cover nothing of their image.
     """
     counts = [ClassCount(name) for name in thing_classes]
-    classes, segmentations, sizes = [], [], []
+    classes, segmentations, sizes, boxes = [], [], [], []
     for image in dataset_dicts:
         size = (image.get("height", math.nan), image.get("width", math.nan))
-        annotations = [x for x in image.get("annotations", ()) if not x.get("iscrowd", 0)]
-        is_rectangle = are_box_rectangles(annotations) if rectangle_as_box_only else repeat(False)
-        for annotation, is_box in zip(annotations, is_rectangle):
+        for annotation in image.get("annotations", ()):
+            if annotation.get("iscrowd", 0):
+                continue
             counts[annotation["category_id"]].objects += 1
-            if annotation.get("segmentation") and not is_box and not is_from_model(annotation):
+            if annotation.get("segmentation") and not is_from_model(annotation):
                 classes.append(annotation["category_id"])
                 segmentations.append(annotation["segmentation"])
                 sizes.append(size)
-    is_mask = have_pixels(segmentations, np.array(sizes, dtype=np.float64).reshape(-1, 2))
-    for k, counted in zip(classes, is_mask.tolist()):
-        counts[k].masks += counted
+                if rectangle_as_box_only:
+                    boxes.append(
+                        BoxMode.convert(
+                            annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS
+                        )
+                    )
+    boxes = np.array(boxes, dtype=np.float64) if boxes else None
+    found = measure_masks(segmentations, np.array(sizes, dtype=np.float64).reshape(-1, 2), boxes)
+    for k, is_counted in zip(classes, (found.state == MaskState.MASK) & ~found.is_rectangle):
+        counts[k].masks += bool(is_counted)
     return counts
 
 
@@ -172,16 +171,16 @@ def choose_seen_classes(counts: Sequence[ClassCount], min_masks: int) -> list[st
     The names of the classes with at least ``min_masks`` masks, and a table of all in the log.
 
     Raises:
-        ValueError: no class has so many, or ``min_masks`` is not positive.
+        InputError: no class has so many, or ``min_masks`` is not positive.
     """
     if min_masks < 1:
-        raise ValueError(f"DATASETS.MIN_MASKS_PER_CLASS is {min_masks}; it must be 1 or more.")
+        raise InputError(f"DATASETS.MIN_MASKS_PER_CLASS is {min_masks}; it must be 1 or more.")
     seen = [x.name for x in counts if x.masks >= min_masks]
     by_masks = sorted(counts, key=lambda x: (-x.masks, -x.objects, x.name))
     if not seen:
         found = ", ".join(f"{x.name} {x.masks}" for x in by_masks[:_MAX_CLASSES_NAMED])
         more = len(counts) - _MAX_CLASSES_NAMED
-        raise ValueError(
+        raise InputError(
             f"DATASETS.SEEN_CLASSES is {AUTO!r}, but no class has DATASETS.MIN_MASKS_PER_CLASS "
             f"{min_masks} masks (crowds and masks of a model do not count). Masks: {found}"
             f"{f', and {more} classes with no more' if more > 0 else ''}. Lower the number, or "
@@ -229,7 +228,7 @@ def _ask_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[int, str]:
         counts = _count_training_data(cfg) if needs_seen_classes else []
         thing_classes = training_classes(cfg)
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{' and '.join(wanted)} asks the training data, DATASETS.TRAIN "
             f"{tuple(cfg.DATASETS.TRAIN)}, but: {error} Where these are not at hand, use the "
             "config.yaml in the OUTPUT_DIR of the training, which has the answers."
@@ -258,23 +257,7 @@ def _spec_of(names: list[str], thing_classes: list[str]) -> str:
             continue
     if len(names) == len(thing_classes):
         return "all"
-    raise ValueError(
+    raise InputError(
         f"DATASETS.SEEN_CLASSES {AUTO!r} has chosen {names}, which cannot be written in one line; "
         "rename the class whose name is unusual."
     )
-
-
-def _answer_of_main_process(ask: Callable[[], tuple[int, str]]) -> tuple[int, str]:
-    answer = failure = None
-    if comm.is_main_process():
-        try:
-            answer = ask()
-        except Exception as error:  # the others wait, whatever it is
-            failure = error
-    message = f"{failure}" if failure is not None else None
-    answer, message = comm.all_gather((answer, message))[0]
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise ValueError(message)
-    return answer

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -31,9 +32,16 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .seeding import preserved_generators, seed_generators
+from ..errors import InputError
 
-__all__ = ["ResumableTrainLoader", "StreamStart", "TrainStream", "build_train_loader"]
+__all__ = [
+    "ResumableTrainLoader",
+    "StreamStart",
+    "TrainStream",
+    "build_train_loader",
+    "preserved_generators",
+    "seed_generators",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +52,37 @@ _PURPOSE = 0
 
 # How many other images are tried in the place of one that the mapper drops.
 _MAX_REPLACEMENTS = 100
+
+
+def seed_generators(
+    key: tuple[int, ...], purpose: int, seed_torch: Callable[[int], object] = torch.manual_seed
+) -> None:
+    """
+    Seed the global generators of Python, numpy and PyTorch.
+
+    Args:
+        key: numbers of 0 or more, such as (SEED, rank, iteration). Every key gives other streams,
+            which neither overlap nor resemble one another.
+        purpose: 0 or more; keeps users with the same key apart.
+        seed_torch: takes the seed for PyTorch, a number of 63 bits.
+    """
+    words = np.random.SeedSequence(key, spawn_key=(purpose,)).generate_state(4, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3].view(np.uint32))
+    seed_torch(int(words[3] >> np.uint64(1)))
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Afterwards the generators of Python, numpy and PyTorch's CPU are as they were before."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
 
 
 @dataclass(frozen=True)
@@ -152,7 +191,7 @@ class TrainStream(IterableDataset):
             example = self.mapper(self.dataset[int(other)])
             if example is not None:
                 return example
-        raise ValueError(
+        raise InputError(
             f"The mapper dropped {self.dataset[index].get('file_name')} (it returned None), and "
             f"the {len(others)} other images tried in its place; allowed for a few images alone."
         )
@@ -210,14 +249,14 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         An iterable without end over batches, lists of IMS_PER_BATCH / world size examples.
 
     Raises:
-        ValueError: no seed, a batch that the ranks cannot share, a sampler that is not known here,
+        InputError: no seed, a batch that the ranks cannot share, a sampler that is not known here,
             or a dataset that is not a list.
     """
     if cfg.SEED < 0:
-        raise ValueError(f"SEED must be 0 or more for data in a fixed order, got {cfg.SEED}.")
+        raise InputError(f"SEED must be 0 or more for data in a fixed order, got {cfg.SEED}.")
     batch_size = cfg.SOLVER.IMS_PER_BATCH
     if batch_size < 1 or batch_size % comm.get_world_size():
-        raise ValueError(
+        raise InputError(
             f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, "
             f"{comm.get_world_size()}, got {batch_size}."
         )
@@ -230,7 +269,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     if not isinstance(dicts, list):
-        raise ValueError(
+        raise InputError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} gives a {type(dicts).__name__}; allowed "
             "are datasets that are lists of dicts, or any of Detectron2's with SEED -1."
         )
@@ -256,7 +295,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
 def _build_sampler(cfg: CfgNode, dicts: list[dict]) -> Iterable[int]:
     name, seed = cfg.DATALOADER.SAMPLER_TRAIN, cfg.SEED
     if name not in _SAMPLERS:
-        raise ValueError(
+        raise InputError(
             f"DATALOADER.SAMPLER_TRAIN {name!r} is not known with a SEED; allowed: "
             f"{', '.join(_SAMPLERS)}."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ..data.seeding import seed_generators
+from ..data.train_loader import seed_generators
 
 __all__ = ["SeedEveryIteration"]
 

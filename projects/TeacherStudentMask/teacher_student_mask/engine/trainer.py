@@ -18,7 +18,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..data import TeacherStudentDatasetMapper, build_train_loader, settle_classes
+from ..data import TeacherStudentDatasetMapper, build_train_loader, resolve_auto_settings
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
 from ..weights_file import safe_loading, weights_to_load
@@ -47,7 +47,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             tidy_output_dir(cfg.OUTPUT_DIR)
         # Detectron2's scaling, which is the next to come, then has nothing left to do.
-        super().__init__(self.auto_scale_workers(settle_classes(cfg), comm.get_world_size()))
+        super().__init__(self.auto_scale_workers(resolve_auto_settings(cfg), comm.get_world_size()))
         self.checkpointer.path_manager = AtomicPathManager(self.checkpointer.path_manager)
 
     @staticmethod

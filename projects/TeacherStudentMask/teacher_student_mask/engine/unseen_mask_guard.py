@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Collection, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -17,7 +16,6 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..class_splits import resolve_seen_classes
-from ..data.model_masks import ModelMaskCounts
 from ..data.seen_classes import training_classes
 
 __all__ = ["UnseenMaskGuard", "find_unseen_masks", "is_box_shaped"]
@@ -34,9 +32,6 @@ _SPANNED = 0.9
 _IS_MARKED = "gt_has_mask is True"
 _IS_UNMARKED = "it has gt_masks, but no gt_has_mask"
 _IS_NO_BOX = "gt_masks is not its box, though gt_has_mask is False"
-_IS_NOT_OF_MODEL = (
-    "gt_has_external_mask is True, but the training data have no mask of a model for it"
-)
 _IS_EXCLUDED = "gt_exclusion_masks covers it, and no mask of a seen object does"
 
 
@@ -56,16 +51,12 @@ class UnseenMaskGuard(HookBase):
         self,
         seen_classes: Collection[int],
         class_names: Sequence[str],
-        model_masks: Callable[[str], Mapping[int, int]] = lambda file_name: {},
     ):
         """
         Args:
             seen_classes: contiguous ids of the classes whose masks training may use.
             class_names: of all classes, by contiguous id; for the message.
-            model_masks: from the file name of an image to its numbers of masks that a model made,
-                {contiguous class id: number}.
         """
-        self.model_masks = model_masks
         self.seen_classes = frozenset(seen_classes)
         self.class_names = tuple(class_names)
         self.num_masks = self.num_objects = 0
@@ -79,7 +70,6 @@ class UnseenMaskGuard(HookBase):
         return {
             "seen_classes": resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, names),
             "class_names": names,
-            "model_masks": ModelMaskCounts(cfg.DATASETS.TRAIN),
         }
 
     def before_train(self) -> None:
@@ -127,10 +117,7 @@ class UnseenMaskGuard(HookBase):
             if instances is None:
                 continue
             self.num_objects += len(_rows_of_unseen(instances, self.seen_classes))
-            model_masks = {}
-            if _rows_of_unseen(instances, self.seen_classes, "gt_has_external_mask"):
-                model_masks = self.model_masks(example.get("file_name", ""))
-            found = find_unseen_masks(instances, self.seen_classes, model_masks)
+            found = find_unseen_masks(instances, self.seen_classes)
             num_masks += len(found)
             if found:
                 images.append(self._describe(example, found))
@@ -161,7 +148,6 @@ class UnseenMaskGuard(HookBase):
 def find_unseen_masks(
     instances: Instances,
     seen_classes: Collection[int],
-    model_masks: Mapping[int, int] = MappingProxyType({}),
 ) -> list[tuple[int, str]]:
     """
     Find the objects of unseen classes whose masks are among the training data of an image.
@@ -171,9 +157,7 @@ def find_unseen_masks(
     * its ``gt_has_mask`` is True;
     * there are ``gt_masks``, but no ``gt_has_mask``: the example is of another mapper;
     * its mask is not what is left of a rectangle, see :func:`is_box_shaped`;
-    * ``gt_exclusion_masks`` has pixels that span its box and belong to no mask of a seen object;
-    * ``gt_has_external_mask`` is True for it, and for more of its class than have a mask of a
-      model; then all of the class are found.
+    * ``gt_exclusion_masks`` has pixels that span its box and belong to no mask of a seen object.
 
     A mask of an object marked as one without is not found where it could be a rectangle after
     rotations and crops, and one in ``gt_exclusion_masks`` not where masks of seen objects hide it,
@@ -183,7 +167,6 @@ def find_unseen_masks(
     Args:
         instances: of one image, with ``gt_classes``; not changed.
         seen_classes: contiguous ids.
-        model_masks: how many masks of a model the image has, {contiguous class id: number}.
 
     Returns:
         (contiguous class id, why) of each object found.
@@ -201,11 +184,6 @@ def find_unseen_masks(
             found[i] = _IS_NO_BOX
     for i in _excluded_without_reason(instances, rows):
         found.setdefault(i, _IS_EXCLUDED)
-    external = _rows_of_unseen(instances, seen_classes, "gt_has_external_mask")
-    counts = Counter(classes[i] for i in external)
-    for i in external:
-        if counts[classes[i]] > model_masks.get(classes[i], 0):
-            found.setdefault(i, _IS_NOT_OF_MODEL)
     return [(classes[i], reason) for i, reason in sorted(found.items())]
 
 

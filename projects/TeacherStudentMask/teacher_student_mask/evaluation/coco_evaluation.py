@@ -12,8 +12,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
-from ..checks.mask_measures import has_mask
 from ..class_splits import resolve_seen_classes
+from ..coco_json import check_coco, has_mask
+from ..coco_results import prepare_ground_truth
 from .average_precision import (
     AREA_RANGES,
     PrecisionOfSubsets,
@@ -21,7 +22,6 @@ from .average_precision import (
     mean_percent,
     subset_metrics,
 )
-from .ground_truth import explain_failure, prepare_ground_truth
 from .matching import Matches, find_candidate_pairs
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
 from .results_table import METRICS, results_table
@@ -95,7 +95,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             )
         except Exception:  # pycocotools takes a file for what it should be
             if MetadataCatalog.get(dataset_name).get("json_file"):
-                explain_failure(MetadataCatalog.get(dataset_name).json_file)
+                json_file = MetadataCatalog.get(dataset_name).json_file
+                check_coco(json_file, use="evaluation").raise_on_error()
             raise
         self._overlap_threshold = overlap_threshold
         self._overlap_bins = overlap_bins(overlap_bin_edges) if overlap_bin_edges else []

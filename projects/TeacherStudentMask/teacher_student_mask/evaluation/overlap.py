@@ -10,7 +10,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..checks.mask_measures import has_mask, valid_polygons
+from ..coco_json import has_mask, valid_polygons
 
 logger = logging.getLogger(__name__)
 
