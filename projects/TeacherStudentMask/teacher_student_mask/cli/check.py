@@ -1,0 +1,95 @@
+"""
+Looks for what is wrong with a COCO json, in which any object may lack its mask, and its images.
+
+Printed are, for each class, how many objects have a mask or a box only, the crowds, the masks that
+are just the rectangle of their box (boxes that were exported as masks?), and what training leaves
+out and why; then one sentence for each kind of problem, with the first ids:
+  error    training would stop, or go wrong without a word; the exit status is 1
+  warning  training goes on as the sentence says
+
+examples:
+  the json alone:
+    tsmask check train.json
+  with the seen classes and the model's number of classes, and whether the images are there:
+    tsmask check instances_train2017.json --image-root train2017 --seen-classes voc --num-classes 80
+  and every image read to its end:
+    tsmask check train.json --image-root images --seen-classes "cat, dog" --images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from ..errors import InputError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the json, and what to compare it with."""
+    add = parser.add_argument
+    add("annotations", metavar="ANNOTATIONS.json", help="in COCO's format")
+    add("--image-root", metavar="DIR", help="folder of the images")
+    text = (
+        'classes with masks in training: "voc", "nonvoc", "all", "auto" (those with enough masks '
+        "here), names separated by commas, or the path of a list (default: what holds for any)"
+    )
+    add("--seen-classes", metavar="SPEC", help=text)
+    text = 'masks that a class needs for --seen-classes "auto" (default: %(default)s)'
+    add("--min-masks-per-class", type=int, default=10, metavar="K", help=text)
+    text = "the model's MODEL.ROI_HEADS.NUM_CLASSES"
+    add("--num-classes", type=int, metavar="N", help=text)
+    add("--images", action="store_true", help="read every image of --image-root to its end")
+    text = "processes that read images (default: one a core, here %(default)s)"
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=text)
+    add("--json", metavar="OUT", help="write table and findings to this file, too")
+    add("--force", action="store_true", help="replace an OUT that exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, and print the table of the classes and the sentences."""
+    from tqdm import tqdm
+
+    from ..coco_json import check_coco, write_json
+
+    _check_arguments(args)
+    report = check_coco(
+        args.annotations,
+        image_root=args.image_root,
+        seen_classes=args.seen_classes,
+        num_classes=args.num_classes,
+        min_masks_per_class=args.min_masks_per_class,
+        check_images=args.images,
+        num_workers=args.workers,
+        progress=lambda items, total: tqdm(items, total=total, desc="Images", unit="image"),
+    )
+    if args.json:
+        write_json(args.json, report.to_dict())
+    if report.classes:
+        print(report.class_table())
+        print(f"\n{report.num_images} images, {report.num_annotations} annotations")
+    for finding in report.findings:
+        print(f"{finding.severity}: {finding}")
+    print(f"{len(report.errors)} kinds of errors, {len(report.warnings)} kinds of warnings")
+    return 1 if report.errors else 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if not os.path.isfile(args.annotations):
+        raise InputError(f"{args.annotations}: no such file.")
+    if args.image_root and not os.path.isdir(args.image_root):
+        raise InputError(f"--image-root {args.image_root}: no such folder.")
+    if args.images and not args.image_root:
+        raise InputError("--images needs --image-root.")
+    if args.json and os.path.exists(args.json):
+        if os.path.samefile(args.annotations, args.json):
+            raise InputError(f"--json {args.json}: the annotations themselves; never replaced.")
+        if not args.force:
+            raise InputError(f"--json {args.json}: exists; --force replaces it.")
+    for option in ("workers", "num_classes", "min_masks_per_class"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            option = option.replace("_", "-")
+            raise InputError(f"--{option} is {value}; it must be 1 or more.")

@@ -1,0 +1,123 @@
+"""
+Takes masks out of a COCO json. The boxes stay.
+
+  strip  the masks of unseen classes. Training with the output is the same as with the whole json,
+         whose unseen masks the mapper forgets; but whoever has the file can see that no program
+         could have used them. Crowds of these classes lose theirs, too, and masks of models with
+         their "mask_source", for a file cannot prove that no human drew them; --keep-model-masks
+         keeps them, for MODEL.PSEUDO_MASK.EXTERNAL. Fields that are not COCO's are named.
+  hide   the masks of a random share of the objects, class by class, to measure on data that have
+         all masks how many a training needs. The choice depends on the seed and the ids alone; what
+         is kept of 0.05 is kept of 0.1. Crowds and masks of models stay, and do not count.
+
+"area", which COCO counts in the mask, becomes width * height of the box where a mask goes. All else
+keeps its value and its order. The output is for training: AP needs the masks of the whole json.
+
+examples:
+  tsmask edit strip instances_train2017.json train_stripped.json --seen-classes voc
+  tsmask edit strip train.json train_stripped.json --seen-classes configs/seen_sets/seen_40.json
+  tsmask edit hide train.json train_10_percent.json --keep 0.1
+  tsmask edit hide train.json train_few.json --keep 0.01 --min-per-class 10
+  tsmask edit hide train.json train_half.json --keep 0.5 --classes "cat, hair drier"
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from fractions import Fraction
+
+from ..errors import InputError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a parser for "strip" and one for "hide"."""
+    edits = parser.add_subparsers(dest="edit", metavar="EDIT", required=True)
+    strip = edits.add_parser("strip", help="the masks of unseen classes")
+    hide = edits.add_parser("hide", help="the masks of a random share of the objects")
+    for one in (strip, hide):
+        one.add_argument("input", metavar="IN.json", help="in COCO's format; not changed")
+        one.add_argument("output", metavar="OUT.json", help="must not exist, or see --force")
+        one.add_argument("--force", action="store_true", help="replace an OUT.json that exists")
+    spec = '"voc", "nonvoc", "all", names separated by commas, or the path of a list'
+    text = f"classes that keep their masks: {spec}"
+    strip.add_argument("--seen-classes", required=True, metavar="SPEC", help=text)
+    text = 'keep the masks of unseen classes with "mask_source" "model"'
+    strip.add_argument("--keep-model-masks", action="store_true", help=text)
+    text = "of the masks of each class, from 0 to 1"
+    hide.add_argument("--keep", required=True, type=_share, metavar="SHARE", help=text)
+    text = "keep at least so many masks of each class, or all that it has (default: %(default)s)"
+    hide.add_argument("--min-per-class", type=int, default=0, metavar="K", help=text)
+    text = f'classes that lose masks: {spec}, "auto" (default: %(default)s)'
+    hide.add_argument("--classes", default="all", metavar="SPEC", help=text)
+    text = "of the choice (default: %(default)s)"
+    hide.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, edit, write, and print what became of the masks of each class."""
+    from tabulate import tabulate
+
+    from ..coco_edits import hide_masks, strip_masks, unknown_fields
+    from ..coco_json import check_coco, read_json, write_json
+
+    _check_paths(args)
+    is_strip = args.edit == "strip"
+    data = read_json(args.input)
+    spec = args.seen_classes if is_strip else args.classes
+    report = check_coco(args.input, data=data, seen_classes=spec)
+    for finding in report.findings:
+        print(f"{finding.severity}: {finding}")
+    if report.errors:
+        raise InputError(f"{args.output}: not written, as the input has errors, see above.")
+    chosen = {x.category_id for x in report.classes if x.is_seen}
+    if is_strip:
+        unseen = {x.category_id for x in report.classes} - chosen
+        for where, names in unknown_fields(data, unseen).items():
+            print(f"warning: kept in {where}, look whether they hold masks: {', '.join(names)}")
+        before, removed = strip_masks(data["annotations"], unseen, args.keep_model_masks)
+        kept = before - removed
+    else:
+        at_least = args.min_per_class
+        before, kept = hide_masks(data["annotations"], chosen, args.keep, at_least, args.seed)
+    write_json(args.output, data)
+    rows = []
+    for x in report.classes:
+        num_kept, num_before = kept[x.category_id], before[x.category_id]
+        boxes = x.num_objects + x.crowd
+        rows.append([x.name, boxes, x.crowd, num_before, num_kept, num_before - num_kept])
+    totals = [sum(numbers) for numbers in list(zip(*rows))[1:]]
+    headers = ["class", "boxes", "of them crowds", "masks before", "masks kept", "masks removed"]
+    # Names such as "1e3" are not numbers.
+    print(tabulate([*rows, ["all", *totals]], headers=headers, disable_numparse=[0]))
+    emptied = [x.name for x in report.classes if before[x.category_id] and not kept[x.category_id]]
+    if emptied and not is_strip:
+        print(f"warning: no mask is left of: {', '.join(emptied)}; --min-per-class keeps some")
+    print(f"Written to {args.output}: {totals[4]} masks removed, {totals[3]} kept")
+
+
+def _share(text: str) -> Fraction:
+    # Exactly as it is written: 0.1 of 30 masks is 3.
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}.")
+    return value
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    output = args.output
+    if not os.path.isfile(args.input):
+        raise InputError(f"{args.input}: no such file.")
+    if not os.path.isdir(os.path.dirname(output) or ".") or os.path.isdir(output):
+        raise InputError(f"{output}: must be the path of a file in a folder that exists.")
+    if os.path.exists(output) and os.path.samefile(args.input, output):
+        raise InputError(f"{output}: the input itself; it is never replaced.")
+    if os.path.exists(output) and not args.force:
+        raise InputError(f"{output}: exists; --force replaces it.")
+    if args.edit == "hide" and args.min_per_class < 0:
+        raise InputError(f"--min-per-class must be 0 or more, got {args.min_per_class}.")
