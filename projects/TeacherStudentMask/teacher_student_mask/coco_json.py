@@ -298,23 +298,36 @@ def _has_layout(report: Report, data: object) -> bool:
 
 
 def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> np.ndarray:
-    # Returns which rows have the types they should have, bool, shape (n,).
+    """
+    Add a finding for each field that has values of another type than allowed.
+
+    Args:
+        rows: n of them; not changed.
+        unit: of the report's rules.
+        row_type: a TypedDict.
+
+    Returns:
+        Which rows have the types they should have, bool, shape (n,).
+    """
     is_good = np.ones(len(rows), dtype=bool)
     bad_rows: dict[str, list[int]] = {}
     for start in range(0, len(rows), _CHUNK_ROWS):
-        try:
+        with contextlib.suppress(msgspec.ValidationError, UnicodeEncodeError):
             msgspec.convert(rows[start : start + _CHUNK_ROWS], list[row_type])
             continue
-        except msgspec.ValidationError:
-            pass
         for i, row in enumerate(rows[start : start + _CHUNK_ROWS], start):
             try:
                 msgspec.convert(row, row_type)
+                continue
             except msgspec.ValidationError as error:
-                is_good[i] = False
                 # "... - at `$.bbox[3]`", or "Object missing required field `bbox`"
-                field = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
-                bad_rows.setdefault(field[1] or field[2], []).append(i)
+                found = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
+                field = found[1] or found[2]
+            except UnicodeEncodeError:  # half a surrogate pair, anywhere in the row
+                keys = [x for x in row_type.__annotations__ if "\\ud" in ascii(row.get(x))]
+                field = keys[0]
+            is_good[i] = False
+            bad_rows.setdefault(field, []).append(i)
     for field, indices in bad_rows.items():
         report.add(f"{unit}.{field}", rows, np.isin(np.arange(len(rows)), indices))
     return is_good

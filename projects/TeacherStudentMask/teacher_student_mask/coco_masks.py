@@ -47,6 +47,9 @@ BOX_TOLERANCE = 1.0
 
 # A polygon needs three points; pycocotools would read four numbers as a box.
 _MIN_COORDINATES = 6
+# What msgspec raises; the latter of texts with half a surrogate pair.
+_NOT_NUMBERS = (msgspec.ValidationError, UnicodeEncodeError)
+
 # Masks, and characters of RLEs, that are measured at a time.
 _CHUNK_MASKS, _CHUNK_CHARACTERS = 2**14, 2**20
 # Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
@@ -190,7 +193,7 @@ def _read_polygons(
     # The rows that are lists of lists of numbers, with these as floats; the others get their state.
     try:
         return rows, msgspec.convert(values, list[list[list[float]]])
-    except msgspec.ValidationError:
+    except _NOT_NUMBERS:
         pass
     good_rows, good_values = [], []
     for i, value in zip(rows, values):
@@ -199,7 +202,7 @@ def _read_polygons(
         try:
             good_values.append(msgspec.convert(value, list[list[float]]))
             good_rows.append(i)
-        except msgspec.ValidationError:
+        except _NOT_NUMBERS:
             state[start + i] = MaskState.NOT_A_MASK
     return good_rows, good_values
 

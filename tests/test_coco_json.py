@@ -1,4 +1,4 @@
-"""The counts and limits of the checks; tests/data/test_bad_data.py has the sentences."""
+"""Counts and limits of the checks of COCO jsons; tests/bad_data.py has what is an error."""
 
 import gc
 import json
@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from teacher_student_mask import (
+    InputError,
     TeacherStudentDatasetMapper,
     add_teacher_student_mask_config,
     load_partial_coco_json,
 )
-from teacher_student_mask.checks.annotation_checks import MIN_MASKS_PER_CLASS, check_annotations
+from teacher_student_mask.coco_json import (
+    MIN_MASKS_PER_CLASS,
+    check_coco,
+    is_from_model,
+    read_coco,
+    read_json,
+    write_json,
+)
 
 HEIGHT, WIDTH = 12, 16
 
@@ -33,7 +41,7 @@ def coco(*annotations, **image):
 
 
 def check(data, **options):
-    return check_annotations("a.json", data=data, **options)
+    return check_coco("a.json", data=data, **options)
 
 
 def fields_of(report):
@@ -68,16 +76,13 @@ def test_objects_are_counted_for_each_class():
     ant, cat = report.classes
     assert (ant.name, ant.category_id, ant.is_seen) == ("ant", 1, True)
     assert (ant.masks, ant.boxes_only, ant.crowd, ant.rectangles) == (4, 4, 1, 1)
-    assert ant.dropped == {"box without area": 1, "box outside its image": 1}
-    # Their objects stay, as boxes.
-    assert ant.dropped_masks == {"all polygons too short": 1}
+    # Of the last, the objects stay, as boxes.
+    reasons = ("box without area", "box outside its image", "all polygons too short")
+    assert ant.left_out == dict.fromkeys(reasons, 1)
     assert (cat.name, cat.category_id, cat.is_seen) == ("cat", 2, False)
     assert (cat.masks, cat.boxes_only, cat.crowd, cat.rectangles) == (1, 1, 0, 0)
-    assert cat.dropped == {} and cat.dropped_masks == {"mask without a pixel": 1}
-    table = [line.split("  ") for line in report.class_table().splitlines()]
-    cells = [[x.strip() for x in line if x.strip()] for line in table]
-    assert cells[0][-2:] == ["left out", "masks left out"]
-    assert cells[3][-2:] == ["-", "1 (mask without a pixel)"]
+    assert cat.left_out == {"mask without a pixel": 1}
+    assert report.class_table().splitlines()[3].endswith("1 (mask without a pixel)")
 
 
 def test_auto_is_the_classes_with_enough_human_masks():
@@ -112,12 +117,12 @@ def test_the_default_of_auto_is_that_of_the_config():
 def test_a_byte_order_mark_is_named(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(coco({})), encoding="utf-8-sig")
-    (finding,) = check_annotations(path).errors
+    (finding,) = check_coco(path).errors
     assert "it begins with a byte order mark; save it as UTF-8 without one" in str(finding)
     # The command of the message does it.
     (command,) = re.findall(r"with: (sed .* FILE)", str(finding))
     subprocess.run(command.replace("FILE", str(path)), shell=True, check=True)
-    assert not check_annotations(path).errors
+    assert not check_coco(path).errors
 
 
 @pytest.mark.parametrize(
@@ -187,6 +192,96 @@ def test_masks_that_training_does_not_read_make_warnings():
     }
 
 
+MASK = {"segmentation": [TRIANGLE]}
+MODEL, HUMAN = MASK | {"mask_source": "model"}, MASK | {"mask_source": "human"}
+
+
+@pytest.mark.parametrize("source", [None, "", "sam", "Model", 1, True, ["model"], {}, float("nan")])
+def test_other_sources_of_masks_are_errors(source):
+    assert [is_from_model(x) for x in (MASK, MODEL, HUMAN)] == [False, True, False]
+    report = check(coco(MASK, MODEL, HUMAN, MASK | {"mask_source": source}))
+    (finding,) = report.errors
+    assert str(finding).startswith("a.json: annotation 4: 'mask_source' is ")
+    assert "allowed: 'human' (as without the key), or 'model'" in str(finding)
+    json.dumps(report.to_dict())
+
+
+def test_human_and_model_masks_are_counted_apart():
+    crowd = {**MODEL, "iscrowd": 1}
+    report = check(coco(MASK, HUMAN, MODEL, MODEL, {"mask_source": "model"}, {}, crowd))
+    ant, cat = report.classes
+    assert (ant.masks, ant.model_masks, ant.boxes_only, ant.crowd) == (2, 2, 2, 1)
+    assert ant.num_objects == 6 and cat.num_objects == cat.model_masks == 0
+    header, _, row, *_ = report.class_table().splitlines()
+    words = "class split objects human masks model masks boxes only crowd rectangles left out"
+    assert header.split() == words.split()
+    assert row.split() == ["ant", "-", "6", "2", "2", "2", "1", "0", "-"]
+    # As ever where there is none.
+    assert "human" not in check(coco(MASK)).class_table()
+
+
+def test_masks_of_models_teach_nothing_and_are_not_boxes_exported_as_masks():
+    box = [[2, 2, 8, 2, 8, 6, 2, 6]]
+    assert not check(coco({"segmentation": box, "mask_source": "model"})).findings
+    data = coco(MODEL, MASK | {"category_id": 2})
+    (warning,) = check(data, seen_classes="ant, cat").warnings
+    assert "'ant', a class with 1 objects and no human mask" in str(warning)
+    (error,) = check(data, seen_classes="ant").errors
+    assert error.rule == "no seen mask"
+    # They are read for unseen classes, too.
+    broken = {"segmentation": [[1, 2, 3, 4, 5, "6"]], "category_id": 2}
+    data = coco(MASK, broken)
+    assert fields_of(check(data, seen_classes="ant")) == {("warning", "segmentation"): 1}
+    data = coco(MASK, broken | {"mask_source": "model"})
+    assert fields_of(check(data, seen_classes="ant")) == {("error", "segmentation"): 1}
+
+
+def test_masks_of_models_are_not_ground_truth():
+    areas = {"area": 12.0}
+    data = coco(MASK | areas, MODEL | areas, MODEL | areas, HUMAN | areas)
+    (error,) = check(data, use="evaluation").errors
+    text = str(error)
+    assert text.startswith("a.json: annotation 2: 'mask_source' is 'model' (of 4 objects 2); ")
+    assert "evaluate on human masks, or boxes alone with tasks=('bbox',)" in text
+    assert not check(data, use="evaluation", reads_masks=False).errors
+    assert not check(coco(MASK | areas, HUMAN | areas), use="evaluation").errors
+
+
+def test_types_are_checked_when_a_json_is_read(tmp_path):
+    path = tmp_path / "a.json"
+    data = coco({"segmentation": "any", "of_nobody": [1]}) | {"more": {"x": 1.5}}
+    write_json(path, data)
+    assert read_coco(path) == data
+    data["annotations"][0]["bbox"] = [1, 2, 3]
+    write_json(path, data)
+    with pytest.raises(InputError, match=r"a.json: annotation 1: 'bbox' is \[1, 2, 3\]; allowed"):
+        read_coco(path)
+    for content, words in (("[", "cannot be read"), ("[]", "is a list")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=f"a.json: .*{words}"):
+            read_coco(path)
+    with pytest.raises(InputError, match="none.json: cannot be read: .*No such file"):
+        read_json(tmp_path / "none.json")
+
+
+numbers = st.integers(-(2**60), 2**60) | st.floats() | st.just(10**30)
+texts = st.text(st.characters(codec=None), max_size=8)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.dictionaries(texts, values, max_size=4))
+def test_any_json_is_read_as_python_reads_it_and_written_as_it_was(tmp_path_factory, data):
+    path, text = tmp_path_factory.getbasetemp() / "any.json", json.dumps(data)
+    path.write_text(text)
+    write_json(path, read_json(path))
+    assert path.read_text() == text
+
+
 def test_gc_and_data_are_left_as_they_were():
     data = coco({"segmentation": [TRIANGLE]})
     before = json.dumps(data)
@@ -209,12 +304,15 @@ def test_errors_are_logged_and_the_first_is_raised(caplog):
 
 def test_reading_images_needs_their_folder():
     with pytest.raises(ValueError, match="check_images needs image_root"):
-        check_annotations("a.json", check_images=True)
+        check_coco("a.json", check_images=True)
 
 
 def test_coco_has_no_findings(coco_root):
-    report = check_annotations(
-        f"{coco_root}/annotations/instances_val2017.json", f"{coco_root}/val2017", "voc", 80
+    report = check_coco(
+        f"{coco_root}/annotations/instances_val2017.json",
+        image_root=f"{coco_root}/val2017",
+        seen_classes="voc",
+        num_classes=80,
     )
     assert report.findings == []
     assert sum(x.masks + x.crowd for x in report.classes) == report.num_annotations
@@ -346,7 +444,7 @@ ORDINARY_ROWS = st.fixed_dictionaries(
 def test_what_is_clean_is_mapped_as_it_was_counted(image_root, rows):
     path = image_root / "a.json"
     path.write_text(json.dumps(coco(*rows)))
-    report = check_annotations(path, image_root)
+    report = check_coco(path, image_root=image_root)
     if report.errors:
         return
     mapper = TeacherStudentDatasetMapper(
@@ -357,6 +455,6 @@ def test_what_is_clean_is_mapped_as_it_was_counted(image_root, rows):
         use_instance_mask=True,
     )
     (example,) = map(mapper, load_partial_coco_json(str(path), str(image_root)))
-    dropped = sum(n for x in report.classes for r, n in x.dropped.items() if r.startswith("box"))
+    dropped = sum(n for x in report.classes for r, n in x.left_out.items() if r.startswith("box"))
     objects = sum(x.masks + x.boxes_only for x in report.classes)
     assert len(example["instances"]) == objects - dropped

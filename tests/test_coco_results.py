@@ -1,0 +1,373 @@
+"""Ground truth and results made ready for pycocotools: what is completed, and what is refused."""
+
+import contextlib
+import copy
+import io
+import json
+import math
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from teacher_student_mask import InputError
+from teacher_student_mask.coco_results import (
+    load_ground_truth,
+    load_results,
+    prepare_ground_truth,
+)
+
+NAN, INF = math.nan, math.inf
+
+
+def make_data():
+    """Two images; ids 11 to 14 are polygons, compressed and uncompressed RLE, and a crowd."""
+    rows = [
+        # Columns 1 to 3 of rows 2 to 4, and columns 5, 6 of row 0.
+        (11, 7, 3, [[1, 2, 4, 2, 4, 5, 1, 5], [5, 0, 7, 0, 7, 1, 5, 1]], [1, 0, 6, 5], 10.5, 0),
+        # Runs 6, 2, 12 in columns of 5: rows 1 and 2 of column 1.
+        (12, 2, 17, {"size": [5, 4], "counts": "62<"}, [1, 1, 1, 2], 2, 0),
+        (13, 2, 3, {"size": [5, 4], "counts": [0, 5, 15]}, [0, 0, 1, 5], 5, 0),
+        (14, 7, 17, {"size": [6, 8], "counts": [6, 12, 30]}, [1, 0, 2, 6], 12, 1),
+    ]
+    fields = ("id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
+    return {
+        "info": {"year": 2020},
+        "images": [
+            {"id": 7, "height": 6, "width": 8, "file_name": "a.jpg"},
+            {"id": 2, "height": 5, "width": 4, "file_name": "b.jpg"},
+        ],
+        "categories": [{"id": 3, "name": "ant"}, {"id": 17, "name": "cat"}],
+        "annotations": [dict(zip(fields, row)) for row in rows],
+    }
+
+
+def make_entries():
+    """As results: the objects of the ground truth that are not crowds, in another order."""
+    fields = ("image_id", "category_id", "segmentation", "bbox")
+    rows = [make_data()["annotations"][i] for i in (1, 0, 2)]
+    return [{x: row[x] for x in fields} | {"score": s} for row, s in zip(rows, (0.5, 1, 0))]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Return ``load(change, warnings)``: the ground truth, ``change(data)`` edits its json."""
+
+    def load_changed(change=None, warnings=None, **options):
+        data = make_data()
+        if change is not None:
+            change(data)
+        path = tmp_path / "gt.json"
+        path.write_text(json.dumps(data))
+        return load_ground_truth(path, warnings=warnings, **options)
+
+    return load_changed
+
+
+@pytest.fixture
+def results(load, tmp_path):
+    """Return ``results(change, warnings)``: the results; ``change`` edits or replaces entries."""
+
+    def load_changed(change=None, warnings=None):
+        entries = make_entries()
+        if change is not None:
+            returned = change(entries)
+            entries = entries if returned is None else returned
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(entries))
+        return load_results(path, load(), warnings)
+
+    return load_changed
+
+
+def change_at(*keys, **fields):
+    """A change that sets fields of the dict at data[keys[0]][keys[1]]..."""
+
+    def change(data):
+        for key in keys:
+            data = data[key]
+        data.update(fields)
+
+    return change
+
+
+def masks_of_make_data():
+    masks = {x: np.zeros((6, 8), dtype=np.uint8) for x in (11, 14)}
+    masks.update({x: np.zeros((5, 4), dtype=np.uint8) for x in (12, 13)})
+    masks[11][2:5, 1:4] = masks[11][0, 5:7] = 1
+    masks[12][1:3, 1] = 1
+    masks[13][:, 0] = 1
+    masks[14][:, 1:3] = 1
+    return masks
+
+
+def test_all_kinds_of_masks_and_all_fields_are_read(load, tmp_path, capsys):
+    findings = []
+    coco = load(warnings=findings)
+    assert findings == [] and capsys.readouterr().out == ""
+    for i, mask in masks_of_make_data().items():
+        assert (coco.annToMask(coco.anns[i]) == mask).all()
+    assert coco.dataset["info"] == {"year": 2020}
+    assert coco.imgs == {x["id"]: x for x in make_data()["images"]}
+    assert coco.cats == {x["id"]: x for x in make_data()["categories"]}
+    assert [x["iscrowd"] for x in coco.anns.values()] == [0, 0, 0, 1]
+    assert coco.annotation_file == str(tmp_path / "gt.json")
+
+
+def test_real_coco_as_pycocotools_reads_it(coco_root, capsys):
+    path = f"{coco_root}/annotations/instances_val2017.json"
+    expected, coco = COCO(path), load_ground_truth(path)
+    assert len(coco.anns) == len(expected.anns) > 100
+    for i, annotation in expected.anns.items():
+        assert coco.annToRLE(coco.anns[i]) == expected.annToRLE(annotation), i
+        assert coco.anns[i] == annotation
+    assert coco.imgs == expected.imgs and coco.cats == expected.cats
+
+
+def test_what_is_odd_is_told_and_completed(load):
+    def change(data):
+        data["annotations"][0]["segmentation"].extend([[1, 1, 2, 2], []])
+        data["annotations"][1]["segmentation"] = {"size": [5, 4], "counts": [20]}
+        data["annotations"][2]["bbox"] = [-1.5, 0, 2, 2]
+        del data["annotations"][2]["iscrowd"]
+
+    findings = []
+    coco = load(change, findings)
+    assert coco.anns[11]["segmentation"] == make_data()["annotations"][0]["segmentation"]
+    assert coco.anns[13]["iscrowd"] == 0
+    rules = {x.rule: x.examples[0][0] for x in findings}
+    assert rules == {"short polygon": "11", "mask without a pixel": "12", "box reaches out": "13"}
+
+
+def test_a_ground_truth_needs_annotations_and_masks(load):
+    with pytest.raises(InputError, match="'annotations' is None|'annotations' is missing"):
+        load(lambda data: data.pop("annotations"))
+
+    def forget(data):
+        for row in data["annotations"]:
+            row["segmentation"] = None
+
+    with pytest.raises(InputError, match="no annotation has a mask"):
+        load(forget)
+    assert len(load(forget, reads_masks=False).anns) == 4
+
+
+@pytest.mark.parametrize("bad", [0, -3, "a", 2.0])
+def test_ids_that_cocoeval_cannot_use_are_renumbered(load, bad):
+    coco = load(change_at("annotations", 1, id=bad))
+    assert list(coco.anns) == [x["id"] for x in coco.anns.values()] == [1, 2, 3, 4]
+    assert [x["id"] for x in coco.imgToAnns[2]] == [2, 3]
+
+
+def test_object_with_id_0_can_be_found(load):
+    # With id 0, COCOeval would count the detection that matches it as a false one.
+    coco = load(change_at("annotations", 0, id=0))
+    found = [
+        {x: annotation[x] for x in ("image_id", "category_id")}
+        | {"segmentation": coco.annToRLE(annotation), "score": 0.9}
+        for annotation in coco.anns.values()
+        if not annotation["iscrowd"]
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(coco, coco.loadRes(found), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"]
+    np.testing.assert_allclose(precision[precision > -1], 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [[6, 0, 0, 2, 0, 2, 10], "text"])
+def test_runs_of_length_0_are_joined(counts):
+    """pycocotools goes past its memory where such runs meet."""
+    if isinstance(counts, str):
+        runs = {"size": [5, 4], "counts": [6, 2, 0, 0, 12]}
+        counts = mask_util.frPyObjects(runs, 5, 4)["counts"].decode()
+    coco = COCO()
+    coco.dataset = make_data()
+    row = coco.dataset["annotations"][1]
+    row["segmentation"] = {"size": [5, 4], "counts": counts}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    expected = coco.annToMask(row)
+    prepare_ground_truth(coco, "gt.json", reads_masks=True)
+    assert row["segmentation"] == mask_util.encode(np.asfortranarray(expected))
+    assert expected.any()
+
+
+def test_all_kinds_of_masks_of_results(results):
+    warnings = []
+    found = results(warnings=warnings)
+    assert warnings == []
+    masks = masks_of_make_data()
+    for entry, expected, i, area in zip(found, make_entries(), (12, 11, 13), (2, 11, 5)):
+        rle = mask_util.encode(np.asfortranarray(masks[i]))
+        assert entry == expected | {"segmentation": rle, "area": area}
+        kinds = (int, int, float, list, dict, float)
+        assert tuple(type(x) for x in entry.values()) == kinds
+        assert type(entry["segmentation"]["counts"]) is bytes
+        assert {type(x) for x in entry["bbox"]} == {float}
+
+
+def test_real_coco_read_back_as_results(coco_root, tmp_path):
+    """Its polygons and uncompressed RLEs, and half of the masks compressed, as detections."""
+    path = f"{coco_root}/annotations/instances_val2017.json"
+    coco = load_ground_truth(path)
+    rng = np.random.default_rng(0)
+    entries, expected = [], []
+    for i, annotation in enumerate(coco.anns.values()):
+        rle = coco.annToRLE(annotation)
+        entry = {x: annotation[x] for x in ("image_id", "category_id", "bbox", "segmentation")}
+        entry["score"] = rng.random()
+        if i % 2:
+            entry["segmentation"] = dict(rle, counts=rle["counts"].decode("ascii"))
+        entries.append(entry)
+        expected.append(dict(entry, segmentation=rle, area=float(mask_util.area(rle))))
+    (tmp_path / "results.json").write_text(json.dumps(entries))
+    warnings = []
+    assert load_results(tmp_path / "results.json", coco, warnings) == expected
+    assert {x.rule for x in warnings} <= {"entry reaches out"} and len(expected) > 100
+
+
+def test_ids_may_be_floats_or_the_names_of_files(results):
+    changed = results(lambda entries: entries[0].update(image_id="000000000002", category_id=17.0))
+    assert changed == results()
+    assert {type(changed[0][x]) for x in ("image_id", "category_id")} == {int}
+
+
+def test_entries_without_box_get_that_of_the_mask(results):
+    def change(entries):
+        del entries[0]["bbox"]
+        entries[1]["bbox"] = None
+        entries[2].update(bbox=None, segmentation={"size": [5, 4], "counts": [20]})
+
+    warnings = []
+    found = results(change, warnings)
+    assert [x["bbox"] for x in found] == [[1, 1, 1, 2], [1, 0, 6, 5], [0, 0, 0, 0]]
+    assert {x.rule: x.count for x in warnings} == {"entry without box": 3, "empty entry": 1}
+
+
+# Each: a change, the rule of the warning, its count.
+WARNINGS = [
+    (lambda x: [], "no entries", 1),
+    (lambda x: x[0].update(bbox=[-1.5, 0, 2, 2]), "entry reaches out", 1),
+    (lambda x: x[1].update(bbox=[7, 0, 1e308, 2]), "entry reaches out", 1),
+    (lambda x: x[0].update(score=1.5) or x[2].update(score=-0.1), "unusual score", 2),
+    # The box is that of the mask; another score, class or mask is another detection.
+    (
+        lambda x: x.extend(x[0] | y for y in ({}, {"bbox": [0, 0, 1, 1]}, {"score": 0.25})),
+        "entry twice",
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize("change, rule, count", WARNINGS)
+def test_warnings_about_results(results, caplog, change, rule, count):
+    warnings = []
+    results(change, warnings)
+    assert [(x.rule, x.count) for x in warnings] == [(rule, count)]
+    assert [x.levelname for x in caplog.records] == ["WARNING"]
+
+
+# Fields of entry 1 that are refused.
+REFUSED = [
+    *({"image_id": x} for x in (None, [7], NAN, 7.5, True, "08", "7.0", "\u0667", 99)),
+    *({"category_id": x} for x in (None, "3", 91, True)),
+    *({"score": x} for x in (NAN, -INF, "0.5", None, True, [0.5], 10**400)),
+    *({"segmentation": x} for x in (None, [], "a", [[1, 2]], [[1, 2, 3, NAN, 5, 6]])),
+    *({"segmentation": [x]} for x in ([1, 2, 3, 4, 5, "6"], [1, 2, 3, 4, 5, 1e6])),
+    {"segmentation": {"size": [8, 6], "counts": [48]}},
+    *({"segmentation": {"size": [6, 8], "counts": x}} for x in ("62P", "b'62<'", [0, 5, 14], [])),
+    *({"bbox": x} for x in ([1, 2, 3], [], [1, 2, 3, NAN], "1234", [1, 2, -3, 4])),
+]
+
+
+@pytest.mark.parametrize("fields", REFUSED, ids=str)
+def test_refused_values_are_named(results, tmp_path, fields):
+    (field,) = fields
+    with pytest.raises(InputError) as error:
+        results(lambda entries: entries[1].update(fields))
+    start = f"{tmp_path / 'results.json'}: entry number 1: {field!r} is "
+    assert str(error.value).startswith(start) and "; allowed: " in str(error.value)
+    if field != "bbox":
+        with pytest.raises(InputError, match=f"entry number 1: '{field}' is missing"):
+            results(lambda entries: entries[1].pop(field) and None)
+
+
+def test_other_files_are_not_results(results, tmp_path, load):
+    for content, words in (({"images": []}, "a ground truth"), ("abc", "is a str"), ([1], "list")):
+        with pytest.raises(InputError, match=words):
+            results(lambda entries, content=content: content)
+    with pytest.raises(InputError, match="missing.json: cannot be read: .*No such file"):
+        load_results(tmp_path / "missing.json", load())
+
+
+def test_class_numbers_in_place_of_category_ids(results):
+    with pytest.raises(InputError, match="class numbers in place of category ids"):
+        results(lambda x: [x[0] | {"category_id": i} for i in (0, 1)])
+
+
+ODD_VALUES = st.sampled_from(
+    [None, True, -1, 0, 2, 3, 7, 17, 1.5, 7.0, NAN, INF, -INF, 1e308, 10**30, 10**400]
+    + ["", "7", "000000000002", "62<", "6P", "\ud800", [], {}, [[]], [None], [1, 2, 3, 4]]
+    + [[[1, 2, 3, 4, 5, 6]], [[0, 0, 9e4, 0, 0, 9]], [[1, 2, 3, NAN, 5, 6]], [[0] * 7], ["a"] * 6]
+    + [{"size": [5, 4]}, {"size": [5, 4], "counts": "62<"}, {"size": [5, 4], "counts": [20]}]
+    + [{"size": [5, 4], "counts": [0, 5, 0, 5, 10]}, {"size": None, "counts": "62<"}]
+)
+RLE_TEXTS = st.text([chr(x) for x in range(40, 120)], max_size=5)
+
+
+@st.composite
+def mutated_entries(draw):
+    """Entries of which up to three values, anywhere in them, are replaced, removed or repeated."""
+    data = make_entries()
+    for _ in range(draw(st.integers(1, 3))):
+        parent, key, value = None, None, data
+        while isinstance(value, (dict, list)) and value:
+            # Now and then a whole entry, box or mask.
+            if parent is not None and draw(st.integers(0, 3)) == 0:
+                break
+            keys = sorted(value) if isinstance(value, dict) else range(len(value))
+            parent, key = value, draw(st.sampled_from(list(keys)))
+            value = parent[key]
+        action = draw(st.sampled_from(["set", "set", "set", "text", "delete", "repeat"]))
+        if parent is None:  # no entry is left
+            break
+        if action == "set":
+            parent[key] = copy.deepcopy(draw(ODD_VALUES))
+        elif action == "text":
+            parent[key] = draw(RLE_TEXTS)
+        elif action == "delete":
+            del parent[key]
+        elif isinstance(parent, list):
+            parent.append(copy.deepcopy(value))
+    return data
+
+
+@given(entries=mutated_entries())
+@settings(max_examples=200, deadline=None)
+def test_any_result_file_is_read_or_refused(tmp_path_factory, entries):
+    folder = tmp_path_factory.getbasetemp()
+    path, gt = folder / "mutated_results.json", folder / "gt.json"
+    gt.write_text(json.dumps(make_data()))
+    path.write_text(json.dumps(entries))
+    coco = load_ground_truth(gt)
+    try:
+        found = load_results(path, coco)
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ")
+        return
+    assert len(found) == len(entries)
+    for entry in found:
+        image = coco.imgs[entry["image_id"]]
+        assert entry["category_id"] in coco.cats
+        assert all(math.isfinite(x) for x in [*entry["bbox"], entry["score"]])
+        rle = entry["segmentation"]
+        assert rle["size"] == [image["height"], image["width"]]
+        # A broken RLE would not come back from here.
+        assert mask_util.iou([rle], [rle], [0])[0, 0] == (1 if entry["area"] else 0)
+        assert mask_util.decode(rle).sum() == entry["area"]
