@@ -32,8 +32,7 @@ from teacher_student_mask import (
     TeacherStudentDatasetMapper,
     load_partial_coco_json,
 )
-from teacher_student_mask.checks.annotation_checks import check_annotations
-from teacher_student_mask.data.datasets import classes_of
+from teacher_student_mask.coco_json import check_coco, classes_of
 
 __all__ = ["fuzz_evaluator", "fuzz_mapper"]
 
@@ -157,7 +156,7 @@ def fuzz_mapper():
 
     def check(json_file, data):
         folder = str(Path(json_file).parent)
-        report = check_annotations(json_file, folder, "ant")
+        report = check_coco(json_file, image_root=folder, seen_classes="ant")
         try:
             examples = [
                 mapper(image)

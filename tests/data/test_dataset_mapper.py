@@ -103,7 +103,7 @@ def within_one_pixel(a, b):
 
 @FORMATS
 @pytest.mark.parametrize("is_on", [False, True])
-def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, caplog, mask_format, is_on):
+def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, mask_format, is_on):
     box = (2, 2, 8, 6)
     rectangle, triangle = [[2, 2, 8, 2, 8, 6, 2, 6]], [[2, 2, 8, 2, 8, 6]]
     image = make_image(
@@ -120,14 +120,11 @@ def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, caplog, 
     )
     before = copy.deepcopy(image)
     mapper = make_mapper(mask_format=mask_format, rectangle_as_box_only=is_on)
-    with caplog.at_level("INFO"):
-        instances = mapper(image)["instances"]
+    instances = mapper(image)["instances"]
     assert image == before
     expected = [not is_on, True, not is_on, True, True, False, False, False]
     assert instances.gt_has_mask.tolist() == expected
     assert instances.gt_has_external_mask.tolist() == [i == 5 for i in range(8)]
-    logged = [x.message for x in caplog.records if "RECTANGLE_AS_BOX_ONLY" in x.message]
-    assert len(logged) == is_on and all("1 so far in this process" in x for x in logged)
 
 
 def test_the_config_has_rectangle_as_box_only():
@@ -336,7 +333,7 @@ def test_crop_tightens_boxes_with_a_mask_and_clips_the_others(make_image, mask_f
 
 @FORMATS
 @pytest.mark.parametrize("as_rle", [False, True], ids=["polygons", "rle"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_crop_loses_an_unseen_box_or_makes_a_bad_one(make_image, mask_format, as_rle, seed):
     rng = np.random.default_rng(seed)
     annotations = []
@@ -453,26 +450,22 @@ def test_the_input_is_not_changed(make_image):
 
 
 BAD_SEGMENTATIONS = [
-    (to_rle(mask_of((0, 0, 3, 3)).T), r"RLE has size \[16, 12\], but the image is \[12, 16\]"),
-    ([[1, 1, 5, 1]], r"at least 3 x,y pairs, got \[1, 1, 5, 1\]"),
-    ([[1, 1, 5, 1, 5, 5, 3]], r"x,y pairs, got \[1, 1, 5, 1, 5, 5, 3\]"),
-    ([1, 1, 5, 1, 5, 5], r"flat list of at least 3 x,y pairs, got 1\."),
-    ([L_POLYGON, []], r"pairs, got \[\]"),
-    ([[[1, 1], [5, 1], [5, 5]]], r"flat list .* got \[\[1, 1\], \[5, 1\], \[5, 5\]\]"),
-    ("1 1 5 1 5 5", "must be a list of polygons, an RLE dict .* got 1 1 5 1 5 5"),
-    ({"counts": [3, 189]}, r"RLE dict with 'size' and 'counts', .* got {'counts': \[3, 189\]}"),
+    (to_rle(mask_of((0, 0, 3, 3)).T), "allowed: an RLE of the .height, width. of the image"),
+    ([1, 1, 5, 1, 5, 5], r"is \[1, 1, 5, 1, 5, 5\]; allowed: a list of polygons"),
+    ([[[1, 1], [5, 1], [5, 5]]], "allowed: a list of polygons"),
+    ("1 1 5 1 5 5", "is '1 1 5 1 5 5'; allowed: a list of polygons"),
+    ([[1, 1, 5, 1, 5, 1e9]], "at most 100000 outside the image"),
+    ({"counts": [3, 189]}, "allowed: an RLE of the .height, width. of the image"),
 ]
 
 
 @pytest.mark.parametrize("segmentation, message", BAD_SEGMENTATIONS)
-def test_unreadable_segmentation_is_an_error_with_file_and_value(make_image, segmentation, message):
+def test_broken_segmentations_are_named_and_those_of_unseen_and_crowds_not_read(
+    make_image, segmentation, message
+):
     image = make_image([annotation(0, (1, 1, 5, 5), segmentation=segmentation)])
     with pytest.raises(ValueError, match=rf"12x16\.png \(image id 42\): .*{message}"):
         make_mapper()(image)
-
-
-@pytest.mark.parametrize("segmentation", [segmentation for segmentation, _ in BAD_SEGMENTATIONS])
-def test_unseen_and_crowd_segmentations_are_not_even_read(make_image, segmentation):
     annotations = [
         annotation(10, (1, 1, 5, 5), segmentation=segmentation),
         annotation(0, (1, 1, 5, 5), iscrowd=1, segmentation=segmentation),

@@ -79,48 +79,6 @@ def test_keypoints_become_coordinates(make_tiny_coco):
     assert "keypoints" not in dicts[7]["annotations"][1]
 
 
-def set_first(key, value):
-    def change(data):
-        data["annotations"][0][key] = value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (set_first("image_id", 8), "annotation 101: 'image_id' is 8; allowed: an id of 'images'"),
-        (
-            set_first("category_id", 4),
-            "annotation 101: 'category_id' is 4; allowed: an id of 'categories'",
-        ),
-        (set_first("bbox", [1, 2, 3]), r"annotation 101: 'bbox' is \[1, 2, 3\]"),
-        (set_first("bbox", None), "annotation 101: 'bbox' is None"),
-        (lambda data: data["annotations"][0].pop("bbox"), "annotation 101: 'bbox' is missing"),
-        (
-            lambda data: data["annotations"][0].pop("image_id"),
-            "annotation 101: 'image_id' is missing",
-        ),
-        (set_first("segmentation", [1, 2, 3, 4, 5, 6]), r"annotation 101: .* a list of polygons"),
-        (lambda data: data.pop("annotations"), "must have a list 'annotations'"),
-        (lambda data: data.pop("images"), "must have a list 'images'"),
-        (lambda data: data.update(categories={}), "must have a list 'categories'"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_errors_name_the_file_and_the_annotation(make_tiny_coco, change, message):
-    dataset = make_tiny_coco(change)
-    with pytest.raises(ValueError, match=rf"{dataset.json_file}: .*{message}"):
-        load_partial_coco_json(dataset.json_file, "")
-
-
-def test_a_list_is_no_coco_json(tmp_path):
-    path = tmp_path / "list.json"
-    path.write_text(json.dumps([1, 2]))
-    with pytest.raises(ValueError, match="must have a list 'images'"):
-        load_partial_coco_json(str(path), "")
-
-
 def check_same_as_detectron2(json_file, image_root, dataset_names):
     first, second = dataset_names
     expected = load_coco_json(json_file, image_root, first)

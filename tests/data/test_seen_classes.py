@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from teacher_student_mask import TeacherStudentDatasetMapper, resolve_seen_classes
 from teacher_student_mask.class_splits import AUTO
-from teacher_student_mask.data import seen_classes, resolve_auto_settings
+from teacher_student_mask.data import resolve_auto_settings, seen_classes
 from teacher_student_mask.data.seen_classes import (
     ClassCount,
     choose_seen_classes,
@@ -197,24 +197,6 @@ def test_rectangles_do_not_count_where_they_are_boxes():
     image = {"height": 10, "width": 10, "annotations": [crowd, rectangle, triangle, rectangle]}
     assert count_objects([image], ["ant"]) == [ClassCount("ant", 3, 3)]
     assert count_objects([image], ["ant"], True) == [ClassCount("ant", 3, 1)]
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_one_process_reads_and_all_get_its_answer(is_main, auto_cfg, monkeypatch):
-    reads = []
-    ask = seen_classes._ask_data
-    monkeypatch.setattr(seen_classes, "_ask_data", lambda *x: reads.append(1) or ask(*x))
-    monkeypatch.setattr(seen_classes.comm, "is_main_process", lambda: is_main)
-    told = ((3, "ant, cat"), None)
-    monkeypatch.setattr(
-        seen_classes.comm, "all_gather", lambda x: [x, (None, None)] if is_main else [told, x]
-    )
-    assert resolve_auto_settings(auto_cfg(3)).DATASETS.SEEN_CLASSES == "ant, cat"
-    assert len(reads) == is_main
-    if not is_main:
-        told = (None, "what is wrong")
-        with pytest.raises(ValueError, match="^what is wrong$"):
-            resolve_auto_settings(auto_cfg(3))
 
 
 def test_a_file_is_read_once_for_an_answer(auto_cfg, tiny_coco, monkeypatch):

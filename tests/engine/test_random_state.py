@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.engine.train_loop import TrainerBase
 
-from teacher_student_mask.data.seeding import preserved_generators, seed_generators
+from teacher_student_mask.data.train_loader import preserved_generators, seed_generators
 from teacher_student_mask.engine import SeedEveryIteration
 
 

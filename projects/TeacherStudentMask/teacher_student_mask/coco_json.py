@@ -8,13 +8,11 @@ types cannot say is looked for in numpy, and ``coco_rules.RULES`` says what each
 from __future__ import annotations
 
 import contextlib
-import gc
-import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Annotated, Literal, NotRequired, TypedDict
 
@@ -39,17 +37,20 @@ from .coco_masks import (
 from .coco_rules import Report, shorten
 from .errors import InputError
 from .image_files import missing_files, read_image_files
+from .json_files import decode_json, paused_gc, read_json, write_json
 
 __all__ = [
     "HUMAN",
     "MIN_MASKS_PER_CLASS",
     "MODEL",
+    "Box",
     "Report",
+    "Whole",
     "check_coco",
+    "check_types",
     "classes_of",
     "has_mask",
     "is_from_model",
-    "paused_gc",
     "read_coco",
     "read_json",
     "valid_polygons",
@@ -95,83 +96,6 @@ class _Annotation(TypedDict):
 
 class _EvaluatedAnnotation(_Annotation):
     area: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
-
-
-@contextlib.contextmanager
-def paused_gc() -> Iterator[None]:
-    """
-    No garbage collection inside; also a decorator.
-
-    A large file becomes millions of lists and dicts that all stay. Going through them for cycles
-    again and again would take a third of the time of reading the file.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def read_json(path: str | os.PathLike) -> object:
-    """
-    Read a json file of any size.
-
-    Raises:
-        InputError: it cannot be read, or is not json in UTF-8.
-    """
-    try:
-        return _decode(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{os.fspath(path)}: cannot be read: {error}") from error
-
-
-def _decode(path: str | os.PathLike) -> object:
-    with open(path, "rb") as file:
-        content = file.read()
-    # pycocotools, which reads the same file in an evaluation, does not take one either.
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(
-            "it begins with a byte order mark; save it as UTF-8 without one (in an editor, or "
-            "with: sed -i '1s/^\\xef\\xbb\\xbf//' FILE)"
-        )
-    try:
-        with paused_gc():
-            try:
-                return msgspec.json.decode(content)
-            except msgspec.MsgspecError:  # NaN, for instance, which Python's json writes and reads
-                return json.loads(content.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"lists within lists, too deep to read ({error})") from error
-
-
-def write_json(path: str | os.PathLike, data: dict) -> None:
-    """
-    Write a dict of lists, such as a COCO json, as a whole or not at all.
-
-    Args:
-        path: an existing file is replaced when all is written.
-        data: its lists are written row by row: json.dump takes minutes for COCO's.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    unfinished = f"{os.fspath(path)}.unfinished"
-    try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for i, (key, value) in enumerate(data.items()):
-                file.write(f"{', ' if i else '{'}{json.dumps(key)}: ")
-                rows = value if isinstance(value, list) else []
-                for j, row in enumerate(rows):
-                    file.write(f"{', ' if j else '['}{json.dumps(row)}")
-                file.write("]" if rows else json.dumps(value))
-            file.write("}" if data else "{}")
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(unfinished)
-        raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
 
 
 def read_coco(path: str | os.PathLike) -> dict:
@@ -254,7 +178,7 @@ def check_coco(
     report = Report(os.fspath(json_file), use)
     if data is None:
         try:
-            data = _decode(json_file)
+            data = decode_json(json_file)
         except (OSError, ValueError) as error:
             report.add_to_file("content", f"unreadable ({error})")
     if use == "evaluation" and isinstance(data, dict) and "annotations" not in data:

@@ -197,14 +197,20 @@ def _read_polygons(
         pass
     good_rows, good_values = [], []
     for i, value in zip(rows, values):
-        if type(value) is list:
-            value = [x.tolist() if isinstance(x, np.ndarray) else x for x in value]
+        if isinstance(value, list):  # of numpy's numbers, as functions of datasets may give them
+            value = [_without_numpy(x) for x in value]
         try:
             good_values.append(msgspec.convert(value, list[list[float]]))
             good_rows.append(i)
         except _NOT_NUMBERS:
             state[start + i] = MaskState.NOT_A_MASK
     return good_rows, good_values
+
+
+def _without_numpy(polygon: object) -> object:
+    if isinstance(polygon, list):
+        return [x.item() if isinstance(x, np.generic) else x for x in polygon]
+    return polygon.tolist() if isinstance(polygon, np.ndarray) else polygon
 
 
 def measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import pycocotools.mask as mask_util
 from msgspec import Meta
 from pycocotools.coco import COCO
 
-from .coco_json import Box, Whole, check_coco, check_types, paused_gc, read_json
+from .coco_json import Box, Whole, check_coco, check_types
 from .coco_masks import (
     BOX_TOLERANCE,
     MaskState,
@@ -24,6 +24,7 @@ from .coco_masks import (
 )
 from .coco_rules import Finding, Report
 from .errors import InputError
+from .json_files import paused_gc, read_json
 
 __all__ = ["load_ground_truth", "load_results", "prepare_ground_truth"]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-
 from coco_json.mask_polygons import MIN_IOU, mask_to_polygons
+
 from completion.masks import clip_box, make_mask
 from completion.overlaps import overlaps_in_image
 from completion.results import need_of

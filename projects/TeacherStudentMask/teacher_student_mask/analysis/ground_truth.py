@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
-from ..coco_json import paused_gc
 from ..coco_masks import MAX_PIXELS
 from ..coco_rules import shorten
+from ..json_files import paused_gc
 from .input_checks import (
     InputFile,
     InputWarning,

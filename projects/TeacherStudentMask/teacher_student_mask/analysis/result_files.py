@@ -10,7 +10,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..coco_json import paused_gc
+from ..json_files import paused_gc
 from .input_checks import (
     InputFile,
     InputWarning,

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 # Modules whose functions read a COCO json; with one of them a dataset was registered.
 _OURS = f"{__package__}.datasets"
 _DETECTRON2S, _LVIS = "detectron2.data.datasets.coco", "detectron2.data.datasets.lvis"
+_MAY_HAND_ON = (
+    "unless the function hands on 'mask_source', as load_coco_json does with "
+    "extra_annotation_keys=['mask_source']"
+)
 # What one training set lacks, another may have.
 _LACKS = {"no objects", "no seen mask"}
 
@@ -32,7 +36,7 @@ def answer_of_main_process(ask: Callable[[], Any]) -> Any:
     Let the main process ask, and give its answer to all.
 
     Raises:
-        InputError: in all processes, where the main one has failed; there it is what ``ask`` raised.
+        InputError: in all processes where the main one has failed, which raises what ``ask`` did.
     """
     answer = failure = None
     if comm.is_main_process():
@@ -83,7 +87,7 @@ def check_datasets(
         if None in training or not all({x.rule for x in r.errors} & _LACKS for r in training):
             pardoned = _LACKS
         else:
-            pardoned = set() if needs_masks else {"no seen mask"}
+            pardoned = set() if needs_masks and reads_masks else {"no seen mask"}
         for report in filter(None, training):
             report.findings = [x.as_warning() if x.rule in pardoned else x for x in report.findings]
         _log(reports)
@@ -166,19 +170,16 @@ def _check_one(
     else:
         thing_classes = metadata.get("thing_classes")
         if thing_classes and not _has_classes(data, thing_classes):
-            seen_classes, reads_masks = None, False  # they are other names
-        report = check_coco(
-            json_file, seen_classes=seen_classes, reads_masks=reads_masks, **options
-        )
+            seen_classes = None  # they are other names
+        options["reads_masks"] = reads_masks and seen_classes is not None
+        report = check_coco(json_file, seen_classes=seen_classes, **options)
     num = len(data["categories"]) if "number of classes" in {x.rule for x in report.errors} else 0
     # A json that the config names by its path is not part of another dataset.
     is_part = num < (num_classes or 0) and not is_json_path(name)
     report.findings = [_judge(x, use, loader, is_part) for x in report.findings]
     if use == "train" and reads_masks and loader != _OURS and report.classes:
         rows = data["annotations"]
-        consequence = (
-            ["unless the function hands it on"] if loader not in (_DETECTRON2S, _LVIS) else []
-        )
+        consequence = [_MAY_HAND_ON] if loader not in (_DETECTRON2S, _LVIS) else []
         is_lost = [is_from_model(x) and bool(x.get("segmentation")) for x in rows]
         report.add("source is lost", rows, is_lost, None, *consequence)
     return report
@@ -195,6 +196,9 @@ def _judge(finding: Finding, use: str, loader: str, is_part: bool) -> Finding:
     # What the function that reads the file makes of a finding.
     if finding.rule == "number of classes" and is_part:
         return finding.as_warning("the classes beyond them are never trained")
+    is_id = finding.rule in ("annotation.id", "annotation id twice")
+    if is_id and use == "train" and loader == _OURS:
+        return finding.as_warning("training does without")
     if finding.rule == "unknown image" and use == "test" and loader == _OURS:
         return replace(finding, severity="error")
     if finding.rule == "annotation without id" and loader == _DETECTRON2S:

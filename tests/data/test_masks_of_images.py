@@ -8,10 +8,9 @@ from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_b
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_student_mask.data.segmentations import (
+from teacher_student_mask.data.dataset_mapper import (
     box_polygons,
     lie_in_image,
-    read_polygons,
     union_of_masks,
     usable_segmentations,
 )
@@ -33,50 +32,11 @@ def test_the_union_is_detectron2s(polygons_of):
     np.testing.assert_array_equal(union.numpy(), polygons_to_bitmask(flat, *SIZE))
 
 
-def test_the_union_of_large_masks_is_detectron2s():
-    # Runs whose lengths need several characters, and differences of both signs.
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        polygons = [rng.uniform(-50, 900, 2 * rng.integers(3, 40)) for _ in range(6)]
-        union = union_of_masks(PolygonMasks([polygons]), (700, 800))
-        np.testing.assert_array_equal(union.numpy(), polygons_to_bitmask(polygons, 700, 800))
-
-
 def test_the_union_of_nothing_and_of_bitmasks():
     assert union_of_masks(PolygonMasks([]), SIZE).shape == SIZE
     bits = torch.zeros(2, *SIZE, dtype=torch.bool)
     bits[0, 3, 4] = bits[1, 5, 6] = True
     assert union_of_masks(BitMasks(bits), SIZE).nonzero().tolist() == [[3, 4], [5, 6]]
-
-
-def test_polygons_of_all_objects_are_read_as_floats_in_their_places():
-    given_ = [[[1, 2, 3, 4, 5, 6], [0.5] * 8], None, {"counts": "x"}, [], [[7.5, 0, 1, 2, 3, 9]]]
-    read = read_polygons(given_, "x.jpg")
-    assert read[1] is None and read[2] is given_[2] and read[3] == []
-    assert [[x.tolist() for x in read[i]] for i in (0, 4)] == [given_[0], given_[4]]
-    assert all(x.dtype == np.float64 for i in (0, 4) for x in read[i])
-    # Arrays, as other datasets' functions give them, are not shared with the dataset.
-    array = np.arange(6)
-    ((copied,),) = read_polygons([[array]], "x.jpg")
-    assert copied.tolist() == array.tolist() and not np.shares_memory(copied, array)
-
-
-@pytest.mark.parametrize(
-    "polygon, words",
-    [
-        ([1, 2, 3, 4], "at least 3 x,y pairs"),
-        ([1, 2, 3, 4, 5, 6, 7], "at least 3 x,y pairs"),
-        ([1, 2, 3, [4, 5], 6, 7], "at least 3 x,y pairs"),
-        ([1, 2, 3, 4, 5, float("nan")], "must be in pixels"),
-        ([1, 2, 3, 4, 5, 1e9], "at most 100000 from the image"),
-        ([1, 2, 3, 4, 5, "6"], "must be in pixels"),
-    ],
-)
-def test_what_is_no_polygon_is_named_beside_good_ones(polygon, words):
-    good = [[0.0, 0, 5, 0, 5, 5]]
-    with pytest.raises(ValueError, match=words) as error:
-        read_polygons([good, None, [good[0], polygon]], "x.jpg (image id 3)")
-    assert "x.jpg (image id 3)" in str(error.value) and str(polygon)[:80] in str(error.value)
 
 
 def covers(polygon):
@@ -99,9 +59,16 @@ whole = st.lists(st.integers(-20, 60), min_size=3, max_size=9).flatmap(
 @given(st.lists(st.lists(whole, min_size=1, max_size=3), max_size=4))
 def test_masks_are_kept_where_one_of_their_polygons_may_have_pixels(polygons_of):
     lists = [[x.tolist() for x in polygons] for polygons in polygons_of]
-    usable = usable_segmentations(read_polygons(lists, "x"), SIZE, "x")
+    usable = usable_segmentations(lists, SIZE, "x")
     expected = [any(map(covers, polygons)) for polygons in polygons_of]
     assert [x is not None for x in usable] == expected
+    # Numbers of numpy, as functions of datasets may give them; new arrays, of floats.
+    arrays = [[x.astype(int) for x in polygons] for polygons in polygons_of]
+    again = usable_segmentations(arrays, SIZE, "x")
+    assert [x is not None for x in again] == expected
+    for one, other in zip(filter(None, usable), filter(None, again)):
+        assert [x.tolist() for x in one] == [x.tolist() for x in other]
+        assert {x.dtype for x in [*one, *other]} == {np.dtype(np.float64)}
     assert lie_in_image(PolygonMasks(polygons_of), SIZE).tolist() == expected
 
 
