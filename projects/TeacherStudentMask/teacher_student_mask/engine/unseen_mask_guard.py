@@ -34,9 +34,7 @@ _SPANNED = 0.9
 _IS_MARKED = "gt_has_mask is True"
 _IS_UNMARKED = "it has gt_masks, but no gt_has_mask"
 _IS_NO_BOX = "gt_masks is not its box, though gt_has_mask is False"
-_IS_NOT_OF_MODEL = (
-    "gt_has_external_mask is True, but the training data have no mask of a model for it"
-)
+_IS_NOT_OF_MODEL = "gt_has_model_mask is True, but the training data have no mask of a model for it"
 _IS_EXCLUDED = "gt_exclusion_masks covers it, and no mask of a seen object does"
 
 
@@ -128,7 +126,7 @@ class UnseenMaskGuard(HookBase):
                 continue
             self.num_objects += len(_rows_of_unseen(instances, self.seen_classes))
             model_masks = {}
-            if _rows_of_unseen(instances, self.seen_classes, "gt_has_external_mask"):
+            if _rows_of_unseen(instances, self.seen_classes, "gt_has_model_mask"):
                 model_masks = self.model_masks(example.get("file_name", ""))
             found = find_unseen_masks(instances, self.seen_classes, model_masks)
             num_masks += len(found)
@@ -172,7 +170,7 @@ def find_unseen_masks(
     * there are ``gt_masks``, but no ``gt_has_mask``: the example is of another mapper;
     * its mask is not what is left of a rectangle, see :func:`is_box_shaped`;
     * ``gt_exclusion_masks`` has pixels that span its box and belong to no mask of a seen object;
-    * ``gt_has_external_mask`` is True for it, and for more of its class than have a mask of a
+    * ``gt_has_model_mask`` is True for it, and for more of its class than have a mask of a
       model; then all of the class are found.
 
     A mask of an object marked as one without is not found where it could be a rectangle after
@@ -196,12 +194,12 @@ def find_unseen_masks(
         return [(classes[i], _IS_UNMARKED) for i in rows]
     has_mask = instances.gt_has_mask.tolist()
     found = {i: _IS_MARKED for i in rows if has_mask[i]}
+    external = _rows_of_unseen(instances, seen_classes, "gt_has_model_mask")
     for i in rows:
-        if i not in found and not is_box_shaped(instances.gt_masks, i):
+        if i not in found and i not in external and not is_box_shaped(instances.gt_masks, i):
             found[i] = _IS_NO_BOX
     for i in _excluded_without_reason(instances, rows):
         found.setdefault(i, _IS_EXCLUDED)
-    external = _rows_of_unseen(instances, seen_classes, "gt_has_external_mask")
     counts = Counter(classes[i] for i in external)
     for i in external:
         if counts[classes[i]] > model_masks.get(classes[i], 0):

@@ -1,4 +1,4 @@
-"""Box heads that keep their feature maps, and the predictor that pools them and hands one on."""
+"""OPMask: a box head that keeps its map, and where in a ROI it sees the ROI's class, as a prior."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from detectron2.modeling.roi_heads import (
 )
 from detectron2.structures import Instances
 from torch import nn
+from torch.nn import functional as F
 
-__all__ = ["FeatureMapBoxHead", "PooledFastRCNNOutputLayers", "TwoBranchBoxHead"]
+from ..mask_targets import classes_of
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext
+
+__all__ = [
+    "ClassActivationPrior",
+    "FeatureMapBoxHead",
+    "PooledFastRCNNOutputLayers",
+    "class_activation_maps",
+    "normalize_per_roi",
+    "normalized_activation_maps",
+]
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -64,68 +75,13 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
         return self(x)
 
 
-@ROI_BOX_HEAD_REGISTRY.register()
-class TwoBranchBoxHead(nn.Module):
-    """
-    ContrastMask's box head: shared 3x3 convolutions, then one for the classes and two for the box.
-
-    The last of the widths is that of both branches, too. The output is two maps, each of shape
-    (R, C, h, w) and >= 0: that of the classes, from which class activation maps are made, and that
-    of the box.
-    """
-
-    @configurable
-    def __init__(self, input_shape: ShapeSpec, *, conv_widths: Sequence[int], conv_norm: str = ""):
-        """
-        Args:
-            input_shape: of the ROI features.
-            conv_widths: output channels of the shared convolutions, one each; 256 four times is
-                ContrastMask's.
-            conv_norm: as for :class:`FeatureMapBoxHead`, of all convolutions; ContrastMask has "".
-
-        Raises:
-            ValueError: no width, or one below 1.
-        """
-        super().__init__()
-        self.shared = FeatureMapBoxHead(input_shape, conv_widths=conv_widths, conv_norm=conv_norm)
-        width = conv_widths[-1]
-        shape = ShapeSpec(channels=width, height=input_shape.height, width=input_shape.width)
-        self.class_branch = FeatureMapBoxHead(shape, conv_widths=[width], conv_norm=conv_norm)
-        self.box_branch = FeatureMapBoxHead(shape, conv_widths=[width] * 2, conv_norm=conv_norm)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        return FeatureMapBoxHead.from_config(cfg, input_shape)
-
-    @property
-    def output_shape(self) -> ShapeSpec:
-        """What each of the predictor's linear layers sees, after pooling over h and w."""
-        return self.class_branch.output_shape
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            x: ROI features, shape (R, D, h, w).
-
-        Returns:
-            The map of the classes and that of the box, each of shape (R, C, h, w).
-        """
-        shared = self.shared(x)
-        return self.class_branch(shared), self.box_branch(shared)
-
-    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The first of the two maps, for which the box branch need not run."""
-        return self.class_branch(self.shared(x))
-
-
 class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     """
     Detectron2's box predictor on a feature map, Eq. (8) of the paper: GAP(F) W + b.
 
     Its predictions are (scores, deltas, maps), with the maps that the scores are pooled from; after
-    :class:`TwoBranchBoxHead` deltas come from others. Maps reach the mask branch as the field
-    ``box_features``, shape (R_i, C, h, w), of each image's instances: :meth:`losses` sets it on the
-    proposals, :meth:`inference` on the detections. Parameters are named as the parent's.
+    :class:`TwoBranchBoxHead` deltas come from others. Detections have the maps of their proposals
+    as the field ``box_features``, shape (R_i, C, h, w). Parameters are named as the parent's.
     """
 
     def forward(
@@ -141,7 +97,7 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
             (R, 4); ``maps`` itself, or the first of the two. Gradient flows through all three.
 
         Raises:
-            ValueError: ``maps`` has not four dimensions.
+            ValueError: ``maps`` does not have four dimensions.
         """
         all_maps = maps if isinstance(maps, tuple) else (maps,)
         for x in all_maps:
@@ -156,13 +112,8 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     def losses(
         self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """
-        As the parent's; also sets ``box_features`` on ``proposals``, a row each, with gradient.
-        """
-        *predictions, maps = predictions
-        for x, rows in zip(proposals, maps.split([len(x) for x in proposals])):
-            x.box_features = rows
-        return super().losses(predictions, proposals)
+        """As the parent's, for predictions with or without the maps."""
+        return super().losses(predictions[:2], proposals)
 
     def inference(
         self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
@@ -201,3 +152,118 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     def predict_probs(self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]):
         """As the parent's, for predictions with or without the maps."""
         return super().predict_probs(predictions[:2], proposals)
+
+
+def class_activation_maps(
+    maps: torch.Tensor,
+    classifier_weight: torch.Tensor,
+    classes: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Class activation map of each ROI for one class, Eq. (9) of the paper: F_ij W_cls + b_cls.
+
+    With ``bias`` its mean over the cells is the logit of the class, Eq. (8). OPMask leaves the bias
+    out; :func:`normalize_per_roi` removes it anyway.
+
+    Args:
+        maps: shape (R, C, h, w), the box head's features F.
+        classifier_weight: shape (K + 1, C); a row per class, then background.
+        classes: int64, shape (R,), the class of each ROI; only its map is computed.
+        bias: shape (K + 1,).
+
+    Returns:
+        shape (R, 1, h, w), logits; gradient flows to all but ``classes``.
+
+    Raises:
+        ValueError: not one class per map.
+    """
+    if len(classes) != len(maps):
+        raise ValueError(f"{len(maps)} box features for {len(classes)} ROIs; give one for each.")
+    rows = classifier_weight[classes].to(maps.dtype)
+    cams = torch.einsum("rchw,rc->rhw", maps, rows)[:, None]
+    return cams if bias is None else cams + bias[classes][:, None, None, None]
+
+
+def normalize_per_roi(cam: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
+    """
+    Min-max normalisation of each ROI's map.
+
+    OPMask's code adds 1e-4 to the map instead, which cancels: a constant map becomes NaN there.
+
+    Args:
+        cam: shape (R, 1, h, w).
+        eps: added to the range, so that 0 / 0 cannot occur, neither here nor in the gradient.
+
+    Returns:
+        shape (R, 1, h, w), in [0, 1]; zeros where a map is constant.
+    """
+    low = cam.amin(dim=(1, 2, 3), keepdim=True)
+    high = cam.amax(dim=(1, 2, 3), keepdim=True)
+    return (cam - low) / (high - low + eps)
+
+
+def normalized_activation_maps(
+    instances: list[Instances], maps: torch.Tensor, classifier: nn.Linear
+) -> torch.Tensor:
+    """
+    The maps that :class:`ClassActivationPrior` adds, before it resizes them.
+
+    Args:
+        instances: one per image, R rows in all, with ``pred_classes``, or else ``gt_classes``.
+        maps: shape (R, C, h, w), the box head's.
+        classifier: from C features to the class scores.
+
+    Returns:
+        shape (R, 1, h, w), in [0, 1]; gradient flows to ``maps``, not to the classifier.
+    """
+    classes = classes_of(instances)
+    return normalize_per_roi(class_activation_maps(maps, classifier.weight.detach(), classes))
+
+
+@ROI_MASK_PRIOR_REGISTRY.register()
+class ClassActivationPrior(nn.Module):
+    """
+    Adds the class activation map of each ROI to all channels of its mask features, as OPMask.
+
+    The class is the matched object's in training, the predicted one at inference. Which
+    boxes the maps are of is the caller's choice; OPMask's are the proposals, at inference too,
+    where the mask features are those of the refined boxes.
+    """
+
+    needs_class_maps = True
+
+    @configurable
+    def __init__(self, *, stop_gradient: bool = False):
+        """
+        Args:
+            stop_gradient: mask losses do not train the box head's convolutions through the maps.
+                They never train its classifier.
+        """
+        super().__init__()
+        self.stop_gradient = stop_gradient
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
+    ) -> dict:
+        return {"stop_gradient": cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT}
+
+    def forward(
+        self, mask_features: torch.Tensor, context: ROIContext
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            mask_features: shape (R, D, S, S); not changed.
+            context: its ``instances``, ``class_maps`` and ``classifier``.
+
+        Returns:
+            shape (R, D, S, S), the features plus the maps, bilinearly resized; no losses.
+        """
+        cam = normalized_activation_maps(context.instances, context.class_maps, context.classifier)
+        if self.stop_gradient:
+            cam = cam.detach()
+        cam = F.interpolate(
+            cam, size=mask_features.shape[-2:], mode="bilinear", align_corners=False
+        )
+        return mask_features + cam.to(mask_features.dtype), {}

@@ -10,23 +10,25 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .box_losses import compute_box_losses
-from .dense_crf import DenseCRF
-from .label_channel import predict_label_channel
-from .mask_head import build_teacher_mask_head, has_batch_norm
-from .mask_loss import crop_gt_masks, mask_accuracy
-from .priors import shape_with_prior
-from .pseudo_mask import PseudoMaskGenerator
-from .roi_heads import PartiallySupervisedROIHeads
-from .roi_pixels import PIXELS, crop_pixels
-from .student_targets import EXTERNAL_MASK_USES, make_student_targets
-from .training_rois import (
+from .mask_heads import build_teacher_mask_head, has_batch_norm
+from .mask_targets import (
+    crop_gt_masks,
+    crop_pixels,
     drop_surplus_rois_without_mask,
-    has_external_mask_of,
     has_mask_of,
-    rois_without_mask,
+    has_model_mask_of,
+    mask_accuracy,
+    select_label_channel,
 )
-from .visualization import put_mask_images
+from .priors import shape_with_prior
+from .pseudo_masks import EXTERNAL_MASK_USES, PseudoMaskGenerator, make_student_targets
+from .roi_heads import (
+    PartiallySupervisedROIHeads,
+    check_choice,
+    pooled_shape,
+    put_pictures,
+    put_scalars,
+)
 
 __all__ = ["TeacherStudentROIHeads"]
 
@@ -34,14 +36,14 @@ __all__ = ["TeacherStudentROIHeads"]
 @ROI_HEADS_REGISTRY.register()
 class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
     """
-    A class-agnostic teacher and a class-specific student on the same ROI features.
+    The method of the paper: a class-agnostic teacher and a class-specific student on the same ROIs.
 
     The teacher ``teacher_mask_head`` learns from the ROIs whose object has a mask, Eq. (5); the
     student ``mask_head`` learns from all of them, Eq. (6), with the teacher's cleaned-up output as
     target where there is no mask. Masks that another model made ("external") are the student's
-    alone. Only the student runs at inference, and by its name a plain
-    Mask R-CNN's weights load into it. One deviation from the paper: before ``warmup_iters`` ROIs
-    without a mask give the student no loss, see ``MODEL.PSEUDO_MASK.WARMUP_ITERS``.
+    alone. Only the student runs at inference, and by its name a plain Mask R-CNN's weights load
+    into it. One deviation from the paper: before ``warmup_iters`` ROIs without a mask give the
+    student no loss, see ``MODEL.PSEUDO_MASK.WARMUP_ITERS``.
 
     A mask prior enriches what both heads see; box supervision is the teacher's.
     """
@@ -83,19 +85,12 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
                 "TeacherStudentROIHeads learns from human masks alone; set it to False, and "
                 "MODEL.PSEUDO_MASK.EXTERNAL to what external masks are to the student."
             )
-        if external_masks not in EXTERNAL_MASK_USES:
-            raise ValueError(
-                f"MODEL.PSEUDO_MASK.EXTERNAL is {external_masks!r}; allowed: "
-                f"{', '.join(map(repr, EXTERNAL_MASK_USES))}."
-            )
+        check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
+        check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
         if max_rois_without_mask < 0:
             raise ValueError(
                 "MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE must be 0 (all) or more, got "
                 f"{max_rois_without_mask}."
-            )
-        if test_mask_head not in ("student", "teacher"):
-            raise ValueError(
-                f"TEST.MASK_HEAD is {test_mask_head!r}; allowed: 'student', 'teacher'."
             )
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
@@ -107,20 +102,11 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super().from_config(cfg, input_shape)
-        settings = cfg.MODEL.PSEUDO_MASK
-        ret.update(
-            pseudo_masks=PseudoMaskGenerator(
-                method=settings.METHOD,
-                threshold=settings.THRESHOLD,
-                clip_to_box=settings.CLIP_TO_BOX,
-                exclude_seen=settings.EXCLUDE_SEEN,
-                crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,
-            ),
-            warmup_iters=settings.WARMUP_ITERS,
-            max_rois_without_mask=settings.MAX_ROIS_PER_IMAGE,
-            external_masks=settings.EXTERNAL,
-            test_mask_head=cfg.TEST.MASK_HEAD,
-        )
+        ret["pseudo_masks"] = PseudoMaskGenerator.from_config(cfg)
+        ret["warmup_iters"] = cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS
+        ret["max_rois_without_mask"] = cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE
+        ret["external_masks"] = cfg.MODEL.PSEUDO_MASK.EXTERNAL
+        ret["test_mask_head"] = cfg.TEST.MASK_HEAD
         return ret
 
     @classmethod
@@ -128,12 +114,12 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         ret = super()._init_mask_head(cfg, input_shape)
         if not ret:
             raise ValueError("TeacherStudentROIHeads needs MODEL.MASK_ON True.")
-        head_shape = shape_with_prior(cls._roi_shape(cfg, input_shape), ret["mask_prior"])
+        head_shape = shape_with_prior(pooled_shape(cfg, input_shape), ret["mask_prior"])
         ret["teacher_mask_head"] = build_teacher_mask_head(cfg, head_shape)
         return ret
 
     def _needs_pixels(self) -> bool:
-        return super()._needs_pixels() or self.pseudo_masks.needs_images
+        return super()._needs_pixels() or self.pseudo_masks.method == "crf"
 
     def _uses_rois_without_mask(self) -> bool:
         return (
@@ -148,8 +134,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         return get_event_storage().iter >= self.warmup_iters
 
     def _is_supervised(self, rois: Instances) -> torch.Tensor:
-        has_mask = super()._is_supervised(rois)
-        return has_mask | has_external_mask_of(rois) if self.external_masks == "alone" else has_mask
+        has_mask = has_mask_of(rois)
+        return has_mask | has_model_mask_of(rois) if self.external_masks == "alone" else has_mask
 
     def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
         rois = super()._select_training_rois(candidates)
@@ -157,25 +143,27 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             return [drop_surplus_rois_without_mask(x, self.max_rois_without_mask) for x in rois]
         return rois
 
-    def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
-        if not self.training:
-            head = self.mask_head if self.test_mask_head == "student" else self.teacher_mask_head
-            return self._predict_masks(head, features, instances)
+    def predict_masks(self, mask_features: torch.Tensor) -> torch.Tensor:
+        """As the parent's, of the head that ``test_mask_head`` names."""
+        head = self.mask_head if self.test_mask_head == "student" else self.teacher_mask_head
+        return head.layers(mask_features)
 
-        rois = self._select_training_rois(self._candidates(features, instances))
+    def compute_mask_losses(
+        self,
+        features: dict[str, torch.Tensor],
+        rois: list[Instances],
+        sampled: list[Instances],
+        pixels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """As the parent's, with "loss_mask_teacher"; "loss_mask" is the student's."""
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         teacher_logits, student_logits, losses = self.compute_mask_logits(
-            features, rois, has_mask, instances
+            features, rois, has_mask, sampled
         )
-
         side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
-        gt_masks = crop_gt_masks(rois, side, has_mask.device)
-        # Rasterised again only for a teacher with a finer grid.
-        teacher_targets = (
-            gt_masks if teacher_side == side else crop_gt_masks(rois, teacher_side, has_mask.device)
-        )
-        loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
-
+        gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
+        if teacher_side != side:
+            teacher_targets = crop_gt_masks(rois, teacher_side, has_mask.device)
         targets, is_supervised, scalars = make_student_targets(
             gt_masks,
             rois,
@@ -184,28 +172,26 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             self.pseudo_masks,
             external=self.external_masks,
             has_pseudo_masks=self._has_pseudo_masks(),
-            pixels=features.get(PIXELS),
+            pixels=pixels,
         )
         loss_student = self.mask_loss(student_logits, targets, is_supervised)
+        losses["loss_mask"] = loss_student * self.mask_head.loss_weight
+        loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
+        weight = self.teacher_mask_head.loss_weight
+        losses["loss_mask_teacher"] = loss_teacher * weight
+        losses.update(self._compute_box_losses(teacher_logits, rois, pixels, weight))
 
-        self.scalars.put(
-            {
-                **scalars,
-                "teacher_mask/accuracy": mask_accuracy(teacher_logits, teacher_targets, has_mask),
-                "student_mask/accuracy": mask_accuracy(student_logits, gt_masks, has_mask),
-            }
-        )
+        scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
+        scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
+        put_scalars(scalars)
         if self._is_vis_iteration():
-            self._put_images(features, rois, teacher_logits, student_logits, targets)
-        teacher_weight = self.teacher_mask_head.loss_weight
-        return {
-            **losses,
-            "loss_mask": loss_student * self.mask_head.loss_weight,
-            "loss_mask_teacher": loss_teacher * teacher_weight,
-            **compute_box_losses(
-                self.box_supervision, teacher_logits, features, rois, teacher_weight
-            ),
-        }
+            self._put_class_activation(features, rois, pixels)
+            boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
+            crops = crop_pixels(pixels, boxes, 4 * side)
+            masks = (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)
+            name = "ROIs without a mask: image | teacher | student | target"
+            put_pictures(name, crops, [x[~has_mask] for x in masks])
+        return losses
 
     def compute_mask_logits(
         self,
@@ -231,7 +217,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         labels = torch.cat([x.gt_classes for x in rois])
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         teacher_logits = self._compute_teacher_logits(mask_features, has_mask)
-        student_logits = predict_label_channel(self.mask_head, mask_features, labels)
+        student_logits = select_label_channel(self.mask_head.layers(mask_features), labels)
         return teacher_logits, student_logits, losses
 
     def _compute_teacher_logits(
@@ -249,13 +235,3 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         with torch.no_grad():
             others = head.layers(mask_features[rows[1]])[:, 0]
         return torch.cat([logits, others])[torch.cat(rows).argsort()]
-
-    def _put_images(self, features, rois, teacher_logits, student_logits, targets) -> None:
-        unmasked = ~torch.cat([has_mask_of(x) for x in rois])
-        boxes = [rois_without_mask(x).proposal_boxes for x in rois]
-        put_mask_images(
-            "ROIs without a mask: image | teacher | student | target",
-            crop_pixels(features[PIXELS], boxes, 4 * targets.shape[-1]),
-            [teacher_logits[unmasked].sigmoid(), student_logits[unmasked].sigmoid()]
-            + [targets[unmasked]],
-        )

@@ -80,5 +80,5 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether what a module computes for a ROI depends on the others of the batch."""
-    # nn.SyncBatchNorm is no BatchNorm2d.
+    # nn.SyncBatchNorm is not a BatchNorm2d.
     return any(isinstance(x, (nn.BatchNorm2d, nn.SyncBatchNorm)) for x in module.modules())

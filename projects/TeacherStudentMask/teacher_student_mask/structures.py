@@ -1,4 +1,4 @@
-"""One bool map of a whole image, shared by all its instances."""
+"""A field of :class:`detectron2.structures.Instances` that Detectron2 does not have."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class ImageMask:
         Raises:
             ValueError: ``tensor`` is not two-dimensional or ``length`` is negative.
         """
-        if tensor.dim() != 2:
-            raise ValueError(f"ImageMask needs a map of shape (H, W), got {tuple(tensor.shape)}.")
-        if length < 0:
-            raise ValueError(f"ImageMask needs a length >= 0, got {length}.")
+        if tensor.dim() != 2 or length < 0:
+            raise ValueError(
+                "ImageMask needs a map of shape (H, W) and a length >= 0, got "
+                f"{tuple(tensor.shape)} and {length}."
+            )
         self.tensor = tensor.to(torch.bool)
         self._length = int(length)
 
@@ -92,10 +93,6 @@ class ImageMask:
         """
         if len(boxes) != self._length:
             raise ValueError(f"{len(boxes)} boxes were given for {self._length} instances.")
-        if self._length == 0:
-            return torch.zeros(
-                (0, mask_side_len, mask_side_len), dtype=torch.bool, device=boxes.device
-            )
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1).to(torch.float32)
         image = self.tensor.to(device=boxes.device, dtype=torch.float32)[None, None]
         crops = ROIAlign((mask_side_len, mask_side_len), 1.0, 0, aligned=True)(image, rois)

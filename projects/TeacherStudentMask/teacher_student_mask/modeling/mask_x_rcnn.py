@@ -11,7 +11,7 @@ from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from torch import nn
 from torch.nn import functional as F
 
-from .mask_head import MaskRCNNConvMultiUpsampleHead
+from .mask_heads import MaskRCNNConvMultiUpsampleHead
 
 __all__ = ["WeightTransferMaskHead"]
 
@@ -109,7 +109,7 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
                 f"{num_scores} and {num_deltas}; MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be "
                 "False, for its deltas say nothing about a class."
             )
-        # In a tuple a module is no submodule. A copy of both has this refer to the copy.
+        # In a tuple a module is not a submodule. A copy of both has this refer to the copy.
         self._box_predictor = (box_predictor,)
         hidden = self.num_channels
         self.transfer = nn.Sequential(
@@ -146,31 +146,10 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
         Returns:
             shape (R, C, M, M), logits.
         """
-        features = self._run_trunk(x)
-        weights = self.class_weights().to(features.dtype)
-        logits = F.conv2d(features, weights[:, :, None, None])
-        return logits if self.mlp is None else logits + self._mlp_logits(features)[:, None]
-
-    def label_channel(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """
-        :meth:`layers`, but of each ROI the logits of one class alone.
-
-        Args:
-            x: shape (R, D_in, S, S), ROI features; R may be 0.
-            labels: int64, shape (R,), classes in [0, C).
-
-        Returns:
-            shape (R, M, M), logits.
-        """
-        features = self._run_trunk(x)
-        weights = self.class_weights()[labels].to(features.dtype)
-        logits = torch.bmm(weights[:, None], features.flatten(2)).view(-1, *features.shape[2:])
-        return logits if self.mlp is None else logits + self._mlp_logits(features)
-
-    def _run_trunk(self, x: torch.Tensor) -> torch.Tensor:
         for name in self._trunk:
             x = getattr(self, name)(x)
-        return x
-
-    def _mlp_logits(self, features: torch.Tensor) -> torch.Tensor:
-        return self.mlp(features.flatten(1)).view(-1, *features.shape[2:])
+        weights = self.class_weights().to(x.dtype)
+        logits = F.conv2d(x, weights[:, :, None, None])
+        if self.mlp is None:
+            return logits
+        return logits + self.mlp(x.flatten(1)).view(-1, 1, *x.shape[2:])

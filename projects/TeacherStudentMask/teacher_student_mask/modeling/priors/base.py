@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
 from detectron2.utils.registry import Registry
 from torch import nn
 
 __all__ = [
-    "KeptBoxFeatures",
-    "ROI_MASK_PRIOR_REGISTRY",
     "ROIContext",
+    "ROI_MASK_PRIOR_REGISTRY",
     "build_mask_prior",
+    "build_own_pooler",
+    "conv1x1",
+    "conv_stack",
     "shape_with_prior",
 ]
 
@@ -26,32 +30,18 @@ Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shape
 ``prior(mask_features, context)`` gets
 
 * ``mask_features``: shape (R, D, S, S), the pooled mask features;
-* ``context``: :class:`ROIContext`, what else there is of these R rows;
+* ``context``: :class:`ROIContext`, what else is known of these R rows;
 
 and returns features of the same spatial size and, in training mode, {name: loss}. The attribute
-``needs_box_features`` says whether it needs ``context.kept``. Another one is optional:
+``needs_class_maps`` says whether it needs ``context.class_maps``. Another one is optional:
 ``out_channels``, of the features that it returns, where these are not D.
 """
 
 
-@dataclass(frozen=True)
-class KeptBoxFeatures:
-    """
-    What the box head computed for the ROIs of the mask heads.
-
-    Args:
-        maps: shape (R, C, h, w), its feature map before pooling, that of the classes.
-        classifier: linear layer from C features to the scores of classes and background.
-    """
-
-    maps: torch.Tensor
-    classifier: nn.Linear
-
-
-@dataclass(frozen=True)
+@dataclass
 class ROIContext:
     """
-    What a prior may look at beside the pooled mask features.
+    The inputs of a prior beside the pooled mask features.
 
     Args:
         instances: one per image, R rows in all; ROIs with ``proposal_boxes`` and ``gt_classes`` in
@@ -61,7 +51,9 @@ class ROIContext:
             own boxes, sampled or not.
         feature_maps: those of the backbone that the mask features are pooled from, shape
             (N, C, H_k, W_k), for N images.
-        kept: of these R rows; None where ``needs_box_features`` is False.
+        class_maps: shape (R, C, h, w), the box head's maps of these rows that the class scores are
+            pooled from; None where ``needs_class_maps`` is False.
+        classifier: linear layer from C features to the scores of classes and background; likewise.
         sampled: in training, one per image: all sampled proposals with ``proposal_boxes`` and
             ``gt_classes``, background (the number of classes) included, the other targets where an
             image has an object, and ``box_features``, a row of the box head's maps for each, where
@@ -70,7 +62,8 @@ class ROIContext:
 
     instances: list[Instances]
     feature_maps: list[torch.Tensor]
-    kept: KeptBoxFeatures | None = None
+    class_maps: torch.Tensor | None = None
+    classifier: nn.Linear | None = None
     sampled: list[Instances] | None = None
 
 
@@ -96,7 +89,7 @@ def build_mask_prior(
 
 def shape_with_prior(input_shape: ShapeSpec, prior: nn.Module | None) -> ShapeSpec:
     """
-    What the mask heads are built for.
+    The shape that the mask heads are built for.
 
     Args:
         input_shape: channels and size of the pooled mask features.
@@ -107,3 +100,49 @@ def shape_with_prior(input_shape: ShapeSpec, prior: nn.Module | None) -> ShapeSp
     """
     channels = getattr(prior, "out_channels", input_shape.channels)
     return ShapeSpec(channels=channels, height=input_shape.height, width=input_shape.width)
+
+
+def build_own_pooler(
+    cfg: CfgNode, feature_shapes: dict[str, ShapeSpec], output_size: int, sampling_ratio: int
+) -> ROIPooler:
+    """
+    A pooler of the type of the mask heads', for a prior that pools by itself.
+
+    Args:
+        cfg: the config.
+        feature_shapes: of ``ROIContext.feature_maps``, in their order.
+        output_size: side of what is pooled, in cells.
+        sampling_ratio: samples along each side of a cell; 0 = as many as it has pixels.
+    """
+    return ROIPooler(
+        output_size=output_size,
+        scales=tuple(1 / x.stride for x in feature_shapes.values()),
+        sampling_ratio=sampling_ratio,
+        pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE,
+    )
+
+
+def conv_stack(widths: list[int], relu_at_end: bool) -> nn.Sequential:
+    """
+    3x3 convolutions with ReLU between them, Kaiming initialisation (fan out), biases of 0.
+
+    Args:
+        widths: channels of the input, then of each convolution's output.
+        relu_at_end: a ReLU after the last one, too.
+
+    Returns:
+        A module from shape (R, widths[0], S, S) to (R, widths[-1], S, S); R may be 0.
+    """
+    layers: list[nn.Module] = []
+    for in_channels, out_channels in zip(widths, widths[1:]):
+        conv = Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        weight_init.c2_msra_fill(conv)
+        layers += [conv, nn.ReLU()]
+    return nn.Sequential(*(layers if relu_at_end else layers[:-1]))
+
+
+def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
+    """A 1x1 convolution, Kaiming-uniform initialisation with a = 1, biases of 0."""
+    conv = Conv2d(in_channels, out_channels, kernel_size=1)
+    weight_init.c2_xavier_fill(conv)
+    return conv

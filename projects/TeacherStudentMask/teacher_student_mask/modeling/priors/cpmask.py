@@ -16,10 +16,8 @@ from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec
 from torch import nn
 from torch.nn import functional as F
 
-from ..mask_loss import crop_gt_masks
-from ..training_rois import has_mask_of, rois_with_mask
-from .build import ROI_MASK_PRIOR_REGISTRY, ROIContext
-from .layers import at_least_float32, conv1x1, conv_stack
+from ..mask_targets import at_least_float32, crop_gt_masks, has_mask_of, select_rois
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, conv1x1, conv_stack
 
 __all__ = [
     "AffinityBlock",
@@ -138,7 +136,7 @@ class CommonalityParsingPrior(nn.Module):
     module.
     """
 
-    needs_box_features = False
+    needs_class_maps = False
 
     @configurable
     def __init__(
@@ -204,7 +202,7 @@ class CommonalityParsingPrior(nn.Module):
             return enriched, {}
         has_mask = torch.cat([has_mask_of(x) for x in context.instances])
         rows = has_mask.nonzero().squeeze(1)
-        rois = [rois_with_mask(x) for x in context.instances]
+        rois = [select_rois(x, has_mask_of(x)) for x in context.instances]
         boundary_logits = self.boundary_predictor(boundary_features[rows])[:, 0]
         boundaries = boundary_of(crop_gt_masks(rois, boundary_logits.shape[-1], has_mask.device))
         masks = crop_gt_masks(rois, self.side, has_mask.device).flatten(1)

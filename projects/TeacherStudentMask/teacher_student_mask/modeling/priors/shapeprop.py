@@ -11,18 +11,23 @@ from detectron2.structures import Instances
 from torch import nn
 from torch.nn import functional as F
 
-from ..mask_loss import crop_gt_masks, masked_bce_loss
-from ..training_rois import boxes_of, has_mask_of, rows_in_sampled
-from .build import ROI_MASK_PRIOR_REGISTRY, ROIContext
-from .class_activation import class_activation_maps
-from .layers import at_least_float32, build_own_pooler, conv1x1, conv_stack
+from ..mask_targets import (
+    at_least_float32,
+    boxes_of,
+    classes_of,
+    crop_gt_masks,
+    find_rois,
+    has_mask_of,
+    masked_bce_loss,
+)
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from .opmask import class_activation_maps
 
 __all__ = [
     "ShapePropagationPrior",
     "activation_loss",
     "pass_messages",
     "relative_activation",
-    "rows_in_sampled",
 ]
 
 # ShapeProp's; Detectron2's mask heads take as many points as the size of the box asks for.
@@ -108,7 +113,7 @@ class ShapePropagationPrior(nn.Module):
     instead of the first; the feature size is ``MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION``.
     """
 
-    needs_box_features = False
+    needs_class_maps = False
 
     @configurable
     def __init__(
@@ -197,7 +202,7 @@ class ShapePropagationPrior(nn.Module):
         """
         pooled, maps, losses = self._activate(context)
         saliency = class_activation_maps(
-            maps, self.classifier.weight, _classes_of(context.instances), self.classifier.bias
+            maps, self.classifier.weight, classes_of(context.instances), self.classifier.bias
         )
         logits = self._propagate(pooled, saliency)
         shape = self.shape_encoder(relative_activation(logits))
@@ -224,7 +229,7 @@ class ShapePropagationPrior(nn.Module):
         maps = self.activation(pooled)
         labels = torch.cat([x.gt_classes for x in context.sampled])
         loss = activation_loss(maps, self.classifier, labels) * self.activation_weight
-        rows = rows_in_sampled(context.instances, context.sampled)
+        rows = find_rois(context.instances, context.sampled)
         if rows is None:
             pooled = self._pool(context, context.instances)
             maps = self.activation(pooled)
@@ -241,7 +246,3 @@ class ShapePropagationPrior(nn.Module):
         weights = weights.unflatten(1, (self.num_channels, _NUM_NEIGHBORS))
         states = at_least_float32(self.encoder(saliency.to(pooled.dtype)))
         return self.decoder(pass_messages(states, weights, self.num_steps))
-
-
-def _classes_of(instances: list[Instances]) -> torch.Tensor:
-    return torch.cat([x.pred_classes if x.has("pred_classes") else x.gt_classes for x in instances])
