@@ -1,18 +1,27 @@
-"""Pseudo masks on grids small enough to write down, and their invariants."""
+"""Pseudo masks on grids small enough to write down, their invariants, and the student's targets."""
 
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from roi_heads_factory import (
+    SIZE,
+    WITH_MODEL_MASKS,
+    add_model_masks,
+    make_proposals,
+    polygon_of,
+    targets_of,
+)
 
 from teacher_student_mask import ImageMask
-from teacher_student_mask.modeling.pseudo_mask import (
+from teacher_student_mask.modeling.mask_targets import cells_inside_boxes, has_model_mask_of
+from teacher_student_mask.modeling.pseudo_masks import (
     PSEUDO_MASK_METHODS,
     PseudoMaskGenerator,
-    cells_inside_boxes,
     fit_to_boxes,
     generate_pseudo_masks,
+    make_student_targets,
 )
 
 TEACHER = torch.tensor(
@@ -29,43 +38,18 @@ def same(masks, expected):
     return masks[0].tolist() == [[float(v) for v in row] for row in expected]
 
 
-def test_none_keeps_the_teachers_probabilities():
-    masks = generate_pseudo_masks(TEACHER, STUDENT, method="none")
-    assert torch.equal(masks, TEACHER)
-
-
 def test_threshold_is_inclusive():
     masks = generate_pseudo_masks(TEACHER, STUDENT, method="threshold")
     assert same(masks, [[0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0]])
+    masks = generate_pseudo_masks(TEACHER, STUDENT, method="threshold", threshold=0.9)
+    assert same(masks, [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(generate_pseudo_masks(TEACHER, STUDENT, method="none"), TEACHER)
 
 
 def test_interact_thresholds_the_mean_of_both_probabilities():
     # Sums: 1.0 1.1 .9 .9 | 1.0 .9 1.0 1.1 | .9 1.0 1.0 .9 | 1.0 1.1 .9 .1; foreground from 1.0 on.
     masks = generate_pseudo_masks(TEACHER, STUDENT, method="interact")
     assert same(masks, [[1, 1, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-
-
-def test_another_threshold():
-    masks = generate_pseudo_masks(TEACHER, STUDENT, method="threshold", threshold=0.9)
-    assert same(masks, [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
-
-
-def test_masks_are_clipped_to_the_box_by_cell_centres():
-    # Centres lie at .5, 1.5, ..; the edge at 1.5 belongs to the box, the one at 3.4 leaves 3.5 out.
-    box = torch.tensor([[1.5, 0.6, 3.4, 4.0]])
-    inside = cells_inside_boxes(ROI, box, 4)
-    assert inside[0].tolist() == [[False] * 4] + [[False, True, True, False]] * 3
-    ones = torch.ones(1, 4, 4)
-    masks = generate_pseudo_masks(ones, ones, roi_boxes=ROI, gt_boxes=box)
-    assert torch.equal(masks, inside.float())
-    whole = generate_pseudo_masks(ones, ones, roi_boxes=ROI, gt_boxes=box, clip_to_box=False)
-    assert torch.equal(whole, ones)
-
-
-def test_box_coordinates_are_those_of_the_image_not_of_the_roi():
-    roi, box = torch.tensor([[10.0, 20.0, 18.0, 28.0]]), torch.tensor([[14.0, 20.0, 30.0, 24.0]])
-    expected = [[False, False, True, True]] * 2 + [[False] * 4] * 2
-    assert cells_inside_boxes(roi, box, 4)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit"])
@@ -115,7 +99,7 @@ def test_missing_arguments_and_unknown_methods_are_named():
         generate_pseudo_masks(TEACHER, STUDENT, method="crf")
     with pytest.raises(ValueError, match="'box_fit' needs 'roi_boxes' and 'gt_boxes'"):
         generate_pseudo_masks(TEACHER, STUDENT, method="box_fit")
-    with pytest.raises(ValueError, match="METHOD is 'treshold'"):
+    with pytest.raises(ValueError, match="METHOD. 'treshold'"):
         PseudoMaskGenerator(method="treshold")
     with pytest.raises(ValueError, match="needs the argument 'crf'"):
         PseudoMaskGenerator(method="crf")
@@ -126,15 +110,8 @@ def test_no_gradient_flows_into_either_head():
     for method in ("none", "threshold", "interact", "box_fit"):
         masks = generate_pseudo_masks(teacher, student, method=method, roi_boxes=ROI, gt_boxes=ROI)
         assert not masks.requires_grad
-
-
-def test_empty_input():
-    empty = torch.zeros(0, 4, 4)
-    for method in ("none", "threshold", "interact", "box_fit"):
-        boxes = torch.zeros(0, 4)
-        masks = generate_pseudo_masks(
-            empty, empty, method=method, roi_boxes=boxes, gt_boxes=boxes, exclusion_masks=empty > 0
-        )
+        empty, boxes = torch.zeros(0, 4, 4), torch.zeros(0, 4)
+        masks = generate_pseudo_masks(empty, empty, method=method, roi_boxes=boxes, gt_boxes=boxes)
         assert masks.shape == (0, 4, 4)
 
 
@@ -148,24 +125,6 @@ def test_box_fit_lowers_the_threshold_until_the_mask_touches_all_sides():
     )
     mask = fit_to_boxes(probs, ALL_INSIDE)
     assert same(mask, [[0, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
-
-
-def test_box_fit_takes_the_highest_of_equally_good_thresholds():
-    # From 0.05 to 0.6 the mask spans the box; only the corners are left at 0.6.
-    probs = torch.full((1, 4, 4), 0.3)
-    probs[0, 0, 0] = probs[0, 3, 3] = 0.62
-    mask = fit_to_boxes(probs, ALL_INSIDE)
-    assert same(mask, [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])
-
-
-def test_box_fit_judges_by_the_box_and_not_by_the_roi():
-    # Outside the box (left two columns) the teacher is sure of something else.
-    probs = torch.zeros(1, 4, 4)
-    probs[0, :, :2] = 0.9
-    probs[0, :, 2:] = 0.2
-    inside = torch.zeros(1, 4, 4, dtype=torch.bool)
-    inside[0, :, 2:] = True
-    assert torch.equal(fit_to_boxes(probs, inside), inside)
 
 
 def test_box_fit_falls_back_to_the_whole_box():
@@ -228,14 +187,6 @@ def test_masks_stay_inside_the_box_off_the_exclusion_and_binary(seed, method):
         assert ((masks == 0) | (masks == 1)).all()
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6))
-def test_interact_is_threshold_when_both_heads_agree(seed):
-    probs = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    interact = generate_pseudo_masks(probs, probs, method="interact")
-    assert torch.equal(interact, generate_pseudo_masks(probs, probs, method="threshold"))
-
-
 def test_generator_reads_boxes_and_exclusion_from_the_rois():
     rois = Instances((8, 8))
     rois.proposal_boxes = Boxes(torch.tensor([[0.0, 0.0, 4.0, 4.0], [4.0, 0.0, 8.0, 4.0]]))
@@ -250,3 +201,107 @@ def test_generator_reads_boxes_and_exclusion_from_the_rois():
     assert masks[1].tolist() == [[1, 1, 0, 0]] * 4
     settings_off = PseudoMaskGenerator(method="threshold", clip_to_box=False, exclude_seen=False)
     assert torch.equal(settings_off(ones, ones, [rois]), ones)
+
+
+SIDE = 28
+
+
+def random_inputs(num_rois, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(num_rois, SIDE, SIDE, generator=generator) * 2 for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit"])
+@pytest.mark.parametrize("use", ["alone", "mean", "ignore"])
+def test_other_rois_have_the_targets_they_had(method, use):
+    teacher, student = random_inputs(10)
+    results = []
+    for external in ({}, {0: [1], 1: [1]}):
+        rois = make_proposals(add_model_masks(targets_of(WITH_MODEL_MASKS), external))
+        results.append(
+            make_student_targets(
+                torch.zeros(10, SIDE, SIDE),
+                rois,
+                teacher,
+                student,
+                PseudoMaskGenerator(method=method),
+                external=use,
+            )[0]
+        )
+    changed = (results[0] != results[1]).flatten(1).any(dim=1)
+    is_external = torch.cat([has_model_mask_of(x) for x in rois])
+    assert not changed[~is_external].any()
+    assert changed[is_external].any() == (use != "ignore")
+
+
+def test_cleaning_applies_to_it():
+    # The mask is all of the image; the box and the masks of other objects limit it.
+    targets = targets_of(WITH_MODEL_MASKS)
+    add_model_masks(targets, shape=lambda box: polygon_of([0, 0, SIZE, SIZE]))
+    annotated = torch.zeros(SIZE, SIZE)
+    annotated[25:40, 22:34] = 1
+    targets[0].gt_exclusion_masks = ImageMask(annotated, 3)
+    rois = make_proposals(targets)
+    teacher, student = random_inputs(10)
+    for clip, exclude in ((True, True), (False, True), (True, False), (False, False)):
+        generator = PseudoMaskGenerator(clip_to_box=clip, exclude_seen=exclude)
+        made, has_target, _ = make_student_targets(
+            torch.zeros(10, SIDE, SIDE), rois, teacher, student, generator, has_pseudo_masks=False
+        )
+        full = generate_pseudo_masks(
+            torch.ones(2, SIDE, SIDE),
+            torch.ones(2, SIDE, SIDE),
+            method="threshold",
+            roi_boxes=rois[0][2:4].proposal_boxes.tensor,
+            gt_boxes=rois[0][2:4].gt_boxes.tensor,
+            clip_to_box=clip,
+            exclusion_masks=(
+                rois[0][2:4].gt_exclusion_masks.crop_and_resize(
+                    rois[0][2:4].proposal_boxes.tensor, SIDE
+                )
+                if exclude
+                else None
+            ),
+        )
+        assert torch.equal(made[2:4], full)
+        assert bool((full == 0).any()) == (clip or exclude)
+        assert has_target.tolist() == [True] * 4 + [False] * 4 + [True] * 2
+        assert not made[4:8].any()
+
+
+def test_mean_takes_the_place_of_the_teachers_probabilities():
+    rois = make_proposals(add_model_masks(targets_of(WITH_MODEL_MASKS)))
+    teacher, student = random_inputs(10)
+    masks = [x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, SIDE).float() for x in rois]
+    is_external = torch.cat([has_model_mask_of(x) for x in rois])
+    probs = teacher.sigmoid()
+    mixed = torch.where(is_external[:, None, None], (probs + torch.cat(masks)) / 2, probs)
+    # A finer teacher is averaged before the mean.
+    finer = teacher.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    for method in ("none", "threshold", "interact"):
+        generator = PseudoMaskGenerator(method=method)
+        expected = generator(mixed, student.sigmoid(), rois)
+        for logits in (teacher, finer):
+            made, has_target, _ = make_student_targets(
+                torch.zeros(10, SIDE, SIDE), rois, logits, student, generator, external="mean"
+            )
+            assert has_target.tolist() == [True] * 10
+            unmasked = ~torch.cat([x.gt_has_mask for x in rois])
+            torch.testing.assert_close(made[unmasked], expected[unmasked])
+
+
+def test_scalars_by_hand():
+    rois = Instances((4, 4), proposal_boxes=Boxes(torch.tensor([[0.0, 0, 4, 4]])))
+    rois.gt_boxes, rois.gt_classes = rois.proposal_boxes, torch.tensor([0])
+    rois.gt_has_mask = torch.tensor([False])
+    rois.gt_exclusion_masks = ImageMask(torch.zeros(4, 4), 1)
+    teacher = torch.tensor([[[0.9, 0.5], [0.1, 0.4]]]).logit()
+    student = torch.tensor([[[0.6, 0.4], [0.2, 0.3]]]).logit()  # the second cell differs
+    generator = PseudoMaskGenerator(method="threshold", threshold=0.6)
+    _, _, scalars = make_student_targets(torch.zeros(1, 2, 2), [rois], teacher, student, generator)
+    logged = {name: value.item() for name, value in scalars.items()}
+    assert logged == {
+        "pseudo_mask/fg_ratio": 0.25,
+        "pseudo_mask/agreement": 0.75,
+        "pseudo_mask/num_rois": 1,
+    }

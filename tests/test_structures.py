@@ -1,7 +1,5 @@
 """ImageMask against what a list, a tensor and BitMasks do in its place."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -31,6 +29,8 @@ def image_map():
         torch.tensor([False] * 4),
         torch.tensor([3, 0, 0, 2, 3, 1]),
         torch.tensor([-1]),
+        [0],
+        [-4],
         torch.tensor([], dtype=torch.int64),
         [2, 1],
     ],
@@ -40,11 +40,6 @@ def test_indexing_selects_as_many_instances_as_of_a_tensor(image_map, item):
     selected = ImageMask(image_map, 4)[item]
     assert len(selected) == len(torch.zeros(4)[item])
     assert selected.tensor.data_ptr() == image_map.data_ptr()
-
-
-@pytest.mark.parametrize("index", [0, 3, -1, -4])
-def test_one_index_gives_one_instance(image_map, index):
-    assert len(ImageMask(image_map, 4)[index]) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,13 +52,6 @@ def test_index_outside_the_instances_is_an_error(image_map, item):
         ImageMask(image_map, 4)[item]
 
 
-def test_nothing_can_be_selected_from_no_instances(image_map):
-    empty = ImageMask(image_map, 0)
-    assert len(empty[torch.zeros(0, dtype=torch.bool)]) == len(empty[:]) == 0
-    with pytest.raises(IndexError):
-        empty[0]
-
-
 def test_the_map_is_stored_as_bool_and_shared(image_map):
     mask = ImageMask(image_map, 3)
     assert mask.tensor.data_ptr() == image_map.data_ptr()
@@ -74,9 +62,11 @@ def test_the_map_is_stored_as_bool_and_shared(image_map):
 
 
 def test_wrong_shape_and_negative_length_are_errors(image_map):
-    with pytest.raises(ValueError, match=r"shape \(H, W\), got \(1, 5, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(H, W\) and a length >= 0, got \(1, 5, 7\) and 1"
+    ):
         ImageMask(image_map[None], 1)
-    with pytest.raises(ValueError, match="length >= 0, got -1"):
+    with pytest.raises(ValueError, match="and -1"):
         ImageMask(image_map, -1)
 
 
@@ -122,37 +112,11 @@ def test_instances_index_and_join_it(image_map):
     instances = make_instances(image_map, 4)
     assert len(instances[torch.tensor([True, False, True, False])].gt_exclusion_masks) == 2
     assert len(instances[-1].gt_exclusion_masks) == 1
+    moved = instances.to(torch.device("meta"))
+    assert moved.gt_exclusion_masks.device == torch.device("meta") and len(moved) == 4
     joined = Instances.cat([instances[:1], instances[2:]])
     assert len(joined) == len(joined.gt_exclusion_masks) == 3
     assert joined.gt_exclusion_masks.tensor.data_ptr() == image_map.data_ptr()
-
-
-def test_instances_move_it(image_map):
-    moved = make_instances(image_map, 2).to(torch.device("meta"))
-    assert moved.gt_exclusion_masks.device == torch.device("meta")
-    assert len(moved) == len(moved.gt_exclusion_masks) == 2
-
-
-def test_instances_refuse_another_length(image_map):
-    with pytest.raises(AssertionError):
-        make_instances(image_map, 2).set("gt_exclusion_masks", ImageMask(image_map, 3))
-
-
-def test_sampled_proposals_share_the_map_of_their_image(image_map):
-    # As ROIHeads.label_and_sample_proposals copies the fields of the matched targets.
-    targets = make_instances(image_map, 2)
-    matched = torch.tensor([1, 0, 1, 1, 0])
-    proposals = Instances((HEIGHT, WIDTH), proposal_boxes=Boxes(torch.zeros(5, 4)))
-    for name, value in targets.get_fields().items():
-        if name.startswith("gt_") and not proposals.has(name):
-            proposals.set(name, value[matched])
-    assert len(proposals.gt_exclusion_masks) == 5
-    assert proposals.gt_exclusion_masks.tensor.data_ptr() == image_map.data_ptr()
-
-
-def test_a_deep_copy_does_not_share_the_map(image_map):
-    mask = copy.deepcopy(ImageMask(image_map, 2))
-    assert mask.tensor.data_ptr() != image_map.data_ptr() and torch.equal(mask.tensor, image_map)
 
 
 def test_crop_of_a_hand_written_map():
@@ -163,13 +127,8 @@ def test_crop_of_a_hand_written_map():
     assert crops.tolist() == [[[False, False], [False, False]], [[True, True], [True, False]]]
 
 
-@pytest.mark.parametrize("side", [2, 28])
-def test_crop_of_no_instance_is_empty(image_map, side):
-    crops = ImageMask(image_map, 0).crop_and_resize(torch.zeros(0, 4), side)
-    assert crops.shape == (0, side, side) and crops.dtype == torch.bool
-
-
 def test_crop_needs_a_box_per_instance(image_map):
+    assert ImageMask(image_map, 0).crop_and_resize(torch.zeros(0, 4), 28).shape == (0, 28, 28)
     with pytest.raises(ValueError, match="2 boxes were given for 3 instances"):
         ImageMask(image_map, 3).crop_and_resize(torch.zeros(2, 4), 28)
 
