@@ -125,7 +125,7 @@ def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, caplog, 
     assert image == before
     expected = [not is_on, True, not is_on, True, True, False, False, False]
     assert instances.gt_has_mask.tolist() == expected
-    assert instances.gt_has_external_mask.tolist() == [i == 5 for i in range(8)]
+    assert instances.gt_has_model_mask.tolist() == [i == 5 for i in range(8)]
     logged = [x.message for x in caplog.records if "RECTANGLE_AS_BOX_ONLY" in x.message]
     assert len(logged) == is_on and all("1 so far in this process" in x for x in logged)
 

@@ -327,7 +327,7 @@ def iou_after_training(warmup_iters):
     generator_of, pseudo_masks, ious = heads.pseudo_masks, [], []
 
     class Recorder:
-        method = "interact"
+        needs_images = False
 
         def __call__(self, *args):
             pseudo_masks.append(generator_of(*args))

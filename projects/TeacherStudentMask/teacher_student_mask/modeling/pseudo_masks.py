@@ -179,6 +179,11 @@ class PseudoMaskGenerator:
             crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,
         )
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether ``roi_images`` must be given."""
+        return self.method == "crf"
+
     def __call__(
         self,
         teacher_probs: torch.Tensor,
@@ -260,7 +265,7 @@ def make_student_targets(
         generator: makes the pseudo masks, and cleans.
         external: one of :data:`EXTERNAL_MASK_USES`.
         has_pseudo_masks: False before ``warmup_iters``: no target comes from the teacher.
-        pixels: shape (N, 3, H, W), RGB in 0-255; where the generator's method is "crf".
+        pixels: shape (N, 3, H, W), RGB in 0-255; where the generator needs images.
 
     Returns:
         The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
@@ -294,7 +299,7 @@ def make_student_targets(
         base = _average_down(teacher_probs, side)
         base = torch.where(is_external, (base + masks.to(base.dtype)) / 2, base)
     roi_images = None
-    if generator.method == "crf":
+    if generator.needs_images:
         roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
     masks = generator(base, student_probs, chosen, roi_images)
     teacher_probs = _average_down(teacher_probs, side)

@@ -119,7 +119,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         return ret
 
     def _needs_pixels(self) -> bool:
-        return super()._needs_pixels() or self.pseudo_masks.method == "crf"
+        return super()._needs_pixels() or self.pseudo_masks.needs_images
 
     def _uses_rois_without_mask(self) -> bool:
         return (

@@ -9,11 +9,19 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prior_inputs import make_context, rows_of
-from roi_heads_factory import CHANNELS, HALF_EMPTY, MIXED, NO_OBJECT, NONE_SEEN, NUM_CLASSES, STRIDE
+from roi_heads_factory import (
+    CHANNELS,
+    HALF_EMPTY,
+    MIXED,
+    NO_OBJECT,
+    NONE_SEEN,
+    NUM_CLASSES,
+    STRIDE,
+    make_context,
+    mask_features_of,
+)
 from torch import nn
 
 from teacher_student_mask import add_teacher_student_mask_config
@@ -22,11 +30,10 @@ from teacher_student_mask.modeling.priors import (
     build_mask_prior,
     shape_with_prior,
 )
-from teacher_student_mask.modeling.priors.shape_propagation import (
+from teacher_student_mask.modeling.priors.shapeprop import (
     activation_loss,
     pass_messages,
     relative_activation,
-    rows_in_sampled,
 )
 
 SIDE = 6
@@ -44,11 +51,6 @@ def make_prior(seed=0, **kwargs):
         num_classes=NUM_CLASSES,
         **{"conv_dim": 5, "num_channels": 3, **kwargs},
     )
-
-
-def mask_features_of(context):
-    torch.manual_seed(1)
-    return torch.randn(rows_of(context), CHANNELS, SIDE, SIDE, requires_grad=True)
 
 
 def parts_with_gradient(prior):
@@ -81,18 +83,6 @@ def test_message_passing_is_that_of_a_loop_over_cells(num_steps):
     for _ in range(num_steps):
         states = one_step_in_a_loop(states, weights)
     assert np.allclose(result, states, rtol=1e-12)
-
-
-def test_one_step_keeps_a_constant_map_but_for_its_border():
-    torch.manual_seed(0)
-    weights = torch.rand(2, 3, 9, 5, 5, dtype=torch.float64) + 0.1
-    result = pass_messages(torch.full((2, 3, 5, 5), 7.0, dtype=torch.float64), weights, 1)
-    assert torch.allclose(result[..., 1:-1, 1:-1], torch.tensor(7.0).double(), rtol=1e-4)
-    assert (result[..., 0, :] < 6.9).all() and (result[..., :, -1] < 6.9).all()
-    # With equal weights a corner has 4 of its 9 neighbours, an edge 6.
-    result = pass_messages(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 9, 3, 3), 1)[0, 0]
-    expected = torch.tensor([[4.0, 6, 4], [6, 9, 6], [4, 6, 4]]) / 9
-    assert torch.allclose(result, expected, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=25)
@@ -146,29 +136,13 @@ def test_activation_loss_is_the_cross_entropy_of_the_mean_of_all_maps():
     assert loss == 0 and classifier.weight.grad is not None
 
 
-def test_rows_in_sampled_by_hand():
-    def boxes(*corners):
-        box = [[float(x), 0.0, x + 9.0, 5.0] for x in corners]
-        classes = torch.zeros(len(corners), dtype=torch.int64)
-        tensor = torch.tensor(box).reshape(-1, 4)
-        return Instances((64, 64), proposal_boxes=Boxes(tensor), gt_classes=classes)
-
-    # Box 3 is in both images, and twice in the first.
-    sampled = [boxes(8, 3, 5, 3), boxes(), boxes(3, 7)]
-    rows = rows_in_sampled([boxes(3, 8), boxes(), boxes(7, 3, 7)], sampled)
-    assert rows.tolist() == [1, 0, 5, 4, 5]
-    assert rows_in_sampled([boxes(3), boxes(3), boxes()], sampled) is None
-    assert rows_in_sampled([boxes(), boxes(), boxes(7, 8)], sampled) is None
-    assert rows_in_sampled([boxes(), boxes(), boxes()], sampled).tolist() == []
-
-
 def test_losses_of_a_batch_by_numpy():
     prior, context = make_prior(activation_weight=0.5, shape_weight=3.0).train(), make_context(
         MIXED
     )
     outputs = {}
     prior.decoder.register_forward_hook(lambda m, i, o: outputs.update(logits=o.detach()))
-    _, losses = prior(mask_features_of(context), context)
+    _, losses = prior(mask_features_of(context, SIDE), context)
     assert set(losses) == {"loss_shape_activation", "loss_shape"}
 
     logits, expected = outputs["logits"][:, 0].numpy(), []
@@ -197,7 +171,7 @@ def test_saliency_is_the_raw_map_of_the_class_with_its_bias(is_training):
     nn.init.normal_(prior.classifier.bias, std=3)
     seen = {}
     prior.encoder.register_forward_hook(lambda m, i, o: seen.update(saliency=i[0].detach()))
-    prior(mask_features_of(context), context)
+    prior(mask_features_of(context, SIDE), context)
     boxes = [x.proposal_boxes for x in context.instances]
     features = prior.activation(prior.pooler(context.feature_maps, boxes)).detach().numpy()
     labels = torch.cat([x.gt_classes for x in context.instances]).numpy()
@@ -216,7 +190,7 @@ def test_which_loss_trains_what():
     }
     for name, parts in reached.items():
         prior, context = make_prior().train(), make_context(MIXED)
-        features = mask_features_of(context)
+        features = mask_features_of(context, SIDE)
         out, losses = prior(features, context)
         (out.square().sum() if name == "mask heads" else losses[name]).backward()
         assert parts_with_gradient(prior) == parts, name
@@ -230,21 +204,12 @@ def test_which_loss_trains_what():
         )
 
 
-def test_loss_shape_comes_from_rois_with_a_mask_alone():
-    """The second image has none: its features get no gradient of this loss."""
-    prior, context = make_prior().train(), make_context(MIXED)
-    _, losses = prior(mask_features_of(context), context)
-    losses["loss_shape"].backward()
-    gradient = context.feature_maps[0].grad
-    assert gradient[0].any() and not gradient[1].any()
-
-
 def test_training_and_inference_give_the_same_features():
     context = make_context(MIXED)
-    features = mask_features_of(context)
+    features = mask_features_of(context, SIDE)
     expected, losses = make_prior().eval()(features, context)
     assert losses == {}
-    assert expected.shape == (rows_of(context), CHANNELS + 5, SIDE, SIDE)
+    assert expected.shape == (len(features), CHANNELS + 5, SIDE, SIDE)
     assert torch.equal(expected[:, :CHANNELS], features)
     # By the rows of the sampled ROIs.
     out, _ = make_prior().train()(features, context)
@@ -255,39 +220,23 @@ def test_training_and_inference_give_the_same_features():
     assert torch.allclose(out, expected, atol=1e-6)
 
 
-def test_the_map_is_of_the_predicted_class_at_inference():
-    prior, context = make_prior().eval(), make_context(MIXED)
-    features, expected = mask_features_of(context), {}
-    for label in range(NUM_CLASSES):
-        for x in context.instances:
-            x.gt_classes = torch.full_like(x.gt_classes, label)
-        expected[label], _ = prior(features, context)
-    assert not torch.allclose(expected[0], expected[1])
-    detections = []
-    for x in context.instances:
-        fields = {"pred_boxes": x.proposal_boxes, "pred_classes": torch.ones_like(x.gt_classes)}
-        detections.append(Instances(x.image_size, **fields))
-    out, _ = prior(features, dataclasses.replace(context, instances=detections, sampled=None))
-    assert torch.equal(out, expected[1])
-
-
 @pytest.mark.parametrize("batch", [NONE_SEEN, NO_OBJECT, NO_OBJECT * 2, HALF_EMPTY])
 @pytest.mark.parametrize("num_background", [0, 2])
 def test_batches_without_masks_rois_or_anything_sampled(batch, num_background):
     prior, context = make_prior().train(), make_context(batch, num_background)
-    out, losses = prior(mask_features_of(context), context)
+    out, losses = prior(mask_features_of(context, SIDE), context)
     assert losses["loss_shape"] == 0
     assert (losses["loss_shape_activation"] > 0) == any(len(x) for x in context.sampled)
     (out.sum() + sum(losses.values())).backward()
     for name, parameter in prior.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     prior.eval()
-    assert prior(mask_features_of(context), context)[0].shape == out.shape
+    assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape
 
 
 def test_half_precision():
     context = make_context(MIXED)
-    features = mask_features_of(context)
+    features = mask_features_of(context, SIDE)
     expected, losses = make_prior().train()(features, context)
     prior = make_prior().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -303,7 +252,7 @@ def test_half_precision():
 def test_missing_proposals_and_wrong_steps_are_named():
     context = dataclasses.replace(make_context(MIXED), sampled=None)
     with pytest.raises(ValueError, match="all sampled ROIs.*give ROIContext.sampled"):
-        make_prior().train()(mask_features_of(context), context)
+        make_prior().train()(mask_features_of(context, SIDE), context)
     with pytest.raises(ValueError, match="NUM_STEPS must be 0 .* or more, got -1"):
         make_prior(num_steps=-1)
 

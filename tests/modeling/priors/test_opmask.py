@@ -1,17 +1,16 @@
-"""The box heads that keep a map, and the predictor beside Detectron2's on pooled features."""
+"""OPMask's box head and predictor beside Detectron2's, and its maps against Eq. (8) and (9)."""
 
-from pathlib import Path
+import collections
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads, build_box_head
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, build_box_head
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from roi_heads_factory import (
     CHANNELS,
     MIXED,
@@ -24,11 +23,20 @@ from roi_heads_factory import (
 )
 from torch import nn
 
-from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.modeling.feature_map_box_head import (
+from teacher_student_mask import PartiallySupervisedROIHeads, add_teacher_student_mask_config
+from teacher_student_mask.modeling.priors import (
+    ROI_MASK_PRIOR_REGISTRY,
+    ROIContext,
+    TwoBranchBoxHead,
+    build_mask_prior,
+)
+from teacher_student_mask.modeling.priors.opmask import (
+    ClassActivationPrior,
     FeatureMapBoxHead,
     PooledFastRCNNOutputLayers,
-    TwoBranchBoxHead,
+    class_activation_maps,
+    normalize_per_roi,
+    normalized_activation_maps,
 )
 
 ROI_SHAPE = ShapeSpec(channels=8, height=7, width=7)
@@ -154,37 +162,6 @@ def test_predictor_needs_a_map():
         make_predictor()(torch.zeros(4, 8))
 
 
-def test_two_branches_by_their_layers():
-    head = TwoBranchBoxHead(ROI_SHAPE, conv_widths=[5, 12])
-    assert head.output_shape == ShapeSpec(channels=12)
-    shapes = {k: tuple(x.shape) for k, x in head.state_dict().items() if k.endswith("weight")}
-    assert shapes == {
-        "shared.conv1.weight": (5, 8, 3, 3),
-        "shared.conv2.weight": (12, 5, 3, 3),
-        "class_branch.conv1.weight": (12, 12, 3, 3),
-        "box_branch.conv1.weight": (12, 12, 3, 3),
-        "box_branch.conv2.weight": (12, 12, 3, 3),
-    }
-    state = head.state_dict()
-
-    def conv(x, name):
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        return nn.functional.conv2d(x, weight, bias, padding=1).relu()
-
-    for x in head.parameters():
-        if x.dim() == 1:  # biases start at 0
-            nn.init.normal_(x)
-    x = torch.randn(4, 8, 7, 7)
-    shared = conv(conv(x, "shared.conv1"), "shared.conv2")
-    class_maps, box_maps = head(x)
-    assert torch.allclose(class_maps, conv(shared, "class_branch.conv1"), atol=1e-5)
-    expected = conv(conv(shared, "box_branch.conv1"), "box_branch.conv2")
-    assert torch.allclose(box_maps, expected, atol=1e-5)
-    # The map of the classes alone does not need the box branch.
-    head.box_branch = None
-    assert torch.equal(head.class_maps(x), class_maps)
-
-
 def test_scores_come_from_one_branch_and_deltas_from_the_other():
     predictor, maps = make_predictor(), torch.randn(2, 5, 8, 7, 7)
     scores, deltas, kept = predictor((maps[0], maps[1]))
@@ -195,41 +172,6 @@ def test_scores_come_from_one_branch_and_deltas_from_the_other():
     assert torch.allclose(deltas, maps[1].mean(dim=(2, 3)) @ weight.T + bias, atol=1e-5)
     with pytest.raises(ValueError, match=r"shape \(5, 8\), expected .*TwoBranchBoxHead"):
         predictor((maps[0], maps[1].mean(dim=(2, 3))))
-
-
-@pytest.mark.parametrize("norm", ["", "GN", "naiveSyncBN_N"])
-@pytest.mark.parametrize("training", [True, False])
-def test_two_branches_without_a_roi(norm, training):
-    head = TwoBranchBoxHead(ROI_SHAPE, conv_widths=[32, 32], conv_norm=norm).train(training)
-    predictor = make_predictor(channels=32)
-    scores, deltas, maps = predictor(head(torch.zeros(0, 8, 7, 7)))
-    assert deltas.shape == (0, 4 * NUM_CLASSES) and maps.shape == (0, 32, 7, 7)
-    (scores.sum() + deltas.sum() + maps.sum()).backward()
-    for name, parameter in [*head.named_parameters(), *predictor.named_parameters()]:
-        assert parameter.grad is not None and not parameter.grad.any(), name
-    assert all(torch.isfinite(x).all() for x in head.state_dict().values())
-
-
-def test_two_branches_are_built_from_the_config():
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    path = Path(__file__).resolve().parents[2] / "configs/voc2nonvoc/contrastmask_R_50_FPN_1x.yaml"
-    cfg.merge_from_file(str(path))
-    cfg.MODEL.ROI_BOX_HEAD.NORM = "GN"
-    head = build_box_head(cfg, ShapeSpec(channels=256, height=7, width=7))
-    # ContrastMask's: four, one and two convolutions of 256 channels.
-    for branch, num_convs in ((head.shared, 4), (head.class_branch, 1), (head.box_branch, 2)):
-        convs = [x for x in branch.modules() if isinstance(x, nn.Conv2d)]
-        assert [tuple(x.weight.shape) for x in convs] == [(256, 256, 3, 3)] * num_convs
-        assert sum(isinstance(x, nn.GroupNorm) for x in branch.modules()) == num_convs
-    predictor = PooledFastRCNNOutputLayers(cfg, head.output_shape)
-    assert set(predictor.state_dict()) == {
-        f"{layer}.{x}" for layer in ("cls_score", "bbox_pred") for x in ("weight", "bias")
-    }
-    assert predictor.cls_score.weight.shape == (81, 256)
-    assert predictor.bbox_pred.weight.shape == (320, 256)
-    with pytest.raises(ValueError, match=r"CONV_WIDTHS is \[\]; .* each at least 1"):
-        TwoBranchBoxHead(ROI_SHAPE, conv_widths=[])
 
 
 @pytest.mark.parametrize("cls_agnostic_bbox_reg", [False, True])
@@ -265,18 +207,6 @@ def test_everything_but_the_maps_is_the_parents_on_pooled_features(cls_agnostic_
         assert torch.equal(got.scores, value.scores)
         assert torch.equal(got.pred_classes, value.pred_classes)
     assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept))
-
-
-def test_losses_give_each_proposal_its_map():
-    proposals = proposals_with_gt([2, 0, 3])
-    maps = numbered_maps(5).requires_grad_()
-    predictions = (torch.zeros(5, NUM_CLASSES + 1), torch.zeros(5, 4 * NUM_CLASSES), maps)
-    with EventStorage():
-        make_predictor().losses(predictions, proposals)
-    assert [x.box_features[:, 1, 2, 2].tolist() for x in proposals] == [[0, 1], [], [2, 3, 4]]
-    # The gradient finds its way back through the choice of ROIs.
-    proposals[2][torch.tensor([False, True, False])].box_features.sum().backward()
-    assert maps.grad.sum(dim=(1, 2, 3)).tolist() == [0, 0, 0, 18, 0]
 
 
 def check_detections_have_the_map_of_their_proposal(sizes, odd_rows):
@@ -319,6 +249,7 @@ def check_detections_have_the_map_of_their_proposal(sizes, odd_rows):
 
 def test_inference_gives_each_detection_the_map_of_its_proposal():
     check_detections_have_the_map_of_their_proposal([2, 0, 5, 3], {})
+    check_detections_have_the_map_of_their_proposal([0], {})
 
 
 def test_rows_that_are_not_finite_do_not_shift_the_others():
@@ -327,44 +258,188 @@ def test_rows_that_are_not_finite_do_not_shift_the_others():
     check_detections_have_the_map_of_their_proposal([3, 4, 3], odd_rows)
 
 
-def test_only_rows_that_are_not_finite():
-    check_detections_have_the_map_of_their_proposal([2, 1], {0: "score", 1: "delta", 2: "box"})
+Kept = collections.namedtuple("Kept", "maps classifier")
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    st.lists(st.integers(0, 5), min_size=1, max_size=4),
-    st.dictionaries(st.integers(0, 19), st.sampled_from(ODDITIES), max_size=8),
-)
-def test_rows_for_any_sizes(sizes, odd_rows):
-    odd_rows = {row: what for row, what in odd_rows.items() if row < sum(sizes)}
-    check_detections_have_the_map_of_their_proposal(sizes, odd_rows)
+def random_kept(num_rows, channels=6, num_classes=3, side=7, seed=0):
+    torch.manual_seed(seed)
+    maps = torch.randn(num_rows, channels, side, side).requires_grad_()
+    return Kept(maps, nn.Linear(channels, num_classes + 1))
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [0, 0]])
-def test_no_proposal(sizes):
-    predictor, proposals = make_predictor(), proposals_with_gt(sizes)
-    predictions = predictor(torch.zeros(0, 8, 7, 7))
-    detections, kept = predictor.inference(predictions, proposals)
-    assert [len(rows) for rows in kept] == sizes
-    assert [x.box_features.shape for x in detections] == [(0, 8, 7, 7)] * len(sizes)
-    if sizes:
-        # The parent has no losses of a batch without images.
-        with EventStorage():
-            losses = predictor.losses(predictions, proposals)
-        assert [loss.item() for loss in losses.values()] == [0, 0]
-        assert [x.box_features.shape for x in proposals] == [(0, 8, 7, 7)] * len(sizes)
+def kept_by_hand():
+    """Two ROIs with maps of two channels and 2x2 cells; classes 0, 1 and background."""
+    classifier = nn.Linear(2, 3)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0, 10.0], [-1.0, 2.0], [50.0, 50.0]]))
+        classifier.bias.copy_(torch.tensor([100.0, 200.0, 300.0]))
+    maps = torch.tensor(
+        [[[[1.0, 2], [3, 4]], [[0, 1], [0, 1]]], [[[1, 1], [2, 2]], [[4, 3], [2, 1]]]]
+    )
+    return Kept(maps.requires_grad_(), classifier)
 
 
-both_heads = pytest.mark.parametrize("box_head", [FeatureMapBoxHead, TwoBranchBoxHead])
+def instances_of(classes, field="gt_classes"):
+    """One Instances for each list of classes."""
+    return [
+        Instances((64, 64), **{field: torch.tensor(labels, dtype=torch.int64)})
+        for labels in classes
+    ]
 
 
-def heads_with_kept_maps(box_head=FeatureMapBoxHead, **kwargs):
-    # Ours remove the maps when the mask branch has used them.
-    heads = make_heads(StandardROIHeads, **kwargs)
+def test_activation_map_by_hand():
+    kept = kept_by_hand()
+    weight, bias = kept.classifier.weight, kept.classifier.bias
+    # Class 0: x + 10 y. Class 1: -x + 2 y.
+    cams = class_activation_maps(kept.maps, weight, torch.tensor([0, 1]))
+    assert cams.tolist() == [[[[1, 12], [3, 14]]], [[[7, 5], [2, 0]]]]
+    cams = class_activation_maps(kept.maps, weight, torch.tensor([1, 0]), bias)
+    assert cams.tolist() == [[[[199, 200], [197, 198]]], [[[141, 131], [122, 112]]]]
+
+
+def test_mean_of_the_map_is_the_classifiers_logit():
+    torch.manual_seed(0)
+    predictor = PooledFastRCNNOutputLayers(
+        ShapeSpec(channels=32), box2box_transform=Box2BoxTransform((1, 1, 1, 1)), num_classes=5
+    )
+    nn.init.normal_(predictor.cls_score.weight, std=0.3)
+    nn.init.normal_(predictor.cls_score.bias)
+    scores, _, maps = predictor(torch.randn(9, 32, 7, 7))
+    layer = predictor.cls_score
+    for label in range(6):
+        classes = torch.full((9,), label)
+        cams = class_activation_maps(maps, layer.weight, classes, layer.bias)
+        assert cams.shape == (9, 1, 7, 7)
+        assert torch.allclose(cams.mean(dim=(1, 2, 3)), scores[:, label], atol=1e-5)
+
+
+def test_normalisation_by_hand():
+    cam = torch.tensor([[[[1.0, 12], [3, 14]]], [[[-7, -5], [-2, -3]]]])
+    expected = [[[[0, 11 / 13], [2 / 13, 1]]], [[[0, 2 / 5], [1, 4 / 5]]]]
+    assert torch.allclose(normalize_per_roi(cam), torch.tensor(expected), atol=1e-4)
+    # The range 13 becomes 26, the range 5 becomes 18.
+    expected = [[[[0, 11 / 26], [2 / 26, 13 / 26]]], [[[0, 2 / 18], [5 / 18, 4 / 18]]]]
+    assert torch.allclose(normalize_per_roi(cam, eps=13), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e6])
+def test_a_constant_map_becomes_zeros_with_a_finite_gradient(value):
+    cam = torch.full((2, 1, 7, 7), value, requires_grad=True)
+    normalized = normalize_per_roi(cam)
+    assert not normalized.any()
+    normalized.pow(2).sum().backward()
+    assert torch.isfinite(cam.grad).all()
+
+
+def test_prior_by_hand():
+    mask_features = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
+    before = mask_features.clone()
+    kept = kept_by_hand()
+    out, losses = ClassActivationPrior()(
+        mask_features, ROIContext(instances_of([[0], [1]]), [], *kept)
+    )
+    assert losses == {} and torch.equal(mask_features, before)
+    # Bilinear from 2 to 4 cells, cell centres aligned: [a, b] -> a, 3a/4 + b/4, a/4 + 3b/4, b.
+    resize = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    small = np.array([[[0, 11], [2, 13]], [[7, 5], [2, 0]]]) / [[[13]], [[7]]]
+    added = (out - mask_features).detach().numpy()
+    for roi in range(2):
+        expected = resize @ small[roi] @ resize.T
+        for channel in range(3):
+            assert np.allclose(added[roi, channel], expected, atol=2e-4)
+
+
+def test_class_is_the_objects_in_training_and_the_predicted_one_at_inference():
+    kept = random_kept(4)
+    features = torch.zeros(4, 2, 7, 7)
+
+    def expected(classes):
+        weight = kept.classifier.weight
+        cam = torch.stack(
+            [(m * weight[c, :, None, None]).sum(0) for m, c in zip(kept.maps, classes)]
+        )
+        low, high = cam.flatten(1).min(1).values, cam.flatten(1).max(1).values
+        return (cam - low[:, None, None]) / (high - low)[:, None, None]
+
+    for field in ("gt_classes", "pred_classes"):
+        # Three images of different numbers of ROIs.
+        instances = instances_of([[2, 0, 1], [], [2]], field)
+        out, _ = ClassActivationPrior()(features, ROIContext(instances, [], *kept))
+        assert torch.allclose(out, expected([2, 0, 1, 2])[:, None].expand(-1, 2, -1, -1), atol=1e-3)
+        assert torch.equal(normalized_activation_maps(instances, *kept), out[:, :1])
+    # Detections beside their matched objects, as an analysis may have them.
+    detections = instances_of([[1, 1, 0], [], [0]], "pred_classes")
+    for x in detections:
+        x.gt_classes = torch.full((len(x),), 2)
+    cam = normalized_activation_maps(detections, *kept)
+    assert torch.allclose(cam[:, 0], expected([1, 1, 0, 0]), atol=1e-3)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_gradient_reaches_maps_and_mask_features_but_not_the_classifier(stop_gradient):
+    kept = random_kept(3)
+    features = torch.randn(3, 4, 14, 14, requires_grad=True)
+    prior = ClassActivationPrior(stop_gradient=stop_gradient)
+    assert not list(prior.parameters())
+    out, _ = prior(features, ROIContext(instances_of([[0, 2], [1]]), [], *kept))
+    assert out.shape == features.shape
+    weights = torch.randn(3, 4, 14, 14)
+    (out * weights).sum().backward()
+    assert torch.equal(features.grad, weights)
+    assert kept.classifier.weight.grad is None and kept.classifier.bias.grad is None
+    if stop_gradient:
+        assert kept.maps.grad is None
+    else:
+        assert (kept.maps.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_activation_maps_of_no_roi(num_images):
+    kept = random_kept(0)
+    features = torch.zeros(0, 4, 14, 14, requires_grad=True)
+    out, losses = ClassActivationPrior()(
+        features, ROIContext(instances_of([[]] * num_images), [], *kept)
+    )
+    assert out.shape == (0, 4, 14, 14) and losses == {}
+    out.sum().backward()
+    assert features.grad.shape == features.shape and kept.maps.grad.shape == kept.maps.shape
+
+
+def test_half_precision_keeps_the_type_of_the_mask_features():
+    kept = random_kept(2)
+    instances = instances_of([[0, 1]])
+    features = torch.zeros(2, 4, 14, 14)
+    expected, _ = ClassActivationPrior()(features, ROIContext(instances, [], *kept))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = ClassActivationPrior()(features.bfloat16(), ROIContext(instances, [], *kept))
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), expected, atol=0.03)
+    # Half-precision mask features with float32 maps, and the reverse, outside autocast.
+    out, _ = ClassActivationPrior()(features.bfloat16(), ROIContext(instances, [], *kept))
+    assert out.dtype == torch.bfloat16
+    half = Kept(kept.maps.bfloat16(), kept.classifier)
+    out, _ = ClassActivationPrior()(features, ROIContext(instances, [], *half))
+    assert out.dtype == torch.float32
+    assert torch.allclose(out, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_prior_is_built_by_its_name(stop_gradient):
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.MODEL.ROI_MASK_PRIOR.NAME = "ClassActivationPrior"
+    cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT = stop_gradient
+    prior = build_mask_prior(cfg, ShapeSpec(channels=256, height=14, width=14), {})
+    assert isinstance(prior, ROI_MASK_PRIOR_REGISTRY.get("ClassActivationPrior"))
+    assert prior.needs_class_maps is True and prior.stop_gradient is stop_gradient
+
+
+def heads_with_maps(box_head, heads_class=PartiallySupervisedROIHeads, **kwargs):
+    heads = make_heads(heads_class, num_channels=1, mask_prior=None, **kwargs)
     shape = ShapeSpec(channels=CHANNELS, height=4, width=4)
     heads.box_head = box_head(shape, conv_widths=[32], conv_norm="GN")
     heads.box_predictor = make_predictor(channels=32, test_topk_per_image=5)
+    heads.mask_prior = ClassActivationPrior()
     return heads
 
 
@@ -372,37 +447,43 @@ def maps_at(heads, features, boxes):
     return heads.box_head.class_maps(heads.box_pooler([features["p2"]], boxes))
 
 
+both_heads = pytest.mark.parametrize("box_head", [FeatureMapBoxHead, TwoBranchBoxHead])
+
+
 @both_heads
-def test_roi_heads_train_with_the_map_of_each_proposal(box_head):
-    heads, features = heads_with_kept_maps(box_head).train(), make_features(2)
+@pytest.mark.parametrize("on_gt_boxes", [False, True])
+def test_roi_heads_train_with_the_map_of_each_roi(box_head, on_gt_boxes):
+    heads = heads_with_maps(box_head, train_on_gt_boxes=on_gt_boxes).train()
+    features, contexts = make_features(2), []
+    heads.mask_prior.register_forward_hook(lambda m, args, out: contexts.append(args[1]))
     with EventStorage():
-        proposals, losses = heads(make_images(2), features, plain_proposals(2), targets_of(MIXED))
+        _, losses = heads(make_images(2), features, plain_proposals(2), targets_of(MIXED))
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
-    assert len(proposals[0]) != len(proposals[1])
-    expected = maps_at(heads, features, [x.proposal_boxes for x in proposals])
-    got = torch.cat([x.box_features for x in proposals])
-    assert torch.allclose(got, expected, atol=1e-5)
-    # What a mask loss does to them trains the box head and the backbone.
-    (got * torch.randn_like(got)).sum().backward()
-    assert features["p2"].grad.any()
+    (context,) = contexts
+    boxes = [x.proposal_boxes for x in context.instances]
+    assert torch.allclose(context.class_maps, maps_at(heads, features, boxes), atol=1e-5)
+    assert context.classifier is heads.box_predictor.cls_score
+    # All sampled proposals keep theirs.
+    kept = torch.cat([x.box_features for x in context.sampled])
+    expected = maps_at(heads, features, [x.proposal_boxes for x in context.sampled])
+    assert torch.allclose(kept, expected, atol=1e-5)
+    losses["loss_mask"].backward()
     for name, parameter in heads.box_head.named_parameters():
         # The map is that of the classes: the branch of the box has no part in it.
         has_part = not name.startswith("box_branch")
         assert (parameter.grad is not None and bool(parameter.grad.any())) == has_part, name
+    assert heads.box_predictor.cls_score.weight.grad is None
 
 
 def test_roi_heads_train_on_predicted_boxes():
-    heads, features = heads_with_kept_maps(train_on_pred_boxes=True).train(), make_features(2)
+    heads, features = heads_with_maps(FeatureMapBoxHead, train_on_pred_boxes=True), make_features(2)
     seen = {}
-
-    def keep(module, inputs, predictions):
-        seen["predictions"] = predictions
-
-    heads.box_predictor.register_forward_hook(keep)
-    heads.box_pooler.register_forward_pre_hook(lambda _, inputs: seen.update(boxes=inputs[1]))
+    heads.box_predictor.register_forward_hook(lambda m, args, out: seen.update(predictions=out))
+    heads.box_pooler.register_forward_pre_hook(lambda m, args: seen.update(boxes=args[1]))
     with EventStorage():
-        proposals, _ = heads(make_images(2), features, plain_proposals(2), targets_of(MIXED))
-    scores, deltas, maps = seen["predictions"]
+        inputs = make_images(2), features, plain_proposals(2), targets_of(MIXED)
+        proposals, _ = heads.train()(*inputs)
+    _, deltas, maps = seen["predictions"]
     assert torch.equal(torch.cat([x.box_features for x in proposals]), maps)
     # The box of the object's class; that of the last class for background.
     labels = torch.cat([x.gt_classes for x in proposals]).clamp(max=NUM_CLASSES - 1)
@@ -414,17 +495,24 @@ def test_roi_heads_train_on_predicted_boxes():
 
 
 @both_heads
-def test_roi_heads_detect_with_the_map_of_each_proposal(box_head):
-    heads, features = heads_with_kept_maps(box_head).eval(), make_features(2)
+@pytest.mark.parametrize("repool", [False, True])
+def test_roi_heads_predict_with_the_map_of_each_detection(box_head, repool):
+    heads = heads_with_maps(box_head, repool_box_features=repool).eval()
+    features, contexts = make_features(2), []
+    heads.mask_prior.register_forward_hook(lambda m, args, out: contexts.append(args[1]))
     proposals = plain_proposals(2)
     proposals[0] = proposals[0][:4]
     with torch.no_grad():
         detections, _ = heads(make_images(2), features, proposals)
-        expected = maps_at(heads, features, [x.proposal_boxes for x in proposals]).split([4, 6])
-    for x, maps in zip(detections, expected):
-        assert len(x) == 5 and x.has("pred_masks")
-        distance = (x.box_features[:, None] - maps[None]).abs().amax(dim=(2, 3, 4))
+        at_proposals = maps_at(heads, features, [x.proposal_boxes for x in proposals]).split([4, 6])
+        at_detections = maps_at(heads, features, [x.pred_boxes for x in detections]).split([5, 5])
+    for k, (x, maps) in enumerate(zip(detections, contexts[0].class_maps.split([5, 5]))):
+        assert len(x) == 5 and x.has("pred_masks") and not x.has("box_features")
+        if repool:
+            assert torch.allclose(maps, at_detections[k], atol=1e-5)
+            continue
+        distance = (maps[:, None] - at_proposals[k][None]).abs().amax(dim=(2, 3, 4))
         # Each detection has one of its own image's maps, and its score is that map's.
         assert (distance.amin(dim=1) < 1e-5).all()
-        probs = heads.box_predictor.cls_score(x.box_features.mean(dim=(2, 3))).softmax(dim=1)
+        probs = heads.box_predictor.cls_score(maps.mean(dim=(2, 3))).softmax(dim=1)
         assert torch.allclose(probs[torch.arange(5), x.pred_classes], x.scores, atol=1e-5)

@@ -7,8 +7,15 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prior_inputs import make_context, rows_of
-from roi_heads_factory import CHANNELS, HALF_EMPTY, MIXED, NO_OBJECT, NONE_SEEN
+from roi_heads_factory import (
+    CHANNELS,
+    HALF_EMPTY,
+    MIXED,
+    NO_OBJECT,
+    NONE_SEEN,
+    make_context,
+    mask_features_of,
+)
 from torch import nn
 
 from teacher_student_mask import add_teacher_student_mask_config
@@ -17,7 +24,7 @@ from teacher_student_mask.modeling.priors import (
     build_mask_prior,
     shape_with_prior,
 )
-from teacher_student_mask.modeling.priors.commonality_parsing import (
+from teacher_student_mask.modeling.priors.cpmask import (
     AffinityBlock,
     affinity_loss,
     boundary_loss,
@@ -33,11 +40,6 @@ def make_prior(seed=0, **kwargs):
         ShapeSpec(channels=CHANNELS, height=SIDE, width=SIDE),
         **{"conv_dim": 7, "affinity_dim": 4, **kwargs},
     )
-
-
-def mask_features_of(context):
-    torch.manual_seed(1)
-    return torch.randn(rows_of(context), CHANNELS, SIDE, SIDE, requires_grad=True)
 
 
 def has_mask_of(context):
@@ -164,20 +166,6 @@ def test_affinity_block_by_a_loop_over_cells():
             assert np.allclose(result.flatten(2)[r, :, i].detach(), expected)
 
 
-def test_the_shares_of_each_cell_sum_to_one():
-    torch.manual_seed(0)
-    block = AffinityBlock(3, 4)
-    with torch.no_grad():
-        # All values 1: what is taken is the sum of the shares.
-        block.value.weight.zero_()
-        block.value.bias.fill_(1)
-        block.output.weight.fill_(0.25)
-        x = 3 * torch.randn(2, 3, 4, 4)
-        result, affinities = block(x)
-    assert affinities.std() > 0.5
-    assert torch.allclose(result, x + 1, atol=1e-5)
-
-
 def test_losses_of_a_batch_by_numpy():
     prior = make_prior(boundary_weight=0.5, affinity_weight=3.0).train()
     nn.init.normal_(prior.boundary_predictor[-1].weight)
@@ -186,7 +174,7 @@ def test_losses_of_a_batch_by_numpy():
     prior.affinity.register_forward_hook(lambda m, i, o: outputs.update(affinities=o[1].detach()))
     hook = prior.boundary_features.register_forward_hook
     hook(lambda m, i, o: outputs.update(features=o.detach()))
-    _, losses = prior(mask_features_of(context), context)
+    _, losses = prior(mask_features_of(context, SIDE), context)
     assert set(losses) == {"loss_boundary", "loss_affinity"}
 
     has_mask = has_mask_of(context)
@@ -212,7 +200,7 @@ def test_which_loss_trains_what():
     }
     for name, parts in reached.items():
         prior, context = make_prior().train(), make_context(MIXED)
-        features = mask_features_of(context)
+        features = mask_features_of(context, SIDE)
         out, losses = prior(features, context)
         (out.square().sum() if name == "mask heads" else losses[name]).backward()
         found = set()
@@ -231,7 +219,7 @@ def test_which_loss_trains_what():
 
 def test_inference_has_no_losses_and_no_boundary_output():
     prior, context = make_prior(), make_context(MIXED)
-    features = mask_features_of(context)
+    features = mask_features_of(context, SIDE)
     expected, _ = prior.train()(features, context)
     prior.eval().boundary_predictor = None
     out, losses = prior(features, context)
@@ -241,18 +229,18 @@ def test_inference_has_no_losses_and_no_boundary_output():
 @pytest.mark.parametrize("batch", [NONE_SEEN, NO_OBJECT, NO_OBJECT * 2, HALF_EMPTY])
 def test_batches_without_masks_or_rois(batch):
     prior, context = make_prior().train(), make_context(batch)
-    out, losses = prior(mask_features_of(context), context)
+    out, losses = prior(mask_features_of(context, SIDE), context)
     assert losses["loss_boundary"] == 0 and losses["loss_affinity"] == 0
     (out.sum() + sum(losses.values())).backward()
     for name, parameter in prior.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     prior.eval()
-    assert prior(mask_features_of(context), context)[0].shape == out.shape
+    assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape
 
 
 def test_half_precision():
     context = make_context(MIXED)
-    features = mask_features_of(context)
+    features = mask_features_of(context, SIDE)
     expected, losses = make_prior().train()(features, context)
     prior = make_prior().train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
