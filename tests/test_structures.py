@@ -70,13 +70,6 @@ def test_wrong_shape_and_negative_length_are_errors(image_map):
         ImageMask(image_map, -1)
 
 
-def test_to_moves_the_map_and_keeps_the_length(image_map):
-    moved = ImageMask(image_map, 3).to("meta", non_blocking=True)
-    assert moved.device == torch.device("meta") and moved.tensor.shape == image_map.shape
-    assert moved.tensor.dtype == torch.bool and len(moved) == 3
-    assert ImageMask(image_map, 3).to(device="cpu").tensor.data_ptr() == image_map.data_ptr()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("map_device", ["cpu", "cuda"])
 def test_indices_may_be_on_a_gpu(image_map, map_device):
@@ -92,13 +85,6 @@ def test_cat_adds_up_instances_of_one_image(image_map):
     joined = ImageMask.cat([mask[1:], mask[:0], mask[0], ImageMask(image_map.clone(), 2)])
     assert len(joined) == 6
     assert joined.tensor.data_ptr() == image_map.data_ptr()
-
-
-def test_cat_of_different_images_is_an_error(image_map):
-    with pytest.raises(ValueError, match="different images"):
-        ImageMask.cat([ImageMask(image_map, 1), ImageMask(~image_map, 1)])
-    with pytest.raises(ValueError, match="different images"):
-        ImageMask.cat([ImageMask(image_map, 1), ImageMask(image_map[:-1], 1)])
 
 
 def make_instances(image_map, num_instances):

@@ -5,13 +5,8 @@ import torch
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, build_mask_head
 from torch import nn
-from torch.nn import functional as F
 
-from teacher_student_mask.modeling.hourglass import (
-    Hourglass,
-    HourglassMaskHead,
-    ResidualBlock,
-)
+from teacher_student_mask.modeling.hourglass import Hourglass, HourglassMaskHead
 
 DEPTHS = (20, 52, 100)
 NORMS = ("", "BN", "GN")
@@ -96,25 +91,6 @@ def test_convolutions_and_parameters_are_those_of_the_description(
     assert all(p.is_floating_point() and p.requires_grad for p in head.parameters())
 
 
-def test_a_residual_block_is_two_convolutions_and_a_shortcut():
-    torch.manual_seed(0)
-    block = ResidualBlock(3, 4, "", stride=2)
-    x = torch.randn(2, 3, 5, 5)
-    weights = dict(block.named_parameters())
-    inside = F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"], stride=2, padding=1)
-    inside = F.conv2d(inside.relu(), weights["conv2.weight"], weights["conv2.bias"], padding=1)
-    around = F.conv2d(x, weights["shortcut.weight"], weights["shortcut.bias"], stride=2)
-    torch.testing.assert_close(block(x), (inside + around).relu())
-    assert block(x).shape == (2, 4, 3, 3)
-
-    same = ResidualBlock(3, 3, "BN").eval()
-    assert set(dict(same.named_children())) == {"conv1", "conv2", "shortcut"}
-    assert not list(same.shortcut.parameters())
-    for conv in (same.conv1, same.conv2):
-        nn.init.zeros_(conv.weight)
-    torch.testing.assert_close(same(x), x.relu())
-
-
 @pytest.mark.parametrize("size", [1, 7, 8])
 def test_a_level_puts_each_cell_of_the_small_map_back_where_it_came_from(size):
     level = Hourglass([1, 1], [1, 1], "")
@@ -129,13 +105,6 @@ def test_a_level_puts_each_cell_of_the_small_map_back_where_it_came_from(size):
     x = torch.arange(float(size * size)).reshape(1, 1, size, size)
     source = [2 * (i // 2) for i in range(size)]
     torch.testing.assert_close(level(x), x + x[:, :, source][:, :, :, source])
-
-
-@pytest.mark.parametrize("size", [7, 10, 14, 28, 32])
-@pytest.mark.parametrize("depth", [20, 52])
-def test_masks_are_twice_as_large_as_the_features(depth, size):
-    head = make_head(depth, num_classes=3)
-    assert head.layers(torch.randn(2, 6, size, size)).shape == (2, 3, 2 * size, 2 * size)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -170,15 +139,6 @@ def test_one_roi_on_a_map_of_one_cell_can_be_trained(norm):
         # Two ROIs are normalised with their own statistics.
         head.layers(torch.randn(2, 6, 14, 14))
         assert smallest[0].conv1.norm.running_mean.any()
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_without_a_norm_the_features_keep_their_size(depth):
-    head = make_head(depth, "", channels=32, width=16)
-    with torch.no_grad():
-        before = head.stem(torch.randn(2, 32, 8, 8).relu())
-        after = head.hourglass(before)
-    assert before.std() / 5 < after.std() < 5 * before.std()
 
 
 def test_the_head_is_built_by_name_and_from_its_own_keys(tiny_cfg):

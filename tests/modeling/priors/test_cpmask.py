@@ -3,10 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from roi_heads_factory import (
     CHANNELS,
     HALF_EMPTY,
@@ -18,12 +15,7 @@ from roi_heads_factory import (
 )
 from torch import nn
 
-from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.modeling.priors import (
-    CommonalityParsingPrior,
-    build_mask_prior,
-    shape_with_prior,
-)
+from teacher_student_mask.modeling.priors import CommonalityParsingPrior
 from teacher_student_mask.modeling.priors.cpmask import (
     AffinityBlock,
     affinity_loss,
@@ -108,14 +100,6 @@ def test_boundary_by_hand():
     result = boundary_of(masks)
     assert result[0].tolist() == expected and not result[1].any()
     assert boundary_of(masks[:0]).shape == (0, 6, 6)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**31), st.floats(0.05, 0.98), st.integers(1, 7))
-def test_boundary_is_where_the_laplacian_is_positive(seed, density, side):
-    masks = (np.random.default_rng(seed).random((3, side, side)) < density).astype(np.float32)
-    expected = np.stack([laplacian_boundary(x) for x in masks])
-    assert np.array_equal(boundary_of(torch.tensor(masks)), expected)
 
 
 def test_boundary_loss_by_numpy():
@@ -217,15 +201,6 @@ def test_which_loss_trains_what():
         assert context.feature_maps[0].grad is None
 
 
-def test_inference_has_no_losses_and_no_boundary_output():
-    prior, context = make_prior(), make_context(MIXED)
-    features = mask_features_of(context, SIDE)
-    expected, _ = prior.train()(features, context)
-    prior.eval().boundary_predictor = None
-    out, losses = prior(features, context)
-    assert losses == {} and out.shape == features.shape and torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("batch", [NONE_SEEN, NO_OBJECT, NO_OBJECT * 2, HALF_EMPTY])
 def test_batches_without_masks_or_rois(batch):
     prior, context = make_prior().train(), make_context(batch)
@@ -236,35 +211,3 @@ def test_batches_without_masks_or_rois(batch):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     prior.eval()
     assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape
-
-
-def test_half_precision():
-    context = make_context(MIXED)
-    features = mask_features_of(context, SIDE)
-    expected, losses = make_prior().train()(features, context)
-    prior = make_prior().train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, low = prior(features.bfloat16(), context)
-    assert torch.allclose(out.float(), expected, atol=0.05 * expected.abs().max().item())
-    for name, loss in losses.items():
-        assert low[name].dtype == torch.float32
-        assert low[name].item() == pytest.approx(loss.item(), rel=0.02), name
-    sum(low.values()).backward()
-    assert all(x.grad.isfinite().all() for x in prior.parameters() if x.grad is not None)
-
-
-def test_prior_is_built_by_its_name():
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.MODEL.ROI_MASK_PRIOR.NAME = "CommonalityParsingPrior"
-    shape = ShapeSpec(channels=32, height=14, width=14)
-    prior = build_mask_prior(cfg, shape, {})
-    assert shape_with_prior(shape, prior) == shape
-    assert prior.fuse[0].in_channels == 32 + 256 and prior.fuse[0].out_channels == 32
-    assert prior.affinity.query.out_channels == 128
-    settings = cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING
-    settings.CONV_DIM, settings.AFFINITY_DIM = 8, 4
-    settings.BOUNDARY_WEIGHT, settings.AFFINITY_WEIGHT = 0.5, 0.25
-    prior = build_mask_prior(cfg, shape, {})
-    assert prior.fuse[0].in_channels == 40 and prior.affinity.query.out_channels == 4
-    assert (prior.boundary_weight, prior.affinity_weight) == (0.5, 0.25)

@@ -24,12 +24,7 @@ from roi_heads_factory import (
 from torch import nn
 
 from teacher_student_mask import PartiallySupervisedROIHeads, add_teacher_student_mask_config
-from teacher_student_mask.modeling.priors import (
-    ROI_MASK_PRIOR_REGISTRY,
-    ROIContext,
-    TwoBranchBoxHead,
-    build_mask_prior,
-)
+from teacher_student_mask.modeling.priors import ROIContext, TwoBranchBoxHead
 from teacher_student_mask.modeling.priors.opmask import (
     ClassActivationPrior,
     FeatureMapBoxHead,
@@ -104,19 +99,6 @@ def test_map_by_hand():
     assert head(torch.ones(1, 1, 3, 3)).tolist() == [[[[0, 1, 0], [1, 4, 1], [0, 1, 0]]]]
 
 
-@pytest.mark.parametrize("norm, kind", [("GN", "GroupNorm"), ("naiveSyncBN_N", "BatchNorm")])
-def test_norm_stands_before_the_relu_and_replaces_the_bias(norm, kind):
-    head = FeatureMapBoxHead(ROI_SHAPE, conv_widths=[32, 64], conv_norm=norm)
-    assert head.conv1.bias is None and head.conv2.bias is None
-    assert kind in type(head.conv2.norm).__name__
-    nn.init.zeros_(head.conv2.norm.weight)
-    with torch.no_grad():
-        head.conv2.norm.bias.copy_(torch.linspace(-1, 1, 64))
-    out = head(torch.randn(3, 8, 7, 7))
-    expected = torch.linspace(-1, 1, 64).clamp(min=0)[:, None, None].expand(3, -1, 7, 7)
-    assert torch.allclose(out, expected)
-
-
 @pytest.mark.parametrize("norm", ["", "GN", "naiveSyncBN_N"])
 @pytest.mark.parametrize("training", [True, False])
 def test_no_roi(norm, training):
@@ -154,12 +136,6 @@ def test_bad_widths_are_named(widths):
     message = rf"CONV_WIDTHS is \[{', '.join(map(str, widths))}\]; .* each at least 1"
     with pytest.raises(ValueError, match=message):
         FeatureMapBoxHead(ROI_SHAPE, conv_widths=widths)
-
-
-def test_predictor_needs_a_map():
-    message = r"shape \(4, 8\), expected \(R, C, h, w\): .*FeatureMapBoxHead"
-    with pytest.raises(ValueError, match=message):
-        make_predictor()(torch.zeros(4, 8))
 
 
 def test_scores_come_from_one_branch_and_deltas_from_the_other():
@@ -391,47 +367,6 @@ def test_gradient_reaches_maps_and_mask_features_but_not_the_classifier(stop_gra
         assert kept.maps.grad is None
     else:
         assert (kept.maps.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
-
-
-@pytest.mark.parametrize("num_images", [1, 2])
-def test_activation_maps_of_no_roi(num_images):
-    kept = random_kept(0)
-    features = torch.zeros(0, 4, 14, 14, requires_grad=True)
-    out, losses = ClassActivationPrior()(
-        features, ROIContext(instances_of([[]] * num_images), [], *kept)
-    )
-    assert out.shape == (0, 4, 14, 14) and losses == {}
-    out.sum().backward()
-    assert features.grad.shape == features.shape and kept.maps.grad.shape == kept.maps.shape
-
-
-def test_half_precision_keeps_the_type_of_the_mask_features():
-    kept = random_kept(2)
-    instances = instances_of([[0, 1]])
-    features = torch.zeros(2, 4, 14, 14)
-    expected, _ = ClassActivationPrior()(features, ROIContext(instances, [], *kept))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, _ = ClassActivationPrior()(features.bfloat16(), ROIContext(instances, [], *kept))
-    assert out.dtype == torch.bfloat16
-    assert torch.allclose(out.float(), expected, atol=0.03)
-    # Half-precision mask features with float32 maps, and the reverse, outside autocast.
-    out, _ = ClassActivationPrior()(features.bfloat16(), ROIContext(instances, [], *kept))
-    assert out.dtype == torch.bfloat16
-    half = Kept(kept.maps.bfloat16(), kept.classifier)
-    out, _ = ClassActivationPrior()(features, ROIContext(instances, [], *half))
-    assert out.dtype == torch.float32
-    assert torch.allclose(out, expected, atol=0.03)
-
-
-@pytest.mark.parametrize("stop_gradient", [False, True])
-def test_prior_is_built_by_its_name(stop_gradient):
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.MODEL.ROI_MASK_PRIOR.NAME = "ClassActivationPrior"
-    cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT = stop_gradient
-    prior = build_mask_prior(cfg, ShapeSpec(channels=256, height=14, width=14), {})
-    assert isinstance(prior, ROI_MASK_PRIOR_REGISTRY.get("ClassActivationPrior"))
-    assert prior.needs_class_maps is True and prior.stop_gradient is stop_gradient
 
 
 def heads_with_maps(box_head, heads_class=PartiallySupervisedROIHeads, **kwargs):

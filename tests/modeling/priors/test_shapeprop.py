@@ -5,12 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from roi_heads_factory import (
     CHANNELS,
     HALF_EMPTY,
@@ -24,12 +21,7 @@ from roi_heads_factory import (
 )
 from torch import nn
 
-from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.modeling.priors import (
-    ShapePropagationPrior,
-    build_mask_prior,
-    shape_with_prior,
-)
+from teacher_student_mask.modeling.priors import ShapePropagationPrior
 from teacher_student_mask.modeling.priors.shapeprop import (
     activation_loss,
     pass_messages,
@@ -83,22 +75,6 @@ def test_message_passing_is_that_of_a_loop_over_cells(num_steps):
     for _ in range(num_steps):
         states = one_step_in_a_loop(states, weights)
     assert np.allclose(result, states, rtol=1e-12)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**31), st.integers(1, 5))
-def test_messages_reach_one_cell_further_a_step_and_never_grow(seed, num_steps):
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(1, 2, 9, 6, 6, generator=generator) + 0.01
-    y, x = torch.randint(6, (2,), generator=generator).tolist()
-    states = torch.zeros(1, 2, 6, 6)
-    states[..., y, x] = 1.0
-    result = pass_messages(states, weights, num_steps)
-    rows, columns = torch.arange(6)[:, None], torch.arange(6)
-    reached = torch.maximum((rows - y).abs(), (columns - x).abs()) <= num_steps
-    assert torch.equal(result[0, 0] > 0, reached) and torch.equal(result[0, 1] > 0, reached)
-    assert result.max() <= 1
-    assert states.sum() == 2  # not changed in place
 
 
 def test_gradients_of_message_passing_and_relative_activation():
@@ -234,49 +210,12 @@ def test_batches_without_masks_rois_or_anything_sampled(batch, num_background):
     assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape
 
 
-def test_half_precision():
-    context = make_context(MIXED)
-    features = mask_features_of(context, SIDE)
-    expected, losses = make_prior().train()(features, context)
-    prior = make_prior().train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, low = prior(features.bfloat16(), context)
-    assert out.dtype == torch.bfloat16
-    assert torch.allclose(out.float(), expected, atol=0.05 * expected.abs().max().item())
-    for name, loss in losses.items():
-        assert low[name].item() == pytest.approx(loss.item(), rel=0.02), name
-    sum(low.values()).backward()
-    assert all(x.grad.isfinite().all() for x in prior.parameters() if x.grad is not None)
-
-
 def test_missing_proposals_and_wrong_steps_are_named():
     context = dataclasses.replace(make_context(MIXED), sampled=None)
     with pytest.raises(ValueError, match="all sampled ROIs.*give ROIContext.sampled"):
         make_prior().train()(mask_features_of(context, SIDE), context)
     with pytest.raises(ValueError, match="NUM_STEPS must be 0 .* or more, got -1"):
         make_prior(num_steps=-1)
-
-
-def test_prior_is_built_by_its_name():
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.MODEL.ROI_MASK_PRIOR.NAME = "ShapePropagationPrior"
-    shape = ShapeSpec(channels=32, height=10, width=10)
-    levels = {f"p{k}": ShapeSpec(channels=32, stride=2**k) for k in (2, 3)}
-    prior = build_mask_prior(cfg, shape, levels)
-    # The widths of ShapeProp: 256 and 24, and 9 neighbours.
-    assert prior.out_channels == 32 + 256 and prior.num_steps == 10
-    assert shape_with_prior(shape, prior) == ShapeSpec(channels=288, height=10, width=10)
-    assert prior.message_weights.out_channels == 216 and prior.classifier.out_features == 81
-    assert [x.sampling_ratio for x in prior.pooler.level_poolers] == [2, 2]
-    assert prior.pooler.output_size == (10, 10)
-    settings = cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION
-    settings.CONV_DIM, settings.NUM_CHANNELS, settings.NUM_STEPS = 8, 4, 3
-    settings.ACTIVATION_WEIGHT, settings.SHAPE_WEIGHT = 0.5, 0.25
-    prior = build_mask_prior(cfg, shape, levels)
-    assert prior.out_channels == 40 and prior.message_weights.out_channels == 36
-    assert prior.num_steps == 3
-    assert (prior.activation_weight, prior.shape_weight) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("name", ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"])

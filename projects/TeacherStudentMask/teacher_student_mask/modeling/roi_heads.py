@@ -42,7 +42,6 @@ from .priors import (
     TwoBranchBoxHead,
     build_mask_prior,
     normalized_activation_maps,
-    shape_with_prior,
 )
 
 __all__ = [
@@ -161,7 +160,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             shape = pooled_shape(cfg, input_shape)
             shapes = {k: input_shape[k] for k in cfg.MODEL.ROI_HEADS.IN_FEATURES}
             ret["mask_prior"] = build_mask_prior(cfg, shape, shapes)
-            head_shape = shape_with_prior(shape, ret["mask_prior"])
+            head_shape = pooled_shape(cfg, input_shape, ret["mask_prior"])
             if head_shape != shape:
                 ret["mask_head"] = build_mask_head(cfg, head_shape)
         return ret
@@ -372,10 +371,13 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             put_pictures("ROIs: image | class activation", crops, [activation])
 
 
-def pooled_shape(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ShapeSpec:
-    """Channels and size of the mask features, before the prior."""
+def pooled_shape(
+    cfg: CfgNode, input_shape: dict[str, ShapeSpec], prior: nn.Module | None = None
+) -> ShapeSpec:
+    """Channels and size of the pooled mask features, as the prior, if any, returns them."""
     side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
     channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+    channels = getattr(prior, "out_channels", channels)
     return ShapeSpec(channels=channels, height=side, width=side)
 
 

@@ -20,7 +20,6 @@ from .mask_targets import (
     mask_accuracy,
     select_label_channel,
 )
-from .priors import shape_with_prior
 from .pseudo_masks import EXTERNAL_MASK_USES, PseudoMaskGenerator, make_student_targets
 from .roi_heads import (
     PartiallySupervisedROIHeads,
@@ -114,7 +113,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         ret = super()._init_mask_head(cfg, input_shape)
         if not ret:
             raise ValueError("TeacherStudentROIHeads needs MODEL.MASK_ON True.")
-        head_shape = shape_with_prior(pooled_shape(cfg, input_shape), ret["mask_prior"])
+        head_shape = pooled_shape(cfg, input_shape, ret["mask_prior"])
         ret["teacher_mask_head"] = build_teacher_mask_head(cfg, head_shape)
         return ret
 

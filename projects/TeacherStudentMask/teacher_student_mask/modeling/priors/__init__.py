@@ -1,6 +1,6 @@
 """Mask-feature priors, one file per paper, built by name."""
 
-from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_mask_prior, shape_with_prior
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_mask_prior
 from .contrastmask import ContrastivePrior, TwoBranchBoxHead
 from .cpmask import CommonalityParsingPrior
 from .opmask import (
@@ -23,5 +23,4 @@ __all__ = [
     "TwoBranchBoxHead",
     "build_mask_prior",
     "normalized_activation_maps",
-    "shape_with_prior",
 ]

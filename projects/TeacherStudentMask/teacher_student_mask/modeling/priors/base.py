@@ -20,7 +20,6 @@ __all__ = [
     "build_own_pooler",
     "conv1x1",
     "conv_stack",
-    "shape_with_prior",
 ]
 
 ROI_MASK_PRIOR_REGISTRY = Registry("ROI_MASK_PRIOR")
@@ -85,21 +84,6 @@ def build_mask_prior(
     if not name:
         return None
     return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape, feature_shapes)
-
-
-def shape_with_prior(input_shape: ShapeSpec, prior: nn.Module | None) -> ShapeSpec:
-    """
-    The shape that the mask heads are built for.
-
-    Args:
-        input_shape: channels and size of the pooled mask features.
-        prior: which enriches them; None = nothing does.
-
-    Returns:
-        ``input_shape``, with the channels that the prior returns if it says so.
-    """
-    channels = getattr(prior, "out_channels", input_shape.channels)
-    return ShapeSpec(channels=channels, height=input_shape.height, width=input_shape.width)
 
 
 def build_own_pooler(
