@@ -1,7 +1,7 @@
 """Mask GrabCut: the mask of an object from its box and the colours of the image, without training.
 
-No code of it was published. What follows is a reading: the sizes, the margin, and what happens
-where GrabCut finds nothing are ours.
+No code of it was published. This is a reading: the sizes, the margin, and the answer where GrabCut
+finds nothing are ours.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_SIDE = 256
 _MIN_BOX_SIDE = 8
 # Of corners in float32, which make a side of 8 one of 7.99999.
 _TOLERANCE = 1e-3
-# What of the background is seen beside the box, on each side: a share of the box, in pixels.
+# Background beside the box, on each side: a share of the box, and in pixels.
 _MARGIN, _MIN_MARGIN = 0.2, 5
 
 
@@ -58,7 +58,8 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
         raise ValueError(f"GrabCut needs a box x0, y0, x1, y1 of finite numbers, got {box}.")
     mask = np.zeros(image.shape[:2], dtype=bool)
     box = np.clip(box, 0, np.array(image.shape[1::-1] * 2))
-    x0, y0, x1, y1 = _whole_pixels(box)
+    # Every pixel that the box touches.
+    x0, y0, x1, y1 = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
     if x0 >= x1 or y0 >= y1:
         return mask
     inside = mask[y0:y1, x0:x1]
@@ -68,11 +69,6 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
         found = _find_inside(image, (x0, y0, x1, y1))
     inside[:] = True if found is None or not found.any() else found
     return mask
-
-
-def _whole_pixels(box: np.ndarray) -> list[int]:
-    # Every pixel that the box touches.
-    return np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
 
 
 def _find_inside(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray | None:

@@ -283,7 +283,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
         rois, _ = select_foreground_proposals(candidates, self.num_classes)
-        # What would add nothing to the loss need not be computed.
+        # ROIs that add nothing to the loss need not be computed.
         if self._uses_rois_without_mask():
             return rois
         return [select_rois(x, self._is_supervised(x)) for x in rois]

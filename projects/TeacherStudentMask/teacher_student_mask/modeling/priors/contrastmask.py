@@ -83,7 +83,7 @@ class TwoBranchBoxHead(nn.Module):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """What each of the predictor's linear layers sees, after pooling over h and w."""
+        """The input of each of the predictor's linear layers: C, after pooling over h and w."""
         return self.class_branch.output_shape
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,10 @@
 """
 A reconstruction of CPMask's prior from the abstract of its publication.
 
-The code of CPMask was never released. What follows is one way to build what the abstract names:
+The code of CPMask was never released. This is one way to build the parts that the abstract names:
 supervised instance boundaries (commonality of shape) and pairwise affinities of pixels (commonality
 of appearance). Widths, losses and weights are ours; no parity with CPMask is claimed, and results
-of it are no results of CPMask.
+of it are not results of CPMask.
 """
 
 from __future__ import annotations

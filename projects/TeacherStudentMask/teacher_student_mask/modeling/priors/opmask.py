@@ -67,11 +67,11 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """What the predictor's linear layers see: the channels, after pooling over h and w."""
+        """The input of the predictor's linear layers: C, after pooling over h and w."""
         return ShapeSpec(channels=super().output_shape.channels)
 
     def class_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """What the class scores are pooled from, (R, C, h, w): here the output."""
+        """The maps that the class scores are pooled from, (R, C, h, w): here the output."""
         return self(x)
 
 
