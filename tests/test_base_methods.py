@@ -582,20 +582,6 @@ def test_test_time_augmentation(tiny_cfg, tiny_coco, method):
     assert plain["instances"].has("pred_masks")
 
 
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["MODEL.ROI_MASK_PRIOR.NAME", "ClassActivationPrior"], "FeatureMapBoxHead"),
-        (["MODEL.BOX_SUPERVISION.NAME", "boxinstt"], "boxinstt"),
-        ([*BOXINST, "MODEL.BOX_SUPERVISION.MASK_LOSS", "focal"], "focal.*bce.*dice"),
-        (["MODEL.ROI_MASK_PRIOR.NAME", "NoSuchPrior"], "NoSuchPrior"),
-    ],
-)
-def test_wrong_settings_are_named_when_the_model_is_built(tiny_cfg, opts, message):
-    with pytest.raises((ValueError, KeyError), match=message):
-        build(tiny_cfg(opts=[*AGNOSTIC, *opts]))
-
-
 # R-101 differs from R-50 in the depth alone, and nonvoc2voc from voc2nonvoc in the classes; see
 # test_config.py.
 LEAVES = sorted((REPOSITORY / "configs/voc2nonvoc").glob("*R_50*.yaml"))

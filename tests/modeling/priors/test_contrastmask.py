@@ -1,6 +1,5 @@
 """ContrastMask's sets, loss and prior against loops in numpy; where its gradients go."""
 
-import copy
 import dataclasses
 import math
 
@@ -9,31 +8,15 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from roi_heads_factory import CHANNELS as HEAD_CHANNELS
-from roi_heads_factory import (
-    MIXED,
-    NUM_CLASSES,
-    STRIDE,
-    make_features,
-    make_heads,
-    make_images,
-    plain_proposals,
-    targets_of,
-)
 from torch import nn
 from torch.nn import functional as F
 
-from teacher_student_mask import (
-    PartiallySupervisedROIHeads,
-    TeacherStudentROIHeads,
-    add_teacher_student_mask_config,
-)
+from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.modeling.priors import ROIContext, build_mask_prior
 from teacher_student_mask.modeling.priors.contrastmask import (
     ContrastivePrior,
@@ -47,11 +30,6 @@ from teacher_student_mask.modeling.priors.contrastmask import (
     sets_of_cams,
     sets_of_masks,
     similarity,
-)
-from teacher_student_mask.modeling.priors.opmask import (
-    PooledFastRCNNOutputLayers,
-    class_activation_maps,
-    normalize_per_roi,
 )
 
 ROI_SHAPE = ShapeSpec(channels=8, height=7, width=7)
@@ -493,95 +471,3 @@ def test_prior_is_built_from_the_config():
         wrong.MODEL.ROI_MASK_PRIOR.CONTRAST[key] = value
         with pytest.raises(ValueError, match=message):
             build_mask_prior(wrong, shape, shapes)
-
-
-def make_contrast_heads(
-    heads_class=PartiallySupervisedROIHeads, box_head=TwoBranchBoxHead, **kwargs
-):
-    """Small ROI heads with ContrastMask's prior; all pixels are keys: its loss is not random."""
-    num_channels = 1 if heads_class is PartiallySupervisedROIHeads else NUM_CLASSES
-    heads = make_heads(heads_class, num_channels=num_channels, **kwargs)
-    shape = ShapeSpec(channels=HEAD_CHANNELS, height=4, width=4)
-    heads.box_head = box_head(shape, conv_widths=[8, 5])
-    transform = Box2BoxTransform((10, 10, 5, 5))
-    heads.box_predictor = PooledFastRCNNOutputLayers(
-        heads.box_head.output_shape, box2box_transform=transform, num_classes=NUM_CLASSES
-    )
-    # Opinions, and a head whose output depends on its ROI.
-    nn.init.normal_(heads.box_predictor.cls_score.weight)
-    pooler = ROIPooler(FINE, (1 / STRIDE,), 0, "ROIAlignV2")
-    heads.mask_prior = ContrastivePrior(
-        in_channels=HEAD_CHANNELS,
-        out_channels=HEAD_CHANNELS,
-        pooler=pooler,
-        num_conv=2,
-        conv_dim=5,
-        key_share=1.0,
-    )
-    return heads.train()
-
-
-def heads_step(heads, batch=MIXED):
-    """Losses of a step with sampling, the sampled proposals, and the prior's context."""
-    contexts = []
-    hook = heads.mask_prior.register_forward_pre_hook(lambda m, args: contexts.append(args[1]))
-    n = len(batch)
-    torch.manual_seed(4)
-    with EventStorage():
-        inputs = make_images(n), make_features(n), plain_proposals(n), targets_of(batch)
-        proposals, losses = heads(*inputs)
-    hook.remove()
-    (context,) = contexts
-    return losses, proposals, context
-
-
-@pytest.mark.parametrize("heads_class", [PartiallySupervisedROIHeads, TeacherStudentROIHeads])
-@pytest.mark.parametrize("on_gt_boxes", [False, True])
-def test_heads_give_the_loss_the_sampled_proposals_and_their_maps(heads_class, on_gt_boxes):
-    heads = make_contrast_heads(heads_class, train_on_gt_boxes=on_gt_boxes)
-    prior = heads.mask_prior
-    rows = {name: [] for name in ("class_branch", "box_branch", "encoder", "projector")}
-    for name, module in (
-        # For own boxes the class branch alone.
-        ("class_branch", heads.box_head.class_branch),
-        ("box_branch", heads.box_head.box_branch),
-        ("encoder", prior.encoder),
-        ("projector", prior.projector),
-    ):
-        module.register_forward_hook(lambda m, i, out, calls=rows[name]: calls.append(len(out)))
-    losses, proposals, context = heads_step(heads)
-    calls = copy.deepcopy(rows)
-    labels = torch.cat([x.gt_classes for x in proposals])
-    foreground = [x[x.gt_classes < NUM_CLASSES] for x in proposals]
-    boxes = [x.proposal_boxes for x in foreground]
-    num_sampled, num_foreground = len(labels), sum(map(len, foreground))
-    has_mask = torch.cat([x.gt_has_mask for x in foreground])
-    assert num_sampled > num_foreground and has_mask.any() and not has_mask.all()
-
-    # The loss, from the parts.
-    features = [make_features(2)["p2"]]
-    maps, _ = heads.box_head(heads.box_pooler(features, boxes))
-    classifier = heads.box_predictor.cls_score
-    labels = torch.cat([x.gt_classes for x in foreground])
-    cam = class_activation_maps(maps, classifier.weight, labels)
-    cam = normalize_per_roi(F.interpolate(cam, (FINE, FINE), mode="bilinear"))[:, 0]
-    masks = [x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, FINE) for x in foreground]
-    sets = sets_of_masks(torch.cat(masks)).where(has_mask, sets_of_cams(cam))
-    projections = prior.projector(prior.encoder(prior.pooler(features, boxes)))
-    expected = contrastive_loss(projections, sets, 1.0) * 0.1 / 4
-    assert expected > 0 and losses["loss_mask_contrast"].item() == pytest.approx(
-        expected.item(), rel=1e-4
-    )
-    # The mask heads have their own ROIs, the student all objects; those are not computed twice.
-    own = [x.proposal_boxes.tensor.tolist() for x in context.instances]
-    is_baseline = heads_class is PartiallySupervisedROIHeads
-    if on_gt_boxes:
-        assert own == [[b for b, m in zip(*x[::2]) if m or not is_baseline] for x in MIXED]
-        num_own = sum(map(len, own))
-        assert calls["class_branch"] == [num_sampled, num_own]
-        # Boxes of objects are among the sampled ones here.
-        assert calls["encoder"] == [num_foreground]
-    else:
-        assert sum(map(len, own)) == (int(has_mask.sum()) if is_baseline else num_foreground)
-        assert calls["class_branch"] == [num_sampled] and calls["encoder"] == [num_foreground]
-    assert calls["projector"] == [num_foreground] and calls["box_branch"] == [num_sampled]
