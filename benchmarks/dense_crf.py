@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from teacher_student_mask.data.shapes import generate_shapes
 from teacher_student_mask.modeling import DenseCRF
-from teacher_student_mask.modeling.roi_pixels import crop_pixels
+from teacher_student_mask.modeling.mask_targets import crop_pixels
 
 # Boxes with a side under a pixel have no crop.
 MIN_BOX_SIDE = 1.0

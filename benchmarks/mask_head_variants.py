@@ -37,8 +37,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from teacher_student_mask.modeling.label_channel import predict_label_channel
-from teacher_student_mask.modeling.mask_head import build_teacher_mask_head
+from teacher_student_mask.modeling.mask_heads import build_teacher_mask_head
+from teacher_student_mask.modeling.mask_targets import select_label_channel
 
 BASELINE = "default"
 VARIANTS = (BASELINE, "channels_last", "autocast", "both", "compiled", "recompute")
@@ -97,13 +97,17 @@ def call(function: Callable, *args) -> torch.Tensor:
     return function(*args)
 
 
+def student_logits(head: nn.Module, features, labels) -> torch.Tensor:
+    return select_label_channel(head.layers(features), labels)
+
+
 def training_step(
     heads: nn.ModuleDict, features, labels, targets, run: Callable = call
 ) -> torch.Tensor:
     """Both heads forward and backward; returns the student's probabilities."""
     features = features.detach().requires_grad_()
     teacher = run(heads["teacher"].layers, features)[:, 0]
-    student = run(predict_label_channel, heads["student"], features, labels)
+    student = run(student_logits, heads["student"], features, labels)
     loss = sum(F.binary_cross_entropy_with_logits(x.float(), targets) for x in (teacher, student))
     loss.backward()
     heads.zero_grad(set_to_none=True)
@@ -113,7 +117,7 @@ def training_step(
 @torch.no_grad()
 def inference(heads: nn.ModuleDict, features, labels, targets) -> torch.Tensor:
     """The student's probabilities."""
-    return predict_label_channel(heads["student"], features, labels).float().sigmoid()
+    return student_logits(heads["student"], features, labels).float().sigmoid()
 
 
 def make_program(

@@ -16,7 +16,7 @@ import functools
 import torch
 from paired import print_ratios, time_in_turns
 
-from teacher_student_mask.modeling.pseudo_mask import generate_pseudo_masks
+from teacher_student_mask.modeling.pseudo_masks import generate_pseudo_masks
 
 BASELINE = "threshold"
 METHODS = (BASELINE, "interact", "none", "box_fit")

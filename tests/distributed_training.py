@@ -19,14 +19,13 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import SimpleTrainer, create_ddp_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from roi_heads_factory import SIZE, make_proposals, make_targets, polygon_of
+from roi_heads_factory import SIZE, add_model_masks, make_proposals, make_targets
 from test_base_methods import AGNOSTIC, OURS, WITH_EXTERNAL_MASKS
 from tiny_model import TINY_MODEL
 
 from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.structures import SparseMasks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_STEPS = 10
@@ -157,14 +156,8 @@ def make_input(kind: str, seed: int = 0, with_external: bool = False) -> dict:
 
 
 def _add_external_mask(targets: Instances) -> None:
-    without = (~targets.gt_has_mask).nonzero()[:1, 0]
-    rows = torch.full((len(targets),), -1)
-    rows[without] = 0
-    targets.gt_has_external_mask = rows >= 0
-    if len(without) > 0:
-        box = targets.gt_boxes.tensor[without[0]].tolist()
-        masks = PolygonMasks([polygon_of(box, corner=True)])
-        targets.gt_external_masks = SparseMasks(masks, rows)
+    rows = (~targets.gt_has_mask).nonzero()[:1, 0].tolist()
+    add_model_masks([targets], {0: rows})
 
 
 def train(

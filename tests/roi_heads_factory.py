@@ -1,4 +1,4 @@
-"""Very small ROI heads and inputs, built without a config."""
+"""Very small ROI heads and inputs, built without a config, and what a prior gets of them."""
 
 import numpy as np
 import torch
@@ -6,12 +6,18 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    select_foreground_proposals,
+)
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 
 from teacher_student_mask import ImageMask, TeacherStudentROIHeads
 from teacher_student_mask.modeling import MaskRCNNConvMultiUpsampleHead
-from teacher_student_mask.modeling.pseudo_mask import PseudoMaskGenerator
+from teacher_student_mask.modeling.priors import ROIContext
+from teacher_student_mask.modeling.pseudo_masks import PseudoMaskGenerator
 
 NUM_CLASSES, CHANNELS, SIZE, STRIDE = 3, 6, 64, 4
 
@@ -147,3 +153,79 @@ HALF_EMPTY = [([], [], []), ([[8, 10, 40, 30]], [1], [False])]
 
 def targets_of(batch, bitmask=False):
     return [make_targets(*image, bitmask=bitmask) for image in batch]
+
+
+# Of two images: a human mask, a model's, none; none, a model's.
+WITH_MODEL_MASKS = [
+    ([[4, 4, 30, 30], [20, 20, 50, 56], [6, 30, 34, 60]], [0, 2, 1], [True, False, False]),
+    ([[8, 10, 40, 30], [30, 8, 60, 44]], [1, 0], [False, False]),
+]
+
+
+def triangle(box):
+    """The upper left half of a box."""
+    return polygon_of(box, corner=True)
+
+
+def add_model_masks(targets, rows_of_images=None, shape=triangle):
+    """Give objects of images, by default of WITH_MODEL_MASKS, a model's mask as the mapper does."""
+    rows_of_images = {0: [1], 1: [1]} if rows_of_images is None else rows_of_images
+    for number, x in enumerate(targets):
+        rows = rows_of_images.get(number, [])
+        x.gt_has_model_mask = torch.zeros(len(x), dtype=torch.bool)
+        x.gt_has_model_mask[rows] = True
+        for row in rows:
+            polygons = shape(x.gt_boxes.tensor[row].tolist())
+            if isinstance(x.gt_masks, PolygonMasks):
+                x.gt_masks.polygons[row] = polygons
+            else:
+                masks = PolygonMasks([polygons])
+                x.gt_masks.tensor[row] = BitMasks.from_polygon_masks(masks, SIZE, SIZE).tensor[0]
+    return targets
+
+
+def mask_losses(heads, targets, features=None, iteration=0):
+    """Losses of the mask branch on the foreground proposals of targets, and what was logged."""
+    heads.train()
+    features = features or make_features(len(targets))
+    proposals = make_proposals(targets)
+    torch.manual_seed(0)
+    with EventStorage(iteration) as storage:
+        rois = heads._select_training_rois(proposals)
+        losses = heads.compute_mask_losses(features, rois, proposals)
+        return losses, {k: v[0] for k, v in storage.latest().items()}
+
+
+def whole_step(heads, targets, iteration=0, features=None):
+    """Losses of a whole step, with sampling."""
+    n = len(targets)
+    with EventStorage(iteration):
+        features = features or make_features(n)
+        return heads.train()(make_images(n), features, plain_proposals(n), targets)[1]
+
+
+def make_context(batch, num_background=1):
+    """A prior's context; ``sampled`` has background before the foreground ROIs of each image."""
+    sampled = []
+    for rois in make_proposals(targets_of(batch)):
+        # As Detectron2's sampler: background carries the other fields of any object.
+        rows = torch.cat([torch.arange(len(rois))[:num_background], torch.arange(len(rois))])
+        mixed = rois[rows]
+        background = len(mixed) - len(rois) if len(rois) else num_background
+        if not len(rois):
+            mixed = Instances(rois.image_size)
+            mixed.proposal_boxes = Boxes(torch.zeros(background, 4))
+            mixed.gt_classes = torch.zeros(background, dtype=torch.int64)
+        boxes = torch.tensor([[40.0, 2, 62, 20]]).expand(background, 4)
+        mixed.proposal_boxes.tensor[:background] = boxes
+        mixed.gt_classes[:background] = NUM_CLASSES
+        sampled.append(mixed)
+    instances, _ = select_foreground_proposals(sampled, NUM_CLASSES)
+    return ROIContext(instances, [make_features(len(batch))["p2"]], sampled=sampled)
+
+
+def mask_features_of(context, side):
+    """Random pooled mask features of a context's ROIs, (R, CHANNELS, side, side)."""
+    torch.manual_seed(1)
+    num_rois = sum(len(x) for x in context.instances)
+    return torch.randn(num_rois, CHANNELS, side, side, requires_grad=True)

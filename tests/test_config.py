@@ -18,7 +18,7 @@ from teacher_student_mask import (
     add_teacher_student_mask_config,
 )
 from teacher_student_mask.data.shapes import SHAPES_CLASSES, SHAPES_SEEN_CLASSES
-from teacher_student_mask.modeling.dense_crf import DenseCRF
+from teacher_student_mask.modeling import DenseCRF
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path(teacher_student_mask.config.__file__).parent

@@ -28,7 +28,7 @@ from inference.setup import (
     make_predictor,
     setup_cfg,
 )
-from teacher_student_mask.modeling.priors import cam_of
+from teacher_student_mask.modeling.priors import normalized_activation_maps
 
 logger = logging.getLogger("teacher_student_mask")
 
@@ -100,7 +100,13 @@ class ClassActivation:
         (instances,) = context.instances
         # The mask head adds to the instances; the boxes are scaled to the image in place.
         boxes = instances.pred_boxes.tensor.clone()
-        self._calls.append((instances, boxes, cam_of([instances], context.kept)))
+        self._calls.append(
+            (
+                instances,
+                boxes,
+                normalized_activation_maps([instances], context.class_maps, context.classifier),
+            )
+        )
 
     def __call__(self, image: np.ndarray) -> tuple[Instances, np.ndarray]:
         """

@@ -124,7 +124,7 @@ def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, mask_for
     assert image == before
     expected = [not is_on, True, not is_on, True, True, False, False, False]
     assert instances.gt_has_mask.tolist() == expected
-    assert instances.gt_has_external_mask.tolist() == [i == 5 for i in range(8)]
+    assert instances.gt_has_model_mask.tolist() == [i == 5 for i in range(8)]
 
 
 def test_the_config_has_rectangle_as_box_only():

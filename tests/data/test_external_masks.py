@@ -65,20 +65,12 @@ def map_image(tmp_path):
     return map_
 
 
-def external_bits(instances):
-    """The external mask of each object as a bool array; None where there is none."""
-    if not instances.has("gt_external_masks"):
-        return [None] * len(instances)
-    sparse = instances.gt_external_masks
-    bits = []
-    for row in sparse.rows.tolist():
-        if row < 0:
-            bits.append(None)
-        elif isinstance(sparse.masks, BitMasks):
-            bits.append(sparse.masks.tensor[row].numpy())
-        else:
-            bits.append(polygons_to_bitmask(sparse.masks.polygons[row], *instances.image_size))
-    return bits
+def bits_of(instances):
+    """``gt_masks`` as bool arrays."""
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+    return masks.tensor.numpy()
 
 
 def one_of_each(kind="polygon", human="polygon"):
@@ -96,48 +88,40 @@ def one_of_each(kind="polygon", human="polygon"):
 def test_a_models_mask_is_beside_the_human_ones(map_image, kind, mask_format):
     instances = map_image(one_of_each(kind), mask_format=mask_format)
     assert instances.gt_has_mask.tolist() == [True, False, False, False, False]
-    assert instances.gt_has_external_mask.tolist() == [False, True, True, False, False]
-    bits = external_bits(instances)
-    for row in (1, 2):
-        np.testing.assert_array_equal(bits[row], draw(L_SHAPE))
-    assert [x is None for x in bits] == [True, False, False, True, True]
+    assert instances.gt_has_model_mask.tolist() == [False, True, True, False, False]
+    bits = bits_of(instances)
+    for row, polygon in enumerate((BAR, L_SHAPE, L_SHAPE, BAR, [1, 1, 5, 1, 5, 5, 1, 5])):
+        np.testing.assert_array_equal(bits[row], draw(polygon))
     # No pixel of it is in what others read.
     np.testing.assert_array_equal(instances.gt_exclusion_masks.tensor.numpy(), draw(BAR))
-    masks = instances.gt_masks
-    if isinstance(masks, PolygonMasks):
-        masks = BitMasks.from_polygon_masks(masks, HEIGHT, WIDTH)
-    box = draw([2, 2, 8, 2, 8, 9, 2, 9])
-    for row in (1, 2):
-        np.testing.assert_array_equal(masks.tensor[row].numpy(), box)
+    assert isinstance(instances.gt_masks, BitMasks) == ("rle" == kind or mask_format == "bitmask")
 
 
-@KINDS
 @FORMATS
-@pytest.mark.parametrize("human", ["polygon", "rle"])
-def test_all_other_fields_are_the_same_without_it(map_image, kind, mask_format, human):
+@pytest.mark.parametrize("kind", ["polygon", "rle"])
+def test_all_other_rows_are_the_same_without_it(map_image, kind, mask_format):
     augmentations = [
         T.CropTransform(3, 1, 11, 9),
         T.HFlipTransform(11),
         T.RotationTransform(9, 11, 8),
     ]
-    # An RLE of a model must not turn human polygons into bitmasks, which are cropped otherwise.
-    with_masks = one_of_each(kind, human)
+    # An RLE of a model makes bitmasks of the human polygons of its image, too.
+    with_masks = one_of_each(kind, kind)
     without = [
         {**x, "segmentation": None} if x.get("mask_source") == "model" else x for x in with_masks
     ]
     options = {"mask_format": mask_format, "recompute_boxes": True}
     results = [map_image(x, augmentations, **options) for x in (with_masks, without)]
-    first, second = (x.get_fields() for x in results)
-    assert first.pop("gt_has_external_mask").any() and first.pop("gt_external_masks") is not None
-    assert not second.pop("gt_has_external_mask").any()
+    is_model = results[0].gt_has_model_mask
+    assert is_model.any() and not results[1].gt_has_model_mask.any()
+    first, second = (x[~is_model].get_fields() for x in results)
     assert first.keys() == second.keys()
     assert_same_fields(first, second)
+    boxes = [x.gt_boxes.tensor for x in results]
+    assert torch.equal(*boxes)
     # And "ignore" is a json without it.
     ignoring = map_image(with_masks, augmentations, use_external_masks=False, **options)
-    fields = ignoring.get_fields()
-    assert not fields.pop("gt_has_external_mask").any()
-    assert fields.keys() == second.keys()
-    assert_same_fields(fields, second)
+    assert_same_fields(ignoring.get_fields(), results[1].get_fields())
 
 
 def assert_same_fields(first, second):
@@ -160,11 +144,11 @@ def test_flip_and_crop_move_it(map_image, kind, mask_format):
     instances = map_image(one_of_each(kind), augmentations, mask_format)
     expected = draw(L_SHAPE)[:, ::-1][1:11, 7:15]
     assert instances.image_size == (10, 8)
-    bits = external_bits(instances)
-    for row, has_mask in enumerate(instances.gt_has_external_mask.tolist()):
+    bits = bits_of(instances)
+    for row, has_mask in enumerate(instances.gt_has_model_mask.tolist()):
         if has_mask:
             np.testing.assert_array_equal(bits[row], expected)
-    assert instances.gt_has_external_mask.sum() == 2
+    assert instances.gt_has_model_mask.sum() == 2
 
 
 @KINDS
@@ -174,7 +158,7 @@ def test_where_a_crop_leaves_nothing_of_it_the_object_stays_with_its_box(map_ima
     objects = one_of_each(kind)[1:3]
     instances = map_image(objects, crop, recompute_boxes=True)
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 3, 4]] * 2
-    assert not instances.gt_has_external_mask.any() and not instances.has("gt_external_masks")
+    assert not instances.gt_has_model_mask.any()
     human = [{**objects[0], "mask_source": "human"}]
     assert len(map_image(human, crop)) == 0
 
@@ -196,14 +180,14 @@ def test_a_mask_without_a_pixel_is_none(map_image, caplog):
     outside = [[20.0, 2, 30, 2, 30, 9]]
     for mask in (empty, outside):
         instances = map_image([annotation(UNSEEN, (2, 2, 8, 9), mask, mask_source="model")])
-        assert len(instances) == 1 and not instances.gt_has_external_mask.any()
+        assert len(instances) == 1 and not instances.gt_has_model_mask.any()
         assert "covers nothing of the image" in caplog.text
 
 
 def test_images_without_objects_have_the_field(map_image):
     instances = map_image([])
-    assert instances.gt_has_external_mask.shape == (0,)
-    assert instances.gt_has_external_mask.dtype == torch.bool
+    assert instances.gt_has_model_mask.shape == (0,)
+    assert instances.gt_has_model_mask.dtype == torch.bool
 
 
 @pytest.mark.parametrize("source", ["sam", "Model", None, 1, ["model"]])
@@ -260,6 +244,6 @@ def test_the_config_says_whether_they_are_used(tiny_cfg, make_tiny_coco, opts, i
     dataset = make_tiny_coco(mark(17))
     mapper = TeacherStudentDatasetMapper(tiny_cfg(opts=opts, dataset=dataset), True)
     examples = [mapper(x)["instances"] for x in DatasetCatalog.get(dataset.name)]
-    num_masks = sum(int(x.gt_has_external_mask.sum()) for x in examples)
+    num_masks = sum(int(x.gt_has_model_mask.sum()) for x in examples)
     assert num_masks == (3 if is_used else 0)
     assert all(x.gt_has_mask[x.gt_classes == 1].sum() == 0 for x in examples)

@@ -19,7 +19,7 @@ from test_base_methods import WITH_EXTERNAL_MASKS, has_mask_head, has_teacher
 from torch import nn
 
 import train_net
-from teacher_student_mask.modeling.mask_head import has_batch_norm
+from teacher_student_mask.modeling.mask_heads import has_batch_norm
 
 CASES = [(size, method) for size, methods in METHODS_OF_RANKS.items() for method in methods]
 LOSSES = {

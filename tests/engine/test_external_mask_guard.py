@@ -11,17 +11,14 @@ from detectron2.structures import Boxes, Instances, PolygonMasks, polygons_to_bi
 from teacher_student_mask import ImageMask, TeacherStudentDatasetMapper
 from teacher_student_mask.engine import UnseenMaskGuard
 from teacher_student_mask.engine.unseen_mask_guard import find_unseen_masks
-from teacher_student_mask.structures import SparseMasks
 
 UNSEEN = 1  # contiguous id of the tiny dataset's class "cat"
 SEEN = {0, 2}
 SIZE = (60, 60)
 L_SHAPE = [[10, 10, 50, 10, 50, 20, 20, 20, 20, 50, 10, 50]]
-TWO_PARTS = [[10, 10, 25, 10, 25, 50, 10, 50], [35, 10, 50, 10, 50, 50, 35, 50]]
-BOX = [[10, 10, 50, 10, 50, 50, 10, 50]]
 NOT_OF_MODEL = (
     UNSEEN,
-    "gt_has_external_mask is True, but the training data have no mask of a model for it",
+    "gt_has_model_mask is True, but the training data have no mask of a model for it",
 )
 
 
@@ -34,11 +31,10 @@ def external(num=1, class_id=UNSEEN):
     instances = Instances(SIZE)
     instances.gt_boxes = Boxes([[10, 10, 50, 50]] * num)
     instances.gt_classes = torch.tensor([class_id] * num)
-    instances.gt_masks = PolygonMasks(masks_of(BOX).polygons * num)
+    instances.gt_masks = PolygonMasks(masks_of(L_SHAPE).polygons * num)
     instances.gt_has_mask = torch.zeros(num, dtype=torch.bool)
     instances.gt_exclusion_masks = ImageMask(torch.zeros(SIZE), num)
-    instances.gt_has_external_mask = torch.ones(num, dtype=torch.bool)
-    instances.gt_external_masks = SparseMasks(masks_of(L_SHAPE), torch.zeros(num))
+    instances.gt_has_model_mask = torch.ones(num, dtype=torch.bool)
     return instances
 
 
@@ -50,18 +46,6 @@ def test_what_the_data_call_a_models_mask_passes_and_no_more():
     assert find_unseen_masks(external(2), SEEN, {UNSEEN: 2}) == []
     # Of seen classes no mask is secret.
     assert find_unseen_masks(external(class_id=0), SEEN) == []
-
-
-def test_human_masks_are_found_wherever_they_are_beside_it():
-    allowed = {UNSEEN: 1}
-    for polygons in (L_SHAPE, TWO_PARTS):
-        instances = external()
-        instances.gt_masks = masks_of(polygons)
-        ((_, reason),) = find_unseen_masks(instances, SEEN, allowed)
-        assert reason == "gt_masks is not its box, though gt_has_mask is False"
-    instances = external()
-    instances.gt_has_mask = torch.tensor([True])
-    assert find_unseen_masks(instances, SEEN, allowed) == [(UNSEEN, "gt_has_mask is True")]
 
 
 def test_a_models_mask_among_the_exclusion_masks_is_found():
@@ -99,7 +83,7 @@ def test_our_mapper_passes_and_one_that_marks_human_masks_stops(tiny_cfg, make_t
     mapper = TeacherStudentDatasetMapper(cfg, True)
     images = DatasetCatalog.get(dataset.name)
     examples = [mapper(copy.deepcopy(x)) for x in images]
-    assert sum(int(x["instances"].gt_has_external_mask.sum()) for x in examples) == 2
+    assert sum(int(x["instances"].gt_has_model_mask.sum()) for x in examples) == 2
     guard = guard_of(cfg)
     guard._look_at(examples)
     assert guard.num_masks == 0 and guard.num_objects == 3

@@ -1,26 +1,26 @@
-"""Losses on boxes against loops over cells, values worked out by hand and numerical gradients."""
+"""BoxInst's losses against loops; Lab colours against published values and scikit-image."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_student_mask.modeling.box_supervision import (
     BoxSupervision,
     color_similarity,
-    dice_loss,
-    masked_dice_loss,
+    crop_lab,
     pairwise_loss,
     projection_loss,
+    rgb_to_lab,
 )
+from teacher_student_mask.modeling.mask_targets import masked_dice_loss
 
 # Row by row, without the centre.
 STEPS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
-
 small_grids = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32 - 1))
 
 
@@ -84,54 +84,6 @@ def pairwise_by_hand(logits, similarity, box_masks, threshold, dilation, is_smal
     return total / max(count, 1)
 
 
-def test_dice_by_hand():
-    probs = torch.tensor([[0.5, 1.0], [1.0, 0.0]])
-    targets = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    # 1 - 2 / (1.25 + 1) = 1/9; disjoint: 1.
-    torch.testing.assert_close(
-        dice_loss(probs, targets), torch.tensor([1 / 9, 1.0]), atol=1e-5, rtol=0
-    )
-
-
-def test_dice_of_next_to_nothing():
-    # The constant in the denominator counts: 1 - 2e-4 / (2e-4 + 1e-5).
-    nearly_empty = torch.tensor([[0.01, 0.0]])
-    assert dice_loss(nearly_empty, nearly_empty).item() == pytest.approx(1 / 21, rel=1e-4)
-
-
-def test_dice_is_over_all_dimensions_but_the_first():
-    probs, targets = torch.rand(3, 4, 5), torch.rand(3, 4, 5)
-    expected = [
-        dice_by_hand(a.flatten().tolist(), b.flatten().tolist()) for a, b in zip(probs, targets)
-    ]
-    np.testing.assert_allclose(dice_loss(probs, targets), expected, atol=1e-6)
-
-
-def test_dice_of_an_empty_target_is_one_without_gradient():
-    probs = torch.rand(1, 9, requires_grad=True)
-    loss = dice_loss(probs, torch.zeros(1, 9))
-    loss.sum().backward()
-    assert loss.tolist() == [1] and not probs.grad.any()
-
-
-def test_masked_dice_is_the_mean_of_the_supervised_rois():
-    logits = torch.tensor([[[0.0, 50.0]], [[3.0, -2.0]], [[50.0, 50.0]]], requires_grad=True)
-    targets = torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]])
-    loss = masked_dice_loss(logits, targets, torch.tensor([True, False, True]))
-    assert loss.item() == pytest.approx((1 / 9 + 0) / 2, abs=1e-5)
-    loss.backward()
-    assert logits.grad[0].any() and not logits.grad[1].any()
-
-
-@pytest.mark.parametrize("num_rois", [0, 3])
-def test_masked_dice_without_supervised_rois_is_zero_and_attached(num_rois):
-    logits = torch.randn(num_rois, 2, 2, requires_grad=True)
-    loss = masked_dice_loss(logits, torch.zeros(num_rois, 2, 2), torch.zeros(num_rois).bool())
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad is not None and not logits.grad.any()
-
-
 @given(small_grids)
 @settings(max_examples=40, deadline=None)
 def test_projection_is_that_of_a_loop(grid):
@@ -158,24 +110,6 @@ def test_projection_of_the_box_itself_is_zero(box):
     assert projection_loss(-logits, box_masks).item() > 0.5
 
 
-def test_projection_sees_a_row_that_is_missing():
-    box_masks = rectangle(4, 0, 4, 0, 4)
-    logits = torch.full((1, 4, 4), 50.0)
-    logits[:, 0] = -50
-    # Rows: 1 - 2 * 3 / (3 + 4); columns all there.
-    assert projection_loss(logits, box_masks).item() == pytest.approx(1 / 7, abs=1e-5)
-
-
-def test_projection_of_a_box_without_a_cell_is_a_constant():
-    logits = torch.randn(2, 4, 4, requires_grad=True)
-    box_masks = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)]).bool()
-    loss = projection_loss(logits, box_masks)
-    alone = projection_loss(logits[1:], box_masks[1:])
-    assert loss.item() == pytest.approx((2 + alone.item()) / 2)
-    loss.backward()
-    assert not logits.grad[0].any() and logits.grad[1].any()
-
-
 @given(small_grids, st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_similarity_is_that_of_a_loop(grid, dilation):
@@ -183,28 +117,6 @@ def test_similarity_is_that_of_a_loop(grid, dilation):
     similarity = color_similarity(*tensors(lab, valid), dilation, *tensors(is_small))
     expected = similarity_by_hand(lab, valid, dilation, is_small)
     np.testing.assert_allclose(similarity, expected, atol=1e-9)
-
-
-def test_similarity_by_hand():
-    # Lab distance 2 to the right neighbour: exp(-1). Everything else lies outside the grid.
-    lab = torch.zeros(1, 3, 1, 2)
-    lab[0, :, 0, 1] = torch.tensor([2.0, 0.0, 0.0])
-    similarity = color_similarity(lab, torch.ones(1, 1, 2).bool(), dilation=1)
-    assert similarity[0, 4, 0].tolist() == pytest.approx([math.exp(-1), 0])
-    assert similarity[0, 3, 0].tolist() == pytest.approx([0, math.exp(-1)])
-    assert similarity.sum().item() == pytest.approx(2 * math.exp(-1))
-
-
-def test_similarity_to_an_invalid_neighbour_is_zero_but_not_from_an_invalid_cell():
-    valid = torch.tensor([[[True, False]]])
-    similarity = color_similarity(torch.zeros(1, 3, 1, 2), valid, dilation=1)
-    assert similarity[0, 4, 0].tolist() == [0, 0]
-    assert similarity[0, 3, 0].tolist() == [0, 1]
-
-
-def test_similarity_has_no_gradient():
-    lab = torch.rand(1, 3, 4, 4, requires_grad=True)
-    assert not color_similarity(lab, torch.ones(1, 4, 4).bool()).requires_grad
 
 
 @given(small_grids, st.integers(1, 3), st.sampled_from([0.1, 0.3, 1.0]))
@@ -218,44 +130,9 @@ def test_pairwise_is_that_of_a_loop(grid, dilation, threshold):
     assert loss.item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_pairwise_by_hand():
-    # Two cells of one colour, p = 3/4 and 1/2, the left one in the box: -log(3/8 + 1/8) once.
-    logits = torch.tensor([[[math.log(3), 0.0]]])
-    similarity = torch.zeros(1, 8, 1, 2)
-    similarity[0, 4, 0, 0] = similarity[0, 3, 0, 1] = 1
-    box_masks = torch.tensor([[[True, False]]])
-    loss = pairwise_loss(logits, similarity, box_masks, dilation=1)
-    assert loss.item() == pytest.approx(math.log(2))
-
-
-def test_the_threshold_is_inclusive():
-    logits = torch.tensor([[[50.0, -50.0]]])
-    similarity = torch.zeros(1, 8, 1, 2)
-    similarity[0, 4] = 0.5
-    similarity[0, 4, 0, 1] = 0
-    everywhere = torch.ones(1, 1, 2).bool()
-    assert pairwise_loss(logits, similarity, everywhere, 0.5, 1).item() == pytest.approx(50, abs=1)
-    assert pairwise_loss(logits, similarity, everywhere, 0.51, 1).item() == 0
-
-
 def one_color(num_rois, side, dilation=2):
     valid = torch.ones(num_rois, side, side, dtype=torch.bool)
     return color_similarity(torch.zeros(num_rois, 3, side, side), valid, dilation), valid
-
-
-@pytest.mark.parametrize("logit", [50.0, -50.0, 1e4, -1e4])
-def test_pairwise_is_zero_when_all_cells_agree(logit):
-    similarity, everywhere = one_color(2, 28)
-    logits = torch.full((2, 28, 28), logit)
-    assert pairwise_loss(logits, similarity, everywhere).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_pairwise_does_not_mind_which_label_it_is():
-    logits, lab, valid, box_masks, _ = tensors(*random_rois(3, 6, 0))
-    similarity = color_similarity(lab, valid)
-    loss = pairwise_loss(logits, similarity, box_masks)
-    assert loss > 0.1
-    torch.testing.assert_close(pairwise_loss(-logits, similarity, box_masks), loss)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([50.0, 1e3]))
@@ -291,159 +168,6 @@ def test_gradients_are_the_numerical_ones():
         assert torch.autograd.gradcheck(function, (logits,))
 
 
-def test_half_precision_logits_give_the_losses_of_single_precision():
-    logits, lab, valid, box_masks, is_small = tensors(*random_rois(3, 28, 0))
-    logits = logits.half()
-    similarity = color_similarity(lab, valid)
-    for function in (
-        lambda x: projection_loss(x, box_masks),
-        lambda x: pairwise_loss(x, similarity, box_masks),
-        lambda x: masked_dice_loss(x, box_masks, torch.ones(3).bool()),
-    ):
-        assert function(logits).dtype == torch.float32
-        torch.testing.assert_close(function(logits), function(logits.float()))
-
-
-def make_call(side=8, num_rois=2, roi_side=100.0, requires_grad=True):
-    """Arguments of BoxSupervision.forward but the iteration: one colour, all valid."""
-    torch.manual_seed(0)
-    return {
-        "logits": torch.randn(num_rois, side, side, requires_grad=requires_grad),
-        "box_masks": torch.ones(num_rois, side, side, dtype=torch.bool),
-        "roi_boxes": torch.tensor([[0.0, 0.0, roi_side, roi_side]]).repeat(num_rois, 1),
-        "roi_lab": torch.zeros(num_rois, 3, side, side),
-        "valid": torch.ones(num_rois, side, side, dtype=torch.bool),
-    }
-
-
-def test_the_two_losses_and_their_weights():
-    call = make_call()
-    losses = BoxSupervision(warmup_iters=0)(**call, iteration=0)
-    assert set(losses) == {"loss_mask_projection", "loss_mask_pairwise"}
-    similarity = color_similarity(call["roi_lab"], call["valid"], 2)
-    projection = projection_loss(call["logits"], call["box_masks"])
-    pairwise = pairwise_loss(call["logits"], similarity, call["box_masks"])
-    assert losses["loss_mask_projection"].item() == pytest.approx(projection.item())
-    assert losses["loss_mask_pairwise"].item() == pytest.approx(pairwise.item())
-    weighted = BoxSupervision(warmup_iters=0, projection_weight=3.0, pairwise_weight=0.5)
-    losses = weighted(**call, iteration=0)
-    assert losses["loss_mask_projection"].item() == pytest.approx(3 * projection.item())
-    assert losses["loss_mask_pairwise"].item() == pytest.approx(pairwise.item() / 2)
-
-
-@pytest.mark.parametrize(
-    "warmup_iters, iteration, factor",
-    [(100, 0, 0), (100, 25, 0.25), (100, 100, 1), (100, 999, 1), (0, 0, 1), (0, 7, 1)],
-)
-def test_warm_up_is_of_the_pairwise_loss_alone(warmup_iters, iteration, factor):
-    call = make_call()
-    full = BoxSupervision(warmup_iters=0)(**call, iteration=0)
-    losses = BoxSupervision(warmup_iters=warmup_iters)(**call, iteration=iteration)
-    assert losses["loss_mask_projection"].item() == full["loss_mask_projection"].item()
-    expected = factor * full["loss_mask_pairwise"].item()
-    assert losses["loss_mask_pairwise"].item() == pytest.approx(expected)
-    losses["loss_mask_pairwise"].backward()
-    assert call["logits"].grad.any() == (factor > 0)
-
-
-def test_defaults_are_boxinsts():
-    supervision = BoxSupervision()
-    assert (supervision.threshold, supervision.dilation, supervision.warmup_iters) == (
-        0.3,
-        2,
-        10000,
-    )
-    assert (supervision.projection_weight, supervision.pairwise_weight) == (1, 1)
-    assert supervision.bottom_rows == 10
-    assert not supervision.state_dict() and not list(supervision.parameters())
-
-
-@pytest.mark.parametrize(
-    "size, distance", [((56, 100), 2), ((55.9, 100), 1), ((100, 55.9), 1), ((20, 20), 1)]
-)
-def test_rois_with_a_short_side_below_56_pixels_have_near_neighbours(size, distance):
-    call = make_call(num_rois=3)
-    # Stripes 1 cell wide: neighbours at distance 2 in x have the same colour, at distance 1 not.
-    call["roi_lab"][:, :, :, ::2] = 100
-    call["roi_boxes"][1] = torch.tensor([7.0, 9.0, 7 + size[0], 9 + size[1]])
-    # Only the ROI in question counts.
-    call["box_masks"][0] = call["box_masks"][2] = False
-    loss = BoxSupervision(warmup_iters=0)(**call, iteration=0)["loss_mask_pairwise"]
-    arrays = [x.detach().double().numpy() for x in (call["logits"], call["roi_lab"])]
-    is_small = [False, distance == 1, False]
-    similarity = similarity_by_hand(arrays[1], call["valid"].numpy(), 2, is_small)
-    expected = pairwise_by_hand(arrays[0], similarity, call["box_masks"].numpy(), 0.3, 2, is_small)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_threshold_and_dilation_reach_the_pairwise_loss():
-    call = make_call()
-    torch.manual_seed(1)
-    call["roi_lab"] = torch.rand(2, 3, 8, 8)
-    for settings_ in ({"threshold": 0.8}, {"dilation": 3}):
-        loss = BoxSupervision(warmup_iters=0, **settings_)(**call, iteration=0)
-        dilation, threshold = settings_.get("dilation", 2), settings_.get("threshold", 0.3)
-        similarity = color_similarity(call["roi_lab"], call["valid"], dilation)
-        expected = pairwise_loss(call["logits"], similarity, call["box_masks"], threshold, dilation)
-        assert loss["loss_mask_pairwise"].item() == pytest.approx(expected.item())
-
-
-def test_without_rois_both_losses_are_zero_and_attached():
-    call = make_call(num_rois=0)
-    losses = BoxSupervision()(**call, iteration=5)
-    assert [loss.item() for loss in losses.values()] == [0, 0]
-    sum(losses.values()).backward()
-    assert call["logits"].grad is not None
-
-
-def test_a_roi_outside_the_valid_area_has_no_pairs():
-    call = make_call()
-    call["valid"][:] = False
-    loss = BoxSupervision(warmup_iters=0)(**call, iteration=0)["loss_mask_pairwise"]
-    loss.backward()
-    assert loss.item() == 0
-    assert not call["logits"].grad.any()
-
-
-def test_a_box_without_a_cell_has_no_pairs_and_no_gradient():
-    call = make_call()
-    call["box_masks"][:] = False
-    losses = BoxSupervision(warmup_iters=0)(**call, iteration=0)
-    assert losses["loss_mask_pairwise"].item() == 0
-    assert losses["loss_mask_projection"].item() == 2
-    sum(losses.values()).backward()
-    assert not call["logits"].grad.any()
-
-
-def test_from_pixels_to_losses():
-    # The object is the red left half of the ROI, whose box is the whole ROI: a mask that follows
-    # the colours is cheaper than one whose edge runs through the red.
-    pixels = torch.full((1, 3, 128, 128), 255.0)
-    pixels[:, 1:, :, :64] = 0
-    boxes = Boxes(torch.tensor([[0.0, 0.0, 128.0, 112.0]]))
-    supervision = BoxSupervision(warmup_iters=0)
-    lab, valid = supervision.crop_lab(pixels, [(128, 128)], [boxes], 28)
-    assert valid.sum() == 28 * 28
-
-    def loss_of(num_columns):
-        logits = torch.full((1, 28, 28), -9.0)
-        logits[:, :, :num_columns] = 9
-        losses = supervision(logits, valid, boxes.tensor, lab, valid, iteration=0)
-        return losses["loss_mask_pairwise"].item()
-
-    assert loss_of(14) < 0.05 < 0.2 < loss_of(8)
-
-
-def test_crops_leave_out_the_bottom_rows_of_the_settings():
-    pixels = torch.zeros(1, 3, 64, 64)
-    boxes = [Boxes(torch.tensor([[0.0, 0.0, 64.0, 64.0]]))]
-    rows = [
-        BoxSupervision(bottom_rows=n).crop_lab(pixels, [(64, 64)], boxes, 64, heights)[1][0].any(1)
-        for n, heights in [(0, None), (7, None), (7, [32])]
-    ]
-    assert [row.sum().item() for row in rows] == [64, 57, 50]
-
-
 @pytest.mark.parametrize(
     "argument, value, message",
     [
@@ -461,3 +185,218 @@ def test_crops_leave_out_the_bottom_rows_of_the_settings():
 def test_settings_outside_their_range_are_named(argument, value, message):
     with pytest.raises(ValueError, match=f"MODEL.BOX_SUPERVISION.{message}"):
         BoxSupervision(**{argument: value})
+
+
+def lab_of(*colors, dtype=torch.float32):
+    """Lab of a list of RGB colours, one row each."""
+    image = torch.tensor(colors, dtype=dtype).T.reshape(1, 3, 1, -1)
+    return rgb_to_lab(image)[0, :, 0].T
+
+
+@pytest.mark.parametrize(
+    "rgb, lab",
+    [
+        # As in published tables for sRGB under D65, which round to 2 digits.
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 255, 0), (87.73, -86.18, 83.18)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+        ((255, 255, 255), (100, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+        # Dark grey, linear on both curves: 116 * 7.787 * (5 / 255 / 12.92) = 1.371.
+        ((5, 5, 5), (1.371, 0, 0)),
+        # ((119 / 255 + 0.055) / 1.055) ** 2.4 = 0.1845; 116 * 0.1845 ** (1 / 3) - 16 = 50.03.
+        ((119, 119, 119), (50.03, 0, 0)),
+    ],
+)
+def test_known_colors(rgb, lab):
+    np.testing.assert_allclose(lab_of(rgb)[0], lab, atol=0.011)
+
+
+def test_scikit_image_agrees():
+    color = pytest.importorskip("skimage.color", reason="needs scikit-image")
+    rng = np.random.default_rng(0)
+    # Dark colours too, for the linear pieces, and all corners of the cube.
+    corners = np.stack(np.meshgrid([0, 255], [0, 255], [0, 255]), axis=-1).reshape(-1, 3)
+    rgb = np.concatenate([rng.uniform(0, 255, (500, 3)), rng.uniform(0, 25, (200, 3)), corners])
+    expected = color.rgb2lab(rgb[None] / 255, illuminant="D65", observer="2")[0]
+    np.testing.assert_allclose(lab_of(*rgb.tolist()), expected, atol=1e-3)
+    np.testing.assert_allclose(lab_of(*rgb.tolist(), dtype=torch.float64), expected, atol=1e-6)
+
+
+RED, BLUE = (255.0, 0.0, 0.0), (0.0, 0.0, 255.0)
+
+
+def two_images():
+    """A red one, and one that is red in the left half and blue in the right one; 32 x 64."""
+    pixels = torch.tensor(RED).reshape(1, 3, 1, 1).repeat(2, 1, 32, 64)
+    pixels[1, :, :, 32:] = torch.tensor(BLUE).reshape(3, 1, 1)
+    return pixels
+
+
+def crop(pixels, boxes, sizes=((32, 64), (32, 64)), side=4, **kwargs):
+    boxes = [Boxes(torch.tensor(b, dtype=torch.float32).reshape(-1, 4)) for b in boxes]
+    return crop_lab(pixels, list(sizes), boxes, side, **kwargs)
+
+
+def test_crops_are_the_colors_under_the_cells():
+    # Each cell is 8 pixels wide: the second ROI has two red columns and two blue ones.
+    lab, valid = crop(two_images(), [[[4, 4, 20, 20]], [[16, 0, 48, 32]]], bottom_rows=0)
+    red, blue = lab_of(RED, BLUE)
+    assert lab.shape == (2, 3, 4, 4) and valid.shape == (2, 4, 4)
+    assert valid.dtype == torch.bool and valid.all()
+    torch.testing.assert_close(lab[0], red[:, None, None].expand(3, 4, 4))
+    # Cells next to the edge sample up to their border, where ROIAlign interpolates.
+    torch.testing.assert_close(lab[1, :, :, 0], red[:, None].expand(3, 4))
+    torch.testing.assert_close(lab[1, :, :, 3], blue[:, None].expand(3, 4))
+
+
+def test_blocks_of_pixels_are_averaged_as_rgb():
+    # Two black columns, two red ones: their mean is a dark red, not the mean of both in Lab.
+    pixels = two_images()
+    pixels[:, :, :, ::4] = pixels[:, :, :, 1::4] = 0
+    lab, _ = crop(pixels, [[[0, 0, 16, 16]], []])
+    expected = lab_of((127.5, 0.0, 0.0))[0]
+    torch.testing.assert_close(lab[0], expected[:, None, None].expand(3, 4, 4))
+
+
+def test_sides_that_are_no_multiple_of_the_stride():
+    pixels = two_images()[:, :, :30, :61]
+    lab, valid = crop(pixels, [[[52, 20, 61, 30]], []], [(30, 61)] * 2, bottom_rows=0)
+    expected = lab_of(RED)[0]
+    assert valid.all()
+    torch.testing.assert_close(lab[0], expected[:, None, None].expand(3, 4, 4))
+    # The last column makes a block of its own, with its centre at 62; that before has it at 58.
+    pixels[:, :, :, 60] = torch.tensor(BLUE).reshape(3, 1)
+    lab, _ = crop(pixels, [[[60, 20, 61, 30]], []], [(30, 61)] * 2, side=1)
+    red, blue = lab_of(RED, BLUE)
+    torch.testing.assert_close(lab[0, :, 0, 0], red + (60.5 - 58) / 4 * (blue - red))
+
+
+def valid_by_hand(box, height, width, side):
+    x0, y0, x1, y1 = box
+    valid = np.zeros((side, side), dtype=bool)
+    for i in range(side):
+        for j in range(side):
+            x = x0 + (j + 0.5) * (x1 - x0) / side
+            y = y0 + (i + 0.5) * (y1 - y0) / side
+            valid[i, j] = 0 <= x < width and 0 <= y < height
+    return valid
+
+
+@pytest.mark.parametrize(
+    "box", [[3, 2, 40, 28], [-2, -2, 12, 12], [-9, -7, 11, 9], [30, 10, 61, 35], [70, 3, 90, 9]]
+)
+def test_cells_outside_the_image_and_in_its_bottom_rows_are_not_valid(box):
+    # The second image is padded from 24 x 50 pixels, and 5 rows are taken from its bottom.
+    lab, valid = crop(two_images(), [[], [box]], [(32, 64), (24, 50)], side=7, bottom_rows=5)
+    np.testing.assert_array_equal(valid[0], valid_by_hand(box, 24 - 5, 50, 7))
+    assert lab.isfinite().all()
+
+
+def test_bottom_rows_are_counted_in_the_original_image():
+    # Resized from 16 to 32 rows and from 64 to 32: 3 original rows are 6 and 1.5 rows.
+    boxes = [[[0, 0, 32, 32]], [[0, 0, 32, 32]]]
+    _, valid = crop(two_images(), boxes, side=32, bottom_rows=3, original_heights=[16, 64])
+    assert valid.all(dim=2).sum(dim=1).tolist() == [26, 30]
+    _, valid = crop(two_images(), boxes, side=32, bottom_rows=3)
+    assert valid.all(dim=2).sum(dim=1).tolist() == [29, 29]
+
+
+def make_call(seed=0, num_rois=3, side=8, size=(100, 100)):
+    """ROIs at their objects' own boxes on noise: logits, rois, pixels; the first has a mask."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    rois = Instances((160, 160), proposal_boxes=Boxes(torch.tensor([[9.0, 7, 9, 7]] * num_rois)))
+    if num_rois:
+        rois.proposal_boxes.tensor[:, 2:] += torch.tensor([float(width), float(height)])
+        rois.gt_boxes = Boxes(rois.proposal_boxes.tensor.clone())
+        rois.gt_has_mask = torch.tensor([True] + [False] * (num_rois - 1))
+    rois.gt_classes = torch.zeros(num_rois, dtype=torch.int64)
+    # Patches of near colours, whose neighbours are often similar.
+    patches = torch.rand(1, 3, 40, 40, generator=generator).mul(3).floor() * 6 + 100
+    pixels = patches.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    logits = torch.randn(num_rois, side, side, generator=generator).requires_grad_()
+    return {"logits": logits, "rois": [rois], "pixels": pixels}
+
+
+def expected_losses(call, threshold=0.3, dilation=2):
+    """Of the ROIs of a call without a mask, by the loops above."""
+    (rois,) = call["rois"]
+    side = call["logits"].shape[-1]
+    unmasked = rois[~rois.gt_has_mask]
+    lab, valid = crop_lab(call["pixels"], [(160, 160)], [unmasked.proposal_boxes], side)
+    logits = call["logits"][~rois.gt_has_mask].detach().double().numpy()
+    sizes = unmasked.proposal_boxes.tensor[:, 2:] - unmasked.proposal_boxes.tensor[:, :2]
+    is_small = (sizes.amin(1) < 56).tolist()
+    box_masks = np.ones(logits.shape, dtype=bool)
+    similarity = similarity_by_hand(lab.double().numpy(), valid.numpy(), dilation, is_small)
+    pairwise = pairwise_by_hand(logits, similarity, box_masks, threshold, dilation, is_small)
+    return projection_by_hand(logits, box_masks), pairwise
+
+
+@pytest.mark.parametrize("size", [(100, 100), (56, 100), (55.9, 100), (100, 55.9)])
+@pytest.mark.parametrize("settings_", [{}, {"threshold": 0.8}, {"dilation": 3}])
+def test_the_two_losses_of_rois_without_a_mask(size, settings_):
+    """ROIs with a side under 56 pixels have near neighbours."""
+    call = make_call(size=size)
+    projection, pairwise = expected_losses(call, **settings_)
+    assert pairwise > 0
+    weights = {"projection_weight": 3.0, "pairwise_weight": 0.5}
+    supervision = BoxSupervision(warmup_iters=0, **weights, **settings_)
+    assert not supervision.state_dict()
+    losses = supervision(**call, iteration=0)
+    assert set(losses) == {"loss_mask_projection", "loss_mask_pairwise"}
+    assert losses["loss_mask_projection"].item() == pytest.approx(3 * projection, rel=1e-5)
+    assert losses["loss_mask_pairwise"].item() == pytest.approx(pairwise / 2, rel=1e-4)
+    sum(losses.values()).backward()
+    assert not call["logits"].grad[0].any() and call["logits"].grad[1:].any()
+
+
+@pytest.mark.parametrize(
+    "warmup_iters, iteration, factor",
+    [(100, 0, 0), (100, 25, 0.25), (100, 100, 1), (100, 999, 1), (0, 7, 1)],
+)
+def test_warm_up_is_of_the_pairwise_loss_alone(warmup_iters, iteration, factor):
+    call = make_call()
+    full = BoxSupervision(warmup_iters=0)(**call, iteration=0)
+    losses = BoxSupervision(warmup_iters=warmup_iters)(**call, iteration=iteration)
+    assert losses["loss_mask_projection"].item() == full["loss_mask_projection"].item()
+    expected = factor * full["loss_mask_pairwise"].item()
+    assert losses["loss_mask_pairwise"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_rois", [0, 1])
+def test_without_rois_without_a_mask_both_losses_are_zero_and_attached(num_rois):
+    call = make_call(num_rois=num_rois)
+    losses = BoxSupervision()(**call, iteration=5)
+    assert [loss.item() for loss in losses.values()] == [0, 0]
+    sum(losses.values()).backward()
+    assert call["logits"].grad is not None
+
+
+def test_a_box_without_a_cell_has_no_pairs_and_no_gradient():
+    call = make_call()
+    call["rois"][0].gt_boxes.tensor[:] = torch.tensor([150.0, 150, 151, 151])
+    losses = BoxSupervision(warmup_iters=0)(**call, iteration=0)
+    assert [losses[f"loss_mask_{x}"].item() for x in ("projection", "pairwise")] == [2, 0]
+    sum(losses.values()).backward()
+    assert not call["logits"].grad.any()
+
+
+def test_from_pixels_to_losses():
+    # The object is the red left half of the ROI, whose box is the whole ROI: a mask that follows
+    # the colours is cheaper than one whose edge runs through the red.
+    pixels = torch.full((1, 3, 128, 128), 255.0)
+    pixels[:, 1:, :, :64] = 0
+    rois = Instances((128, 128), proposal_boxes=Boxes(torch.tensor([[0.0, 0.0, 128.0, 112.0]])))
+    rois.gt_boxes, rois.gt_has_mask = rois.proposal_boxes, torch.tensor([False])
+
+    def loss_of(num_columns, **options):
+        logits = torch.full((1, 28, 28), -9.0)
+        logits[:, :, :num_columns] = 9
+        supervision = BoxSupervision(warmup_iters=0, **options)
+        return supervision(logits, [rois], pixels, iteration=0)["loss_mask_pairwise"].item()
+
+    assert loss_of(14) < 0.05 < 0.2 < loss_of(8)
+    # Where all rows are at the bottom of the image, no pair counts.
+    assert loss_of(8, bottom_rows=128) == 0

@@ -504,6 +504,6 @@ def test_the_output_trains_and_its_made_masks_are_external(run, dataset, tiny_cf
         MetadataCatalog.remove(name)
     # 101, 102, 103 and 108 of people, 104 to 106 made; the crowd 107 is left out.
     assert examples[7].gt_has_mask.tolist() == [True] * 3 + [False] * 3 + [True]
-    assert examples[7].gt_has_external_mask.tolist() == [False] * 3 + [True] * 3 + [False]
-    assert not examples[2].gt_has_mask.any() and examples[2].gt_has_external_mask.all()
-    assert examples[30].gt_has_mask.all() and not examples[30].gt_has_external_mask.any()
+    assert examples[7].gt_has_model_mask.tolist() == [False] * 3 + [True] * 3 + [False]
+    assert not examples[2].gt_has_mask.any() and examples[2].gt_has_model_mask.all()
+    assert examples[30].gt_has_mask.all() and not examples[30].gt_has_model_mask.any()

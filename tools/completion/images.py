@@ -16,7 +16,7 @@ from completion.index import AnnotationIndex
 from completion.masks import clip_box, make_mask
 from completion.overlaps import overlaps_in_image
 from teacher_student_mask import TeacherStudentDatasetMapper
-from teacher_student_mask.modeling.given_boxes import predict_masks_on_boxes
+from teacher_student_mask.modeling import predict_masks_on_boxes
 
 __all__ = ["ImageTask", "complete_image", "load_images"]
 

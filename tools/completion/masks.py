@@ -9,7 +9,7 @@ from detectron2.layers import paste_masks_in_image
 from torch.nn import functional as F
 
 from coco_json.mask_polygons import mask_to_polygons
-from teacher_student_mask.modeling.pseudo_mask import fit_to_boxes
+from teacher_student_mask.modeling.pseudo_masks import fit_to_boxes
 
 __all__ = ["FORMATS", "MASKS_OF", "clip_box", "make_mask"]
 

@@ -174,8 +174,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # (SXY) and in 0-255 colour values (SRGB); the values of pydensecrf's README.
     cfg.MODEL.PSEUDO_MASK.CRF = CN()
     # "torch": exact mean field; "pydensecrf": the reference, an approximation on the CPU, needs the
-    # extra "crf"; "auto": whichever is faster for the device and the size of the masks.
-    cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "auto"
+    # extra "crf".
+    cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "torch"
     cfg.MODEL.PSEUDO_MASK.CRF.NUM_ITERS = 5
     cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_SXY = 3.0
     cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_COMPAT = 3.0

@@ -21,8 +21,7 @@ from ..modeling import (
     PseudoMaskGenerator,
     TeacherStudentROIHeads,
 )
-from ..modeling.mask_loss import crop_gt_masks
-from ..modeling.roi_pixels import crop_pixels
+from ..modeling.mask_targets import crop_gt_masks, crop_pixels
 from .trained_model import find_test_dataset, load_config, load_model
 from .unseen_objects import UnseenObjectReader
 
@@ -173,7 +172,7 @@ def _predict(
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor)
     teacher_logits, student_logits, _ = heads.compute_mask_logits(features, [rois])
-    return teacher_logits.sigmoid(), student_logits.sigmoid(), heads.pixels.to_rgb(images.tensor)
+    return teacher_logits.sigmoid(), student_logits.sigmoid(), heads.to_rgb(images.tensor)
 
 
 def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from ..coco_masks import (
 from ..coco_rules import RULES, shorten
 from ..errors import InputError
 from ..image_files import DEEP_MODES
-from ..structures import ImageMask, SparseMasks
+from ..structures import ImageMask
 from .seen_classes import training_seen_classes
 
 __all__ = [
@@ -60,16 +60,15 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     (key missing, ``null``, ``[]``, or a mask that covers nothing of the image, which is warned of;
     with ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box).
     From there on nothing of an unseen mask exists. A mask with ``mask_source`` "model" is not a
-    human's: its object is one without a mask, whatever its class, and the mask itself goes into
-    fields of its own. The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
+    human's: its object is one without a human mask, whatever its class. The ``instances`` have,
+    beside ``gt_boxes`` and ``gt_classes``:
 
     * ``gt_masks``: :class:`PolygonMasks`, or :class:`BitMasks` if the config says so or one of the
-      image's usable human masks is an RLE; a rectangle where ``gt_has_mask`` is False.
+      image's usable masks is an RLE: of a human, of a model where there is none of a human, or else
+      the rectangle of the box.
     * ``gt_has_mask``: bool tensor of shape (N,); whether there is a usable human mask.
+    * ``gt_has_model_mask``: bool tensor of shape (N,); whether ``gt_masks`` holds a model's mask.
     * ``gt_exclusion_masks``: :class:`ImageMask`, the union of the image's usable human masks.
-    * ``gt_has_external_mask``: bool tensor of shape (N,); never True where ``gt_has_mask`` is.
-    * ``gt_external_masks``, only in images that have one: :class:`SparseMasks`, augmented like
-      all else.
 
     Crowd regions are left out, as in Detectron2. Objects are dropped only if augmentation leaves
     nothing of their box, or of their human mask where they have one. The input dict is not changed.
@@ -183,7 +182,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             return super()._transform_annotations(dataset_dict, transforms, image_shape)
 
         annotations = dataset_dict.pop("annotations")
-        has_mask, external = self._split_masks(annotations, dataset_dict)
+        has_mask, has_model_mask = self._split_masks(annotations, dataset_dict)
         mask_format = self._mask_format_for(annotations)
         for annotation in annotations:
             if not self.use_keypoint:
@@ -198,7 +197,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         if len(instances) == 0:
             instances.gt_masks = PolygonMasks([])
         instances.gt_has_mask = has_mask
-        self._add_external_masks(instances, external, transforms)
+        instances.gt_has_model_mask = has_model_mask
 
         if self.recompute_boxes and has_mask.any():
             # After a crop the box of a mask is tighter than the cropped box. Only for objects with
@@ -207,9 +206,13 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             instances.gt_boxes.tensor[has_mask] = tight_boxes.tensor
         # Not by_mask=True, Detectron2's default, for it would judge the boxes by rectangles.
         instances = utils.filter_empty_instances(instances, by_mask=False)
-        is_visible = lie_in_image(instances.gt_masks, image_shape) | ~instances.gt_has_mask
-        if not is_visible.all():
-            instances = instances[is_visible]
+        # A crop may leave the box and nothing of the mask. The object of a human mask goes; that of
+        # a model's is then one without a mask.
+        is_visible = lie_in_image(instances.gt_masks, image_shape)
+        instances.gt_has_model_mask &= is_visible
+        is_kept = is_visible | ~instances.gt_has_mask
+        if not is_kept.all():
+            instances = instances[is_kept]
         # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
         union = union_of_masks(instances.gt_masks[instances.gt_has_mask], image_shape)
         instances.gt_exclusion_masks = ImageMask(union, len(instances))
@@ -217,48 +220,24 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     def _split_masks(
         self, annotations: list[dict], dataset_dict: dict
-    ) -> tuple[torch.Tensor, dict[int, dict]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Prepare the ``segmentation`` of each annotation in place: its human mask, or its box.
+        Prepare the ``segmentation`` of each annotation in place: its usable mask, or its box.
 
         Returns:
-            Which have a human mask, bool, shape (N,), and annotations with the external masks of
-            the others that have one, by their row.
+            Which have a human mask, and which a model's; bool, shape (N,) each.
         """
         size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
         given = [x["segmentation"] for x in annotations]
         usable = usable_segmentations(given, size, _name_of(dataset_dict))
-        has_mask, external = [], {}
+        is_usable = torch.tensor([x is not None for x in usable], dtype=torch.bool)
+        is_model = torch.tensor([is_from_model(x) for x in annotations], dtype=torch.bool)
         rectangles = box_polygons(annotations)
-        for row, (annotation, mask) in enumerate(zip(annotations, usable)):
-            if mask is None and given[row]:
+        for annotation, mask, before, rectangle in zip(annotations, usable, given, rectangles):
+            if mask is None and before:
                 self._warn_of_empty_mask(dataset_dict)
-            is_external = is_from_model(annotation)
-            has_mask.append(mask is not None and not is_external)
-            if mask is not None and is_external:
-                kept = {key: annotation[key] for key in ("bbox", "bbox_mode", "category_id")}
-                external[row] = {**kept, "segmentation": mask}
-            annotation["segmentation"] = mask if has_mask[row] else rectangles[row]
-        return torch.tensor(has_mask, dtype=torch.bool), external
-
-    def _add_external_masks(
-        self, instances: Instances, external: dict[int, dict], transforms
-    ) -> None:
-        rows = torch.full((len(instances),), -1)
-        if external:
-            annotations = list(external.values())
-            # With a format of their own: the human masks are the same with and without them.
-            mask_format = self._mask_format_for(annotations)
-            for annotation in annotations:
-                utils.transform_instance_annotations(annotation, transforms, instances.image_size)
-            shape = instances.image_size
-            masks = utils.annotations_to_instances(annotations, shape, mask_format).gt_masks
-            numbers = torch.arange(len(masks))
-            # Where a crop leaves nothing of it, the object is one without a mask.
-            rows[list(external)] = numbers.where(lie_in_image(masks, shape), torch.tensor(-1))
-            if (rows >= 0).any():
-                instances.gt_external_masks = SparseMasks(masks, rows)
-        instances.gt_has_external_mask = rows >= 0
+            annotation["segmentation"] = rectangle if mask is None else mask
+        return is_usable & ~is_model, is_usable & is_model
 
     def _warn_of_empty_mask(self, dataset_dict: dict) -> None:
         self._num_empty_masks += 1

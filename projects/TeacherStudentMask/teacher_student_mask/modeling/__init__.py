@@ -6,17 +6,16 @@ classes; M side of a mask in cells (28, or 56); D feature channels; H, W height 
 image.
 """
 
-from .dense_crf import DenseCRF
-from .feature_map_box_head import FeatureMapBoxHead, TwoBranchBoxHead
-from .grab_cut import GrabCutRCNN, grab_cut
-from .gt_boxes import GTBoxInference
-from .hourglass_mask_head import HourglassMaskHead
-from .mask_head import MaskRCNNConvMultiUpsampleHead, build_teacher_mask_head
-from .priors import ROI_MASK_PRIOR_REGISTRY
-from .pseudo_mask import PSEUDO_MASK_METHODS, PseudoMaskGenerator, generate_pseudo_masks
+from .crf import DenseCRF
+from .grabcut import GrabCutRCNN, grab_cut
+from .hourglass import HourglassMaskHead
+from .inference import GTBoxInference, predict_masks_on_boxes
+from .mask_heads import MaskRCNNConvMultiUpsampleHead, build_teacher_mask_head
+from .mask_x_rcnn import WeightTransferMaskHead
+from .priors import ROI_MASK_PRIOR_REGISTRY, FeatureMapBoxHead, TwoBranchBoxHead
+from .pseudo_masks import PSEUDO_MASK_METHODS, PseudoMaskGenerator, generate_pseudo_masks
 from .roi_heads import PartiallySupervisedROIHeads
-from .teacher_student_roi_heads import TeacherStudentROIHeads
-from .weight_transfer_mask_head import WeightTransferMaskHead
+from .teacher_student import TeacherStudentROIHeads
 
 __all__ = [
     "DenseCRF",
@@ -26,8 +25,8 @@ __all__ = [
     "HourglassMaskHead",
     "MaskRCNNConvMultiUpsampleHead",
     "PSEUDO_MASK_METHODS",
-    "PseudoMaskGenerator",
     "PartiallySupervisedROIHeads",
+    "PseudoMaskGenerator",
     "ROI_MASK_PRIOR_REGISTRY",
     "TeacherStudentROIHeads",
     "TwoBranchBoxHead",
@@ -35,4 +34,5 @@ __all__ = [
     "build_teacher_mask_head",
     "generate_pseudo_masks",
     "grab_cut",
+    "predict_masks_on_boxes",
 ]

@@ -1,5 +1,5 @@
 """
-Mask losses that need no mask but the object's box, and Dice where there is one.
+Mask losses that need only the object's box.
 
 The losses of BoxInst (Tian et al., CVPR 2021) on the M x M grids of ROIs instead of on whole
 images. p is the probability of a cell, B whether its centre lies in the object's own box.
@@ -10,62 +10,45 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from detectron2.structures import Boxes
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.nn import functional as F
 
-from .lab_color import crop_lab
+from .mask_targets import (
+    at_least_float32,
+    cells_inside_boxes,
+    dice_loss,
+    has_mask_of,
+    select_rois,
+)
 
 __all__ = [
     "BoxSupervision",
     "color_similarity",
-    "dice_loss",
-    "masked_dice_loss",
+    "crop_lab",
     "pairwise_loss",
     "projection_loss",
+    "rgb_to_lab",
 ]
 
 # ROIs with a shorter side have neighbours at distance 1: cells of less than 2 pixels for M = 28.
 _SMALL_ROI_SIDE = 56
 
+# Linear sRGB -> CIE XYZ and the white point, both for the illuminant D65 and the 2 degree observer.
+_RGB_TO_XYZ = (
+    (0.412453, 0.357580, 0.180423),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334, 0.119193, 0.950227),
+)
+_WHITE = (0.95047, 1.0, 1.08883)
+
+# Side of the squares of pixels whose colours are averaged before a crop, as in BoxInst.
+_STRIDE = 4
+
 # (row, column) steps to the neighbours in a 3 x 3 window, row by row.
 _STEPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-
-
-def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Dice loss of each row, D(a, b) = 1 - 2 sum(ab) / (sum(a^2) + sum(b^2) + 1e-5).
-
-    Args:
-        probs: shape (R, ...), probabilities.
-        targets: shape (R, ...), in [0, 1].
-
-    Returns:
-        shape (R,), in [0, 1]. An empty target gives 1 without gradient, whatever ``probs``.
-    """
-    probs, targets = probs.flatten(1), targets.to(probs.dtype).flatten(1)
-    intersection = (probs * targets).sum(1)
-    return 1 - 2 * intersection / (probs.square().sum(1) + targets.square().sum(1) + 1e-5)
-
-
-def masked_dice_loss(
-    logits: torch.Tensor, targets: torch.Tensor, is_supervised: torch.Tensor
-) -> torch.Tensor:
-    """
-    Mean Dice loss of the supervised ROIs, BoxInst's loss where there is a mask.
-
-    Args:
-        logits: shape (R, M, M), logits.
-        targets: shape (R, M, M), in [0, 1].
-        is_supervised: bool, shape (R,); the other ROIs add nothing, not even to the mean's count.
-
-    Returns:
-        A scalar; without a supervised ROI it is 0, but still attached to ``logits``.
-    """
-    if not is_supervised.any():
-        return logits.sum() * 0
-    probs = _at_least_float32(logits[is_supervised]).sigmoid()
-    return dice_loss(probs, targets[is_supervised]).mean()
 
 
 def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tensor:
@@ -84,7 +67,7 @@ def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tens
     """
     if len(logits) == 0:
         return logits.sum() * 0
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     # The maximum of logits is that of probabilities, but does not tie where these round to 1.
     losses = [dice_loss(logits.amax(d).sigmoid(), box_masks.any(d)) for d in (1, 2)]
     return (losses[0] + losses[1]).mean()
@@ -151,7 +134,7 @@ def pairwise_loss(
     """
     if len(logits) == 0:
         return logits.sum() * 0
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     # Probabilities would round to 0 or 1 and their logarithm to infinity.
     log_probs = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
 
@@ -164,11 +147,93 @@ def pairwise_loss(
     return (weights * losses).sum() / weights.sum().clamp(min=1)
 
 
+@torch.no_grad()
+def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
+    """
+    Convert sRGB images to CIE Lab, D65, as ``skimage.color.rgb2lab`` does on the CPU.
+
+    Args:
+        images: shape (N, 3, H, W), RGB in 0-255; values outside, such as rounding leaves behind
+            when the input normalisation is undone, count as the nearest end.
+
+    Returns:
+        shape (N, 3, H, W), L in [0, 100], a and b roughly in [-110, 110]; float32, or float64 for
+        float64 images; without gradient.
+    """
+    images = images.to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 255) / 255
+    linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
+    # Written out, because autocast would round a matrix product to half precision.
+    channels = linear.unbind(1)
+    xyz = [
+        sum(weight * channel for weight, channel in zip(row, channels)) / white
+        for row, white in zip(_RGB_TO_XYZ, _WHITE)
+    ]
+    x, y, z = (torch.where(t > 0.008856, t ** (1 / 3), 7.787 * t + 16 / 116) for t in xyz)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+@torch.no_grad()
+def crop_lab(
+    pixels: torch.Tensor,
+    image_sizes: Sequence[tuple[int, int]],
+    roi_boxes: list[Boxes],
+    mask_side_len: int,
+    bottom_rows: float = 10,
+    original_heights: Sequence[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cut the colours of each ROI's cells out of the images.
+
+    The RGB image is averaged over 4 x 4 pixels and then converted, as in BoxInst; ROIAlign comes
+    last. It averages and interpolates, which in Lab, but not in RGB, leads evenly from one colour
+    to the next, and the cost of the conversion does not grow with R.
+
+    Args:
+        pixels: shape (N, 3, H, W), RGB in 0-255, padded at the right and at the bottom.
+        image_sizes: (height, width) of each image without padding.
+        roi_boxes: XYXY in the frame of ``pixels``, one :class:`Boxes` per image, R boxes in all.
+        mask_side_len: M.
+        bottom_rows: so many rows at the bottom of each image are not valid; BoxInst's authors
+            found COCO's annotations there unreliable.
+        original_heights: of the images before they were resized; then ``bottom_rows`` counts
+            their rows, as in BoxInst. None = it counts rows of ``pixels``.
+
+    Returns:
+        The colours, shape (R, 3, M, M), CIE Lab, and whether they are valid, bool, shape
+        (R, M, M): the cell's centre lies inside the image and not in its bottom rows. Both
+        without gradient.
+    """
+    if original_heights is None:
+        original_heights = [height for height, _ in image_sizes]
+    limits = [
+        boxes.tensor.new_tensor([width, height - bottom_rows * height / original_height])
+        for (height, width), original_height, boxes in zip(
+            image_sizes, original_heights, roi_boxes, strict=True
+        )
+    ]
+    limits = torch.cat([limit.expand(len(boxes), 2) for limit, boxes in zip(limits, roi_boxes)])
+    corners = Boxes.cat(roi_boxes).tensor
+
+    # Without FPN the padded size need not be a multiple of the stride.
+    averaged = F.avg_pool2d(pixels, _STRIDE, ceil_mode=True)
+    pooler = ROIPooler(
+        mask_side_len, scales=(1 / _STRIDE,), sampling_ratio=0, pooler_type="ROIAlignV2"
+    )
+    lab = pooler([rgb_to_lab(averaged)], roi_boxes)
+
+    # Shape (R, 2, M): x and y of the centres of columns and rows.
+    cells = (torch.arange(mask_side_len, device=corners.device) + 0.5) / mask_side_len
+    centres = corners[:, :2, None] + cells * (corners[:, 2:, None] - corners[:, :2, None])
+    in_columns, in_rows = ((centres >= 0) & (centres < limits[:, :, None])).unbind(1)
+    return lab, in_rows[:, :, None] & in_columns[:, None, :]
+
+
 class BoxSupervision(nn.Module):
     """
     BoxInst's two losses of ROIs whose object has a box but no mask. Has no parameters.
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -206,42 +271,43 @@ class BoxSupervision(nn.Module):
         self.warmup_iters = warmup_iters
         self.bottom_rows = bottom_rows
 
-    def crop_lab(
-        self,
-        pixels: torch.Tensor,
-        image_sizes: Sequence[tuple[int, int]],
-        roi_boxes: list[Boxes],
-        mask_side_len: int,
-        original_heights: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:func:`crop_lab` with this object's ``bottom_rows``."""
-        return crop_lab(
-            pixels, image_sizes, roi_boxes, mask_side_len, self.bottom_rows, original_heights
-        )
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        settings = cfg.MODEL.BOX_SUPERVISION
+        return {
+            "threshold": settings.COLOR_THRESHOLD,
+            "dilation": settings.DILATION,
+            "projection_weight": settings.PROJECTION_WEIGHT,
+            "pairwise_weight": settings.PAIRWISE_WEIGHT,
+            "warmup_iters": settings.WARMUP_ITERS,
+            "bottom_rows": settings.BOTTOM_ROWS,
+        }
 
     def forward(
-        self,
-        logits: torch.Tensor,
-        box_masks: torch.Tensor,
-        roi_boxes: torch.Tensor,
-        roi_lab: torch.Tensor,
-        valid: torch.Tensor,
-        iteration: int,
+        self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, iteration: int
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            logits: shape (R, M, M), logits, of the ROIs without a mask.
-            box_masks: bool, shape (R, M, M), the cells whose centre lies in the object's own box.
-            roi_boxes: shape (R, 4), XYXY, the ROIs, in pixels of the model's input.
-            roi_lab, valid: shapes (R, 3, M, M) and (R, M, M), of :meth:`crop_lab`.
+            logits: shape (R, M, M), logits.
+            rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
+                ``gt_has_mask``; those with a mask add nothing. An image without ROIs may lack the
+                last two.
+            pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
             iteration: of the training, from 0.
 
         Returns:
-            "loss_mask_projection" and "loss_mask_pairwise"; without ROIs both are 0, but still
+            "loss_mask_projection" and "loss_mask_pairwise"; without such ROIs both are 0, but still
             attached to ``logits``.
         """
+        logits = logits[~torch.cat([has_mask_of(x) for x in rois])]
+        rois = [select_rois(x, ~has_mask_of(x)) for x in rois]
+        boxes, side = [x.proposal_boxes for x in rois], logits.shape[-1]
+        lab, valid = crop_lab(pixels, [x.image_size for x in rois], boxes, side, self.bottom_rows)
+        roi_boxes = Boxes.cat(boxes).tensor
+        gt_boxes = torch.cat([roi_boxes[:0], *(x.gt_boxes.tensor for x in rois if len(x) > 0)])
+        box_masks = cells_inside_boxes(roi_boxes, gt_boxes, side)
         is_small = (roi_boxes[:, 2:] - roi_boxes[:, :2]).amin(1) < _SMALL_ROI_SIDE
-        similarity = color_similarity(roi_lab, valid, self.dilation, is_small)
+        similarity = color_similarity(lab, valid, self.dilation, is_small)
         pairwise = pairwise_loss(
             logits, similarity, box_masks, self.threshold, self.dilation, is_small
         )
@@ -255,11 +321,6 @@ class BoxSupervision(nn.Module):
 def _check(key: str, value: float, is_allowed: bool, allowed: str) -> None:
     if not is_allowed:
         raise ValueError(f"MODEL.BOX_SUPERVISION.{key} is {value!r}; allowed: {allowed}.")
-
-
-def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
-    # Under autocast logits come in half precision, for which Dice's 1e-5 is nothing.
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _neighbours(values: torch.Tensor, distance: int) -> torch.Tensor:

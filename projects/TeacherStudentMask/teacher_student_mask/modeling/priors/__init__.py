@@ -1,26 +1,26 @@
-"""Mask-feature priors, one file each, built by name."""
+"""Mask-feature priors, one file per paper, built by name."""
 
-from .build import (
-    ROI_MASK_PRIOR_REGISTRY,
-    KeptBoxFeatures,
-    ROIContext,
-    build_mask_prior,
-    shape_with_prior,
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_mask_prior
+from .contrastmask import ContrastivePrior, TwoBranchBoxHead
+from .cpmask import CommonalityParsingPrior
+from .opmask import (
+    ClassActivationPrior,
+    FeatureMapBoxHead,
+    PooledFastRCNNOutputLayers,
+    normalized_activation_maps,
 )
-from .class_activation import ClassActivationPrior, cam_of
-from .commonality_parsing import CommonalityParsingPrior
-from .contrastive import ContrastivePrior
-from .shape_propagation import ShapePropagationPrior
+from .shapeprop import ShapePropagationPrior
 
 __all__ = [
     "ClassActivationPrior",
     "CommonalityParsingPrior",
     "ContrastivePrior",
-    "KeptBoxFeatures",
+    "FeatureMapBoxHead",
+    "PooledFastRCNNOutputLayers",
     "ROIContext",
     "ROI_MASK_PRIOR_REGISTRY",
     "ShapePropagationPrior",
+    "TwoBranchBoxHead",
     "build_mask_prior",
-    "cam_of",
-    "shape_with_prior",
+    "normalized_activation_maps",
 ]

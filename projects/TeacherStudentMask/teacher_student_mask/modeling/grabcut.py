@@ -1,0 +1,165 @@
+"""Mask GrabCut: the mask of an object from its box and the colours of the image, without training.
+
+No code of it was published. This is a reading: the sizes, the margin, and the answer where GrabCut
+finds nothing are ours.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.structures import Instances
+
+__all__ = ["GrabCutRCNN", "grab_cut"]
+
+_NUM_ITERS = 5
+# The longer side of what GrabCut works on, in pixels.
+_MAX_SIDE = 256
+# Smaller boxes have too few colours.
+_MIN_BOX_SIDE = 8
+# Of corners in float32, which make a side of 8 one of 7.99999.
+_TOLERANCE = 1e-3
+# Background beside the box, on each side: a share of the box, and in pixels.
+_MARGIN, _MIN_MARGIN = 0.2, 5
+
+
+def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """
+    The object in a box by OpenCV's GrabCut: around the box is background, inside it is to be found.
+
+    The full box, every pixel that it touches, is the answer for one with a side under 8 pixels in
+    the image, and where GrabCut finds nothing or fails. The same image and box give the same mask,
+    in whichever process and order.
+
+    Args:
+        image: uint8, shape (H, W, 3); any order of the channels.
+        box: x0, y0, x1, y1 in pixels; the part outside the image does not count.
+
+    Returns:
+        bool, shape (H, W), False outside the box; False everywhere if that is not in the image.
+
+    Raises:
+        ValueError: an image of another type, a normalised one for instance, or a box that is not
+            four finite numbers.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            "GrabCut needs an image of type uint8 and shape (H, W, 3), not normalised, got "
+            f"{image.dtype} of shape {image.shape}."
+        )
+    box = np.asarray(box, dtype=np.float64)
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"GrabCut needs a box x0, y0, x1, y1 of finite numbers, got {box}.")
+    mask = np.zeros(image.shape[:2], dtype=bool)
+    box = np.clip(box, 0, np.array(image.shape[1::-1] * 2))
+    # Every pixel that the box touches.
+    x0, y0, x1, y1 = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
+    if x0 >= x1 or y0 >= y1:
+        return mask
+    inside = mask[y0:y1, x0:x1]
+    found = None
+    # Of the box itself: whole pixels make 6.5 up to 8.
+    if (box[2:] - box[:2]).min() >= _MIN_BOX_SIDE - _TOLERANCE:
+        found = _find_inside(image, (x0, y0, x1, y1))
+    inside[:] = True if found is None or not found.any() else found
+    return mask
+
+
+def _find_inside(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray | None:
+    # bool, of the box's size; None if GrabCut fails.
+    x0, y0, x1, y1 = box
+    margin_x = max(_MIN_MARGIN, round(_MARGIN * (x1 - x0)))
+    margin_y = max(_MIN_MARGIN, round(_MARGIN * (y1 - y0)))
+    left, top = max(0, x0 - margin_x), max(0, y0 - margin_y)
+    crop = image[top : y1 + margin_y, left : x1 + margin_x]
+    height, width = crop.shape[:2]
+    labels = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
+    labels[y0 - top : y1 - top, x0 - left : x1 - left] = cv2.GC_PR_FGD
+    scale = min(1.0, _MAX_SIDE / max(height, width))
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    crop = np.ascontiguousarray(cv2.resize(crop, size, interpolation=cv2.INTER_AREA))
+    labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
+    if (labels == cv2.GC_PR_FGD).all():
+        # A box as large as the image: without any background OpenCV would stop.
+        labels[[0, -1]] = labels[:, [0, -1]] = cv2.GC_BGD
+    # OpenCV's random numbers, of its k-means, are of the thread.
+    cv2.setRNGSeed(zlib.crc32(np.array(box, dtype=np.int32).tobytes()) & 0x7FFFFFFF)
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    try:
+        cv2.grabCut(crop, labels, None, *models, _NUM_ITERS, cv2.GC_INIT_WITH_MASK)
+    except cv2.error:
+        return None
+    found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+    found = cv2.resize(found, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+    return found[y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+@META_ARCH_REGISTRY.register()
+class GrabCutRCNN(GeneralizedRCNN):
+    """
+    A detector whose masks at inference are GrabCut's, in the boxes that it detects or is given.
+
+    Training is that of :class:`GeneralizedRCNN`, with or without a mask head, so weights of any
+    such model can be tested with it. Masks of a mask head are replaced. Test-time augmentation,
+    which averages a mask head's output over views, gets none from GrabCut.
+    """
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ):
+        """
+        As in :class:`GeneralizedRCNN`; with ``do_postprocess`` ``pred_masks`` are GrabCut's, bool,
+        shape (n, height, width), in the frame of the output.
+
+        Raises:
+            ValueError: an input image that is not 3 channels in 0-255, but normalised, or in 0-1.
+        """
+        results = super().inference(batched_inputs, detected_instances, do_postprocess)
+        if do_postprocess:
+            for inputs, result in zip(batched_inputs, results):
+                instances = result["instances"]
+                image = _image_of(inputs, instances.image_size)
+                boxes = instances.pred_boxes.tensor
+                instances.pred_masks = _grab_cut_all(image, boxes.cpu().numpy()).to(boxes.device)
+        return results
+
+
+def _image_of(inputs: dict, size: tuple[int, int]) -> np.ndarray:
+    # uint8, shape (H, W, 3), of the size of the output, whose boxes GrabCut gets.
+    tensor = inputs["image"]
+    if tensor.shape[0] != 3 or not _has_pixel_values(tensor):
+        raise ValueError(
+            f"{inputs.get('file_name')}: GrabCutRCNN needs images of 3 channels with values in "
+            "0-255, not normalised ones nor ones scaled to 0-1, got shape "
+            f"{tuple(tensor.shape)} with values from {tensor.min():.4g} to {tensor.max():.4g}."
+        )
+    image = np.ascontiguousarray(tensor.permute(1, 2, 0).cpu().to(torch.uint8).numpy())
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def _has_pixel_values(tensor: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    if tensor.min() < 0 or tensor.max() > 255:
+        return False
+    # Fractions up to 1 are an image scaled to 0-1, of which the whole numbers are almost all 0.
+    return bool(tensor.max() > 1 or (tensor == tensor.round()).all())
+
+
+def _grab_cut_all(image: np.ndarray, boxes: np.ndarray) -> torch.Tensor:
+    masks = torch.zeros(len(boxes), *image.shape[:2], dtype=torch.bool)
+    if len(boxes) > 0:
+        # OpenCV works outside of Python's lock.
+        with ThreadPoolExecutor() as pool:
+            for row, mask in enumerate(pool.map(lambda box: grab_cut(image, box), boxes)):
+                masks[row] = torch.from_numpy(mask)
+    return masks

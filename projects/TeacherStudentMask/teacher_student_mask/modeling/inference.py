@@ -1,0 +1,115 @@
+"""Masks on boxes that are given, not detected."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .grabcut import GrabCutRCNN
+from .teacher_student import TeacherStudentROIHeads
+
+__all__ = ["GTBoxInference", "predict_masks_on_boxes"]
+
+# Bounds the memory of the mask heads in images with very many objects.
+_MAX_ROIS = 128
+
+
+class GTBoxInference(nn.Module):
+    """
+    Run a model's mask head on the ground-truth boxes and classes (``TEST.GT_BOXES``).
+
+    Every object becomes one detection with score 1, so AP then measures the masks alone. The
+    inputs must have ``instances`` with ``gt_boxes`` and ``gt_classes``, as
+    :class:`TeacherStudentDatasetMapper` gives them when ``TEST.GT_BOXES`` is set.
+    """
+
+    def __init__(self, model: nn.Module):
+        """
+        Args:
+            model: a :class:`GeneralizedRCNN`, alone or in a :class:`DistributedDataParallel`.
+        """
+        super().__init__()
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """
+        Args:
+            batched_inputs: as for :class:`GeneralizedRCNN`, with ``instances``.
+
+        Returns:
+            As :meth:`GeneralizedRCNN.forward` in inference: ``instances`` in the frame of the
+            original image.
+
+        Raises:
+            ValueError: an input without ``instances``.
+        """
+        detected = []
+        for inputs in batched_inputs:
+            if "instances" not in inputs:
+                raise ValueError(
+                    f"{inputs.get('file_name')}: TEST.GT_BOXES needs ground-truth boxes in the "
+                    "inputs; build the test loader with TeacherStudentDatasetMapper."
+                )
+            targets = inputs["instances"]
+            boxes = targets.gt_boxes.tensor.clone()
+            detected.append(_detections(targets.image_size, boxes, targets.gt_classes))
+        return self.model.inference(batched_inputs, detected_instances=detected)
+
+
+@torch.no_grad()
+def predict_masks_on_boxes(
+    model: GeneralizedRCNN, inputs: dict, boxes: torch.Tensor, classes: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """
+    Run the backbone once and all mask heads on given boxes and classes; nothing is detected.
+
+    Args:
+        model: in evaluation mode.
+        inputs: of the model, one image.
+        boxes: float, shape (R, 4), XYXY in the frame of ``inputs["image"]``, which may be a resized
+            image; not changed.
+        classes: int64, shape (R,), contiguous ids.
+
+    Returns:
+        Probabilities in the channel of each box's class, on the model's device, shape (R, M, M)
+        over the box: "student", and "teacher" where the model has
+        :class:`TeacherStudentROIHeads`; M may differ between the two. The head of any other model
+        is its "student".
+
+    Raises:
+        ValueError: a model without a mask head, or :class:`GrabCutRCNN`, which does not use one.
+    """
+    if isinstance(model, GrabCutRCNN) or not model.roi_heads.mask_on:
+        raise ValueError(
+            "The model has no mask probabilities: it has no mask head (MODEL.MASK_ON False), or is "
+            "GrabCutRCNN, whose masks come from the pixels of the image."
+        )
+    image_size = tuple(inputs["image"].shape[-2:])
+    features = model.backbone(model.preprocess_image([inputs]).tensor)
+    boxes, classes = boxes.to(model.device), classes.to(model.device)
+    parts = []
+    # Without boxes one part, of no rows.
+    for start in range(0, max(1, len(boxes)), _MAX_ROIS):
+        rows = slice(start, start + _MAX_ROIS)
+        if isinstance(model.roi_heads, TeacherStudentROIHeads):
+            rois = Instances(image_size)
+            rois.proposal_boxes, rois.gt_classes = Boxes(boxes[rows]), classes[rows]
+            teacher, student, _ = model.roi_heads.compute_mask_logits(features, [rois])
+            parts.append({"student": student.sigmoid(), "teacher": teacher.sigmoid()})
+        else:
+            given = [_detections(image_size, boxes[rows], classes[rows])]
+            (found,) = model.roi_heads.forward_with_given_boxes(features, given)
+            parts.append({"student": found.pred_masks[:, 0]})
+    return {head: torch.cat([x[head] for x in parts]) for head in parts[0]}
+
+
+def _detections(
+    image_size: tuple[int, int], boxes: torch.Tensor, classes: torch.Tensor
+) -> Instances:
+    instances = Instances(image_size)
+    instances.pred_boxes, instances.pred_classes = Boxes(boxes), classes
+    instances.scores = torch.ones_like(boxes[:, 0])
+    return instances

@@ -1,0 +1,84 @@
+"""The teacher's mask head, and mask heads with a finer output grid."""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ConvTranspose2d, ShapeSpec
+from detectron2.modeling.roi_heads.mask_head import (
+    ROI_MASK_HEAD_REGISTRY,
+    BaseMaskRCNNHead,
+    MaskRCNNConvUpsampleHead,
+)
+from torch import nn
+
+__all__ = ["MaskRCNNConvMultiUpsampleHead", "build_teacher_mask_head", "has_batch_norm"]
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class MaskRCNNConvMultiUpsampleHead(MaskRCNNConvUpsampleHead):
+    """
+    Detectron2's mask head with one or more 2x deconvolutions: 14 -> 28 -> 56 for two.
+
+    With one deconvolution it has the parameters of :class:`MaskRCNNConvUpsampleHead`, by name too.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, num_deconv: int = 1, **kwargs):
+        """
+        Args:
+            input_shape: of the ROI features.
+            num_deconv: number of 2x deconvolutions, at least 1.
+            **kwargs: of :class:`MaskRCNNConvUpsampleHead`.
+
+        Raises:
+            ValueError: ``num_deconv`` below 1.
+        """
+        if num_deconv < 1:
+            raise ValueError(f"NUM_DECONV must be at least 1, got {num_deconv}.")
+        super().__init__(input_shape, **kwargs)
+        # The head is an nn.Sequential: what runs before the predictor must stand before it.
+        predictor = self.predictor
+        del self.predictor
+        channels = predictor.in_channels
+        for k in range(2, num_deconv + 1):
+            deconv = ConvTranspose2d(channels, channels, kernel_size=2, stride=2, padding=0)
+            weight_init.c2_msra_fill(deconv)
+            self.add_module(f"deconv{k}", deconv)
+            self.add_module(f"deconv{k}_relu", nn.ReLU())
+        self.add_module("predictor", predictor)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        ret["num_deconv"] = cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV
+        return ret
+
+
+def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCNNHead:
+    """
+    Build the class-agnostic teacher F_t of Eq. (2) from the mask-head registry.
+
+    Registered heads read ``cfg.MODEL.ROI_MASK_HEAD``; the teacher's sees there the values of
+    ``cfg.MODEL.TEACHER_MASK_HEAD``, so any registered head can teach.
+
+    Args:
+        cfg: the whole config; not changed.
+        input_shape: of the ROI features, the same as the student's.
+
+    Returns:
+        A mask head whose ``layers`` give logits of shape (R, 1, M, M).
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_MASK_HEAD.update(cfg.MODEL.TEACHER_MASK_HEAD)
+    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
+    head = ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.TEACHER_MASK_HEAD.NAME)(cfg, input_shape)
+    head.loss_weight = cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT
+    return head
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether what a module computes for a ROI depends on the others of the batch."""
+    # nn.SyncBatchNorm is not a BatchNorm2d.
+    return any(isinstance(x, (nn.BatchNorm2d, nn.SyncBatchNorm)) for x in module.modules())

@@ -1,0 +1,312 @@
+"""Which ROIs train the mask heads, their targets, and the losses of those that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, Instances
+from torch.nn import functional as F
+
+__all__ = [
+    "at_least_float32",
+    "boxes_of",
+    "cells_inside_boxes",
+    "classes_of",
+    "crop_gt_masks",
+    "crop_pixels",
+    "dice_loss",
+    "drop_surplus_rois_without_mask",
+    "find_rois",
+    "has_mask_of",
+    "has_model_mask_of",
+    "mask_accuracy",
+    "masked_bce_loss",
+    "masked_dice_loss",
+    "rois_of_objects",
+    "select_label_channel",
+    "select_rois",
+]
+
+
+def has_mask_of(rois: Instances) -> torch.Tensor:
+    """
+    Which ROIs have an object with a human mask.
+
+    Args:
+        rois: of one image, with ``gt_has_mask``; an image without ROIs may lack it.
+
+    Returns:
+        bool, shape (R_i,).
+    """
+    return rois.gt_has_mask if len(rois) > 0 else rois.gt_classes.to(torch.bool)
+
+
+def has_model_mask_of(rois: Instances) -> torch.Tensor:
+    """
+    Which ROIs have an object with a mask that a model made, and none of a human.
+
+    Args:
+        rois: of one image, with ``gt_classes``; without ``gt_has_model_mask`` there is none.
+
+    Returns:
+        bool, shape (R_i,).
+    """
+    if len(rois) == 0 or not rois.has("gt_has_model_mask"):
+        return torch.zeros_like(rois.gt_classes, dtype=torch.bool)
+    return rois.gt_has_model_mask & ~rois.gt_has_mask
+
+
+def select_rois(rois: Instances, selected: torch.Tensor) -> Instances:
+    """The ROIs where ``selected``, bool of shape (R_i,), is True, in their order."""
+    # By index: with a bool mask every field would wait for the device to count its True.
+    return rois[selected.nonzero().squeeze(1)]
+
+
+def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
+    """
+    Keep all ROIs with a human mask, and of the others a random choice.
+
+    Args:
+        rois: of one image.
+        limit: how many ROIs without a mask to keep at most, > 0.
+
+    Returns:
+        The kept ROIs, in their order.
+    """
+    has_mask = has_mask_of(rois)
+    candidates = (~has_mask).nonzero().squeeze(1)
+    if len(candidates) <= limit:
+        return rois
+    chosen = torch.randperm(len(candidates), device=candidates.device)[:limit]
+    keep = has_mask.clone()
+    keep[candidates[chosen]] = True
+    return select_rois(rois, keep)
+
+
+def rois_of_objects(targets: Instances) -> Instances:
+    """
+    All objects of an image as ROIs, each once and at its own box, whatever was sampled.
+
+    Args:
+        targets: with ``gt_boxes`` and the other ``gt_*`` fields; not changed; may be empty.
+
+    Returns:
+        ROIs in the order of the targets, with all their ``gt_*`` fields, and as ``proposal_boxes``
+        a copy of ``gt_boxes``.
+    """
+    rois = Instances(targets.image_size)
+    rois.proposal_boxes = Boxes(targets.gt_boxes.tensor.clone())
+    for name, value in targets.get_fields().items():
+        if name.startswith("gt_"):
+            rois.set(name, value)
+    return rois
+
+
+def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor | None:
+    """
+    Where the ROIs of the mask heads stand among sampled ones, by their boxes.
+
+    Args:
+        rois: one per image, R rows in all, with ``proposal_boxes``.
+        sampled: one per image, in the same order.
+
+    Returns:
+        int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
+        first. None if a box is not there, as an object's own box may not be.
+    """
+    rows, offset = [], 0
+    for x, candidates in zip(rois, sampled, strict=True):
+        boxes, others = boxes_of(x).tensor, boxes_of(candidates).tensor
+        is_equal = (boxes[:, None] == others[None]).all(dim=2)
+        if not is_equal.any(dim=1).all():
+            return None
+        if len(boxes) > 0:
+            # Of a bool tensor argmax is not defined everywhere.
+            rows.append(is_equal.to(torch.int32).argmax(dim=1) + offset)
+        offset += len(others)
+    none = torch.zeros(0, dtype=torch.int64, device=rois[0].gt_classes.device)
+    return torch.cat([none, *rows])
+
+
+def boxes_of(instances: Instances) -> Boxes:
+    """``pred_boxes`` of detections, ``proposal_boxes`` of ROIs in training."""
+    name = "pred_boxes" if instances.has("pred_boxes") else "proposal_boxes"
+    return instances.get(name)
+
+
+def classes_of(instances: list[Instances]) -> torch.Tensor:
+    """``pred_classes`` of detections, ``gt_classes`` of ROIs in training; int64, shape (R,)."""
+    return torch.cat([x.pred_classes if x.has("pred_classes") else x.gt_classes for x in instances])
+
+
+def crop_gt_masks(
+    rois: list[Instances],
+    mask_side_len: int,
+    device: torch.device,
+    has_mask: Callable[[Instances], torch.Tensor] = has_mask_of,
+) -> torch.Tensor:
+    """
+    Crop the masks of the annotations to the ROIs; only of ROIs that have one.
+
+    Args:
+        rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_masks`` and
+            ``gt_has_mask``; an image without ROIs may lack the last two.
+        mask_side_len: side M of the targets.
+        device: of the result.
+        has_mask: says of the ROIs of an image which have one, bool of shape (R_i,): those with a
+            human mask, or :func:`has_model_mask_of`.
+
+    Returns:
+        float32, shape (R, M, M), in {0, 1}; zeros where ``has_mask`` is False, whatever
+        ``gt_masks`` holds there.
+    """
+    targets = []
+    for x in rois:
+        target = torch.zeros(len(x), mask_side_len, mask_side_len, device=device)
+        selected = has_mask(x)
+        annotated = select_rois(x, selected)
+        if len(annotated) > 0:
+            boxes = annotated.proposal_boxes.tensor
+            crops = annotated.gt_masks.crop_and_resize(boxes, mask_side_len)
+            target[selected] = crops.to(device=device, dtype=target.dtype)
+        targets.append(target)
+    return torch.cat(targets)
+
+
+def crop_pixels(images: torch.Tensor, boxes: list[Boxes], side: int) -> torch.Tensor:
+    """
+    Cut a square crop out of the images for each box.
+
+    Args:
+        images: shape (N, 3, H, W).
+        boxes: one :class:`Boxes` per image, R boxes in all, in the frame of ``images``.
+        side: of the crops.
+
+    Returns:
+        shape (R, 3, side, side).
+    """
+    pooler = ROIPooler(side, scales=(1.0,), sampling_ratio=0, pooler_type="ROIAlignV2")
+    return pooler([images], boxes)
+
+
+def cells_inside_boxes(
+    roi_boxes: torch.Tensor, boxes: torch.Tensor, mask_side_len: int
+) -> torch.Tensor:
+    """
+    Mark the cells of each ROI's grid whose centre lies in the ROI's box.
+
+    Args:
+        roi_boxes: shape (R, 4), XYXY; M x M cells lie over each.
+        boxes: shape (R, 4), XYXY, same frame; edges belong to the box.
+        mask_side_len: M.
+
+    Returns:
+        bool, shape (R, M, M).
+    """
+    centres = (torch.arange(mask_side_len, device=roi_boxes.device) + 0.5) / mask_side_len
+    xs = roi_boxes[:, 0:1] + centres * (roi_boxes[:, 2:3] - roi_boxes[:, 0:1])
+    ys = roi_boxes[:, 1:2] + centres * (roi_boxes[:, 3:4] - roi_boxes[:, 1:2])
+    in_columns = (xs >= boxes[:, 0:1]) & (xs <= boxes[:, 2:3])
+    in_rows = (ys >= boxes[:, 1:2]) & (ys <= boxes[:, 3:4])
+    return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Take from each ROI's prediction the channel of its class.
+
+    Args:
+        pred_mask_logits: shape (R, C, M, M), or (R, 1, M, M) if class-agnostic; logits.
+        labels: shape (R,), int64, the class of each ROI in [0, C).
+
+    Returns:
+        shape (R, M, M), logits; the gradient flows to the selected channels only.
+    """
+    if pred_mask_logits.shape[1] == 1:
+        return pred_mask_logits[:, 0]
+    # 0, 1, 2, ...: in a traced graph, unlike arange, of as many ROIs as there are then.
+    rows = torch.ones_like(labels).cumsum(0) - 1
+    return pred_mask_logits[rows, labels]
+
+
+def masked_bce_loss(
+    pred_mask_logits: torch.Tensor, targets: torch.Tensor, is_supervised: torch.Tensor
+) -> torch.Tensor:
+    """
+    Mean binary cross entropy over the pixels of the supervised ROIs, Eq. (5) and (6) of the paper.
+
+    The mean is over the ROIs of this process, as in all losses of Detectron2. In training with W
+    processes DistributedDataParallel averages their gradients, so each of the n_r supervised ROIs
+    of process r weighs 1 / (W * n_r): as in one process with all images where all n_r are equal,
+    else not, and a process without one still counts in W.
+
+    Args:
+        pred_mask_logits: shape (R, M, M), logits.
+        targets: shape (R, M, M), in [0, 1].
+        is_supervised: bool, shape (R,); the other ROIs add nothing, not even to the mean's count.
+
+    Returns:
+        A scalar. Without a supervised ROI it is 0, but still attached to ``pred_mask_logits``:
+        in multi-GPU training every rank must give every parameter a gradient.
+    """
+    if not is_supervised.any():
+        return pred_mask_logits.sum() * 0
+    return F.binary_cross_entropy_with_logits(
+        pred_mask_logits[is_supervised], targets[is_supervised], reduction="mean"
+    )
+
+
+def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Dice loss of each row, D(a, b) = 1 - 2 sum(ab) / (sum(a^2) + sum(b^2) + 1e-5).
+
+    Args:
+        probs: shape (R, ...), probabilities.
+        targets: shape (R, ...), in [0, 1].
+
+    Returns:
+        shape (R,), in [0, 1]. An empty target gives 1 without gradient, whatever ``probs``.
+    """
+    probs, targets = probs.flatten(1), targets.to(probs.dtype).flatten(1)
+    intersection = (probs * targets).sum(1)
+    return 1 - 2 * intersection / (probs.square().sum(1) + targets.square().sum(1) + 1e-5)
+
+
+def masked_dice_loss(
+    pred_mask_logits: torch.Tensor, targets: torch.Tensor, is_supervised: torch.Tensor
+) -> torch.Tensor:
+    """
+    Mean Dice loss of the supervised ROIs, BoxInst's loss where there is a mask.
+
+    Arguments and result are those of :func:`masked_bce_loss`.
+    """
+    if not is_supervised.any():
+        return pred_mask_logits.sum() * 0
+    probs = at_least_float32(pred_mask_logits[is_supervised]).sigmoid()
+    return dice_loss(probs, targets[is_supervised]).mean()
+
+
+def mask_accuracy(
+    pred_mask_logits: torch.Tensor, targets: torch.Tensor, selected: torch.Tensor
+) -> torch.Tensor:
+    """
+    The share of the selected ROIs' pixels that are on the right side of 0.5.
+
+    Args:
+        pred_mask_logits: shape (R, M, M), logits.
+        targets: shape (R, M, M), in [0, 1].
+        selected: bool, shape (R,).
+
+    Returns:
+        A scalar without gradient, NaN without a selected ROI.
+    """
+    is_right = (pred_mask_logits.detach() > 0) == (targets > 0.5)
+    num_right = (is_right.flatten(1).sum(1) * selected).sum()
+    return num_right / (selected.sum() * is_right[:1].numel())
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself, in float32 if it is of half precision, for what autocast would not protect."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,155 @@
+"""Mask^X R-CNN: mask weights of a class predicted from its box weights."""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
+from torch import nn
+from torch.nn import functional as F
+
+from .mask_heads import MaskRCNNConvMultiUpsampleHead
+
+__all__ = ["WeightTransferMaskHead"]
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
+    """
+    Detectron2's mask head, the weights of whose last layer are a function of the box predictor's.
+
+    With e_c the weights of class c in the box predictor, its row for the score and its four for the
+    box, the mask logits are
+
+        z[n, c] = w_c . f_n + z_mlp[n],    w_c = A2 LeakyReLU(A1 e_c + b1) + b2,
+
+    where f_n are the features of ROI n after the last deconvolution. No bias per class, and z_mlp,
+    from a fully connected layer on all of f_n, only with ``mlp_branch``. Each class has a mask as
+    soon as it has boxes, also one without a single training mask. No gradient of the masks reaches
+    e_c: they do not change the box predictor.
+
+    Whoever builds the head calls :meth:`use_box_predictor` once, before the optimizer is made.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        num_deconv: int = 1,
+        mlp_branch: bool = False,
+        **kwargs,
+    ):
+        """
+        Args:
+            input_shape: of the ROI features.
+            num_classes: foreground classes C; those of the box predictor.
+            num_deconv: number of 2x deconvolutions, at least 1.
+            mlp_branch: add class-agnostic logits of a layer from D * M * M features to M * M cells:
+                157 million weights for D = 256 and M = 28, four times the rest of a Mask R-CNN.
+            **kwargs: of :class:`MaskRCNNConvMultiUpsampleHead`.
+        """
+        super().__init__(input_shape, num_classes=1, num_deconv=num_deconv, **kwargs)
+        # The predictor of the parent has one set of weights per class; here they are predicted.
+        self.num_channels = self.predictor.in_channels
+        del self.predictor
+        self.num_classes = num_classes
+        self._trunk = tuple(name for name, _ in self.named_children())
+        self._box_predictor: tuple[nn.Module, ...] = ()
+        self.mlp = None
+        if mlp_branch:
+            num_cells = (input_shape.height * 2**num_deconv) ** 2
+            self.mlp = nn.Linear(self.num_channels * num_cells, num_cells)
+            nn.init.normal_(self.mlp.weight, std=0.001)
+            nn.init.zeros_(self.mlp.bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        if cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
+            raise ValueError(
+                "WeightTransferMaskHead predicts the mask weights of each class: set "
+                "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to False. It cannot be the teacher of "
+                "MODEL.TEACHER_MASK_HEAD.NAME, which is class-agnostic."
+            )
+        ret = super().from_config(cfg, input_shape)
+        ret["num_classes"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        ret["mlp_branch"] = cfg.MODEL.ROI_MASK_HEAD.MLP_BRANCH
+        return ret
+
+    def use_box_predictor(self, box_predictor: nn.Module) -> None:
+        """
+        Take the box weights of ``box_predictor`` from now on, and make the layers A1 and A2.
+
+        The head refers to the predictor, but does not register it: each of its parameters is in a
+        state_dict once, under the predictor's own name.
+
+        Args:
+            box_predictor: with linear layers ``cls_score``, C + 1 rows, and ``bbox_pred``, 4 C
+                rows by class, of the same number of inputs; Detectron2's, and subclasses of it.
+
+        Raises:
+            ValueError: it is of another kind, of another number of classes, or its box regression
+                is class-agnostic.
+        """
+        if not isinstance(box_predictor, FastRCNNOutputLayers):
+            raise ValueError(
+                "WeightTransferMaskHead needs a box predictor with linear layers cls_score and "
+                f"bbox_pred, as FastRCNNOutputLayers has them, got {type(box_predictor).__name__}."
+            )
+        num_scores, num_inputs = box_predictor.cls_score.weight.shape
+        num_deltas = len(box_predictor.bbox_pred.weight)
+        if (num_scores, num_deltas) != (self.num_classes + 1, 4 * self.num_classes):
+            raise ValueError(
+                f"WeightTransferMaskHead for {self.num_classes} classes needs a box predictor with "
+                f"{self.num_classes + 1} scores and {4 * self.num_classes} box deltas, got "
+                f"{num_scores} and {num_deltas}; MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be "
+                "False, for its deltas say nothing about a class."
+            )
+        # In a tuple a module is not a submodule. A copy of both has this refer to the copy.
+        self._box_predictor = (box_predictor,)
+        hidden = self.num_channels
+        self.transfer = nn.Sequential(
+            nn.Linear(5 * num_inputs, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, hidden)
+        )
+        for layer in (self.transfer[0], self.transfer[2]):
+            weight_init.c2_msra_fill(layer)
+
+    def class_weights(self) -> torch.Tensor:
+        """
+        The weights w_c of the last layer.
+
+        Returns:
+            shape (C, D); gradient flows to A1 and A2, not to the box predictor.
+
+        Raises:
+            RuntimeError: :meth:`use_box_predictor` has not been called.
+        """
+        if not self._box_predictor:
+            raise RuntimeError(
+                "WeightTransferMaskHead has no box predictor: its ROI heads must call "
+                "use_box_predictor, as PartiallySupervisedROIHeads and TeacherStudentROIHeads do."
+            )
+        (box_predictor,) = self._box_predictor
+        scores = box_predictor.cls_score.weight.detach()[: self.num_classes]  # without background
+        deltas = box_predictor.bbox_pred.weight.detach().reshape(self.num_classes, -1)
+        return self.transfer(torch.cat([scores, deltas], dim=1))
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: shape (R, D_in, S, S), ROI features.
+
+        Returns:
+            shape (R, C, M, M), logits.
+        """
+        for name in self._trunk:
+            x = getattr(self, name)(x)
+        weights = self.class_weights().to(x.dtype)
+        logits = F.conv2d(x, weights[:, :, None, None])
+        if self.mlp is None:
+            return logits
+        return logits + self.mlp(x.flatten(1)).view(-1, 1, *x.shape[2:])

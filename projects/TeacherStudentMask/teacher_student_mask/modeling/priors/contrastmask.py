@@ -1,0 +1,511 @@
+"""ContrastMask: features in which the pixels of objects of all classes are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, select_foreground_proposals
+from detectron2.structures import Instances
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn import functional as F
+
+from ..mask_targets import (
+    at_least_float32,
+    boxes_of,
+    classes_of,
+    crop_gt_masks,
+    find_rois,
+    has_mask_of,
+)
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from .opmask import FeatureMapBoxHead, class_activation_maps, normalize_per_roi
+
+__all__ = [
+    "ContrastivePrior",
+    "PixelSets",
+    "TwoBranchBoxHead",
+    "attend_by_cosine",
+    "contrastive_loss",
+    "nce",
+    "ramp",
+    "sample_pixels",
+    "sets_of_cams",
+    "sets_of_masks",
+    "similarity",
+]
+
+# Below this length a vector counts as shorter than 1, so that no gradient is larger than 1e4.
+_EPS = 1e-4
+# A ROI with fewer pixels in one of its four sets takes no part.
+_MIN_PIXELS = 5
+_EASY_TEMPERATURE, _HARD_TEMPERATURE = 0.3, 0.7
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class TwoBranchBoxHead(nn.Module):
+    """
+    ContrastMask's box head: shared 3x3 convolutions, then one for the classes and two for the box.
+
+    The last of the widths is that of both branches, too. The output is two maps, each of shape
+    (R, C, h, w) and >= 0: that of the classes, from which class activation maps are made, and that
+    of the box.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, conv_widths: Sequence[int], conv_norm: str = ""):
+        """
+        Args:
+            input_shape: of the ROI features.
+            conv_widths: output channels of the shared convolutions, one each; 256 four times is
+                ContrastMask's.
+            conv_norm: as for :class:`FeatureMapBoxHead`, of all convolutions; ContrastMask has "".
+
+        Raises:
+            ValueError: no width, or one below 1.
+        """
+        super().__init__()
+        self.shared = FeatureMapBoxHead(input_shape, conv_widths=conv_widths, conv_norm=conv_norm)
+        width = conv_widths[-1]
+        shape = ShapeSpec(channels=width, height=input_shape.height, width=input_shape.width)
+        self.class_branch = FeatureMapBoxHead(shape, conv_widths=[width], conv_norm=conv_norm)
+        self.box_branch = FeatureMapBoxHead(shape, conv_widths=[width] * 2, conv_norm=conv_norm)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        return FeatureMapBoxHead.from_config(cfg, input_shape)
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """The input of each of the predictor's linear layers: C, after pooling over h and w."""
+        return self.class_branch.output_shape
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x: ROI features, shape (R, D, h, w).
+
+        Returns:
+            The map of the classes and that of the box, each of shape (R, C, h, w).
+        """
+        shared = self.shared(x)
+        return self.class_branch(shared), self.box_branch(shared)
+
+    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The first of the two maps, for which the box branch need not run."""
+        return self.class_branch(self.shared(x))
+
+
+@dataclass(frozen=True)
+class PixelSets:
+    """
+    Sets of pixels of R ROIs of M x M cells, each bool of shape (R, M, M).
+
+    Args:
+        easy_positive, hard_positive: keys inside the object, far from and near its outline.
+        easy_negative, hard_negative: keys outside.
+        inside, outside: whose mean is the ROI's query.
+    """
+
+    easy_positive: torch.Tensor
+    hard_positive: torch.Tensor
+    easy_negative: torch.Tensor
+    hard_negative: torch.Tensor
+    inside: torch.Tensor
+    outside: torch.Tensor
+
+    @property
+    def keys(self) -> tuple[torch.Tensor, ...]:
+        """The four sets of keys, in the order above."""
+        return self.easy_positive, self.hard_positive, self.easy_negative, self.hard_negative
+
+    def where(self, condition: torch.Tensor, other: PixelSets) -> PixelSets:
+        """These sets for the ROIs where ``condition``, bool of shape (R,), holds, else others."""
+        rows, pairs = condition[:, None, None], zip(vars(self).values(), vars(other).values())
+        return PixelSets(*(torch.where(rows, a, b) for a, b in pairs))
+
+    def have_enough(self, min_pixels: int) -> torch.Tensor:
+        """bool, shape (R,): the ROIs each of whose four sets of keys has ``min_pixels`` or more."""
+        counts = torch.stack([x.flatten(1).sum(1) for x in self.keys])
+        return (counts >= min_pixels).all(dim=0)
+
+
+def sets_of_masks(masks: torch.Tensor) -> PixelSets:
+    """
+    The sets of objects with a mask.
+
+    A pixel belongs to the edge if a central difference of the mask is not zero there, which makes
+    the edge two pixels wide. Hard keys are the pixels next to the edge, diagonally, too, but not on
+    it; easy positives all others of the mask, those of its edge among them; easy negatives all
+    others outside but those of the edge.
+
+    Args:
+        masks: bool, shape (R, M, M).
+    """
+    # At the border the pixel itself stands for the neighbour that it lacks.
+    above = torch.cat([masks[:, :1], masks[:, :-1]], dim=1)
+    below = torch.cat([masks[:, 1:], masks[:, -1:]], dim=1)
+    left = torch.cat([masks[:, :, :1], masks[:, :, :-1]], dim=2)
+    right = torch.cat([masks[:, :, 1:], masks[:, :, -1:]], dim=2)
+    edge = (above != below) | (left != right)
+    # All pixels within a distance below 2 of the edge.
+    near = F.max_pool2d(edge.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
+    hard = near & ~edge
+    return PixelSets(
+        easy_positive=masks & ~hard,
+        hard_positive=masks & hard,
+        easy_negative=~masks & ~near,
+        hard_negative=~masks & hard,
+        inside=masks,
+        outside=~masks,
+    )
+
+
+def sets_of_cams(cams: torch.Tensor, high: float = 0.9, low: float = 0.1) -> PixelSets:
+    """
+    The sets of objects without a mask: where the class activation map is high, and where low.
+
+    Args:
+        cams: shape (R, M, M), in [0, 1].
+        high: positives lie above.
+        low: negatives lie below.
+    """
+    positive, negative = cams > high, cams < low
+    return PixelSets(positive, positive, negative, negative, positive, negative)
+
+
+def sample_pixels(pixels: torch.Tensor, share: float) -> torch.Tensor:
+    """
+    A random choice of each ROI's pixels, from PyTorch's generator of their device.
+
+    Args:
+        pixels: bool, shape (R, M, M).
+        share: in (0, 1]; of n pixels ceil(share * n) are chosen.
+
+    Returns:
+        bool, shape (R, M, M).
+    """
+    members = pixels.flatten(1)
+    draws = torch.rand(members.shape, device=pixels.device).masked_fill(~members, 2.0)
+    ranks = draws.argsort(dim=1).argsort(dim=1)
+    counts = (members.sum(dim=1).double() * share).ceil()
+    return (ranks < counts[:, None]).view_as(pixels)
+
+
+def similarity(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """
+    cos(q, v - q) of a query q with each key v: keys are centred by the query, as in ContrastMask.
+
+    Args:
+        query: shape (D,).
+        keys: shape (n, D).
+
+    Returns:
+        shape (n,), in [-1, 1].
+    """
+    return F.normalize(keys - query, dim=1, eps=_EPS) @ F.normalize(query, dim=0, eps=_EPS)
+
+
+def nce(
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    temperature: float,
+    official_denominator: bool = False,
+) -> torch.Tensor:
+    """
+    Mean over a in ``positives`` of -log(exp(a / t) / (exp(a / t) + sum_b exp(b / t))).
+
+    Args:
+        positives: shape (n,), similarities of a query with the keys it should be like, n > 0.
+        negatives: shape (m,), with those that it should not be like.
+        temperature: t > 0.
+        official_denominator: a slip of ContrastMask's code: exp(a) for exp(a / t) in the
+            denominator, which makes losses below 0 possible.
+
+    Returns:
+        A scalar; not below 0 but for ``official_denominator``.
+    """
+    logits = positives / temperature
+    others = torch.logsumexp(negatives / temperature, dim=0)
+    own = positives if official_denominator else logits
+    return (torch.logaddexp(own, others) - logits).mean()
+
+
+def contrastive_loss(
+    projections: torch.Tensor,
+    sets: PixelSets,
+    share: float = 0.3,
+    official_denominator: bool = False,
+) -> torch.Tensor:
+    """
+    ContrastMask's loss, without its weight and schedule.
+
+    One query for the inside and one for the outside of objects, each the mean over the ROIs of
+    this process that have enough pixels; all of them share both, objects of all classes, with and
+    without a mask. The keys are a random share of the pixels of each ROI's sets.
+
+    Args:
+        projections: shape (R, D, M, M); R may be 0.
+        sets: of the same ROIs.
+        share: of the pixels of each set that are keys.
+        official_denominator: see :func:`nce`.
+
+    Returns:
+        A scalar, float32 at least, with gradient through keys and queries; where no ROI has enough
+        pixels 0, but attached to ``projections``.
+    """
+    kept = sets.have_enough(_MIN_PIXELS)
+    rows = kept.nonzero()[:, 0]
+    if len(rows) == 0:
+        return at_least_float32(projections[:0]).sum()
+    # Temperatures and differences of like vectors are not for half precision.
+    with torch.autocast(projections.device.type, enabled=False):
+        inside, outside = (_mean(projections[rows], x[rows]) for x in (sets.inside, sets.outside))
+        keys = [sample_pixels(x, share).flatten(1) & kept[:, None] for x in sets.keys]
+        used_rois, used_pixels = torch.stack(keys).any(dim=0).nonzero().unbind(1)
+        vectors = at_least_float32(projections.flatten(2)[used_rois, :, used_pixels])
+        easy_in, hard_in, easy_out, hard_out = (x[used_rois, used_pixels] for x in keys)
+        like_inside, like_outside = (similarity(x, vectors) for x in (inside, outside))
+        terms = (
+            (like_inside, easy_in, easy_out, _EASY_TEMPERATURE),
+            (like_inside, hard_in, hard_out, _HARD_TEMPERATURE),
+            (like_outside, easy_out, easy_in, _EASY_TEMPERATURE),
+            (like_outside, hard_out, hard_in, _HARD_TEMPERATURE),
+        )
+        losses = [nce(s[a], s[b], t, official_denominator) for s, a, b, t in terms]
+        return torch.stack(losses).sum()
+
+
+def _mean(projections: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    # Mean over the ROIs of the mean over each one's pixels: (R, D, M, M), (R, M, M) -> (D,).
+    projections = at_least_float32(projections)
+    weights = pixels.to(projections.dtype).flatten(1)
+    weights = weights / weights.sum(dim=1, keepdim=True) / len(weights)
+    return torch.einsum("rdp,rp->d", projections.flatten(2), weights)
+
+
+def attend_by_cosine(features: torch.Tensor) -> torch.Tensor:
+    """
+    Attention of a ROI's cells to one another by the cosine of their features.
+
+    Y_i = sum_j softmax_j(cos(E_i, E_j)) E_j, without temperature, weights or residual.
+
+    Args:
+        features: shape (R, D, M, M); R may be 0.
+
+    Returns:
+        shape (R, D, M, M), each cell a mean of the ROI's cells.
+    """
+    cells = features.flatten(2).transpose(1, 2)[:, None]
+    directions = F.normalize(cells, dim=-1, eps=1e-4).to(cells.dtype)
+    attended = F.scaled_dot_product_attention(directions, directions, cells, scale=1.0)
+    return attended[:, 0].transpose(1, 2).reshape(features.shape)
+
+
+def ramp(iteration: int, epoch_iters: int) -> float:
+    """ContrastMask's factor of its loss: 0.25 in epochs 0 and 1, 0.5, 0.75, and 1 from epoch 4."""
+    return min(1.0, max(0.25, iteration // epoch_iters / 4))
+
+
+@ROI_MASK_PRIOR_REGISTRY.register()
+class ContrastivePrior(nn.Module):
+    """
+    Adds to the mask features the class activation map of the ROI, and features of a head of its
+    own, in which a contrastive loss makes pixels of objects alike, as ContrastMask.
+
+    That head sees features pooled on a finer grid and detached: neither loss trains the backbone
+    through it. The contrastive loss is of all sampled foreground ROIs, whichever of them, or of the
+    ground-truth boxes, the mask heads are trained on. Objects without a mask take part in it by
+    their class activation map, which is detached there.
+    """
+
+    needs_class_maps = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        pooler: ROIPooler,
+        num_conv: int = 8,
+        conv_dim: int = 256,
+        norm: str = "BN",
+        loss_weight: float = 0.1,
+        epoch_iters: int = 7330,
+        key_share: float = 0.3,
+        official_denominator: bool = False,
+        stop_gradient: bool = False,
+    ):
+        """
+        Args:
+            in_channels: of the backbone's feature maps.
+            out_channels: of the mask features.
+            pooler: of the backbone's feature maps, on a grid of M x M cells.
+            num_conv: 3x3 convolutions of the encoder, at least 1.
+            conv_dim: their channels, and those of the projector.
+            norm: of the projector, any of :func:`detectron2.layers.get_norm`.
+            loss_weight: of the contrastive loss, before :func:`ramp`.
+            epoch_iters: iterations of an epoch, for :func:`ramp`; the trainer rescales it with
+                the schedule.
+            key_share: of the pixels of a set that are keys of the loss, in (0, 1].
+            official_denominator: see :func:`nce`.
+            stop_gradient: mask losses do not train the box head's convolutions through the map.
+
+        Raises:
+            ValueError: a number out of its range.
+        """
+        super().__init__()
+        for name, value, is_allowed in (
+            ("NUM_CONV", num_conv, num_conv >= 1),
+            ("EPOCH_ITERS", epoch_iters, epoch_iters >= 1),
+            ("KEY_SHARE", key_share, 0 < key_share <= 1),
+        ):
+            if not is_allowed:
+                raise ValueError(
+                    f"MODEL.ROI_MASK_PRIOR.CONTRAST.{name} is {value}; allowed: "
+                    f"{'above 0, up to 1' if name == 'KEY_SHARE' else '1 or more'}."
+                )
+        self.pooler = pooler
+        self.encoder = conv_stack([in_channels] + [conv_dim] * num_conv, relu_at_end=True)
+        self.projector = nn.Sequential(
+            _conv_norm_relu(conv_dim, norm), _conv_norm_relu(conv_dim, norm)
+        )
+        self.projector.append(conv1x1(conv_dim, conv_dim))
+        self.fuse = conv1x1(conv_dim, out_channels)
+        self.loss_weight = loss_weight
+        self.epoch_iters = epoch_iters
+        self.key_share = key_share
+        self.official_denominator = official_denominator
+        self.stop_gradient = stop_gradient
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
+    ) -> dict:
+        settings = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST
+        sampling_ratio = cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO
+        return {
+            "in_channels": next(iter(feature_shapes.values())).channels,
+            "out_channels": input_shape.channels,
+            "pooler": build_own_pooler(
+                cfg, feature_shapes, settings.POOLER_RESOLUTION, sampling_ratio
+            ),
+            "num_conv": settings.NUM_CONV,
+            "conv_dim": settings.CONV_DIM,
+            "norm": settings.NORM,
+            "loss_weight": settings.LOSS_WEIGHT,
+            "epoch_iters": settings.EPOCH_ITERS,
+            "key_share": settings.KEY_SHARE,
+            "official_denominator": settings.OFFICIAL_DENOMINATOR,
+            "stop_gradient": cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT,
+        }
+
+    def forward(
+        self, mask_features: torch.Tensor, context: ROIContext
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            mask_features: shape (R, D, S, S); not changed.
+            context: its ``instances``, ``feature_maps``, ``class_maps`` and ``classifier``, and in
+                training ``sampled``.
+
+        Returns:
+            shape (R, D, S, S); in training mode ``loss_mask_contrast``, of the foreground of
+            ``sampled``, with and without a mask, whichever of it the R rows are.
+
+        Raises:
+            ValueError: in training, ``context.sampled`` is None.
+        """
+        cam = _activation_maps(context.instances, context.class_maps, context.classifier)
+        if not self.training:
+            encoded = self._encode(context.instances, context.feature_maps)
+            return self._enrich(mask_features, cam, encoded), {}
+        if context.sampled is None:
+            raise ValueError(
+                "ContrastivePrior learns from all sampled foreground ROIs, not only from those of "
+                "the mask heads: in training give ROIContext.sampled."
+            )
+        # The classifier's last row is background's.
+        num_classes = context.classifier.out_features - 1
+        foreground, _ = select_foreground_proposals(context.sampled, num_classes)
+        maps = torch.cat([x.box_features for x in foreground])
+        encoded = self._encode(foreground, context.feature_maps)
+        loss = self._contrast(
+            foreground, _activation_maps(foreground, maps, context.classifier), encoded
+        )
+        # ROIs with one box have one encoding, but each the map of its own class.
+        rows = find_rois(context.instances, foreground)
+        if rows is None:
+            encoded = self._encode(context.instances, context.feature_maps)
+        else:
+            encoded = encoded[rows]
+        return self._enrich(mask_features, cam, encoded), {"loss_mask_contrast": loss}
+
+    def _encode(self, rois: list[Instances], feature_maps: list[torch.Tensor]) -> torch.Tensor:
+        # Shape (R, C, M, M), without gradient to the backbone.
+        maps = [x.detach() for x in feature_maps]
+        return self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
+
+    def _enrich(
+        self, mask_features: torch.Tensor, cam: torch.Tensor, encoded: torch.Tensor
+    ) -> torch.Tensor:
+        # All three of the same R ROIs.
+        side = mask_features.shape[-1]
+        cam = normalize_per_roi(_resize(cam, side))
+        if self.stop_gradient:
+            cam = cam.detach()
+        attended = self.fuse(_resize(attend_by_cosine(encoded), side))
+        return mask_features + (attended + cam).to(mask_features.dtype)
+
+    def _contrast(
+        self, rois: list[Instances], cam: torch.Tensor, encoded: torch.Tensor
+    ) -> torch.Tensor:
+        # The weighted loss of these ROIs; the class activation map decides, but does not learn.
+        fine_cam = normalize_per_roi(_resize(cam.detach(), encoded.shape[-1]))[:, 0]
+        loss = contrastive_loss(
+            self.projector(encoded),
+            self._sets_of(rois, fine_cam),
+            self.key_share,
+            self.official_denominator,
+        )
+        return loss * self.loss_weight * ramp(get_event_storage().iter, self.epoch_iters)
+
+    @staticmethod
+    @torch.no_grad()
+    def _sets_of(rois: list[Instances], cam: torch.Tensor) -> PixelSets:
+        # By the mask where there is one, by the map (R, M, M) where there is none.
+        has_mask = torch.cat([has_mask_of(x) for x in rois])
+        masks = crop_gt_masks(rois, cam.shape[-1], cam.device) > 0.5
+        return sets_of_masks(masks).where(has_mask, sets_of_cams(cam))
+
+
+def _activation_maps(
+    rois: list[Instances], maps: torch.Tensor, classifier: nn.Linear
+) -> torch.Tensor:
+    # Shape (R, 1, h, w), logits with gradient to the box head, but not to its classifier.
+    weight = classifier.weight.detach()
+    return at_least_float32(class_activation_maps(maps, weight, classes_of(rois)))
+
+
+def _resize(x: torch.Tensor, side: int) -> torch.Tensor:
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def _conv_norm_relu(channels: int, norm: str) -> Conv2d:
+    conv = Conv2d(
+        channels,
+        channels,
+        kernel_size=1,
+        bias=not norm,
+        norm=get_norm(norm, channels),
+        activation=F.relu,
+    )
+    weight_init.c2_msra_fill(conv)
+    return conv

@@ -1,0 +1,269 @@
+"""OPMask: a box head that keeps its map, and where in a ROI it sees the ROI's class, as a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+)
+from detectron2.structures import Instances
+from torch import nn
+from torch.nn import functional as F
+
+from ..mask_targets import classes_of
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext
+
+__all__ = [
+    "ClassActivationPrior",
+    "FeatureMapBoxHead",
+    "PooledFastRCNNOutputLayers",
+    "class_activation_maps",
+    "normalize_per_roi",
+    "normalized_activation_maps",
+]
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class FeatureMapBoxHead(FastRCNNConvFCHead):
+    """
+    OPMask's box head: 3x3 convolutions only; the output is the map F of Eq. (8), not flattened.
+
+    ROI features (R, D, h, w) become (R, C, h, w), with C the last of the widths and values >= 0.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, conv_widths: Sequence[int], conv_norm: str = ""):
+        """
+        Args:
+            input_shape: of the ROI features.
+            conv_widths: output channels of the convolutions, one each. OPMask's own code has
+                512, 1024, 1024, 1024; 256 five times is the 256-channel F of the paper.
+            conv_norm: "" or any norm of :func:`detectron2.layers.get_norm`, between each
+                convolution, which then has no bias, and its ReLU.
+
+        Raises:
+            ValueError: no width, or one below 1.
+        """
+        if not conv_widths or min(conv_widths) < 1:
+            raise ValueError(
+                f"MODEL.ROI_BOX_HEAD.CONV_WIDTHS is {list(conv_widths)}; FeatureMapBoxHead needs "
+                "the output channels of one convolution or more, each at least 1."
+            )
+        super().__init__(input_shape, conv_dims=list(conv_widths), fc_dims=[], conv_norm=conv_norm)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        return {
+            "input_shape": input_shape,
+            "conv_widths": cfg.MODEL.ROI_BOX_HEAD.CONV_WIDTHS,
+            "conv_norm": cfg.MODEL.ROI_BOX_HEAD.NORM,
+        }
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """The input of the predictor's linear layers: C, after pooling over h and w."""
+        return ShapeSpec(channels=super().output_shape.channels)
+
+    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """The maps that the class scores are pooled from, (R, C, h, w): here the output."""
+        return self(x)
+
+
+class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
+    """
+    Detectron2's box predictor on a feature map, Eq. (8) of the paper: GAP(F) W + b.
+
+    Its predictions are (scores, deltas, maps), with the maps that the scores are pooled from; after
+    :class:`TwoBranchBoxHead` deltas come from others. Detections have the maps of their proposals
+    as the field ``box_features``, shape (R_i, C, h, w). Parameters are named as the parent's.
+    """
+
+    def forward(
+        self, maps: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            maps: shape (R, C, h, w), the output of :class:`FeatureMapBoxHead`, or two such maps,
+                that of :class:`TwoBranchBoxHead`.
+
+        Returns:
+            scores, shape (R, K + 1), logits of K classes and background; deltas, shape (R, 4 K) or
+            (R, 4); ``maps`` itself, or the first of the two. Gradient flows through all three.
+
+        Raises:
+            ValueError: ``maps`` does not have four dimensions.
+        """
+        all_maps = maps if isinstance(maps, tuple) else (maps,)
+        for x in all_maps:
+            if x.dim() != 4:
+                raise ValueError(
+                    f"The box head's output has shape {tuple(x.shape)}, expected (R, C, h, w): "
+                    'set MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
+                )
+        pooled = [x.mean(dim=(2, 3)) for x in all_maps]
+        return self.cls_score(pooled[0]), self.bbox_pred(pooled[-1]), all_maps[0]
+
+    def losses(
+        self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """As the parent's, for predictions with or without the maps."""
+        return super().losses(predictions[:2], proposals)
+
+    def inference(
+        self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[torch.Tensor]]:
+        """
+        As the parent's; each detection also has ``box_features``, those of the proposal it is from.
+
+        Returns:
+            The detections of each image, and for each the row of its proposal in
+            [0, R_i). The parent counts these without the rows whose box or score is not finite;
+            here they index ``proposals`` in any case.
+        """
+        *predictions, maps = predictions
+        detections, kept = super().inference(predictions, proposals)
+        boxes = self.predict_boxes(predictions, proposals)
+        probs = self.predict_probs(predictions, proposals)
+        maps = maps.split([len(x) for x in proposals])
+        for i, x in enumerate(detections):
+            is_finite = boxes[i].isfinite().all(dim=1) & probs[i].isfinite().all(dim=1)
+            kept[i] = is_finite.nonzero()[:, 0][kept[i]]
+            x.box_features = maps[i][kept[i]]
+        return detections, kept
+
+    # The parent unpacks two predictions, and its inference() hands over two.
+
+    def predict_boxes(self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]):
+        """As the parent's, for predictions with or without the maps."""
+        return super().predict_boxes(predictions[:2], proposals)
+
+    def predict_boxes_for_gt_classes(
+        self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
+    ):
+        """As the parent's, for predictions with or without the maps."""
+        return super().predict_boxes_for_gt_classes(predictions[:2], proposals)
+
+    def predict_probs(self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]):
+        """As the parent's, for predictions with or without the maps."""
+        return super().predict_probs(predictions[:2], proposals)
+
+
+def class_activation_maps(
+    maps: torch.Tensor,
+    classifier_weight: torch.Tensor,
+    classes: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Class activation map of each ROI for one class, Eq. (9) of the paper: F_ij W_cls + b_cls.
+
+    With ``bias`` its mean over the cells is the logit of the class, Eq. (8). OPMask leaves the bias
+    out; :func:`normalize_per_roi` removes it anyway.
+
+    Args:
+        maps: shape (R, C, h, w), the box head's features F.
+        classifier_weight: shape (K + 1, C); a row per class, then background.
+        classes: int64, shape (R,), the class of each ROI; only its map is computed.
+        bias: shape (K + 1,).
+
+    Returns:
+        shape (R, 1, h, w), logits; gradient flows to all but ``classes``.
+
+    Raises:
+        ValueError: not one class per map.
+    """
+    if len(classes) != len(maps):
+        raise ValueError(f"{len(maps)} box features for {len(classes)} ROIs; give one for each.")
+    rows = classifier_weight[classes].to(maps.dtype)
+    cams = torch.einsum("rchw,rc->rhw", maps, rows)[:, None]
+    return cams if bias is None else cams + bias[classes][:, None, None, None]
+
+
+def normalize_per_roi(cam: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
+    """
+    Min-max normalisation of each ROI's map.
+
+    OPMask's code adds 1e-4 to the map instead, which cancels: a constant map becomes NaN there.
+
+    Args:
+        cam: shape (R, 1, h, w).
+        eps: added to the range, so that 0 / 0 cannot occur, neither here nor in the gradient.
+
+    Returns:
+        shape (R, 1, h, w), in [0, 1]; zeros where a map is constant.
+    """
+    low = cam.amin(dim=(1, 2, 3), keepdim=True)
+    high = cam.amax(dim=(1, 2, 3), keepdim=True)
+    return (cam - low) / (high - low + eps)
+
+
+def normalized_activation_maps(
+    instances: list[Instances], maps: torch.Tensor, classifier: nn.Linear
+) -> torch.Tensor:
+    """
+    The maps that :class:`ClassActivationPrior` adds, before it resizes them.
+
+    Args:
+        instances: one per image, R rows in all, with ``pred_classes``, or else ``gt_classes``.
+        maps: shape (R, C, h, w), the box head's.
+        classifier: from C features to the class scores.
+
+    Returns:
+        shape (R, 1, h, w), in [0, 1]; gradient flows to ``maps``, not to the classifier.
+    """
+    classes = classes_of(instances)
+    return normalize_per_roi(class_activation_maps(maps, classifier.weight.detach(), classes))
+
+
+@ROI_MASK_PRIOR_REGISTRY.register()
+class ClassActivationPrior(nn.Module):
+    """
+    Adds the class activation map of each ROI to all channels of its mask features, as OPMask.
+
+    The class is the matched object's in training, the predicted one at inference. Which
+    boxes the maps are of is the caller's choice; OPMask's are the proposals, at inference too,
+    where the mask features are those of the refined boxes.
+    """
+
+    needs_class_maps = True
+
+    @configurable
+    def __init__(self, *, stop_gradient: bool = False):
+        """
+        Args:
+            stop_gradient: mask losses do not train the box head's convolutions through the maps.
+                They never train its classifier.
+        """
+        super().__init__()
+        self.stop_gradient = stop_gradient
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
+    ) -> dict:
+        return {"stop_gradient": cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT}
+
+    def forward(
+        self, mask_features: torch.Tensor, context: ROIContext
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            mask_features: shape (R, D, S, S); not changed.
+            context: its ``instances``, ``class_maps`` and ``classifier``.
+
+        Returns:
+            shape (R, D, S, S), the features plus the maps, bilinearly resized; no losses.
+        """
+        cam = normalized_activation_maps(context.instances, context.class_maps, context.classifier)
+        if self.stop_gradient:
+            cam = cam.detach()
+        cam = F.interpolate(
+            cam, size=mask_features.shape[-2:], mode="bilinear", align_corners=False
+        )
+        return mask_features + cam.to(mask_features.dtype), {}

@@ -1,0 +1,248 @@
+"""ShapeProp's prior: a saliency map of each ROI's class, spread over the object."""
+
+from __future__ import annotations
+
+import fvcore.nn.weight_init as weight_init
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Instances
+from torch import nn
+from torch.nn import functional as F
+
+from ..mask_targets import (
+    at_least_float32,
+    boxes_of,
+    classes_of,
+    crop_gt_masks,
+    find_rois,
+    has_mask_of,
+    masked_bce_loss,
+)
+from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from .opmask import class_activation_maps
+
+__all__ = [
+    "ShapePropagationPrior",
+    "activation_loss",
+    "pass_messages",
+    "relative_activation",
+]
+
+# ShapeProp's; Detectron2's mask heads take as many points as the size of the box asks for.
+_SAMPLING_RATIO = 2
+_NUM_NEIGHBORS = 9
+
+
+def activation_loss(
+    maps: torch.Tensor, classifier: nn.Linear, labels: torch.Tensor
+) -> torch.Tensor:
+    """
+    Softmax cross entropy of the classes' activation maps, each averaged over its cells.
+
+    Averaging and the classifier are linear, so the features are averaged and K + 1 maps of each
+    ROI need not be computed.
+
+    Args:
+        maps: shape (R, D, S, S), features of all sampled ROIs.
+        classifier: from D features to K classes and background, the last.
+        labels: int64, shape (R,), in [0, K]; K = background, as in Detectron2.
+
+    Returns:
+        A scalar; without a ROI it is 0, but still attached to ``maps`` and ``classifier``.
+    """
+    scores = at_least_float32(classifier(maps.mean(dim=(2, 3))))
+    if len(labels) == 0:
+        return scores.sum() * 0
+    return F.cross_entropy(scores, labels)
+
+
+def pass_messages(states: torch.Tensor, weights: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """
+    Let each cell take the weighted mean of its 3x3 neighbourhood, again and again.
+
+    One step is h_i <- sum_j w_ij h_j / (sum_j w_ij + 1e-5), j over the nine cells around and with
+    i, for each channel on its own. Outside the map h is 0 while w counts: maps fade at the border.
+
+    Args:
+        states: shape (R, C, S, S); not changed.
+        weights: shape (R, C, 9, S, S), of cell i for its neighbours, row by row; not negative.
+        num_steps: 0 or more; S lets every cell reach every other.
+
+    Returns:
+        shape (R, C, S, S); gradient flows to both.
+    """
+    # As a quotient of its own: ShapeProp's code divides in place what autograd still needs.
+    weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-5)
+    for _ in range(num_steps):
+        neighbors = F.unfold(states, kernel_size=3, padding=1).view(weights.shape)
+        states = (neighbors * weights).sum(dim=2)
+    return states
+
+
+def relative_activation(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Positive part of a map, relative to its maximum: ReLU(A) / (max ReLU(A) + 1e-5).
+
+    Args:
+        logits: shape (R, 1, S, S); not changed.
+
+    Returns:
+        shape (R, 1, S, S), in [0, 1); zeros where a map has no positive cell.
+    """
+    positive = at_least_float32(logits).relu()
+    return positive / (positive.amax(dim=(1, 2, 3), keepdim=True) + 1e-5)
+
+
+@ROI_MASK_PRIOR_REGISTRY.register()
+class ShapePropagationPrior(nn.Module):
+    """
+    ShapeProp's saliency head: activate, propagate, and give the shape to the mask head.
+
+    1. A fully convolutional classifier, trained on the classes of all sampled ROIs, seen, unseen
+       and background (``loss_shape_activation``), gives a saliency map of the ROI's class: the
+       matched object's in training, the predicted one at inference; raw, not detached.
+    2. Encoded in a few channels the map is spread by message passing with predicted weights, and
+       decoded to one logit per cell, which learns from the ROIs with a mask (``loss_shape``).
+    3. That shape, relative to its maximum and encoded again, is appended to the mask features.
+
+    Features of the ROIs are pooled by this prior. Differences to ShapeProp's code: propagation and
+    the mask heads run on the foreground ROIs alone, where that code computes them for all sampled
+    ones and drops the rest in the loss; Detectron2's aligned ROIAlign; background is the last class
+    instead of the first; the feature size is ``MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION``.
+    """
+
+    needs_class_maps = False
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        pooler: ROIPooler,
+        feature_channels: int,
+        num_classes: int,
+        conv_dim: int = 256,
+        num_channels: int = 24,
+        num_steps: int = 0,
+        activation_weight: float = 1.0,
+        shape_weight: float = 1.0,
+    ):
+        """
+        Args:
+            input_shape: channels D and side S of the pooled mask features.
+            pooler: to shape (R, feature_channels, S, S).
+            feature_channels: of the backbone's feature maps.
+            num_classes: K, without background.
+            conv_dim: width of the convolutions.
+            num_channels: that messages are passed in.
+            num_steps: of message passing; 0 = S.
+            activation_weight: of ``loss_shape_activation``.
+            shape_weight: of ``loss_shape``.
+
+        Raises:
+            ValueError: a negative number of steps.
+        """
+        super().__init__()
+        if num_steps < 0:
+            raise ValueError(
+                "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_STEPS must be 0 (the side of the "
+                f"features) or more, got {num_steps}."
+            )
+        self.out_channels = input_shape.channels + conv_dim
+        self.side = input_shape.height
+        self.num_classes = num_classes
+        self.num_channels = num_channels
+        self.num_steps = num_steps or self.side
+        self.activation_weight = activation_weight
+        self.shape_weight = shape_weight
+        self.pooler = pooler
+        widths = [feature_channels] + [conv_dim] * 4
+        self.activation = conv_stack(widths, relu_at_end=True)
+        self.classifier = nn.Linear(conv_dim, num_classes + 1)
+        weight_init.c2_xavier_fill(self.classifier)
+        self.propagation = conv_stack(widths, relu_at_end=True)
+        self.message_weights = conv1x1(conv_dim, num_channels * _NUM_NEIGHBORS)
+        self.encoder = conv_stack([1] + [num_channels] * 3, relu_at_end=False)
+        self.decoder = conv_stack([num_channels] * 3 + [1], relu_at_end=False)
+        self.shape_encoder = conv_stack([1] + [conv_dim] * 4, relu_at_end=False)
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
+    ) -> dict:
+        settings = cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION
+        return {
+            "input_shape": input_shape,
+            "pooler": build_own_pooler(cfg, feature_shapes, input_shape.height, _SAMPLING_RATIO),
+            "feature_channels": next(iter(feature_shapes.values())).channels,
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "conv_dim": settings.CONV_DIM,
+            "num_channels": settings.NUM_CHANNELS,
+            "num_steps": settings.NUM_STEPS,
+            "activation_weight": settings.ACTIVATION_WEIGHT,
+            "shape_weight": settings.SHAPE_WEIGHT,
+        }
+
+    def forward(
+        self, mask_features: torch.Tensor, context: ROIContext
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            mask_features: shape (R, D, S, S); not changed.
+            context: its ``instances`` and ``feature_maps``, and in training ``sampled``.
+
+        Returns:
+            shape (R, D + conv_dim, S, S), the features and the encoded shape; in training the two
+            losses, else {}.
+
+        Raises:
+            ValueError: in training, ``context.sampled`` is None.
+        """
+        pooled, maps, losses = self._activate(context)
+        saliency = class_activation_maps(
+            maps, self.classifier.weight, classes_of(context.instances), self.classifier.bias
+        )
+        logits = self._propagate(pooled, saliency)
+        shape = self.shape_encoder(relative_activation(logits))
+        if self.training:
+            targets = crop_gt_masks(context.instances, self.side, logits.device)
+            has_mask = torch.cat([has_mask_of(x) for x in context.instances])
+            loss = masked_bce_loss(at_least_float32(logits[:, 0]), targets, has_mask)
+            losses["loss_shape"] = loss * self.shape_weight
+        return torch.cat([mask_features, shape.to(mask_features.dtype)], dim=1), losses
+
+    def _activate(
+        self, context: ROIContext
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        # Pooled features and those of the classifier of the R ROIs, and in training its loss.
+        if not self.training:
+            pooled = self._pool(context, context.instances)
+            return pooled, self.activation(pooled), {}
+        if context.sampled is None:
+            raise ValueError(
+                "ShapePropagationPrior learns from all sampled ROIs, background too: in training "
+                "give ROIContext.sampled."
+            )
+        pooled = self._pool(context, context.sampled)
+        maps = self.activation(pooled)
+        labels = torch.cat([x.gt_classes for x in context.sampled])
+        loss = activation_loss(maps, self.classifier, labels) * self.activation_weight
+        rows = find_rois(context.instances, context.sampled)
+        if rows is None:
+            pooled = self._pool(context, context.instances)
+            maps = self.activation(pooled)
+        else:
+            pooled, maps = pooled[rows], maps[rows]
+        return pooled, maps, {"loss_shape_activation": loss}
+
+    def _pool(self, context: ROIContext, instances: list[Instances]) -> torch.Tensor:
+        return self.pooler(context.feature_maps, [boxes_of(x) for x in instances])
+
+    def _propagate(self, pooled: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
+        # Of pooled features (R, C, S, S) and saliency (R, 1, S, S), logits (R, 1, S, S).
+        weights = at_least_float32(self.message_weights(self.propagation(pooled))).sigmoid()
+        weights = weights.unflatten(1, (self.num_channels, _NUM_NEIGHBORS))
+        states = at_least_float32(self.encoder(saliency.to(pooled.dtype)))
+        return self.decoder(pass_messages(states, weights, self.num_steps))

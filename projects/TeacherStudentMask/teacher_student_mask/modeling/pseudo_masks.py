@@ -1,0 +1,359 @@
+"""From the teacher's output on objects without a mask to the student's targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from torch.nn import functional as F
+
+from .crf import DenseCRF
+from .mask_targets import (
+    cells_inside_boxes,
+    crop_gt_masks,
+    crop_pixels,
+    has_mask_of,
+    has_model_mask_of,
+    select_rois,
+)
+
+__all__ = [
+    "EXTERNAL_MASK_USES",
+    "PSEUDO_MASK_METHODS",
+    "PseudoMaskGenerator",
+    "fit_to_boxes",
+    "generate_pseudo_masks",
+    "make_student_targets",
+]
+
+PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit")
+
+# Of MODEL.PSEUDO_MASK.EXTERNAL.
+EXTERNAL_MASK_USES = ("alone", "mean", "ignore")
+
+
+@torch.no_grad()
+def generate_pseudo_masks(
+    teacher_probs: torch.Tensor,
+    student_probs: torch.Tensor,
+    *,
+    method: str = "interact",
+    threshold: float = 0.5,
+    roi_boxes: torch.Tensor | None = None,
+    gt_boxes: torch.Tensor | None = None,
+    clip_to_box: bool = True,
+    exclusion_masks: torch.Tensor | None = None,
+    crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    roi_images: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Post-process the teacher's masks into targets for the student: sigma of Eq. (4), then cleaning.
+
+    The methods, with p_t and p_s the probabilities of teacher and student:
+
+    * ``"none"``: p_t as it is, a soft target.
+    * ``"threshold"``: p_t >= threshold.
+    * ``"interact"``: (p_t + p_s) / 2 >= threshold; the paper's choice.
+    * ``"crf"``: CRF(p_t) >= threshold.
+    * ``"box_fit"``: per ROI the threshold whose mask fills the object's box best, see
+      :func:`fit_to_boxes`; not in the paper.
+
+    Cleaning (Sec. 5.1 of the paper, whatever the method): cells whose centre lies outside the
+    object's own box are background, and so are cells inside annotated masks of other objects.
+
+    Args:
+        teacher_probs: shape (R, M_t, M_t), probabilities; M_t is a multiple of M (56 for 28), and
+            is averaged down to M.
+        student_probs: shape (R, M, M), probabilities of the label channel.
+        method: one of :data:`PSEUDO_MASK_METHODS`.
+        threshold: probability from which on (inclusive) a cell is foreground.
+        roi_boxes: shape (R, 4), XYXY; the ROIs, over which the M x M grid lies.
+        gt_boxes: shape (R, 4), XYXY, same frame; the matched ground-truth boxes. Both kinds of
+            boxes are needed by ``"box_fit"`` and for ``clip_to_box``.
+        clip_to_box: if there are boxes, cells outside ``gt_boxes`` become background.
+        exclusion_masks: bool, shape (R, M, M); if given, these cells become background.
+        crf: called with (R, M, M) probabilities and ``roi_images``; needed by ``"crf"``.
+        roi_images: shape (R, 3, M, M), RGB in 0-255; needed by ``"crf"``.
+
+    Returns:
+        float, shape (R, M, M), in {0, 1}, or in [0, 1] for ``"none"``; without gradient.
+
+    Raises:
+        ValueError: an unknown method, an argument that the method needs is missing, or M_t is not
+            a multiple of M.
+    """
+    _check_method(method)
+    side = student_probs.shape[-1]
+    probs = _average_down(teacher_probs, side)
+    has_boxes = roi_boxes is not None and gt_boxes is not None
+    if method == "none":
+        masks = probs
+    elif method == "threshold":
+        masks = probs >= threshold
+    elif method == "interact":
+        masks = (probs + student_probs) / 2 >= threshold
+    elif method == "crf":
+        if crf is None or roi_images is None:
+            raise ValueError("Method 'crf' needs 'crf' and 'roi_images'.")
+        masks = crf(probs, roi_images) >= threshold
+    else:
+        if not has_boxes:
+            raise ValueError("Method 'box_fit' needs 'roi_boxes' and 'gt_boxes'.")
+        masks = fit_to_boxes(probs, cells_inside_boxes(roi_boxes, gt_boxes, side))
+    boxes = (roi_boxes, gt_boxes) if has_boxes and clip_to_box else None
+    return _clean(masks.to(teacher_probs.dtype), boxes, exclusion_masks)
+
+
+def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """
+    Binarise each mask at the threshold whose mask spans the object's box best ("box_fit").
+
+    A good mask touches all four sides of its box. For t = 0.05, 0.10 .. 0.95 the extent (first to
+    last occupied row and column) of {p >= t} inside the box is compared with the box; the t of the
+    highest IoU wins, ties go to the higher t. If no t leaves a cell, the whole box is the mask
+    (t = 0), so the result is never empty unless the box is.
+
+    Args:
+        probs: shape (R, M, M), probabilities.
+        inside: bool, shape (R, M, M), the cells inside each ROI's matched box: a rectangle.
+
+    Returns:
+        bool, shape (R, M, M), a subset of ``inside``.
+    """
+    thresholds = probs.new_tensor([round(0.05 * k, 2) for k in range(20)])
+    # Shape (T, R, M, M).
+    candidates = (probs[None] >= thresholds[:, None, None, None]) & inside[None]
+    # Inside the box, IoU with the box is the covered share of it; t = 0 covers all, but is only
+    # the last resort.
+    area = _extent(candidates.any(dim=3)) * _extent(candidates.any(dim=2))
+    area[0] = area[0].clamp(max=0.5)
+    # Of equal maxima the last one, the highest threshold: look for it in reversed order.
+    best = len(thresholds) - 1 - area.flip(0).argmax(dim=0)
+    return candidates[best, torch.arange(len(probs), device=probs.device)]
+
+
+def _extent(is_occupied: torch.Tensor) -> torch.Tensor:
+    # Length from the first to the last True of the last dimension; 0 if there is none.
+    length = is_occupied.shape[-1]
+    ones = is_occupied.float()
+    first, last = ones.argmax(dim=-1), length - 1 - ones.flip(-1).argmax(dim=-1)
+    return torch.where(is_occupied.any(dim=-1), last - first + 1, 0).float()
+
+
+@dataclass(frozen=True)
+class PseudoMaskGenerator:
+    """
+    :func:`generate_pseudo_masks` with its settings, for the ROIs of a batch.
+
+    Attributes:
+        method, threshold, clip_to_box, crf: see :func:`generate_pseudo_masks`.
+        exclude_seen: cells inside the image's ``gt_exclusion_masks`` become background.
+
+    Raises:
+        ValueError: an unknown method, or ``"crf"`` without ``crf``.
+    """
+
+    method: str = "interact"
+    threshold: float = 0.5
+    clip_to_box: bool = True
+    exclude_seen: bool = True
+    crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        _check_method(self.method)
+        if self.method == "crf" and self.crf is None:
+            raise ValueError("Pseudo-mask method 'crf' needs the argument 'crf'.")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> PseudoMaskGenerator:
+        """The generator of ``cfg.MODEL.PSEUDO_MASK``."""
+        settings = cfg.MODEL.PSEUDO_MASK
+        return cls(
+            method=settings.METHOD,
+            threshold=settings.THRESHOLD,
+            clip_to_box=settings.CLIP_TO_BOX,
+            exclude_seen=settings.EXCLUDE_SEEN,
+            crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,
+        )
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether ``roi_images`` must be given."""
+        return self.method == "crf"
+
+    def __call__(
+        self,
+        teacher_probs: torch.Tensor,
+        student_probs: torch.Tensor,
+        rois: list[Instances],
+        roi_images: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            teacher_probs, student_probs, roi_images: see :func:`generate_pseudo_masks`.
+            rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
+                ``gt_exclusion_masks``; an image without ROIs may lack the last two.
+
+        Returns:
+            The pseudo masks, shape (R, M, M), without gradient.
+        """
+        roi_boxes, gt_boxes = _boxes_of(rois, teacher_probs)
+        return generate_pseudo_masks(
+            teacher_probs,
+            student_probs,
+            method=self.method,
+            threshold=self.threshold,
+            roi_boxes=roi_boxes,
+            gt_boxes=gt_boxes,
+            clip_to_box=self.clip_to_box,
+            exclusion_masks=self._exclusion_masks(rois, student_probs.shape[-1]),
+            crf=self.crf,
+            roi_images=roi_images,
+        )
+
+    def clean(self, masks: torch.Tensor, rois: list[Instances]) -> torch.Tensor:
+        """
+        Clear, as in pseudo masks, the cells outside the object's own box and in annotated masks.
+
+        Args:
+            masks: shape (R, M, M), in [0, 1]; not changed.
+            rois: as above.
+        """
+        boxes = _boxes_of(rois, masks) if self.clip_to_box else None
+        return _clean(masks, boxes, self._exclusion_masks(rois, masks.shape[-1]))
+
+    def _exclusion_masks(self, rois: list[Instances], side: int) -> torch.Tensor | None:
+        rois = [x for x in rois if len(x) > 0]
+        if not self.exclude_seen or not rois:
+            return None
+        return torch.cat(
+            [x.gt_exclusion_masks.crop_and_resize(x.proposal_boxes.tensor, side) for x in rois]
+        )
+
+
+@torch.no_grad()
+def make_student_targets(
+    gt_masks: torch.Tensor,
+    rois: list[Instances],
+    teacher_logits: torch.Tensor,
+    student_logits: torch.Tensor,
+    generator: PseudoMaskGenerator,
+    *,
+    external: str = "alone",
+    has_pseudo_masks: bool = True,
+    pixels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    Choose each ROI's target, for the loss of Eq. (6) of the paper.
+
+    An object with a human mask has that one. Of the others, those with a mask of another model
+    ("external") have, for ``external``
+
+    * ``"alone"``: that mask, cleaned like a pseudo mask;
+    * ``"mean"``: a pseudo mask whose p_t is the mean of that mask and the teacher's probabilities;
+    * ``"ignore"``: what objects without any mask have, a pseudo mask of the teacher.
+
+    Args:
+        gt_masks: shape (R, M, M), of :func:`crop_gt_masks`; not changed.
+        rois: one per image, R rows in all, with ``gt_has_mask``, ``proposal_boxes``, ``gt_boxes``
+            and ``gt_exclusion_masks``; an image without ROIs may lack them.
+        teacher_logits: shape (R, M_t, M_t).
+        student_logits: shape (R, M, M), of the label channel.
+        generator: makes the pseudo masks, and cleans.
+        external: one of :data:`EXTERNAL_MASK_USES`.
+        has_pseudo_masks: False before ``warmup_iters``: no target comes from the teacher.
+        pixels: shape (N, 3, H, W), RGB in 0-255; where the generator needs images.
+
+    Returns:
+        The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
+        (R,); and scalars about the targets that are not ground truth: how full the masks are
+        (``fg_ratio``; of pseudo masks near 0 or 1 it tells of a collapse), and the share of cells
+        that both heads, or model and teacher, put on the same side of 0.5 (``agreement``).
+    """
+    has_target = torch.cat([has_mask_of(x) for x in rois])
+    side, targets, scalars = gt_masks.shape[-1], gt_masks, {}
+    if external == "alone":
+        is_external = torch.cat([has_model_mask_of(x) for x in rois])
+        rows = is_external.nonzero().squeeze(1)
+        if len(rows) > 0:
+            chosen = [select_rois(x, has_model_mask_of(x)) for x in rois]
+            masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
+            masks = generator.clean(masks, chosen)
+            targets = targets.index_copy(0, rows, masks)
+            teacher_probs = _average_down(teacher_logits[rows].sigmoid(), side)
+            scalars.update(_describe("external_mask", masks, teacher_probs, masks))
+        has_target = has_target | is_external
+    rows = (~has_target).nonzero().squeeze(1)
+    if not has_pseudo_masks or len(rows) == 0:
+        return targets, has_target, scalars
+    is_chosen = (~has_target).split([len(x) for x in rois])
+    chosen = [select_rois(x, selected) for x, selected in zip(rois, is_chosen)]
+    teacher_probs, student_probs = teacher_logits[rows].sigmoid(), student_logits[rows].sigmoid()
+    base = teacher_probs
+    if external == "mean":
+        is_external = torch.cat([has_model_mask_of(x) for x in chosen])[:, None, None]
+        masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
+        base = _average_down(teacher_probs, side)
+        base = torch.where(is_external, (base + masks.to(base.dtype)) / 2, base)
+    roi_images = None
+    if generator.needs_images:
+        roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
+    masks = generator(base, student_probs, chosen, roi_images)
+    teacher_probs = _average_down(teacher_probs, side)
+    scalars.update(_describe("pseudo_mask", masks, teacher_probs, student_probs))
+    targets = targets.index_copy(0, rows, masks.to(gt_masks.dtype))
+    return targets, torch.ones_like(has_target), scalars
+
+
+def _describe(
+    name: str, masks: torch.Tensor, probs: torch.Tensor, others: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    # All of shape (R, M, M), R > 0.
+    agreement = ((probs >= 0.5) == (others >= 0.5)).float().mean()
+    return {
+        f"{name}/fg_ratio": masks.float().mean(),
+        f"{name}/agreement": agreement,
+        f"{name}/num_rois": agreement.new_tensor(len(masks)),
+    }
+
+
+def _check_method(method: str) -> None:
+    if method not in PSEUDO_MASK_METHODS:
+        raise ValueError(
+            f"Unknown pseudo-mask method (MODEL.PSEUDO_MASK.METHOD) {method!r}; allowed: "
+            f"{', '.join(PSEUDO_MASK_METHODS)}."
+        )
+
+
+def _average_down(probs: torch.Tensor, side: int) -> torch.Tensor:
+    # (R, M_t, M_t) -> (R, M, M), the mean over the cells of the finer grid.
+    if probs.shape[-1] % side:
+        raise ValueError(
+            f"The teacher's {probs.shape[-1]}-cell masks do not divide into the student's {side} "
+            "cells."
+        )
+    return F.avg_pool2d(probs[:, None], probs.shape[-1] // side)[:, 0]
+
+
+def _clean(
+    masks: torch.Tensor,
+    boxes: tuple[torch.Tensor, torch.Tensor] | None,
+    exclusion_masks: torch.Tensor | None,
+) -> torch.Tensor:
+    # masks: (R, M, M); boxes: of the ROIs and of their objects, if cells outside are to be cleared.
+    if boxes is not None:
+        masks = masks * cells_inside_boxes(*boxes, masks.shape[-1])
+    if exclusion_masks is not None:
+        masks = masks * ~exclusion_masks
+    return masks
+
+
+def _boxes_of(rois: list[Instances], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Of the ROIs and of their objects, (R, 4) each; an image without ROIs may lack the latter.
+    none = like.new_zeros((0, 4))
+    rois = [x for x in rois if len(x) > 0]
+    roi_boxes = torch.cat([x.proposal_boxes.tensor for x in rois]) if rois else none
+    return roi_boxes, torch.cat([x.gt_boxes.tensor for x in rois]) if rois else none

@@ -1,0 +1,117 @@
+"""A field of :class:`detectron2.structures.Instances` that Detectron2 does not have."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ROIAlign
+
+__all__ = ["ImageMask"]
+
+
+class ImageMask:
+    """
+    One (H, W) bool map that stands in an :class:`Instances` as if every instance had its own.
+
+    :class:`Instances` only carries fields that can be indexed like a list of instances, and
+    Detectron2's samplers copy each ``gt_*`` field to every proposal. A map of the image would have
+    to be repeated for each of them; this class repeats a reference instead, so a field costs H * W
+    bytes an image whatever the number of proposals is. It offers the part of the interface of
+    :class:`BitMasks` that training needs.
+
+    Attributes:
+        tensor: bool, shape (H, W), in the frame of the (augmented) image.
+    """
+
+    def __init__(self, tensor: torch.Tensor, length: int):
+        """
+        Args:
+            tensor: shape (H, W), bool or anything that converts to it.
+            length: the number of instances that share the map.
+
+        Raises:
+            ValueError: ``tensor`` is not two-dimensional or ``length`` is negative.
+        """
+        if tensor.dim() != 2 or length < 0:
+            raise ValueError(
+                "ImageMask needs a map of shape (H, W) and a length >= 0, got "
+                f"{tuple(tensor.shape)} and {length}."
+            )
+        self.tensor = tensor.to(torch.bool)
+        self._length = int(length)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the map."""
+        return (self.tensor.shape[0], self.tensor.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def to(self, *args, **kwargs) -> ImageMask:
+        """A copy on another device; takes the arguments of :meth:`torch.Tensor.to`."""
+        return ImageMask(self.tensor.to(*args, **kwargs), self._length)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, item: int | slice | torch.Tensor) -> ImageMask:
+        """
+        Select instances; the map itself is shared, not copied.
+
+        Args:
+            item: an index, a slice, a bool tensor of shape (N,) or an integer tensor, with the
+                meaning that it has for a tensor of length N.
+
+        Returns:
+            An ImageMask of as many instances as were selected (1 for a single index).
+
+        Raises:
+            IndexError: an index outside the instances.
+        """
+        if isinstance(item, int):
+            item = [item]
+        if isinstance(item, torch.Tensor):
+            item = item.to("cpu")
+        return ImageMask(self.tensor, len(torch.arange(self._length)[item]))
+
+    def crop_and_resize(self, boxes: torch.Tensor, mask_side_len: int) -> torch.Tensor:
+        """
+        Crop the map with one box per instance and resize each crop to a square.
+
+        Samples as :meth:`BitMasks.crop_and_resize` does: aligned ROIAlign, then >= 0.5.
+
+        Args:
+            boxes: shape (N, 4), XYXY, absolute coordinates of the map's frame.
+            mask_side_len: side M of the crops, in cells.
+
+        Returns:
+            bool, shape (N, M, M), on the device of ``boxes``.
+
+        Raises:
+            ValueError: another number of boxes than instances.
+        """
+        if len(boxes) != self._length:
+            raise ValueError(f"{len(boxes)} boxes were given for {self._length} instances.")
+        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1).to(torch.float32)
+        image = self.tensor.to(device=boxes.device, dtype=torch.float32)[None, None]
+        crops = ROIAlign((mask_side_len, mask_side_len), 1.0, 0, aligned=True)(image, rois)
+        return crops[:, 0] >= 0.5
+
+    @staticmethod
+    def cat(image_masks: list[ImageMask]) -> ImageMask:
+        """
+        Join instances of one image.
+
+        Raises:
+            ValueError: the parts have different maps, hence come from different images.
+        """
+        first = image_masks[0]
+        for other in image_masks[1:]:
+            if other.tensor is not first.tensor and not torch.equal(other.tensor, first.tensor):
+                raise ValueError("Instances of different images cannot share one ImageMask.")
+        return ImageMask(first.tensor, sum(len(m) for m in image_masks))
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        return f"ImageMask(num_instances={self._length}, image_size=({height}, {width}))"

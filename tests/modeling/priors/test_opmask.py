@@ -1,0 +1,453 @@
+"""OPMask's box head and predictor beside Detectron2's, and its maps against Eq. (8) and (9)."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, build_box_head
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from roi_heads_factory import (
+    CHANNELS,
+    MIXED,
+    NUM_CLASSES,
+    make_features,
+    make_heads,
+    make_images,
+    plain_proposals,
+    targets_of,
+)
+from torch import nn
+
+from teacher_student_mask import PartiallySupervisedROIHeads, add_teacher_student_mask_config
+from teacher_student_mask.modeling.priors import ROIContext, TwoBranchBoxHead
+from teacher_student_mask.modeling.priors.opmask import (
+    ClassActivationPrior,
+    FeatureMapBoxHead,
+    PooledFastRCNNOutputLayers,
+    class_activation_maps,
+    normalize_per_roi,
+    normalized_activation_maps,
+)
+
+ROI_SHAPE = ShapeSpec(channels=8, height=7, width=7)
+
+
+def make_predictor(kind=PooledFastRCNNOutputLayers, channels=8, **kwargs):
+    torch.manual_seed(1)
+    kwargs.setdefault("test_score_thresh", 0.0)
+    predictor = kind(
+        ShapeSpec(channels=channels),
+        box2box_transform=Box2BoxTransform((10, 10, 5, 5)),
+        num_classes=NUM_CLASSES,
+        **kwargs,
+    )
+    # The layers start at almost 0: with larger weights they have opinions.
+    nn.init.normal_(predictor.cls_score.weight)
+    nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
+    return predictor
+
+
+# The parent drops a row whose box or scores are not finite. "box": finite deltas, but they move the
+# box by more widths than float32 can say. "height": infinite, but clamped, so the row stays.
+ODDITIES = ("score", "delta", "box", "height")
+
+
+def proposals_with_gt(sizes, seed=0):
+    """One Instances for each entry of ``sizes``; about every other proposal is background."""
+    generator = torch.Generator().manual_seed(seed)
+    proposals = []
+    for size in sizes:
+        x = Instances((64, 64))
+        corner = torch.rand(size, 2, generator=generator) * 30
+        x.proposal_boxes = Boxes(torch.cat([corner, corner + 20], dim=1))
+        x.gt_boxes = Boxes(x.proposal_boxes.tensor + torch.rand(size, 4, generator=generator))
+        x.gt_classes = torch.randint(0, NUM_CLASSES + 1, (size,), generator=generator)
+        proposals.append(x)
+    return proposals
+
+
+def numbered_maps(num_rows, channels=2):
+    """Row i holds i everywhere."""
+    return torch.arange(float(num_rows))[:, None, None, None].expand(-1, channels, 3, 3).clone()
+
+
+def test_widths_and_names():
+    head = FeatureMapBoxHead(ROI_SHAPE, conv_widths=[5, 16, 12])
+    assert head.output_shape == ShapeSpec(channels=12)
+    shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    assert shapes == {
+        "conv1.weight": (5, 8, 3, 3),
+        "conv1.bias": (5,),
+        "conv2.weight": (16, 5, 3, 3),
+        "conv2.bias": (16,),
+        "conv3.weight": (12, 16, 3, 3),
+        "conv3.bias": (12,),
+    }
+    assert head(torch.randn(4, 8, 7, 7)).shape == (4, 12, 7, 7)
+
+
+def test_map_by_hand():
+    # One convolution that sums 3x3 cells and subtracts 5, then the ReLU; zero padding.
+    head = FeatureMapBoxHead(ShapeSpec(channels=1, height=3, width=3), conv_widths=[1])
+    nn.init.ones_(head.conv1.weight)
+    nn.init.constant_(head.conv1.bias, -5)
+    assert head(torch.ones(1, 1, 3, 3)).tolist() == [[[[0, 1, 0], [1, 4, 1], [0, 1, 0]]]]
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "naiveSyncBN_N"])
+@pytest.mark.parametrize("training", [True, False])
+def test_no_roi(norm, training):
+    head = FeatureMapBoxHead(ROI_SHAPE, conv_widths=[32, 32], conv_norm=norm).train(training)
+    predictor = make_predictor(channels=32)
+    scores, deltas, maps = predictor(head(torch.zeros(0, 8, 7, 7)))
+    assert scores.shape == (0, NUM_CLASSES + 1) and maps.shape == (0, 32, 7, 7)
+    (scores.sum() + deltas.sum() + maps.sum()).backward()
+    for name, parameter in [*head.named_parameters(), *predictor.named_parameters()]:
+        # In multi-GPU training every rank must give every parameter a gradient.
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    assert all(torch.isfinite(x).all() for x in head.state_dict().values())
+
+
+@pytest.mark.parametrize("widths", [[512, 1024, 1024, 1024], [256] * 5])
+def test_head_is_built_from_the_config(widths):
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FeatureMapBoxHead"
+    cfg.MODEL.ROI_BOX_HEAD.CONV_WIDTHS = widths
+    cfg.MODEL.ROI_BOX_HEAD.NORM = "GN"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    head = build_box_head(cfg, ShapeSpec(channels=256, height=7, width=7))
+    convs = [layer for layer in head.modules() if isinstance(layer, nn.Conv2d)]
+    assert [conv.out_channels for conv in convs] == widths
+    assert [conv.in_channels for conv in convs] == [256, *widths[:-1]]
+    assert sum(isinstance(layer, nn.GroupNorm) for layer in head.modules()) == len(widths)
+    predictor = PooledFastRCNNOutputLayers(cfg, head.output_shape)
+    assert predictor.cls_score.weight.shape == (81, widths[-1])
+    assert predictor.bbox_pred.weight.shape == (320, widths[-1])
+
+
+@pytest.mark.parametrize("widths", [[], [64, 0]])
+def test_bad_widths_are_named(widths):
+    message = rf"CONV_WIDTHS is \[{', '.join(map(str, widths))}\]; .* each at least 1"
+    with pytest.raises(ValueError, match=message):
+        FeatureMapBoxHead(ROI_SHAPE, conv_widths=widths)
+
+
+def test_scores_come_from_one_branch_and_deltas_from_the_other():
+    predictor, maps = make_predictor(), torch.randn(2, 5, 8, 7, 7)
+    scores, deltas, kept = predictor((maps[0], maps[1]))
+    assert kept is not None and torch.equal(kept, maps[0])
+    weight, bias = predictor.cls_score.weight, predictor.cls_score.bias
+    assert torch.allclose(scores, maps[0].mean(dim=(2, 3)) @ weight.T + bias, atol=1e-5)
+    weight, bias = predictor.bbox_pred.weight, predictor.bbox_pred.bias
+    assert torch.allclose(deltas, maps[1].mean(dim=(2, 3)) @ weight.T + bias, atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(5, 8\), expected .*TwoBranchBoxHead"):
+        predictor((maps[0], maps[1].mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("cls_agnostic_bbox_reg", [False, True])
+def test_everything_but_the_maps_is_the_parents_on_pooled_features(cls_agnostic_bbox_reg):
+    kwargs = {"cls_agnostic_bbox_reg": cls_agnostic_bbox_reg, "test_nms_thresh": 0.3}
+    ours, parent = make_predictor(**kwargs), make_predictor(FastRCNNOutputLayers, **kwargs)
+    assert set(ours.state_dict()) == set(parent.state_dict())
+    parent.load_state_dict(ours.state_dict())
+    sizes = [5, 0, 12]
+    maps = torch.randn(17, 8, 7, 7)
+    predictions, expected = ours(maps), parent(maps.sum(dim=(2, 3)) / 49)
+    assert torch.equal(predictions[2], maps)
+    for got, value in zip(predictions, expected):
+        assert torch.allclose(got, value, atol=1e-6)
+    expected = predictions[:2]
+
+    proposals = proposals_with_gt(sizes)
+    with EventStorage():
+        assert ours.losses(predictions, proposals) == parent.losses(expected, proposals)
+    for name in ("predict_boxes", "predict_boxes_for_gt_classes", "predict_probs"):
+        got = getattr(ours, name)(predictions, proposals)
+        values = getattr(parent, name)(expected, proposals)
+        assert len(got) == 3
+        assert all(torch.equal(a, b) for a, b in zip(got, values)), name
+
+    detections, kept = ours.inference(predictions, proposals)
+    expected_detections, expected_kept = parent.inference(expected, proposals)
+    assert [len(x) for x in detections] == [len(x) for x in expected_detections]
+    assert sum(len(x) for x in detections) > 10
+    for got, value in zip(detections, expected_detections):
+        assert set(got.get_fields()) == {*value.get_fields(), "box_features"}
+        assert torch.equal(got.pred_boxes.tensor, value.pred_boxes.tensor)
+        assert torch.equal(got.scores, value.scores)
+        assert torch.equal(got.pred_classes, value.pred_classes)
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept))
+
+
+def check_detections_have_the_map_of_their_proposal(sizes, odd_rows):
+    """
+    The deltas of x are 0, so a detection's x0 and x1 tell its proposal, hence the row of its map.
+
+    ``odd_rows`` maps a row over the batch to what is not finite in it; see ODDITIES.
+    """
+    num_rows = sum(sizes)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(num_rows, NUM_CLASSES + 1, generator=generator)
+    deltas = torch.zeros(num_rows, 4 * NUM_CLASSES)
+    for row, what in odd_rows.items():
+        if what == "score":
+            scores[row, 1] = float("nan")
+        elif what == "delta":
+            deltas[row, 3] = float("nan")
+        elif what == "box":
+            deltas[row, 0] = 3e38
+        else:
+            deltas[row, 3] = float("inf")
+    proposals = proposals_with_gt(sizes)
+    # NMS that removes nothing: every row that is left gives one detection for each class.
+    predictor = make_predictor(test_nms_thresh=1.0, test_topk_per_image=-1)
+    detections, kept = predictor.inference((scores, deltas, numbered_maps(num_rows)), proposals)
+    assert len(detections) == len(kept) == len(sizes)
+    start = 0
+    for proposals_per_image, x, rows in zip(proposals, detections, kept):
+        size = len(proposals_per_image)
+        left = [i for i in range(size) if odd_rows.get(start + i, "height") == "height"]
+        assert sorted(rows.tolist()) == sorted(left * NUM_CLASSES)
+        boxes = proposals_per_image.proposal_boxes.tensor[rows]
+        assert torch.allclose(x.pred_boxes.tensor[:, ::2], boxes[:, ::2], atol=1e-4)
+        assert x.box_features.shape == (len(x), 2, 3, 3)
+        expected = (start + rows).float()[:, None, None, None].expand(-1, 2, 3, 3)
+        assert torch.equal(x.box_features, expected)
+        assert torch.equal(x[x.scores > 0.3].box_features, expected[x.scores > 0.3])
+        start += size
+
+
+def test_inference_gives_each_detection_the_map_of_its_proposal():
+    check_detections_have_the_map_of_their_proposal([2, 0, 5, 3], {})
+    check_detections_have_the_map_of_their_proposal([0], {})
+
+
+def test_rows_that_are_not_finite_do_not_shift_the_others():
+    # The parent counts its kept rows without the dropped ones.
+    odd_rows = {0: "score", 1: "height", 4: "box", 5: "delta", 9: "score"}
+    check_detections_have_the_map_of_their_proposal([3, 4, 3], odd_rows)
+
+
+Kept = collections.namedtuple("Kept", "maps classifier")
+
+
+def random_kept(num_rows, channels=6, num_classes=3, side=7, seed=0):
+    torch.manual_seed(seed)
+    maps = torch.randn(num_rows, channels, side, side).requires_grad_()
+    return Kept(maps, nn.Linear(channels, num_classes + 1))
+
+
+def kept_by_hand():
+    """Two ROIs with maps of two channels and 2x2 cells; classes 0, 1 and background."""
+    classifier = nn.Linear(2, 3)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0, 10.0], [-1.0, 2.0], [50.0, 50.0]]))
+        classifier.bias.copy_(torch.tensor([100.0, 200.0, 300.0]))
+    maps = torch.tensor(
+        [[[[1.0, 2], [3, 4]], [[0, 1], [0, 1]]], [[[1, 1], [2, 2]], [[4, 3], [2, 1]]]]
+    )
+    return Kept(maps.requires_grad_(), classifier)
+
+
+def instances_of(classes, field="gt_classes"):
+    """One Instances for each list of classes."""
+    return [
+        Instances((64, 64), **{field: torch.tensor(labels, dtype=torch.int64)})
+        for labels in classes
+    ]
+
+
+def test_activation_map_by_hand():
+    kept = kept_by_hand()
+    weight, bias = kept.classifier.weight, kept.classifier.bias
+    # Class 0: x + 10 y. Class 1: -x + 2 y.
+    cams = class_activation_maps(kept.maps, weight, torch.tensor([0, 1]))
+    assert cams.tolist() == [[[[1, 12], [3, 14]]], [[[7, 5], [2, 0]]]]
+    cams = class_activation_maps(kept.maps, weight, torch.tensor([1, 0]), bias)
+    assert cams.tolist() == [[[[199, 200], [197, 198]]], [[[141, 131], [122, 112]]]]
+
+
+def test_mean_of_the_map_is_the_classifiers_logit():
+    torch.manual_seed(0)
+    predictor = PooledFastRCNNOutputLayers(
+        ShapeSpec(channels=32), box2box_transform=Box2BoxTransform((1, 1, 1, 1)), num_classes=5
+    )
+    nn.init.normal_(predictor.cls_score.weight, std=0.3)
+    nn.init.normal_(predictor.cls_score.bias)
+    scores, _, maps = predictor(torch.randn(9, 32, 7, 7))
+    layer = predictor.cls_score
+    for label in range(6):
+        classes = torch.full((9,), label)
+        cams = class_activation_maps(maps, layer.weight, classes, layer.bias)
+        assert cams.shape == (9, 1, 7, 7)
+        assert torch.allclose(cams.mean(dim=(1, 2, 3)), scores[:, label], atol=1e-5)
+
+
+def test_normalisation_by_hand():
+    cam = torch.tensor([[[[1.0, 12], [3, 14]]], [[[-7, -5], [-2, -3]]]])
+    expected = [[[[0, 11 / 13], [2 / 13, 1]]], [[[0, 2 / 5], [1, 4 / 5]]]]
+    assert torch.allclose(normalize_per_roi(cam), torch.tensor(expected), atol=1e-4)
+    # The range 13 becomes 26, the range 5 becomes 18.
+    expected = [[[[0, 11 / 26], [2 / 26, 13 / 26]]], [[[0, 2 / 18], [5 / 18, 4 / 18]]]]
+    assert torch.allclose(normalize_per_roi(cam, eps=13), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e6])
+def test_a_constant_map_becomes_zeros_with_a_finite_gradient(value):
+    cam = torch.full((2, 1, 7, 7), value, requires_grad=True)
+    normalized = normalize_per_roi(cam)
+    assert not normalized.any()
+    normalized.pow(2).sum().backward()
+    assert torch.isfinite(cam.grad).all()
+
+
+def test_prior_by_hand():
+    mask_features = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
+    before = mask_features.clone()
+    kept = kept_by_hand()
+    out, losses = ClassActivationPrior()(
+        mask_features, ROIContext(instances_of([[0], [1]]), [], *kept)
+    )
+    assert losses == {} and torch.equal(mask_features, before)
+    # Bilinear from 2 to 4 cells, cell centres aligned: [a, b] -> a, 3a/4 + b/4, a/4 + 3b/4, b.
+    resize = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    small = np.array([[[0, 11], [2, 13]], [[7, 5], [2, 0]]]) / [[[13]], [[7]]]
+    added = (out - mask_features).detach().numpy()
+    for roi in range(2):
+        expected = resize @ small[roi] @ resize.T
+        for channel in range(3):
+            assert np.allclose(added[roi, channel], expected, atol=2e-4)
+
+
+def test_class_is_the_objects_in_training_and_the_predicted_one_at_inference():
+    kept = random_kept(4)
+    features = torch.zeros(4, 2, 7, 7)
+
+    def expected(classes):
+        weight = kept.classifier.weight
+        cam = torch.stack(
+            [(m * weight[c, :, None, None]).sum(0) for m, c in zip(kept.maps, classes)]
+        )
+        low, high = cam.flatten(1).min(1).values, cam.flatten(1).max(1).values
+        return (cam - low[:, None, None]) / (high - low)[:, None, None]
+
+    for field in ("gt_classes", "pred_classes"):
+        # Three images of different numbers of ROIs.
+        instances = instances_of([[2, 0, 1], [], [2]], field)
+        out, _ = ClassActivationPrior()(features, ROIContext(instances, [], *kept))
+        assert torch.allclose(out, expected([2, 0, 1, 2])[:, None].expand(-1, 2, -1, -1), atol=1e-3)
+        assert torch.equal(normalized_activation_maps(instances, *kept), out[:, :1])
+    # Detections beside their matched objects, as an analysis may have them.
+    detections = instances_of([[1, 1, 0], [], [0]], "pred_classes")
+    for x in detections:
+        x.gt_classes = torch.full((len(x),), 2)
+    cam = normalized_activation_maps(detections, *kept)
+    assert torch.allclose(cam[:, 0], expected([1, 1, 0, 0]), atol=1e-3)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_gradient_reaches_maps_and_mask_features_but_not_the_classifier(stop_gradient):
+    kept = random_kept(3)
+    features = torch.randn(3, 4, 14, 14, requires_grad=True)
+    prior = ClassActivationPrior(stop_gradient=stop_gradient)
+    assert not list(prior.parameters())
+    out, _ = prior(features, ROIContext(instances_of([[0, 2], [1]]), [], *kept))
+    assert out.shape == features.shape
+    weights = torch.randn(3, 4, 14, 14)
+    (out * weights).sum().backward()
+    assert torch.equal(features.grad, weights)
+    assert kept.classifier.weight.grad is None and kept.classifier.bias.grad is None
+    if stop_gradient:
+        assert kept.maps.grad is None
+    else:
+        assert (kept.maps.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def heads_with_maps(box_head, heads_class=PartiallySupervisedROIHeads, **kwargs):
+    heads = make_heads(heads_class, num_channels=1, mask_prior=None, **kwargs)
+    shape = ShapeSpec(channels=CHANNELS, height=4, width=4)
+    heads.box_head = box_head(shape, conv_widths=[32], conv_norm="GN")
+    heads.box_predictor = make_predictor(channels=32, test_topk_per_image=5)
+    heads.mask_prior = ClassActivationPrior()
+    return heads
+
+
+def maps_at(heads, features, boxes):
+    return heads.box_head.class_maps(heads.box_pooler([features["p2"]], boxes))
+
+
+both_heads = pytest.mark.parametrize("box_head", [FeatureMapBoxHead, TwoBranchBoxHead])
+
+
+@both_heads
+@pytest.mark.parametrize("on_gt_boxes", [False, True])
+def test_roi_heads_train_with_the_map_of_each_roi(box_head, on_gt_boxes):
+    heads = heads_with_maps(box_head, train_on_gt_boxes=on_gt_boxes).train()
+    features, contexts = make_features(2), []
+    heads.mask_prior.register_forward_hook(lambda m, args, out: contexts.append(args[1]))
+    with EventStorage():
+        _, losses = heads(make_images(2), features, plain_proposals(2), targets_of(MIXED))
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask"}
+    (context,) = contexts
+    boxes = [x.proposal_boxes for x in context.instances]
+    assert torch.allclose(context.class_maps, maps_at(heads, features, boxes), atol=1e-5)
+    assert context.classifier is heads.box_predictor.cls_score
+    # All sampled proposals keep theirs.
+    kept = torch.cat([x.box_features for x in context.sampled])
+    expected = maps_at(heads, features, [x.proposal_boxes for x in context.sampled])
+    assert torch.allclose(kept, expected, atol=1e-5)
+    losses["loss_mask"].backward()
+    for name, parameter in heads.box_head.named_parameters():
+        # The map is that of the classes: the branch of the box has no part in it.
+        has_part = not name.startswith("box_branch")
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == has_part, name
+    assert heads.box_predictor.cls_score.weight.grad is None
+
+
+def test_roi_heads_train_on_predicted_boxes():
+    heads, features = heads_with_maps(FeatureMapBoxHead, train_on_pred_boxes=True), make_features(2)
+    seen = {}
+    heads.box_predictor.register_forward_hook(lambda m, args, out: seen.update(predictions=out))
+    heads.box_pooler.register_forward_pre_hook(lambda m, args: seen.update(boxes=args[1]))
+    with EventStorage():
+        inputs = make_images(2), features, plain_proposals(2), targets_of(MIXED)
+        proposals, _ = heads.train()(*inputs)
+    _, deltas, maps = seen["predictions"]
+    assert torch.equal(torch.cat([x.box_features for x in proposals]), maps)
+    # The box of the object's class; that of the last class for background.
+    labels = torch.cat([x.gt_classes for x in proposals]).clamp(max=NUM_CLASSES - 1)
+    deltas = torch.stack([row[4 * c : 4 * c + 4] for row, c in zip(deltas, labels.tolist())])
+    boxes = torch.cat([x.tensor for x in seen["boxes"]])
+    expected = Box2BoxTransform((10, 10, 5, 5)).apply_deltas(deltas, boxes)
+    got = torch.cat([x.proposal_boxes.tensor for x in proposals])
+    assert torch.allclose(got, expected, atol=1e-4) and not torch.allclose(got, boxes, atol=0.1)
+
+
+@both_heads
+@pytest.mark.parametrize("repool", [False, True])
+def test_roi_heads_predict_with_the_map_of_each_detection(box_head, repool):
+    heads = heads_with_maps(box_head, repool_box_features=repool).eval()
+    features, contexts = make_features(2), []
+    heads.mask_prior.register_forward_hook(lambda m, args, out: contexts.append(args[1]))
+    proposals = plain_proposals(2)
+    proposals[0] = proposals[0][:4]
+    with torch.no_grad():
+        detections, _ = heads(make_images(2), features, proposals)
+        at_proposals = maps_at(heads, features, [x.proposal_boxes for x in proposals]).split([4, 6])
+        at_detections = maps_at(heads, features, [x.pred_boxes for x in detections]).split([5, 5])
+    for k, (x, maps) in enumerate(zip(detections, contexts[0].class_maps.split([5, 5]))):
+        assert len(x) == 5 and x.has("pred_masks") and not x.has("box_features")
+        if repool:
+            assert torch.allclose(maps, at_detections[k], atol=1e-5)
+            continue
+        distance = (maps[:, None] - at_proposals[k][None]).abs().amax(dim=(2, 3, 4))
+        # Each detection has one of its own image's maps, and its score is that map's.
+        assert (distance.amin(dim=1) < 1e-5).all()
+        probs = heads.box_predictor.cls_score(maps.mean(dim=(2, 3))).softmax(dim=1)
+        assert torch.allclose(probs[torch.arange(5), x.pred_classes], x.scores, atol=1e-5)

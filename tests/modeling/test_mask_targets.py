@@ -1,0 +1,231 @@
+"""Targets and losses against Detectron2's mask_rcnn_loss and values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from roi_heads_factory import MIXED, targets_of
+
+from teacher_student_mask.modeling.mask_targets import (
+    cells_inside_boxes,
+    crop_gt_masks,
+    dice_loss,
+    drop_surplus_rois_without_mask,
+    find_rois,
+    has_mask_of,
+    has_model_mask_of,
+    mask_accuracy,
+    masked_bce_loss,
+    masked_dice_loss,
+    rois_of_objects,
+    select_label_channel,
+    select_rois,
+)
+
+
+def make_rois(masks, has_mask, boxes, classes=None):
+    rois = Instances((32, 32))
+    rois.proposal_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    rois.gt_masks = masks
+    rois.gt_has_mask = torch.tensor(has_mask, dtype=torch.bool)
+    rois.gt_classes = torch.tensor(classes or [0] * len(has_mask))
+    return rois
+
+
+def rectangle(x0, y0, x1, y1):
+    return [np.array([x0, y0, x1, y0, x1, y1, x0, y1], dtype=np.float64)]
+
+
+def test_label_channel_is_selected_and_only_it_gets_gradient():
+    logits = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 2, 2).requires_grad_()
+    selected = select_label_channel(logits, torch.tensor([2, 0]))
+    assert selected.tolist() == [[[8, 9], [10, 11]], [[12, 13], [14, 15]]]
+    selected.sum().backward()
+    expected = torch.zeros(2, 3, 2, 2)
+    expected[0, 2] = expected[1, 0] = 1
+    assert torch.equal(logits.grad, expected)
+    # Class-agnostic logits have one channel for all labels.
+    assert torch.equal(select_label_channel(logits[:, :1], torch.tensor([7, 3])), logits[:, 0])
+
+
+@pytest.mark.parametrize("mask_type", ["polygon", "bitmask"])
+def test_targets_are_the_crops_where_there_is_a_mask_and_zero_elsewhere(mask_type):
+    # Two objects: the left half of the ROI, and one whose "mask" must not be looked at.
+    polygons = [rectangle(0, 0, 4, 8), rectangle(0, 0, 8, 8)]
+    masks = PolygonMasks(polygons)
+    if mask_type == "bitmask":
+        masks = BitMasks.from_polygon_masks(masks, 32, 32)
+    rois = make_rois(masks, [True, False], [[0, 0, 8, 8], [0, 0, 8, 8]])
+    empty = Instances((32, 32), proposal_boxes=Boxes(torch.zeros(0, 4)))
+    empty.gt_classes = torch.zeros(0, dtype=torch.int64)
+    targets = crop_gt_masks([rois, empty], 4, torch.device("cpu"))
+    assert targets.dtype == torch.float32
+    assert targets[0].tolist() == [[1, 1, 0, 0]] * 4
+    assert targets[1].tolist() == [[0, 0, 0, 0]] * 4
+    # A model's mask counts where it is asked for.
+    rois.gt_has_model_mask = torch.tensor([False, True])
+    targets = crop_gt_masks([rois, empty], 4, torch.device("cpu"), has_model_mask_of)
+    assert not targets[0].any() and targets[1].all()
+    assert crop_gt_masks([empty], 4, torch.device("cpu")).shape == (0, 4, 4)
+
+
+def test_loss_by_hand():
+    # Supervised: one pixel with logit 0 and target 1 (log 2), one with logit log 3 and target 0,
+    # whose probability is 3/4 (loss log 4). The other ROI must not count.
+    logits = torch.tensor([[[0.0, math.log(3)]], [[100.0, -100.0]]])
+    targets = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    loss = masked_bce_loss(logits, targets, torch.tensor([True, False]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+@pytest.mark.parametrize("function", [masked_bce_loss, masked_dice_loss])
+@pytest.mark.parametrize("num_rois", [0, 3])
+def test_loss_without_supervised_rois_is_zero_and_attached(function, num_rois):
+    logits = torch.randn(num_rois, 2, 2, requires_grad=True)
+    supervised = torch.zeros(num_rois, dtype=torch.bool)
+    loss = function(logits, torch.zeros(num_rois, 2, 2), supervised)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("mask_type", ["polygon", "bitmask"])
+def test_loss_is_detectron2s_when_all_have_masks(num_channels, mask_type):
+    torch.manual_seed(0)
+    polygons = [rectangle(2, 3, 20, 14), rectangle(9, 4, 30, 31), rectangle(1, 1, 8, 25)]
+    masks = PolygonMasks(polygons)
+    if mask_type == "bitmask":
+        masks = BitMasks.from_polygon_masks(masks, 32, 32)
+    boxes = [[1, 2, 22, 16], [8, 8, 28, 30], [0, 0, 10, 20]]
+    rois = make_rois(masks, [True] * 3, boxes, classes=[2, 0, 1])
+    logits = torch.randn(3, num_channels, 28, 28)
+    with EventStorage():
+        expected = mask_rcnn_loss(logits, [rois])
+    selected = select_label_channel(logits, rois.gt_classes)
+    targets = crop_gt_masks([rois], 28, logits.device)
+    loss = masked_bce_loss(selected, targets, torch.ones(3, dtype=torch.bool))
+    assert torch.equal(loss, expected)
+
+
+def test_accuracy_counts_selected_pixels_only():
+    logits = torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]]])
+    targets = torch.tensor([[[1.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
+    assert mask_accuracy(logits, targets, torch.tensor([True, False])).item() == 0.75
+    assert mask_accuracy(logits, targets, torch.tensor([True, True])).item() == 0.375
+    assert mask_accuracy(logits, targets, torch.tensor([False, False])).isnan()
+    assert mask_accuracy(logits[:0], targets[:0], torch.zeros(0, dtype=torch.bool)).isnan()
+
+
+def plain_rois(has_mask):
+    n = len(has_mask)
+    rois = Instances((20, 20), proposal_boxes=Boxes(torch.arange(4.0 * n).reshape(n, 4)))
+    rois.gt_classes = torch.arange(n)
+    if n:
+        rois.gt_has_mask = torch.tensor(has_mask)
+    return rois
+
+
+def test_selection_keeps_the_order_and_an_image_without_rois_may_lack_the_fields():
+    rois = plain_rois([True, False, False, True])
+    assert select_rois(rois, ~has_mask_of(rois)).gt_classes.tolist() == [1, 2]
+    empty = plain_rois([])
+    for has_mask in (has_mask_of, has_model_mask_of):
+        assert has_mask(empty).dtype == torch.bool and len(select_rois(empty, has_mask(empty))) == 0
+    assert len(drop_surplus_rois_without_mask(empty, 1)) == 0
+
+
+def test_a_human_mask_is_never_taken_for_a_models():
+    rois = plain_rois([True, False, False])
+    assert not has_model_mask_of(rois).any()
+    rois.gt_has_model_mask = torch.tensor([True, True, False])
+    assert has_model_mask_of(rois).tolist() == [False, True, False]
+
+
+def test_box_cells_are_those_whose_centre_lies_in_the_box():
+    # Centres lie at .5, 1.5, ..; the edge at 1.5 belongs to the box, the one at 3.4 leaves 3.5 out.
+    rois = torch.tensor([[0.0, 0.0, 4.0, 4.0], [10.0, 20.0, 18.0, 28.0]])
+    boxes = torch.tensor([[1.5, 0.6, 3.4, 4.0], [14.0, 20.0, 30.0, 24.0]])
+    first, second = cells_inside_boxes(rois, boxes, 4).int().tolist()
+    assert first == [[0] * 4] + [[0, 1, 1, 0]] * 3
+    # Coordinates are those of the image, not of the ROI.
+    assert second == [[0, 0, 1, 1]] * 2 + [[0] * 4] * 2
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_all_with_a_mask_stay_and_some_of_the_others(limit):
+    rois = plain_rois([False, True, False, False, True])
+    kept = drop_surplus_rois_without_mask(rois, limit).gt_classes.tolist()
+    assert kept == sorted(kept) and {1, 4} <= set(kept)
+    assert len(kept) == 2 + min(limit, 3)
+
+
+def test_the_choice_is_random_and_even():
+    rois = plain_rois([False, True, False, False])
+    torch.manual_seed(0)
+    chosen = [drop_surplus_rois_without_mask(rois, 1).gt_classes.tolist() for _ in range(300)]
+    counts = {k: sum(k in kept for kept in chosen) for k in (0, 2, 3)}
+    assert sum(counts.values()) == 300
+    # Binomial with p = 1/3: 100 +- 8; five deviations.
+    assert all(60 < count < 140 for count in counts.values())
+
+
+def test_each_object_is_a_roi_at_its_own_box_with_all_its_fields():
+    (targets,) = targets_of(MIXED[:1])
+    targets.gt_has_model_mask = torch.tensor([False, True])
+    targets.other = torch.zeros(2)
+    fields = targets.get_fields().copy()
+    rois = rois_of_objects(targets)
+    assert rois.image_size == targets.image_size
+    assert set(rois.get_fields()) == {*fields, "proposal_boxes"} - {"other"}
+    assert rois.proposal_boxes.tensor.tolist() == [[4, 4, 30, 30], [20, 20, 50, 56]]
+    assert rois.gt_classes.tolist() == [0, 2] and rois.gt_has_mask.tolist() == [True, False]
+    assert rois.gt_has_model_mask.tolist() == [False, True]
+    assert rois.gt_masks is targets.gt_masks and targets.get_fields() == fields
+    # Who clips the boxes of ROIs does not move the targets.
+    rois.proposal_boxes.clip((10, 10))
+    assert targets.gt_boxes.tensor.tolist() == [[4, 4, 30, 30], [20, 20, 50, 56]]
+
+
+def test_rois_are_found_among_sampled_ones_by_their_boxes():
+    def boxes(*corners):
+        box = [[float(x), 0.0, x + 9.0, 5.0] for x in corners]
+        classes = torch.zeros(len(corners), dtype=torch.int64)
+        tensor = torch.tensor(box).reshape(-1, 4)
+        return Instances((64, 64), proposal_boxes=Boxes(tensor), gt_classes=classes)
+
+    # Box 3 is in both images, and twice in the first.
+    sampled = [boxes(8, 3, 5, 3), boxes(), boxes(3, 7)]
+    rows = find_rois([boxes(3, 8), boxes(), boxes(7, 3, 7)], sampled)
+    assert rows.tolist() == [1, 0, 5, 4, 5]
+    assert find_rois([boxes(3), boxes(3), boxes()], sampled) is None
+    assert find_rois([boxes(), boxes(), boxes(7, 8)], sampled) is None
+    assert find_rois([boxes(), boxes(), boxes()], sampled).tolist() == []
+
+
+def test_dice_by_hand():
+    probs = torch.tensor([[0.5, 1.0], [1.0, 0.0]])
+    targets = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    # 1 - 2 / (1.25 + 1) = 1/9; disjoint: 1.
+    torch.testing.assert_close(
+        dice_loss(probs, targets), torch.tensor([1 / 9, 1.0]), atol=1e-5, rtol=0
+    )
+
+
+def test_dice_of_next_to_nothing():
+    # The constant in the denominator counts: 1 - 2e-4 / (2e-4 + 1e-5).
+    nearly_empty = torch.tensor([[0.01, 0.0]])
+    assert dice_loss(nearly_empty, nearly_empty).item() == pytest.approx(1 / 21, rel=1e-4)
+
+
+def test_masked_dice_is_the_mean_of_the_supervised_rois():
+    logits = torch.tensor([[[0.0, 50.0]], [[3.0, -2.0]], [[50.0, 50.0]]], requires_grad=True)
+    targets = torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]], [[1.0, 1.0]]])
+    loss = masked_dice_loss(logits, targets, torch.tensor([True, False, True]))
+    assert loss.item() == pytest.approx((1 / 9 + 0) / 2, abs=1e-5)
+    loss.backward()
+    assert logits.grad[0].any() and not logits.grad[1].any()

@@ -1,0 +1,357 @@
+"""Which losses and gradients reach teacher and student, and why the gate exists."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from roi_heads_factory import (
+    CHANNELS,
+    HALF_EMPTY,
+    MIXED,
+    NO_OBJECT,
+    NONE_SEEN,
+    NONE_UNSEEN,
+    SIZE,
+    STRIDE,
+    WITH_MODEL_MASKS,
+    add_model_masks,
+    make_features,
+    make_heads,
+    make_images,
+    make_proposals,
+    mask_losses,
+    plain_proposals,
+    polygon_of,
+    targets_of,
+    triangle,
+    whole_step,
+)
+
+from teacher_student_mask import ImageMask
+from teacher_student_mask.modeling.mask_targets import select_label_channel
+from teacher_student_mask.modeling.pseudo_masks import PseudoMaskGenerator
+
+
+def grads(loss, head):
+    return torch.autograd.grad(loss, list(head.parameters()), allow_unused=True, retain_graph=True)
+
+
+def test_rois_without_a_mask_give_the_teacher_nothing():
+    """The teacher's gradient is that of a batch from which the unseen objects are removed."""
+    heads = make_heads()
+    features = make_features(2)
+    losses, _ = mask_losses(heads, targets_of(MIXED), features)
+    seen_only = [([[4, 4, 30, 30]], [0], [True]), ([], [], [])]
+    expected, _ = mask_losses(heads, targets_of(seen_only), features)
+    for got, want in zip(
+        grads(sum(losses.values()), heads.teacher_mask_head),
+        grads(expected["loss_mask_teacher"], heads.teacher_mask_head),
+    ):
+        torch.testing.assert_close(got, want)
+    losses, _ = mask_losses(heads, targets_of(NONE_SEEN))
+    for got in grads(sum(losses.values()), heads.teacher_mask_head):
+        assert not got.any()
+
+
+def test_the_student_learns_the_label_channel_of_unseen_objects_and_no_other():
+    heads = make_heads()
+    losses, _ = mask_losses(heads, targets_of([([[8, 10, 40, 30]], [1], [False])]))
+    weight, bias = torch.autograd.grad(
+        losses["loss_mask"],
+        [heads.mask_head.predictor.weight, heads.mask_head.predictor.bias],
+    )
+    assert weight[1].any() and bias[1] != 0
+    assert not weight[[0, 2]].any() and not bias[[0, 2]].any()
+
+
+@pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit"])
+def test_student_loss_is_bce_to_gt_and_pseudo_masks(method):
+    """Eq. (6), put together from the parts' own functions: one mean over all foreground ROIs."""
+    heads = make_heads(method=method)
+    features = make_features(2)
+    losses, _ = mask_losses(heads, targets_of(MIXED), features)
+    rois = make_proposals(targets_of(MIXED))
+    pooled = heads.mask_pooler([features["p2"]], [x.proposal_boxes for x in rois])
+    labels = torch.cat([x.gt_classes for x in rois])
+    student = select_label_channel(heads.mask_head.layers(pooled), labels)
+    teacher = heads.teacher_mask_head.layers(pooled)[:, 0]
+    pseudo = PseudoMaskGenerator(method=method)(teacher.sigmoid(), student.sigmoid(), rois)
+    gt = torch.cat([x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, 28).float() for x in rois])
+    has_mask = torch.cat([x.gt_has_mask for x in rois])
+    targets = torch.where(has_mask[:, None, None], gt, pseudo)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(student, targets)
+    torch.testing.assert_close(losses["loss_mask"], expected)
+
+
+def test_before_the_gate_the_student_learns_from_masks_alone():
+    heads = make_heads(warmup_iters=100)
+    features = make_features(2)
+    early, logged = mask_losses(heads, targets_of(MIXED), features, iteration=99)
+    seen_only, _ = mask_losses(
+        heads, targets_of([([[4, 4, 30, 30]], [0], [True]), ([], [], [])]), features, iteration=99
+    )
+    torch.testing.assert_close(early["loss_mask"], seen_only["loss_mask"])
+    assert "pseudo_mask/fg_ratio" not in logged
+    late, logged = mask_losses(heads, targets_of(MIXED), features, iteration=100)
+    assert late["loss_mask"] != early["loss_mask"]
+    assert 0 <= logged["pseudo_mask/fg_ratio"] <= 1
+    assert 0 <= logged["pseudo_mask/agreement"] <= 1
+    assert logged["pseudo_mask/num_rois"] == 4
+
+
+def rows_of(head):
+    """Numbers of ROIs of each of the next calls of a mask head, with whether gradient is on."""
+    calls = []
+    forward = head.layers
+
+    def layers(features):
+        calls.append((len(features), torch.is_grad_enabled()))
+        return forward(features)
+
+    head.layers = layers
+    return calls
+
+
+def test_no_head_runs_on_what_adds_nothing_to_its_loss():
+    heads = make_heads(warmup_iters=10)
+    teacher, student = rows_of(heads.teacher_mask_head), rows_of(heads.mask_head)
+    # MIXED has 2 ROIs with a mask and 4 without.
+    mask_losses(heads, targets_of(MIXED), iteration=9)
+    assert teacher == [(2, True)] and student == [(2, True)]
+    teacher.clear(), student.clear()
+    mask_losses(heads, targets_of(MIXED), iteration=10)
+    assert teacher == [(2, True), (4, False)] and student == [(6, True)]
+
+
+def test_the_teachers_logits_keep_the_order_of_the_rois():
+    heads = make_heads()
+    rois = make_proposals(targets_of(MIXED))
+    has_mask = torch.cat([x.gt_has_mask for x in rois])
+    assert has_mask.any() and not has_mask.all()
+    features = make_features(2)
+    in_parts, student, _ = heads.compute_mask_logits(features, rois, has_mask)
+    at_once, same_student, _ = heads.compute_mask_logits(features, rois)
+    torch.testing.assert_close(in_parts, at_once)
+    assert torch.equal(student, same_student)
+    weight = torch.randn(in_parts.shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(heads.teacher_mask_head.parameters())
+    for got, want in zip(
+        torch.autograd.grad((in_parts * weight).sum(), parameters),
+        torch.autograd.grad((at_once * weight * has_mask[:, None, None]).sum(), parameters),
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_with_batch_statistics_all_rois_are_one_batch():
+    heads = make_heads(warmup_iters=10)
+    heads.teacher_mask_head.mask_fcn1.norm = torch.nn.BatchNorm2d(8)
+    rows = rows_of(heads.teacher_mask_head)
+    for iteration in (9, 10):
+        mask_losses(heads, targets_of(MIXED), iteration=iteration)
+    assert rows == [(6, True), (6, True)]
+
+
+@pytest.mark.parametrize("limit, num_without_mask", [(0, 4), (1, 2), (3, 4)])
+def test_rois_without_a_mask_can_be_capped_per_image(limit, num_without_mask):
+    """MIXED has two images with two ROIs without a mask each."""
+    heads = make_heads(max_rois_without_mask=limit)
+    _, logged = mask_losses(heads, targets_of(MIXED))
+    assert logged["pseudo_mask/num_rois"] == num_without_mask
+
+
+def test_a_56_cell_teacher_learns_at_56_and_teaches_at_28():
+    heads = make_heads(teacher_deconv=2, method="threshold")
+    rois = make_proposals(targets_of(NONE_UNSEEN))
+    features = make_features(1)
+    losses, _ = mask_losses(heads, targets_of(NONE_UNSEEN), features)
+    pooled = heads.mask_pooler([features["p2"]], [x.proposal_boxes for x in rois])
+    logits = heads.teacher_mask_head.layers(pooled)
+    assert logits.shape[-2:] == (56, 56)
+    with EventStorage():
+        assert torch.equal(losses["loss_mask_teacher"], mask_rcnn_loss(logits, rois))
+    losses, _ = mask_losses(heads, targets_of(MIXED))
+    assert losses["loss_mask"].isfinite()
+
+
+# More objects than the sampler of these heads, 8 foreground ROIs of an image at most, has room for.
+CROWD = [
+    [[4 + 14 * x, 4 + 18 * y, 14 + 14 * x, 18 + 18 * y] for x in range(4) for y in range(3)],
+    [k % 3 for k in range(12)],
+    [k % 3 == 0 for k in range(12)],
+]
+
+
+@pytest.mark.parametrize("test_mask_head", ["student", "teacher"])
+def test_inference_runs_the_chosen_head_only(test_mask_head):
+    heads = make_heads(test_mask_head=test_mask_head).eval()
+    other = heads.teacher_mask_head if test_mask_head == "student" else heads.mask_head
+
+    def fail(*args):
+        raise AssertionError("this head must not run at inference")
+
+    other.layers = fail
+    with torch.no_grad():
+        instances, _ = heads(make_images(2), make_features(2), plain_proposals(2))
+    assert all(x.pred_masks.shape == (5, 1, 28, 28) for x in instances)
+
+
+def gradients(heads, targets, iteration=0, features=None):
+    """Of each loss, to each mask head and to the features."""
+    features = features or make_features(len(targets))
+    losses, _ = mask_losses(heads, targets, features, iteration)
+    inputs = {k: x for k, x in heads.named_parameters() if "mask_head" in k}
+    inputs["features"] = features["p2"]
+    found = {}
+    for name, loss in losses.items():
+        values = torch.autograd.grad(loss, inputs.values(), allow_unused=True, retain_graph=True)
+        found[name] = {k: g for k, g in zip(inputs, values) if g is not None}
+    return found
+
+
+def is_same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def stripe(box):
+    x0, y0, x1, y1 = box
+    return polygon_of([x0, y0, (x0 + x1) / 2, y1])
+
+
+@pytest.mark.parametrize("bitmask, teacher_deconv", [(False, 1), (True, 2)])
+@pytest.mark.parametrize("use", ["alone", "mean", "ignore"])
+@pytest.mark.parametrize("iteration", [0, 10], ids=["before the gate", "after"])
+def test_a_models_masks_change_no_gradient_of_the_teacher(bitmask, use, iteration, teacher_deconv):
+    heads = make_heads(warmup_iters=10, external_masks=use, teacher_deconv=teacher_deconv)
+    results = []
+    for shape in (triangle, stripe, None):
+        targets = targets_of(WITH_MODEL_MASKS, bitmask)
+        if shape is not None:
+            add_model_masks(targets, shape=shape)
+        results.append(gradients(heads, targets, iteration))
+    teachers = [x["loss_mask_teacher"] for x in results]
+    assert any("teacher_mask_head" in k for k in teachers[0]) and "features" in teachers[0]
+    assert not any(k.startswith("mask_head") for k in teachers[0])
+    assert all(is_same(teachers[0], x) for x in teachers[1:])
+    students = [x["loss_mask"] for x in results]
+    assert not any(k.startswith("teacher") for k in students[0])
+    is_used = use == "alone" or (use == "mean" and iteration == 10)
+    for other in students[1:]:
+        assert is_same(students[0], other) == (not is_used)
+
+
+@pytest.mark.parametrize("has_target", [True, False])
+def test_the_students_gradient_is_that_of_the_bce_to_a_models_mask(has_target):
+    """Autograd of a loss written out by hand, on the ROIs that have a target."""
+    heads = make_heads(warmup_iters=10, pseudo_masks=PseudoMaskGenerator(exclude_seen=False))
+    targets = targets_of([([[8, 10, 40, 30]], [1], [False])])
+    add_model_masks(targets, {0: [0]} if has_target else {})
+    features = make_features(1)
+    found = gradients(heads, targets, features=features)["loss_mask"]
+    rois = make_proposals(targets)
+    logits = heads.compute_mask_logits(features, rois)[1]
+    boxes = rois[0].proposal_boxes.tensor
+    mask = PolygonMasks([triangle([8, 10, 40, 30])] * 2).crop_and_resize(boxes, 28).float()
+    centres = (np.arange(28) + 0.5) / 28
+    for k, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
+        xs, ys = x0 + centres * (x1 - x0), y0 + centres * (y1 - y0)
+        inside = ((ys >= 10) & (ys <= 30))[:, None] & ((xs >= 8) & (xs <= 40))[None]
+        mask[k] *= torch.from_numpy(inside)
+    loss = -(mask * logits.sigmoid().log() + (1 - mask) * (1 - logits.sigmoid()).log()).mean()
+    (expected,) = torch.autograd.grad(loss * has_target, heads.mask_head.predictor.weight)
+    torch.testing.assert_close(found["mask_head.predictor.weight"], expected)
+    assert expected.any() == has_target
+
+
+def test_scalars_tell_masks_of_a_model_from_pseudo_masks():
+    heads = make_heads(warmup_iters=10)
+    for iteration, rows, numbers in ((0, None, (4, None)), (10, None, (4, 4)), (10, {}, (None, 8))):
+        targets = add_model_masks(targets_of(WITH_MODEL_MASKS), rows)
+        _, logged = mask_losses(heads, targets, iteration=iteration)
+        names = ("external_mask/num_rois", "pseudo_mask/num_rois")
+        assert tuple(logged.get(x) for x in names) == numbers
+        assert 0 <= logged["student_mask/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("use", ["alone", "mean", "ignore"])
+@pytest.mark.parametrize("batch", [NO_OBJECT, HALF_EMPTY, NONE_SEEN, NONE_UNSEEN])
+@pytest.mark.parametrize("iteration", [0, 10], ids=["before the gate", "after"])
+def test_batches_with_masks_of_a_model_give_all_parameters_a_gradient(use, batch, iteration):
+    heads = make_heads(warmup_iters=10, external_masks=use)
+    rows = {k: [len(x[0]) - 1] for k, x in enumerate(batch) if x[2] and not x[2][-1]}
+    losses = whole_step(heads, add_model_masks(targets_of(batch), rows), iteration)
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask", "loss_mask_teacher"}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
+
+
+# Of a small training.
+NUM_ITERS = 300
+
+
+def make_weak_batch(generator):
+    """
+    Two objects an image, class 0 with a mask and class 1 without, a sparse quarter of the box each.
+
+    The features show the foreground weakly in one channel among noise, so a head first learns how
+    rare foreground is, p < 0.5 everywhere, and only then where it is.
+    """
+    side = SIZE // STRIDE
+    features = torch.randn(2, CHANNELS, side, side, generator=generator) * 0.3
+    rois = []
+    for image in range(2):
+        masks = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+        boxes = torch.tensor([[0.0, 0.0, 32.0, 32.0], [32.0, 32.0, 64.0, 64.0]])
+        for k, (x0, y0, _, _) in enumerate(boxes.long().tolist()):
+            dx, dy = torch.randint(0, 5, (2,), generator=generator).tolist()
+            masks[k, y0 + 4 * dy : y0 + 4 * dy + 16, x0 + 4 * dx : x0 + 4 * dx + 16] = True
+        features[image, 0] += 0.7 * masks.any(dim=0)[::STRIDE, ::STRIDE]
+        x = Instances((SIZE, SIZE))
+        x.proposal_boxes = x.gt_boxes = Boxes(boxes)
+        x.gt_classes = torch.tensor([0, 1])
+        x.gt_has_mask = torch.tensor([True, False])
+        x.gt_masks = BitMasks(masks)
+        x.gt_exclusion_masks = ImageMask(masks[0], 2)
+        rois.append(x)
+    return {"p2": features}, rois
+
+
+def iou_after_training(warmup_iters):
+    """IoU of the pseudo masks with the hidden truth over the last iterations."""
+    heads = make_heads(method="interact", warmup_iters=warmup_iters).train()
+    for head in (heads.teacher_mask_head, heads.mask_head):
+        torch.nn.init.normal_(head.predictor.weight, std=0.001)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    generator_of, pseudo_masks, ious = heads.pseudo_masks, [], []
+
+    class Recorder:
+        needs_images = False
+
+        def __call__(self, *args):
+            pseudo_masks.append(generator_of(*args))
+            return pseudo_masks[-1]
+
+    heads.pseudo_masks = Recorder()
+    for iteration in range(NUM_ITERS):
+        features, rois = make_weak_batch(generator)
+        with EventStorage(iteration):
+            losses = heads.compute_mask_losses(features, rois, rois)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        if iteration >= NUM_ITERS - 20:
+            truth = torch.cat([x.gt_masks[~x.gt_has_mask].tensor for x in rois])
+            truth = torch.stack([truth[0, 32:, 32:], truth[1, 32:, 32:]]).float()
+            truth = torch.nn.functional.interpolate(truth[:, None], size=28)[:, 0] > 0.5
+            pseudo = pseudo_masks[-1] > 0.5
+            ious.append(((pseudo & truth).sum() / (pseudo | truth).sum()).item())
+    return sum(ious) / len(ious)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup_iters, survives", [(0, False), (225, True)])
+def test_pseudo_masks_collapse_without_the_gate_and_not_with_it(warmup_iters, survives):
+    iou = iou_after_training(warmup_iters)
+    assert (iou > 0.6) if survives else (iou < 0.05), iou
