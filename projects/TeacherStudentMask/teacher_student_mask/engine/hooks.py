@@ -176,7 +176,9 @@ class FiniteLoss(HookBase):
         """
         broken = _non_finite_tensors(self.trainer.model)
         if broken:
-            raise self._stop(f"{broken} after this step: its losses were finite, a gradient was not")
+            raise self._stop(
+                f"{broken} after this step: its losses were finite, a gradient was not"
+            )
         return {}
 
     @contextmanager
