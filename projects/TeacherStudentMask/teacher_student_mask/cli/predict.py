@@ -123,20 +123,7 @@ def run(args: argparse.Namespace) -> int:
             except (InputError, OSError) as error:
                 failures.append(str(error))
 
-    counts = Counter(trained.class_names[x["category_id"]] for x in results)
-    for result in results:
-        result["category_id"] = trained.category_ids[result["category_id"]]
-    categories = zip(trained.category_ids, trained.class_names)
-    described = {
-        "images": images,
-        "annotations": [],  # COCO(...) of pycocotools wants the key
-        "categories": [{"id": i, "name": name} for i, name in categories],
-    }
-    for name, content in (("images", described), ("coco_instances_results", results)):
-        (args.output_dir / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    found = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
-    print(f"{len(results)} objects in {len(images)} images and frames: {found}")
-    print(f"Results: {args.output_dir}")
+    _write_results(trained, images, results, args.output_dir)
     if failures:
         print(f"{len(failures)} of {len(files)} inputs failed:", file=sys.stderr)
         print("\n".join(f"  {x}" for x in failures), file=sys.stderr)
@@ -162,6 +149,26 @@ def _add_results(
         entry["overlay"] = f"overlays/{overlay}"
     images.append(entry)
     results += instances_to_coco_json(found, entry["id"])
+
+
+def _write_results(
+    trained: TrainedModel, images: list[dict], results: list[dict], output_dir: Path
+) -> None:
+    """Write images.json and coco_instances_results.json, and print a summary."""
+    counts = Counter(trained.class_names[x["category_id"]] for x in results)
+    for result in results:
+        result["category_id"] = trained.category_ids[result["category_id"]]
+    categories = zip(trained.category_ids, trained.class_names)
+    described = {
+        "images": images,
+        "annotations": [],  # COCO(...) of pycocotools wants the key
+        "categories": [{"id": i, "name": name} for i, name in categories],
+    }
+    for name, content in (("images", described), ("coco_instances_results", results)):
+        (output_dir / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    found = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
+    print(f"{len(results)} objects in {len(images)} images and frames: {found}")
+    print(f"Results: {output_dir}")
 
 
 # ---- files ----
@@ -213,22 +220,21 @@ def _read(path: Path) -> Iterator[np.ndarray]:
     from detectron2.data.detection_utils import read_image
     from PIL import Image
 
-    if path.suffix.lower() in _VIDEOS:
-        frame = None
-        for frame in sv.get_video_frames_generator(str(path)):
-            yield frame
-        if frame is None:
-            raise InputError(f"{path}: OpenCV cannot read a frame of this video.")
-        return
-    # Pillow's readers raise errors of many types on broken files, SyntaxError among them.
+    # Readers raise errors of many types on broken files, SyntaxError among them.
     try:
+        if path.suffix.lower() in _VIDEOS:
+            frame = None
+            for frame in sv.get_video_frames_generator(str(path)):
+                yield frame
+            if frame is None:
+                raise ValueError("OpenCV cannot read a frame of this video.")
+            return
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits a channel ({file.mode}); convert it first.")
-        image = read_image(str(path), format="BGR")  # with its EXIF orientation
+        yield read_image(str(path), format="BGR").copy()  # with its EXIF orientation
     except Exception as error:
         raise InputError(f"{path}: {error}") from error
-    yield image.copy()
 
 
 def _write_overlay(source: Path, target: Path, pictures: Iterator[np.ndarray]) -> None:
