@@ -1,27 +1,22 @@
 """
 The way from a config and weights to a model that is known to fit, for every program.
 
-Both may come from anybody: nothing in them runs. A config holds plain values, weights hold tensors;
-what does not fit the model is an error, where Detectron2 warns and goes on with random numbers.
+Both may come from anybody, see untrusted_files.py. What does not fit the model is an error, where
+Detectron2 warns and goes on with random numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import pickle  # nosec B403  # Only its exception is used.
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -34,20 +29,18 @@ from .config import add_teacher_student_mask_config
 from .data import register_json_datasets, settle_classes
 from .errors import InputError
 from .modeling import TeacherStudentROIHeads
+from .untrusted_files import check_pickles, merge_config_file, safe_loading
 
 __all__ = [
     "CLASS_NAMES_FILE",
     "HEADS",
     "TrainedModel",
-    "check_pickles",
     "find_test_dataset",
     "load_config",
     "load_model",
     "load_weights",
-    "merge_config_file",
     "read_class_names",
     "read_config",
-    "safe_loading",
     "write_class_names",
 ]
 
@@ -59,16 +52,6 @@ _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teach
 
 # In the folder of the weights: "id" and "name" of the model's classes, in their order.
 CLASS_NAMES_FILE = "categories.json"
-
-# Pickles that are Detectron2's own: its model zoo, and the built-in names of Detectron's.
-_TRUSTED_PREFIXES = (
-    "detectron2://",
-    "catalog://",
-    "https://dl.fbaipublicfiles.com/detectron2/",
-    "https://dl.fbaipublicfiles.com/detectron/",
-)
-_OPT_IN = "if you trust who made it, add MODEL.TRUST_PICKLED_WEIGHTS True to the command line"
-_ANY_CODE = "a pickle can run any code when it is read"
 
 
 @dataclass(frozen=True)
@@ -229,67 +212,6 @@ def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
     return cfg
 
 
-class _PlainConfig(CfgNode):
-    """A config whose bases are files on this machine, without tags of Python."""
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
-        if filename.startswith(("http://", "https://")):
-            raise InputError(
-                f"_BASE_ is {filename}; a base must be a file on this machine, because a download "
-                "would be kept under a name that other downloads trust. Save it beside the config."
-            )
-        return super().load_yaml_with_base(filename, allow_unsafe=False)
-
-
-def merge_config_file(cfg: CfgNode, path: str) -> None:
-    """
-    Merge a yaml file and its bases into ``cfg``, by Detectron2's rules but for three.
-
-    - A tag of Python, such as ``!!python/object/apply``, which would run code, is an error.
-      ``CfgNode.merge_from_file`` by itself falls back to ``yaml.unsafe_load``.
-    - ``_BASE_`` names no URL.
-    - ``MODEL.TRUST_PICKLED_WEIGHTS`` of a file is ignored, with a warning: whoever wrote the file
-      may have written the pickle, too. It is taken from the command line alone.
-
-    Args:
-        cfg: changed in place.
-        path: of a yaml file.
-
-    Raises:
-        InputError: the file or one of its bases cannot be read, has an unknown key, or a value of
-            another type than the key.
-    """
-    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
-    try:
-        if not isinstance(_PlainConfig.load_yaml_with_base(path), dict):
-            raise InputError(f"The config {path} does not hold keys and values.")
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except InputError:
-        raise
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"{mark.name}, line {mark.line + 1}" if mark is not None else path
-        if isinstance(error, yaml.constructor.ConstructorError) and "tag:yaml" in str(problem):
-            raise InputError(
-                f"The config {path} was refused and nothing of it was run: {where}: {problem}. "
-                "Configs hold plain values; tags of Python could run any code. Write the value "
-                "itself."
-            ) from error
-        raise InputError(f"The config {path} cannot be read: {where}: {problem}.") from error
-    except RecursionError as error:
-        raise InputError(f"The config {path}: its _BASE_ leads back to itself.") from error
-    # A TypeError is what an empty base or file ends in.
-    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"The config {path} cannot be read: {error}") from error
-    if cfg.MODEL.TRUST_PICKLED_WEIGHTS and not trusts:
-        cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
-        logger.warning(
-            f"MODEL.TRUST_PICKLED_WEIGHTS of {path} is ignored; it counts on the command line "
-            "alone, because a config may come from whoever made the pickle."
-        )
-
-
 # ---- weights ----
 
 
@@ -340,98 +262,6 @@ def load_weights(
         )
 
 
-def check_pickles(cfg: CfgNode) -> None:
-    """
-    Refuse what would be unpickled: untrusted weights, and precomputed proposals.
-
-    Nothing is opened or downloaded here.
-
-    Raises:
-        InputError: see there; ``MODEL.TRUST_PICKLED_WEIGHTS`` allows them.
-    """
-    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
-    _check_source(cfg.MODEL.WEIGHTS, trusts)
-    if cfg.MODEL.LOAD_PROPOSALS and not trusts:
-        files = (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST)
-        raise InputError(
-            f"MODEL.LOAD_PROPOSALS is True, and the proposals {', '.join(files) or '()'} are "
-            f"pickles: {_ANY_CODE}. Set MODEL.LOAD_PROPOSALS False; or, {_OPT_IN}."
-        )
-
-
-@contextlib.contextmanager
-def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
-    """
-    Around the code that lets Detectron2 read weights: check them before, explain what it refuses.
-
-    Detectron2 unpickles files that end in ".pkl". It reads all others with ``torch.load``, which
-    since PyTorch 2.6 takes tensors and plain values alone.
-
-    Args:
-        weights: path or URL; "" = none.
-        trust_pickled: ``MODEL.TRUST_PICKLED_WEIGHTS``: pickles of any origin are allowed.
-
-    Raises:
-        InputError: there is no such file, it could run code, or it cannot be read.
-    """
-    _check_source(weights, trust_pickled)
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise InputError(
-            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
-            "the model_final.pth in the OUTPUT_DIR of train_net.py."
-        )
-    try:
-        yield
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        # PyTorch's own message advises to switch the check off.
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found:
-            raise InputError(
-                f"The weights {weights} were refused and nothing of them was run: they ask for "
-                f"{found.group(1)}, but a checkpoint should hold tensors and plain values alone, "
-                f"for {_ANY_CODE}."
-            ) from error
-        is_of_torch = any(x in str(error) for x in ("weights_only", "PytorchStreamReader", "magic"))
-        if isinstance(error, RuntimeError) and not is_of_torch:
-            raise
-        raise InputError(
-            f"The weights {weights} cannot be read as a checkpoint: they are damaged, or no file "
-            "that torch.save wrote as a dictionary of tensors. Nothing of them was run."
-        ) from error
-
-
-def _check_source(weights: str, trust_pickled: bool) -> None:
-    url = urlparse(weights)
-    # Downloads are kept below a folder of caches, under the path of their URL.
-    if "://" in weights and ".." in f"{url.netloc}{url.path}".split("/"):
-        raise InputError(
-            f"The weights {weights!r} were refused: a URL with '..' could name a file outside of "
-            "the folder of downloads. Give the URL without it."
-        )
-    if trust_pickled or not weights:
-        return
-    # Releases of Detectron2 differ in what they drop before they look at the suffix.
-    names = (weights, url._replace(query="").geturl(), url.path)
-    if any(name.endswith(".pkl") for name in names):
-        if not weights.startswith(_TRUSTED_PREFIXES):
-            raise InputError(
-                f"The weights {weights!r} were refused: {_ANY_CODE}, and only Detectron2's own "
-                "(detectron2://..., https://dl.fbaipublicfiles.com/detectron2/...) are trusted; "
-                f"{_OPT_IN}."
-            )
-    elif torch.__version__ < (2, 6):
-        raise InputError(
-            f"The weights {weights!r} were refused: PyTorch {torch.__version__} would unpickle "
-            f"them, and {_ANY_CODE}; install 2.6; or, {_OPT_IN}."
-        )
-    elif os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() not in ("", "0", "n"):
-        raise InputError(
-            f"The weights {weights!r} were refused: the environment variable "
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has them unpickled, and "
-            f"{_ANY_CODE}; unset it; or, {_OPT_IN}."
-        )
-
-
 # ---- classes ----
 
 
@@ -444,10 +274,10 @@ def write_class_names(cfg: CfgNode) -> None:
     Args:
         cfg: of the training; its datasets have been read.
     """
-    found = _classes_of(cfg.DATASETS.TRAIN[0])
-    if found is None or not comm.is_main_process():
+    names, ids = _classes_of(cfg.DATASETS.TRAIN[0])
+    if not names or not comm.is_main_process():
         return
-    categories = [{"id": i, "name": name} for name, i in zip(*found)]
+    categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
     path = Path(cfg.OUTPUT_DIR, CLASS_NAMES_FILE)
     path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
 
@@ -471,14 +301,12 @@ def read_class_names(folder: str | os.PathLike) -> list[dict] | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    is_list = isinstance(categories, list) and all(
-        isinstance(x, dict) and type(x.get("id")) is int and isinstance(x.get("name"), str)
-        for x in categories
-    )
+    try:
+        is_list = all(type(x["id"]) is int and type(x["name"]) is str for x in categories)
+    except (KeyError, TypeError):
+        is_list = False
     if not is_list:
-        raise InputError(
-            f'{path} holds {str(categories)[:80]}; allowed: [{{"id": 1, "name": "cat"}}, ...].'
-        )
+        raise InputError(f'{path}: allowed are [{{"id": 1, "name": "cat"}}, ...].')
     return categories
 
 
@@ -493,17 +321,14 @@ def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
         InputError: there is none, it is not registered or has no COCO json, or the model has
             another number of classes.
     """
-    if not cfg.DATASETS.TEST:
-        raise InputError("DATASETS.TEST is empty; name the dataset on which the model should run.")
-    name = cfg.DATASETS.TEST[0]
-    if len(cfg.DATASETS.TEST) > 1:
+    name, *others = cfg.DATASETS.TEST or ("",)
+    if others:
         logger.warning(f"Of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} only {name!r} is used.")
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
     if metadata is None or not metadata.get("json_file") or metadata.get("image_root") is None:
         raise InputError(
-            f"DATASETS.TEST names {name!r}, which is not registered with a COCO json; register it "
-            "first with teacher_student_mask.register_partial_coco(name, json_file, image_root), "
-            "or name the path of a COCO json."
+            f"DATASETS.TEST names {name!r}; needed is the path of a COCO json, or a dataset that "
+            "was registered with teacher_student_mask.register_partial_coco."
         )
     if not os.path.isfile(metadata.json_file):
         raise InputError(
@@ -520,14 +345,12 @@ def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
     return metadata.json_file, metadata.image_root
 
 
-def _classes_of(dataset: str) -> tuple[list[str], list[int]] | None:
+def _classes_of(dataset: str) -> tuple[list[str], list[int]]:
     """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
     metadata = MetadataCatalog.get(dataset)
     if not metadata.get("thing_classes"):
         DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
-    names = metadata.get("thing_classes")
-    if not names:
-        return None
+    names = metadata.get("thing_classes", [])
     # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
     contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
     dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
@@ -536,27 +359,22 @@ def _classes_of(dataset: str) -> tuple[list[str], list[int]] | None:
 
 def _find_classes(cfg: CfgNode) -> tuple[list[str], list[int]]:
     """Of the test data, else as written by the training, else of the training data."""
-    problems = []
-    for source in (*cfg.DATASETS.TEST[:1], None, *cfg.DATASETS.TRAIN[:1]):
+    num_classes, problems = cfg.MODEL.ROI_HEADS.NUM_CLASSES, []
+    for source in (*cfg.DATASETS.TEST[:1], CLASS_NAMES_FILE, *cfg.DATASETS.TRAIN[:1]):
         try:
-            if source is None:
-                categories = read_class_names(Path(cfg.MODEL.WEIGHTS).parent)
-                found = categories and (
-                    [x["name"] for x in categories],
-                    [x["id"] for x in categories],
-                )
+            if source == CLASS_NAMES_FILE:
+                rows = read_class_names(Path(cfg.MODEL.WEIGHTS).parent) or []
+                names, ids = [x["name"] for x in rows], [x["id"] for x in rows]
             else:
-                found = _classes_of(source)
+                names, ids = _classes_of(source)
         except (KeyError, OSError, ValueError) as error:
-            problems.append(f"{source or ''}: {error}")
+            problems.append(f"{source}: {error}")
             continue
-        if found and len(found[0]) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-            return found
-        if found:
-            problems.append(f"{source or CLASS_NAMES_FILE} has {len(found[0])} classes")
+        if len(names) == num_classes:
+            return names, ids
+        problems.append(f"{source} has {len(names)} classes, the model {num_classes}")
     logger.warning(
-        f"The classes have no names, and their ids are contiguous: {'; '.join(problems) or '-'}. "
+        f"The classes have no names, and their ids are contiguous: {'; '.join(problems)}. "
         "Datasets are looked for under $DETECTRON2_DATASETS (default: ./datasets)."
     )
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return [f"class {i}" for i in range(num_classes)], list(range(num_classes))

@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from ..data import TeacherStudentDatasetMapper, build_train_loader, settle_classes
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
-from ..trained_model import safe_loading
+from ..untrusted_files import safe_loading
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from detectron2.utils.logger import setup_logger
 from ..class_splits import AUTO
 from ..data import check_datasets, register_json_datasets, settle_classes
 from ..errors import InputError
-from ..trained_model import check_pickles, load_weights, read_config, write_class_names
+from ..trained_model import load_weights, read_config, write_class_names
+from ..untrusted_files import check_pickles
 from .trainer import Trainer
 
 __all__ = ["launch_training", "main", "setup"]
