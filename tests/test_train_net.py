@@ -18,6 +18,7 @@ from teacher_student_mask.cli.main import main
 from teacher_student_mask.engine import training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PAPER = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
 SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap", "segm_unseen_overlap_bins"}
 
 
@@ -220,8 +221,7 @@ def program(*arguments, datasets=None):
 @pytest.mark.slow
 def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path):
     """The paper's config as it is, only shorter, on smaller images and from scratch."""
-    config = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
-    common = ["--config-file", config, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
+    common = ["--config-file", PAPER, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
     common += ["MODEL.WEIGHTS", "", "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2]
     common += ["INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MIN_SIZE_TEST", 128]
     common += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
@@ -247,18 +247,16 @@ def two_real_images(coco_root, folder):
     source = Path(coco_root)
     coco = json.loads((source / "annotations" / "instances_train2017.json").read_text())
     voc = {c["id"] for c in coco["categories"] if c["name"] in VOC_CLASSES}
-    chosen = []
-    for image in coco["images"]:
+
+    def is_simple(image):
         objects = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
         area = image["height"] * image["width"]
         num_seen = sum(x["category_id"] in voc for x in objects)
-        if (
-            0 < num_seen < len(objects) <= 6
-            and not any(x["iscrowd"] for x in objects)
-            and all(x["area"] > 0.01 * area for x in objects)
-        ):
-            chosen.append(image)
-    chosen = chosen[:2]
+        return 0 < num_seen < len(objects) <= 6 and all(
+            not x["iscrowd"] and x["area"] > 0.01 * area for x in objects
+        )
+
+    chosen = [image for image in coco["images"] if is_simple(image)][:2]
     ids = {image["id"] for image in chosen}
     coco["images"] = chosen
     coco["annotations"] = [x for x in coco["annotations"] if x["image_id"] in ids]
@@ -271,33 +269,24 @@ def two_real_images(coco_root, folder):
     return coco, voc
 
 
+# The paper's config with a small backbone, on both images in every step.
+SMALL = """
+    MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64
+    MODEL.FPN.OUT_CHANNELS 64 MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.FC_DIM 256
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 100
+    MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.ROI_MASK_HEAD.CONV_DIM 64 MODEL.ROI_MASK_HEAD.NORM GN
+    MODEL.TEACHER_MASK_HEAD.CONV_DIM 64 MODEL.TEACHER_MASK_HEAD.NORM GN INPUT.MIN_SIZE_TRAIN (128,)
+    INPUT.MIN_SIZE_TEST 128 INPUT.RANDOM_FLIP none SOLVER.IMS_PER_BATCH 2
+    SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.BASE_LR 0.03 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR
+    SOLVER.WARMUP_ITERS 20 SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm
+    SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 DATALOADER.NUM_WORKERS 0
+""".split()
+
+
 def overfit(output, datasets, num_iters, *options):
-    """The paper's config with a small backbone, on both images in every step."""
-    program(
-        *("--config-file", "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"),
-        *("OUTPUT_DIR", output, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
-        *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-        *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.FPN.NORM", "GN"),
-        *("MODEL.ROI_BOX_HEAD.FC_DIM", 256, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32),
-        *("MODEL.ROI_MASK_HEAD.CONV_DIM", 64, "MODEL.ROI_MASK_HEAD.NORM", "GN"),
-        *("MODEL.TEACHER_MASK_HEAD.CONV_DIM", 64, "MODEL.TEACHER_MASK_HEAD.NORM", "GN"),
-        *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 100, "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200),
-        *("MODEL.PSEUDO_MASK.WARMUP_ITERS", num_iters // 2),
-        *(
-            "INPUT.MIN_SIZE_TRAIN",
-            "(128,)",
-            "INPUT.MIN_SIZE_TEST",
-            128,
-            "INPUT.RANDOM_FLIP",
-            "none",
-        ),
-        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.BASE_LR", 0.03),
-        *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", 20),
-        *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
-        *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0),
-        *("SOLVER.MAX_ITER", num_iters, "DATALOADER.NUM_WORKERS", 0, *options),
-        datasets=datasets,
-    )
+    options = [*SMALL, "SOLVER.MAX_ITER", num_iters, *options]
+    options += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", num_iters // 2, "MODEL.WEIGHTS", ""]
+    program("--config-file", PAPER, "OUTPUT_DIR", output, *options, datasets=datasets)
     return torch.load(output / "model_final.pth", weights_only=False)["model"]
 
 

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             found = trained.predict(image)
             _add_results(path, found, frame if is_video else None, overlay, images, results)
             if args.compare:
-                yield _compare(trained, image, truth and truth(path, image))
+                yield _compare(trained, image, found, truth and truth(path, image))
             elif overlay:
                 yield _draw(trained, image, found, scale=1 if is_video else None)
 
@@ -271,8 +271,10 @@ def _draw(
     return draw_instances(image, detections, labels, scale=scale)
 
 
-def _compare(trained: TrainedModel, image: np.ndarray, truth: np.ndarray | None) -> np.ndarray:
-    """Join the image, what each mask head finds, and the ground truth."""
+def _compare(
+    trained: TrainedModel, image: np.ndarray, found: Instances, truth: np.ndarray | None
+) -> np.ndarray:
+    """Join the image, the masks of each head on the same detections, and the ground truth."""
     import cv2
     import numpy as np
 
@@ -282,10 +284,11 @@ def _compare(trained: TrainedModel, image: np.ndarray, truth: np.ndarray | None)
         chosen = roi_heads.test_mask_head
         for head in ("teacher", "student"):
             roi_heads.test_mask_head = head
-            panels[head] = _draw(trained, image, trained.predict(image))
+            masks = found if head == chosen else trained.predict(image)
+            panels[head] = _draw(trained, image, masks)
         roi_heads.test_mask_head = chosen
     else:
-        panels["model"] = _draw(trained, image, trained.predict(image))
+        panels["model"] = _draw(trained, image, found)
     if truth is not None:
         panels["ground truth"] = truth
     *_, drawn = panels.values()
