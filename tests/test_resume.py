@@ -112,12 +112,8 @@ def assert_equal(first, second, where=""):
         assert first == second, where
 
 
-def load_named(output, name):
-    return torch.load(output / name, weights_only=False)
-
-
 def load(output):
-    return load_named(output, "model_final.pth")
+    return torch.load(output / "model_final.pth", weights_only=False)
 
 
 def run_up_to(whole, folder, name):
