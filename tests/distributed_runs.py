@@ -23,16 +23,7 @@ from distributed_training import METHODS_OF_RANKS, train_method
 TIMEOUT = timedelta(seconds=300)
 
 
-def start(
-    function: Callable,
-    num_processes: int,
-    args: tuple = (),
-    *,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    url: str = "auto",
-    timeout: timedelta = TIMEOUT,
-) -> None:
+def start(function: Callable, num_processes: int, args: tuple = ()) -> None:
     """
     Detectron2's ``launch`` on the CPU. The caller hides GPUs from the processes.
 
@@ -41,33 +32,21 @@ def start(
 
     Args:
         function: of this module; each process calls ``function(*args)``.
-        num_processes: on this machine.
-        num_machines, machine_rank, url, timeout: see ``launch``.
     """
     if hasattr(comm, "create_local_process_group"):
-        launch(function, num_processes, num_machines, machine_rank, url, args, timeout)
+        launch(function, num_processes, dist_url="auto", args=args, timeout=TIMEOUT)
         return
-    url = f"tcp://127.0.0.1:{free_port()}" if url == "auto" else url
-    rest = (function, args, url, machine_rank * num_processes, num_machines * num_processes)
-    torch.multiprocessing.spawn(_join_and_run, nprocs=num_processes, args=(*rest, timeout))
-
-
-def _join_and_run(local_rank, function, args, url, first_rank, world_size, timeout):
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=url,
-        timeout=timeout,
-        world_size=world_size,
-        rank=first_rank + local_rank,
-    )
-    comm.synchronize()
-    function(*args)
-
-
-def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    rest = (function, args, url, num_processes)
+    torch.multiprocessing.spawn(_join_and_run, nprocs=num_processes, args=rest)
+
+
+def _join_and_run(rank, function, args, url, world_size):
+    torch.distributed.init_process_group("gloo", url, TIMEOUT, world_size, rank)
+    comm.synchronize()
+    function(*args)
 
 
 def run_everything(folder: str, shapes_root: str) -> None:

@@ -159,7 +159,7 @@ def main() -> None:
         child, reader = fork(plan, run)
         told = watch(child, reader, run["kill"])
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        partial = [path.name for path in Path(plan["output"]).glob(".*.partial")]
+        partial = [path.name for path in Path(plan["output"]).glob("*.partial")]
         results.append(
             {
                 "status": status,

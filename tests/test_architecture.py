@@ -73,8 +73,7 @@ def test_relative_imports_are_resolved():
         ("errors", set()),
         ("class_splits", {"errors"}),
         ("config", set()),
-        ("config_file", {"errors"}),
-        ("weights_file", {"errors"}),
+        ("untrusted_files", {"errors"}),
         ("structures", set()),
         # What is wrong with annotations, for whoever reads them.
         ("image_files", set()),
@@ -101,14 +100,14 @@ def test_relative_imports_are_resolved():
 def test_subpackages_import_only_what_is_below_them(subpackage, allowed):
     if subpackage in ("analysis", "engine"):
         allowed = allowed | {*READERS, "errors", "trained_model"}
-        allowed = allowed | {"config_file", "weights_file"}
+        allowed = allowed | {"untrusted_files"}
     for path in files_in(subpackage):
         assert own_imports_of(path) <= allowed, name_of(path)
 
 
 def test_every_module_falls_under_a_rule():
     known = {"class_splits", "config", "structures", "data", "modeling", "evaluation", "__init__"}
-    known |= {"analysis", "engine", "config_file", "weights_file", *READERS}
+    known |= {"analysis", "engine", "untrusted_files", *READERS}
     known |= {"coco_edits", "errors", "trained_model", "cli", "__main__"}
     known |= {"importers", "completion", "export", "sweep"}
     assert {subpackage_of(path) for path in MODULES} <= known

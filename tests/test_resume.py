@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask.engine import WriteError
+from teacher_student_mask.errors import InputError
 
 MAX_ITER = 36
 NUM_KILLS = 20
@@ -113,12 +112,8 @@ def assert_equal(first, second, where=""):
         assert first == second, where
 
 
-def load_named(output, name):
-    return torch.load(output / name, weights_only=False)
-
-
 def load(output):
-    return load_named(output, "model_final.pth")
+    return torch.load(output / "model_final.pth", weights_only=False)
 
 
 def run_up_to(whole, folder, name):
@@ -162,55 +157,27 @@ def test_same_seed_gives_the_same_weights_with_any_number_of_workers(train):
 def test_resumed_run_ends_as_the_uninterrupted_one(train, tmp_path):
     whole = train("whole")
     killed = run_up_to(whole, tmp_path / "killed", "model_0000001.pth")
-    (killed / ".model_final.pth.5.partial").write_text("half")
-    (killed / "metrics.json").write_text('{"iteration": 1}\n{"iterat')
+    (killed / "model_final.pth.partial").write_text("half")
     assert_equal(load(whole), load(train("killed", "--resume")))
-    assert not list(killed.glob(".*"))
-    assert [json.loads(x)["iteration"] for x in open(killed / "metrics.json")] == [1, 5]
+    assert not list(killed.glob("*.partial"))
 
 
-def test_resume_without_the_last_checkpoint_stops(train, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)])
+def test_resume_without_the_last_checkpoint_stops(train, tmp_path, flags):
     killed = tmp_path / "killed"
     killed.mkdir()
     (killed / "last_checkpoint").write_text("model_0000001.pth")
-    with pytest.raises(FileNotFoundError, match="names 'model_0000001.pth', which is no file"):
-        train("killed", "--resume")
-    with pytest.raises(FileNotFoundError, match="names 'model_0000001.pth', which is no file"):
-        train("killed", "--resume", "--eval-only")
+    with pytest.raises(InputError, match="model_0000001.pth do not exist"):
+        train("killed", "--resume", *flags)
+    (killed / "model_0000001.pth").write_bytes(b"PK damaged")
+    with pytest.raises(InputError, match="model_0000001.pth cannot be read as a checkpoint"):
+        train("killed", "--resume", *flags)
 
 
 def test_output_folder_that_is_a_file_stops_before_training(train, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="Nothing can be written to OUTPUT_DIR .*file"):
+    with pytest.raises(InputError, match="OUTPUT_DIR .*file' cannot be written to"):
         train("file")
-
-
-@pytest.mark.slow
-def test_full_disk_ends_training_with_one_sentence(train, tmp_path):
-    whole = train("whole")
-    before = (whole / "model_0000001.pth").read_bytes()
-    output = run_up_to(whole, tmp_path / "full", "model_0000001.pth")
-    size, limits = len(before), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
-        with pytest.raises(WriteError, match=r"model_0000003.pth could not be written \(File too"):
-            train("full", "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (output / "model_0000001.pth").read_bytes() == before
-    assert not list(output.glob("*.partial")) and not (output / "model_0000003.pth").exists()
-    # With room again the run goes on, and nothing is lost.
-    assert_equal(load(whole), load(train("full", "--resume")))
-
-
-@pytest.mark.slow
-def test_full_disk_of_the_metrics_says_where(train, tmp_path):
-    output = tmp_path / "full"
-    output.mkdir()
-    (output / "metrics.json").symlink_to("/dev/full")
-    with pytest.raises(WriteError, match=r"in OUTPUT_DIR .*full' could not .*\(No space left on"):
-        train("full", opts=["SOLVER.MAX_ITER", 2])
-    assert load_named(output, "model_0000001.pth")["iteration"] == 1
 
 
 @pytest.mark.slow
@@ -245,5 +212,4 @@ def test_twenty_kills_do_not_change_a_bit(run_in_children, tmp_path):
         assert json.loads(lines[-1] if name == "metrics.json" else "".join(lines))
     assert (whole / "results.json").read_text() == (killed / "results.json").read_text()
     log = (killed / "log.txt").read_text()
-    assert "left by a run that was interrupted" in log
     assert f"Starting training from iteration {MAX_ITER}" not in log  # no kill came too late

@@ -10,11 +10,15 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 
 import train_net
-from teacher_student_mask import VOC_CLASSES, register_partial_coco
+from teacher_student_mask import VOC_CLASSES, InputError, register_partial_coco
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.engine import training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PAPER = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
 SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap", "segm_unseen_overlap_bins"}
 
 
@@ -46,6 +50,9 @@ def run(tiny_cfg, tiny_coco, tmp_path):
         train_net.main(args)
         return output
 
+    torch.manual_seed(0)
+    run.untrained = tmp_path / "untrained.pth"
+    torch.save({"model": build_model(cfg).state_dict()}, run.untrained)
     yield run
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -88,7 +95,8 @@ def test_train_resume_and_evaluate(run):
 @pytest.mark.parametrize("head", ["student", "teacher"])
 def test_evaluation_on_ground_truth_boxes(run, head):
     output = run(
-        "--eval-only", opts=["MODEL.WEIGHTS", "", "TEST.GT_BOXES", True, "TEST.MASK_HEAD", head]
+        "--eval-only",
+        opts=["MODEL.WEIGHTS", run.untrained, "TEST.GT_BOXES", True, "TEST.MASK_HEAD", head],
     )
     results = json.loads((output / "results.json").read_text())
     # Every object is detected, at its own box and of its own class.
@@ -102,7 +110,7 @@ GRABCUT_MASKS += ["MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS", True]
 
 
 @pytest.mark.parametrize("kind", ["none marked", "no mask", "crowd"])
-def test_grabcut_masks_that_are_not_in_the_data_stop_training(
+def test_masks_of_a_model_that_are_not_in_the_data_stop_training(
     run, make_tiny_coco, monkeypatch, kind
 ):
     """Bug: the config without the json of GrabCut's masks trained the baseline in silence."""
@@ -115,33 +123,43 @@ def test_grabcut_masks_that_are_not_in_the_data_stop_training(
                 x["mask_source"] = "model"
 
     names = (make_tiny_coco(change).name, make_tiny_coco().name)
-    monkeypatch.setattr(train_net, "Trainer", None)  # nothing is built
-    message = "TRAIN_ON_EXTERNAL_MASKS is True, .*TRAIN, {}, {}, have no mask .*grabcut_masks.py"
-    with pytest.raises(ValueError, match=message.format(*names)):
+    monkeypatch.setattr(training, "Trainer", None)  # nothing is built
+    message = "TRAIN_ON_EXTERNAL_MASKS is True, .*{}.*{}.* has no mask with 'mask_source' 'model'"
+    with pytest.raises(InputError, match=message.format(*names)):
         run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", names])
 
 
-def test_grabcut_masks_that_are_in_one_dataset_are_trained_on(run, make_tiny_coco, tiny_coco):
+@pytest.mark.parametrize("ids", [{109}, range(200)], ids=["one", "all"])
+def test_masks_of_a_model_in_one_dataset_are_trained_on(run, make_tiny_coco, tiny_coco, ids):
+    """Without any of a human, too: they were refused as data without masks."""
+
     def mark(data):
         for x in data["annotations"]:
-            if x["id"] == 109:
+            if x["id"] in ids:
                 x["mask_source"] = "model"
 
-    names = (tiny_coco.name, make_tiny_coco(mark).name)
+    names = (make_tiny_coco(mark).name, *([tiny_coco.name] if len(ids) == 1 else []))
     output = run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", names, "DATASETS.TEST", ()])
     assert (output / "model_final.pth").is_file()
 
 
-def test_masks_of_a_model_alone_are_enough_where_they_are_ground_truth(run, make_tiny_coco):
-    """They were refused as data without any mask."""
+def test_evaluation_refuses_weights_that_do_not_fit(run):
+    opts = ["MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.WEIGHTS", run.untrained]
+    with pytest.raises(InputError, match="or has them in another shape: roi_heads.mask_head"):
+        run("--eval-only", opts=opts)
+    with pytest.raises(InputError, match="MODEL.WEIGHTS is empty"):
+        run("--eval-only", opts=["MODEL.WEIGHTS", ""])
 
-    def mark(data):
-        for x in data["annotations"]:
-            x["mask_source"] = "model"
 
-    name = make_tiny_coco(mark).name
-    output = run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", (name,), "DATASETS.TEST", ()])
-    assert (output / "model_final.pth").is_file()
+def test_the_command_is_the_same_program(run, monkeypatch, capsys):
+    options = ["--eval-only", "--num-gpus", "0", "--config-file", "a.yaml", "SEED", "3"]
+    taken = []
+    monkeypatch.setattr("teacher_student_mask.engine.launch_training", taken.append)
+    assert main(["train", *options]) == 0
+    assert taken == [default_argument_parser().parse_args(options)]
+    monkeypatch.undo()
+    assert main(["train", "--config-file", "none.yaml"]) == 1
+    assert "error: The config none.yaml cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -167,11 +185,6 @@ def test_what_is_wrong_with_the_input_is_one_sentence(tiny_coco, tmp_path, argum
     assert result.returncode == 1 and "Traceback" not in result.stderr + result.stdout
     (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
     assert words in line
-
-
-def test_grabcut_masks_are_not_asked_for_in_an_evaluation(run):
-    output = run("--eval-only", opts=[*GRABCUT_MASKS, "MODEL.WEIGHTS", ""])
-    assert (output / "results.json").is_file()
 
 
 def test_loss_scalars_are_logged(run):
@@ -208,8 +221,7 @@ def program(*arguments, datasets=None):
 @pytest.mark.slow
 def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path):
     """The paper's config as it is, only shorter, on smaller images and from scratch."""
-    config = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
-    common = ["--config-file", config, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
+    common = ["--config-file", PAPER, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
     common += ["MODEL.WEIGHTS", "", "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2]
     common += ["INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MIN_SIZE_TEST", 128]
     common += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
@@ -235,18 +247,16 @@ def two_real_images(coco_root, folder):
     source = Path(coco_root)
     coco = json.loads((source / "annotations" / "instances_train2017.json").read_text())
     voc = {c["id"] for c in coco["categories"] if c["name"] in VOC_CLASSES}
-    chosen = []
-    for image in coco["images"]:
+
+    def is_simple(image):
         objects = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
         area = image["height"] * image["width"]
         num_seen = sum(x["category_id"] in voc for x in objects)
-        if (
-            0 < num_seen < len(objects) <= 6
-            and not any(x["iscrowd"] for x in objects)
-            and all(x["area"] > 0.01 * area for x in objects)
-        ):
-            chosen.append(image)
-    chosen = chosen[:2]
+        return 0 < num_seen < len(objects) <= 6 and all(
+            not x["iscrowd"] and x["area"] > 0.01 * area for x in objects
+        )
+
+    chosen = [image for image in coco["images"] if is_simple(image)][:2]
     ids = {image["id"] for image in chosen}
     coco["images"] = chosen
     coco["annotations"] = [x for x in coco["annotations"] if x["image_id"] in ids]
@@ -259,33 +269,24 @@ def two_real_images(coco_root, folder):
     return coco, voc
 
 
+# The paper's config with a small backbone, on both images in every step.
+SMALL = """
+    MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64
+    MODEL.FPN.OUT_CHANNELS 64 MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.FC_DIM 256
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 100
+    MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.ROI_MASK_HEAD.CONV_DIM 64 MODEL.ROI_MASK_HEAD.NORM GN
+    MODEL.TEACHER_MASK_HEAD.CONV_DIM 64 MODEL.TEACHER_MASK_HEAD.NORM GN INPUT.MIN_SIZE_TRAIN (128,)
+    INPUT.MIN_SIZE_TEST 128 INPUT.RANDOM_FLIP none SOLVER.IMS_PER_BATCH 2
+    SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.BASE_LR 0.03 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR
+    SOLVER.WARMUP_ITERS 20 SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm
+    SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 DATALOADER.NUM_WORKERS 0
+""".split()
+
+
 def overfit(output, datasets, num_iters, *options):
-    """The paper's config with a small backbone, on both images in every step."""
-    program(
-        *("--config-file", "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"),
-        *("OUTPUT_DIR", output, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
-        *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-        *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.FPN.NORM", "GN"),
-        *("MODEL.ROI_BOX_HEAD.FC_DIM", 256, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32),
-        *("MODEL.ROI_MASK_HEAD.CONV_DIM", 64, "MODEL.ROI_MASK_HEAD.NORM", "GN"),
-        *("MODEL.TEACHER_MASK_HEAD.CONV_DIM", 64, "MODEL.TEACHER_MASK_HEAD.NORM", "GN"),
-        *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 100, "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 200),
-        *("MODEL.PSEUDO_MASK.WARMUP_ITERS", num_iters // 2),
-        *(
-            "INPUT.MIN_SIZE_TRAIN",
-            "(128,)",
-            "INPUT.MIN_SIZE_TEST",
-            128,
-            "INPUT.RANDOM_FLIP",
-            "none",
-        ),
-        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.BASE_LR", 0.03),
-        *("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", 20),
-        *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
-        *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 5.0),
-        *("SOLVER.MAX_ITER", num_iters, "DATALOADER.NUM_WORKERS", 0, *options),
-        datasets=datasets,
-    )
+    options = [*SMALL, "SOLVER.MAX_ITER", num_iters, *options]
+    options += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", num_iters // 2, "MODEL.WEIGHTS", ""]
+    program("--config-file", PAPER, "OUTPUT_DIR", output, *options, datasets=datasets)
     return torch.load(output / "model_final.pth", weights_only=False)["model"]
 
 

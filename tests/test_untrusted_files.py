@@ -1,64 +1,243 @@
-"""The programs, given files of a stranger: refused with a sentence, nothing is run or written."""
+"""Configs and weights of a stranger: what could run code is refused, and nothing is run."""
 
-import json
 import pickle
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 from malice import write_checkpoint, write_pickle, yaml_of
-from tiny_model import TINY_MODEL
+from torch import nn
 
-import analyze
-import convert_weights
-import export_student
-import predict
-import show_class_activation
-import sweep
 import train_net
-from sweeps import configs as sweep_configs
-from sweeps.runs import plan_runs
 from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.config_file import merge_config_file
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.errors import InputError
+from teacher_student_mask.trained_model import read_config
+from teacher_student_mask.untrusted_files import check_pickles, safe_loading
 
-ROOT = Path(__file__).resolve().parents[1]
-REFUSED = "were refused"
+ZOO = "ImageNetPretrained/MSRA/R-50.pkl"
+URL = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
-def give_all_objects_a_mask(data):
-    # Without it train_net.py refuses the dataset first.
-    for x in data["annotations"]:
-        left, top, width, height = x["bbox"]
-        if not x.get("segmentation"):
-            x["segmentation"] = [[left, top, left + width, top, left, top + height]]
+# ---- configs ----
 
 
 @pytest.fixture
-def config(make_tiny_coco, tmp_path):
-    """Path of the config of a tiny OPMask, which every program takes."""
-    tiny_coco = make_tiny_coco(give_all_objects_a_mask)
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    merge_config_file(cfg, str(ROOT / "configs/shapes/opmask_shapes.yaml"))
-    cfg.merge_from_list(
-        TINY_MODEL
-        + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.NORM", ""]
-        + ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "OUTPUT_DIR", str(tmp_path / "output")]
-        + ["DATASETS.TRAIN", (tiny_coco.name,), "DATASETS.TEST", (tiny_coco.name,)]
-        + ["DATASETS.SEEN_CLASSES", tiny_coco.seen_classes]
+def write(tmp_path):
+    """Return ``write(name, text)``: the path of a file."""
+
+    def _write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return _write
+
+
+def test_values_and_bases_are_those_of_detectron2(write):
+    write("base.yaml", "SEED: 3\nSOLVER: {MAX_ITER: 5, STEPS: [3, 4]}\n")
+    path = write("leaf.yaml", "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 6}\n")
+    expected = get_cfg()
+    add_teacher_student_mask_config(expected)
+    expected.merge_from_file(path)
+    assert read_config(path) == expected
+    assert (expected.SEED, expected.SOLVER.MAX_ITER, expected.SOLVER.STEPS) == (3, 6, (3, 4))
+
+
+@pytest.mark.parametrize("base", [None, "_BASE_: evil.yaml", "_BASE_: [plain.yaml, evil.yaml]"])
+def test_tags_of_python_are_refused_and_not_run(write, tmp_path, base):
+    trace = tmp_path / "trace"
+    evil = write("evil.yaml", f"SEED: 1\nOUTPUT_DIR: {yaml_of(trace)}\n")
+    write("plain.yaml", "SEED: 2\n")
+    path = write("leaf.yaml", f"{base}\n") if base else evil
+    with pytest.raises(InputError) as error:
+        read_config(path)
+    message = str(error.value)
+    assert f"The config {path} was refused and nothing of it was run: {evil}, line 2: " in message
+    assert "python/object/apply:os.mkdir" in message
+    assert not trace.exists()
+    yaml.unsafe_load(Path(evil).read_text())
+    assert trace.exists()  # the file does what it is said to do
+
+
+@pytest.mark.parametrize("base", ["http://{}", "[plain.yaml, 'https://{}']"])
+def test_a_base_is_never_downloaded(write, tmp_path, monkeypatch, base):
+    # It would be kept beside the downloads of weights, where the name of the host does not count.
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    write("plain.yaml", "SEED: 2\n")
+    with pytest.raises(InputError, match="a base must be a file on this machine"):
+        read_config(write("a.yaml", f"_BASE_: {base.format(f'127.0.0.1:9/detectron2/{ZOO}')}\n"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_trust_is_taken_from_the_command_line_alone(write, log):
+    path = write("a.yaml", "MODEL: {TRUST_PICKLED_WEIGHTS: True, WEIGHTS: x.pkl}\n")
+    cfg = read_config(path)
+    assert cfg.MODEL.TRUST_PICKLED_WEIGHTS is False and cfg.MODEL.WEIGHTS == "x.pkl"
+    assert "MODEL.TRUST_PICKLED_WEIGHTS of" in log.text and "is ignored" in log.text
+    cfg = read_config(path, ["MODEL.TRUST_PICKLED_WEIGHTS", True])
+    assert cfg.MODEL.TRUST_PICKLED_WEIGHTS is True
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: [1, 2\n", "cannot be read: .*line"),
+        ("", "a.yaml"),
+        ("- a\n", "a.yaml"),
+        ("_BASE_: a.yaml\n", "its _BASE_ leads back to itself"),
+        ("_BASE_: none.yaml\n", "cannot be read: .*none.yaml"),
+        ("SEED: text\n", "cannot be read: .*SEED"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(write, text, words):
+    with pytest.raises(InputError, match=words):
+        read_config(write("a.yaml", text))
+
+
+# ---- weights ----
+
+
+def check(weights, trust=False):
+    check_pickles(read_config("", ["MODEL.WEIGHTS", weights, "MODEL.TRUST_PICKLED_WEIGHTS", trust]))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["", "model_final.pth", "https://example.org/model.pth", "folder.pkl/model.pth", "model.pyth"]
+    + [f"detectron2://{ZOO}", URL + ZOO, "catalog://ImageNetPretrained/MSRA/R-50"],
+)
+def test_allowed_without_being_asked_for(weights):
+    check(weights)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "model.pkl",
+        "/some where/model.pkl",
+        "https://example.org/R-50.pkl",
+        "http://dl.fbaipublicfiles.com/detectron2/R-50.pkl",
+        "https://dl.fbaipublicfiles.com/others/R-50.pkl",
+        "https://dl.fbaipublicfiles.com.example.org/detectron2/R-50.pkl",
+        # Releases of Detectron2 differ in what they leave out before they look at the suffix.
+        "model.pkl?matching_heuristics=True",
+        "https://example.org/model.pkl#.pth",
+        "https://example.org/model.pth?name=.pkl",
+        "model.p\nkl",
+        " detectron2://R-50.pkl",
+    ],
+)
+def test_pickles_of_others_need_the_opt_in(weights):
+    with pytest.raises(InputError) as error:
+        check(weights)
+    message = str(error.value)
+    assert repr(weights) in message and "a pickle can run any code when it is read" in message
+    assert "MODEL.TRUST_PICKLED_WEIGHTS True" in message
+    check(weights, trust=True)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(
+    "weights",
+    ["detectron2://../../x.pkl", URL + "../../x.pkl", "https://example.org/a/../../../x.pth"],
+)
+def test_urls_cannot_leave_the_folder_of_downloads(weights, trust):
+    with pytest.raises(InputError, match="a URL with '..' could name a file outside"):
+        check(weights, trust)
+
+
+def test_the_switch_of_pytorch_is_known(monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(InputError, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has them unpickled"):
+        check("model.pth")
+    check("model.pth", trust=True)
+
+
+def test_precomputed_proposals_are_pickles():
+    opts = ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", ("boxes.bin",)]
+    with pytest.raises(InputError, match="the proposals boxes.bin are pickles"):
+        check_pickles(read_config("", opts))
+    check_pickles(read_config("", [*opts, "MODEL.TRUST_PICKLED_WEIGHTS", True]))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(2))
+
+
+def load(weights, trust=False):
+    model = Net()
+    with safe_loading(str(weights), trust):
+        DetectionCheckpointer(model).load(str(weights))
+    return model.a.tolist()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("name", ["model.pth", "model"])
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, name, is_zip):
+    path, trace = tmp_path / name, tmp_path / "trace"
+    write_checkpoint(path, trace, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(InputError) as error:
+        load(path)
+    message = str(error.value)
+    assert f"{path} were refused and nothing of them was run: they ask for posix.mkdir" in message
+    assert "weights_only" not in message and not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists()  # the file does what it is said to do
+
+
+@pytest.mark.parametrize("name, protocol", [("model.pth", 0), ("model.pth", 4), ("model.pkl", 2)])
+def test_a_pickle_is_refused_under_any_name(tmp_path, name, protocol):
+    write_pickle(tmp_path / name, tmp_path / "trace", protocol)
+    with pytest.raises(InputError):
+        load(tmp_path / name)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_archives_of_torchscript_are_refused_and_other_errors_stay(tmp_path):
+    torch.jit.script(nn.Linear(1, 1)).save(str(tmp_path / "model.pth"))
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        load(tmp_path / "model.pth")
+    with pytest.raises(RuntimeError, match="^of the model$"), safe_loading(""):
+        raise RuntimeError("of the model")
+
+
+def test_plain_tensors_and_trusted_pickles_are_read(tmp_path, monkeypatch):
+    torch.save({"model": {"a": torch.tensor([1.0, 2.0])}}, tmp_path / "model.pth")
+    assert load(tmp_path / "model.pth") == [1, 2]
+    content = {"model": {"a": np.array([3.0, 4.0], np.float32)}, "__author__": "zoo"}
+    # As it lies in the folder of downloads: nothing is asked of a network.
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    path = tmp_path / "detectron2/nobody/x.pkl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pickle.dumps(content))
+    assert load(path, trust=True) == [3, 4]
+    assert load("detectron2://nobody/x.pkl") == load(URL + "nobody/x.pkl") == [3, 4]
+
+
+# ---- programs: all others load models in the same way, see test_security.py ----
+
+
+@pytest.fixture
+def config(tiny_cfg, make_tiny_coco, tmp_path):
+    """Path of the config of a tiny model."""
+
+    def give_all_objects_a_mask(data):
+        for x in data["annotations"]:
+            left, top, width, height = x["bbox"]
+            if not x.get("segmentation"):
+                x["segmentation"] = [[left, top, left + width, top, left, top + height]]
+
+    (tmp_path / "config.yaml").write_text(
+        tiny_cfg(dataset=make_tiny_coco(give_all_objects_a_mask)).dump()
     )
-    path = tmp_path / "config.yaml"
-    path.write_text(cfg.dump())
-    return path
-
-
-def write_weights(path, trace):
-    (write_pickle if path.suffix == ".pkl" else write_checkpoint)(path, trace)
-    return path
+    return tmp_path / "config.yaml"
 
 
 def train(config, *flags, opts=()):
@@ -66,49 +245,24 @@ def train(config, *flags, opts=()):
     train_net.main(default_argument_parser().parse_args([str(x) for x in arguments]))
 
 
-def run_tool(program, config, weights, *inputs):
-    options = ["--config-file", config, "--weights", weights, "--output-dir", config.parent / "out"]
-    return code_of(program, [*inputs, *options])
-
-
-def code_of(program, arguments):
-    try:
-        return program.main([str(x) for x in arguments])
-    except SystemExit as exit:
-        return exit.code
-
-
 @pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
 @pytest.mark.parametrize("flags", [[], ["--eval-only"]])
-def test_training_program_refuses_weights(config, tmp_path, name, flags):
-    weights = write_weights(tmp_path / name, tmp_path / "trace")
-    with pytest.raises(ValueError, match=REFUSED):
-        train(config, *flags, opts=["MODEL.WEIGHTS", weights])
-    assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
-@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
-def test_training_program_refuses_the_checkpoint_to_resume(config, tmp_path, name, flags):
-    output = tmp_path / "output"
+@pytest.mark.parametrize("resume", [False, True])
+def test_training_refuses_weights(config, tmp_path, name, flags, resume):
+    output, trace = tmp_path / "output", tmp_path / "trace"
     output.mkdir()
-    write_weights(output / name, tmp_path / "trace")
+    (write_pickle if name == "model.pkl" else write_checkpoint)(output / name, trace)
     (output / "last_checkpoint").write_text(name)
-    with pytest.raises(ValueError, match=REFUSED):
-        train(config, "--resume", *flags)
-    assert not (tmp_path / "trace").exists()
+    with pytest.raises(InputError, match="were refused"):
+        if resume:
+            train(config, "--resume", *flags)
+        else:
+            train(config, *flags, opts=["MODEL.WEIGHTS", output / name])
+    assert not trace.exists()
 
 
-def test_training_program_refuses_proposals(config, tmp_path):
-    write_pickle(tmp_path / "boxes.bin", tmp_path / "trace")
-    opts = ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN"]
-    with pytest.raises(ValueError, match="are pickles"):
-        train(config, opts=[*opts, f"('{tmp_path / 'boxes.bin'}',)"])
-    assert not (tmp_path / "trace").exists()
-
-
-def test_training_program_takes_what_is_trusted(config, tmp_path):
-    write_weights(tmp_path / "model.pkl", tmp_path / "trace")
+def test_training_takes_what_is_trusted(config, tmp_path):
+    write_pickle(tmp_path / "model.pkl", tmp_path / "trace")
     # It is opened now; what it does is its own.
     opts = ["MODEL.WEIGHTS", tmp_path / "model.pkl", "MODEL.TRUST_PICKLED_WEIGHTS", True]
     with pytest.raises(Exception):  # noqa: B017 - there are no weights in it.
@@ -116,158 +270,17 @@ def test_training_program_takes_what_is_trusted(config, tmp_path):
     assert (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
-@pytest.mark.parametrize("program", [predict, show_class_activation, export_student])
-def test_programs_refuse_weights(config, tmp_path, capsys, program, name):
-    weights = write_weights(tmp_path / name, tmp_path / "trace")
-    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32, 3), np.uint8))
-    inputs = [] if program is export_student else [tmp_path / "a.png"]
-    assert run_tool(program, config, weights, *inputs) == 2
-    assert REFUSED in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "trace").exists() and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
-def test_analysis_refuses_weights(config, tmp_path, capsys, name):
-    weights = write_weights(tmp_path / name, tmp_path / "trace")
-    assert run_tool(analyze, config, weights) == 2
-    assert REFUSED in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.parametrize("is_base", [False, True])
-def test_every_program_refuses_code_in_a_config(config, tmp_path, capsys, is_base):
-    evil = tmp_path / "evil.yaml"
-    evil.write_text(f"{config.read_text()}\nOUTPUT_DIR_: {yaml_of(tmp_path / 'trace')}\n")
-    path = evil
-    if is_base:
-        path = tmp_path / "leaf.yaml"
-        path.write_text("_BASE_: evil.yaml\n")
-    with pytest.raises(ValueError, match="was refused and nothing of it was run"):
-        train(path)
-    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((32, 32, 3), np.uint8))
-    for program, arguments in (
-        (predict, [tmp_path / "a.png", "--config-file", path, "--weights", "x.pth"]),
-        (show_class_activation, [tmp_path / "a.png", "--config-file", path]),
-        (export_student, ["--config-file", path, "--weights", "x.pth"]),
-        (analyze, ["--config-file", path, "--weights", "x.pth"]),
-        (sweep, ["--configs", path]),
-    ):
-        assert code_of(program, [*arguments, "--output-dir", tmp_path / "out"]) == 2
-        message = " ".join(capsys.readouterr().err.split())
-        assert "was refused and nothing of it was run" in message
-    assert not (tmp_path / "trace").exists()
-
-
-# ---- names ----
-
-
-def tree(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def test_overlays_stay_in_the_output_folder(config, tmp_path):
-    names = ["..png", "...png", "a\nb.png", "..%2f..%2fevil.png", "~.png"]
-    state = train_net.Trainer.build_model(train_net.setup(parsed(config))).state_dict()
-    torch.save({"model": state}, tmp_path / "model.pth")
-    inputs = tmp_path / "inputs" / "sub"
-    inputs.mkdir(parents=True)
-    for name in names:
-        png = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1]
-        (inputs / name).write_bytes(png.tobytes())
-    before = tree(tmp_path)
-    assert run_tool(predict, config, tmp_path / "model.pth", tmp_path / "inputs") == 0
-    new = {x for x in tree(tmp_path) - before if not x.startswith("output")}
-    assert all(x == "out" or x.startswith("out/") for x in new)
-    overlays = {x for x in new if x.startswith("out/overlays/sub/")}
-    assert overlays == {f"out/overlays/sub/{name}" for name in names}
-
-
-def parsed(config):
-    return default_argument_parser().parse_args(["--config-file", str(config)])
-
-
-@pytest.mark.parametrize(
-    "text, name",
-    [
-        ("..", "__"),
-        (".", "_"),
-        ("...", "___"),
-        ("", ""),
-        ("a/../b", "a_.._b"),
-        ("a\nb", "a_b"),
-        ("R_50-FPN.1x", "R_50-FPN.1x"),
-    ],
-)
-def test_names_of_sweep_folders_are_one_folder(text, name):
-    assert sweep_configs.folder_name(text) == name
-
-
-def test_runs_of_a_sweep_stay_below_their_config(config, tmp_path):
-    odd = tmp_path / "folder" / "...yaml"
-    odd.parent.mkdir()
-    odd.write_text(config.read_text())
-    seen = tmp_path / "...txt"
-    seen.write_text("ant\nship\n")
-    arguments = ["--configs", odd, "--seen-sets", seen, "--output-dir", tmp_path / "out"]
-    _, args = sweep.parse_args([str(x) for x in arguments])
-    args.num_gpus = 0
-    (run,) = plan_runs(args)
-    assert run.name == "folder/__/__/seed_1"
-    assert run.training.folder == tmp_path / "out" / "runs" / run.name
-
-
-# ---- conversion ----
-
-
-def test_converted_weights_are_plain_and_the_same(tmp_path, capsys):
-    weights = {"a": np.arange(3.0, dtype=np.float32), "a_momentum": np.ones(3, np.float32)}
-    zoo = {"model": weights, "__author__": "zoo", "matching_heuristics": True, "notes": [1]}
-    for name, content, author in (
-        ("zoo", zoo, "zoo"),
-        ("detector", {"blobs": weights, "cfg": "x"}, "Caffe2"),
-        ("imagenet", weights, "Caffe2"),
-    ):
-        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content))
-        arguments = ["--input", tmp_path / f"{name}.pkl", "--output", tmp_path / f"{name}.pth"]
-        assert convert_weights.main([str(x) for x in arguments]) == 0
-        data = torch.load(tmp_path / f"{name}.pth", weights_only=True)
-        assert data["model"]["a"].tolist() == [0, 1, 2] and list(data["model"]) == ["a"]
-        assert (data["__author__"], data["matching_heuristics"]) == (author, True)
-        assert set(data) == {"model", "__author__", "matching_heuristics"}
-    assert "Left out: notes" in capsys.readouterr().out
-
-
-def test_conversion_keeps_the_tensors_of_a_checkpoint(tmp_path):
-    content = {"model": {"a": torch.ones(2)}, "iteration": np.float64(3)}
-    torch.save(content, tmp_path / "old.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "old.pth", weights_only=True)
-    arguments = ["--input", tmp_path / "old.pth", "--output", tmp_path / "new.pth"]
-    assert convert_weights.main([str(x) for x in arguments]) == 0
-    assert torch.load(tmp_path / "new.pth", weights_only=True)["model"]["a"].tolist() == [1, 1]
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", "EOFError"),
-        (pickle.dumps({"model": {"a": "text"}, "__author__": "x"}), "'a' is a str, neither a"),
-        (pickle.dumps([1]), "holds no dictionary of tensors"),
-        (pickle.dumps({"a": np.array([None])}), "'a': "),
-    ],
-)
-def test_what_cannot_be_converted_is_named(tmp_path, capsys, content, words):
-    (tmp_path / "a.pkl").write_bytes(content)
-    with pytest.raises(SystemExit):
-        convert_weights.main(["--input", f"{tmp_path}/a.pkl", "--output", f"{tmp_path}/a.pth"])
-    assert words in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "a.pth").exists()
-
-
-def test_conversion_replaces_no_file(tmp_path, capsys):
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": np.ones(1)}))
-    (tmp_path / "a.pth").write_text(json.dumps("mine"))
-    with pytest.raises(SystemExit):
-        convert_weights.main(["--input", f"{tmp_path}/a.pkl", "--output", f"{tmp_path}/a.pth"])
-    assert (tmp_path / "a.pth").read_text() == '"mine"'
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl", "evil.yaml"])
+def test_a_command_refuses_weights_and_configs(config, tmp_path, capsys, name):
+    path, trace = tmp_path / name, tmp_path / "trace"
+    if name == "evil.yaml":
+        path.write_text(f"{config.read_text()}\nOUTPUT_DIR_: {yaml_of(trace)}\n")
+        options = ["--config-file", path]
+    else:
+        (write_pickle if name == "model.pkl" else write_checkpoint)(path, trace)
+        options = ["--config-file", config, "--weights", path]
+    (tmp_path / "a.png").touch()
+    arguments = ["predict", tmp_path / "a.png", *options, "--output-dir", tmp_path / "out"]
+    assert main([str(x) for x in arguments]) == 1
+    assert "refused" in capsys.readouterr().err
+    assert not trace.exists() and not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import test_train_net
 import torch
 from test_base_methods import EVERY_METHOD, METHODS, OPMASK, OURS, batch_of, build, step
 
-from teacher_student_mask.engine import check_mixed_precision
 from teacher_student_mask.modeling import TeacherStudentROIHeads
 
 run_tiny = test_train_net.run  # the fixture
@@ -113,22 +112,6 @@ def test_training_in_mixed_precision(run_tiny, method):
 
 
 def test_mixed_precision_on_a_cpu_is_refused_before_anything_is_written(run_tiny, tmp_path):
-    message = (
-        r"SOLVER.AMP.ENABLED True \(mixed precision\) trains on a CUDA GPU only, but MODEL.DEVICE "
-        r"is 'cpu'. Set SOLVER.AMP.ENABLED False, or MODEL.DEVICE 'cuda'"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="without mixed precision .SOLVER.AMP.ENABLED False"):
         run_tiny(opts=["SOLVER.AMP.ENABLED", True])
     assert not (tmp_path / "output").exists()
-
-
-def test_mixed_precision_needs_a_gpu_that_is_there(monkeypatch):
-    check_mixed_precision(False, "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    check_mixed_precision(True, "cuda")
-    check_mixed_precision(True, "cuda:1")
-    with pytest.raises(ValueError, match="MODEL.DEVICE is 'cpu'"):
-        check_mixed_precision(True, "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="finds no GPU here"):
-        check_mixed_precision(True, "cuda")

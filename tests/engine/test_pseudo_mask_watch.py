@@ -6,7 +6,6 @@ import pytest
 from detectron2.utils.events import EventStorage
 
 from teacher_student_mask.engine import PseudoMaskWatch
-from teacher_student_mask.engine.pseudo_mask_watch import EMPTY_RATIO, FALL, FULL_RATIO, START_ITERS
 
 PERIOD = 20
 # metrics.json of the shapes configs at iterations 319, 339 .. 599 (medians over 20 iterations, the
@@ -133,25 +132,11 @@ def test_no_recorded_healthy_training_is_reported(log, run, period):
     assert not log.messages
 
 
-def lowest_share_of_the_start(run):
-    """The lowest mean over 100 iterations, in units of the first value."""
-    foreground, _ = series_of(run)
-    means = [sum(foreground[k : k + 5]) / 5 for k in range(len(foreground) - 4)]
-    return min(means) / foreground[0]
-
-
-def test_the_limit_lies_in_the_gap_of_the_recordings():
-    collapsed = [lowest_share_of_the_start(run) for run in COLLAPSED.values()]
-    healthy = [lowest_share_of_the_start(run) for run in HEALTHY.values()]
-    assert max(collapsed) < 0.57 and min(healthy) > 0.92
-    assert max(collapsed) * 1.2 < FALL < min(healthy) / 1.2
-
-
 @pytest.mark.parametrize("value, word", [(0.0, "empty"), (0.0099, "empty"), (0.995, "full")])
 def test_empty_and_full_masks_are_reported_after_100_iterations(log, value, word):
     hook, last = watch(*constant(value, num=99), start=40)
     assert not log.messages and last == 138
-    watch(*constant(value, num=1), start=139, hook=hook)
+    watch(*constant(value), start=139, hook=hook)
     (message,) = log.messages
     assert message.startswith(
         f"Iteration 139: all pseudo masks are {word}: since iteration 40 their foreground ratio is "
@@ -160,50 +145,17 @@ def test_empty_and_full_masks_are_reported_after_100_iterations(log, value, word
     for advice in ("MODEL.PSEUDO_MASK.WARMUP_ITERS", '"box_fit"', "teacher_mask/accuracy"):
         assert advice in message
     assert log.records[0].levelname == "WARNING"
-    watch(*constant(value), start=140, hook=hook)
-    assert len(log.messages) == 1
 
 
-@pytest.mark.parametrize("value", [EMPTY_RATIO, 0.02, 0.5, FULL_RATIO])
-def test_few_or_much_foreground_alone_is_no_collapse(log, value):
+def test_what_is_no_collapse(log):
     # Small objects in large boxes have few foreground cells from the start.
-    watch(*constant(value, num=300, agreement=0.5))
-    assert not log.messages
-
-
-def test_one_value_between_is_no_collapse(log):
+    for value in (0.01, 0.02, 0.5, 0.99):
+        watch(*constant(value, num=300, agreement=0.5))
     foreground, agreement = constant(0.0, num=190)
-    foreground[95] = 0.3
+    foreground[95] = 0.3  # one value between
     watch(foreground, agreement)
-    assert not log.messages
-
-
-def test_a_new_warning_comes_only_after_a_recovery(log):
-    hook, last = watch(*constant(0.4, num=50))
-    hook, last = watch(*constant(0.1, agreement=0.5), start=last + 1, hook=hook)
-    assert "shrink" in log.messages[-1] and len(log.messages) == 1
-    # Better, but not well.
-    hook, last = watch(*constant(0.32, agreement=0.8), start=last + 1, hook=hook)
-    hook, last = watch(*constant(0.1, agreement=0.5), start=last + 1, hook=hook)
-    assert len(log.messages) == 1
-    hook, last = watch(*constant(0.4), start=last + 1, hook=hook)
-    assert "have recovered" in log.messages[-1] and log.records[-1].levelname == "INFO"
-    watch(*constant(0.1, agreement=0.5), start=last + 1, hook=hook)
-    assert "shrink" in log.messages[-1] and len(log.messages) == 3
-
-
-def test_empty_masks_that_come_back_can_be_reported_again(log):
-    hook, last = watch(*constant(0.0))
-    hook, last = watch(*constant(0.4), start=last + 1, hook=hook)
-    watch(*constant(0.0), start=last + 1, hook=hook)
-    kinds = ["empty" in x for x in log.messages if "recovered" not in x]
-    assert kinds == [True, True]
-
-
-def test_masks_that_the_student_follows_are_no_collapse(log):
-    """A teacher that learns to segment sparse objects: fewer cells, and both agree on them."""
-    foreground = [0.8 - 0.002 * k for k in range(300)]
-    watch(foreground, [0.9] * 300)
+    # A teacher that learns to segment sparse objects: fewer cells, and both agree on them.
+    watch([0.8 - 0.002 * k for k in range(300)], [0.9] * 300)
     assert not log.messages
 
 
@@ -216,17 +168,12 @@ def test_batches_without_pseudo_masks_do_not_count(log):
 
 
 def test_the_start_survives_a_checkpoint(log):
-    hook, last = watch(*constant(0.4, num=START_ITERS + 30))
+    hook, last = watch([], [])
+    assert hook.state_dict() == {}
+    hook, last = watch(*constant(0.4, num=50))
     resumed = PseudoMaskWatch()
     resumed.load_state_dict(hook.state_dict())
     watch(*constant(0.1, num=99, agreement=0.5), start=last + 1, hook=resumed)
     assert not log.messages  # a full window of its own first
     watch(*constant(0.1, num=1, agreement=0.5), start=last + 100, hook=resumed)
     assert "after 0.400 when they began at iteration 0" in log.messages[0]
-
-
-def test_without_pseudo_masks_nothing_is_kept():
-    hook, _ = watch([], [])
-    hook.trainer = types.SimpleNamespace(storage=EventStorage(3), iter=3)
-    hook.after_step()
-    assert hook.state_dict() == {}

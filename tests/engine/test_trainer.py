@@ -1,62 +1,52 @@
-"""What the trainer changes in the config for another number of processes."""
+"""The trainer: its config, checkpoints that appear when they are complete, equal repetitions."""
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from detectron2.config import get_cfg
+import test_train_net
+import torch
 from detectron2.engine import DefaultTrainer
 
-from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.engine import Trainer
+from teacher_student_mask.engine import Trainer, open_atomically
+from teacher_student_mask.trained_model import read_config
+
+run_tiny = test_train_net.run  # the fixture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CONTRASTMASK = "configs/voc2nonvoc/contrastmask_R_50_FPN_1x.yaml"
 
 
-def load(name):
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(REPOSITORY / "configs" / name))
-    return cfg
+# ---- other numbers of processes ----
 
 
 # 7330 iterations at 8 processes are 117,280 images, 2 of each process at a time.
 @pytest.mark.parametrize("workers, expected", [(1, 58640), (3, 19547), (8, 7330), (16, 3665)])
-@pytest.mark.parametrize("is_frozen", [False, True])
-def test_an_epoch_of_the_contrastive_loss_follows_the_schedule(workers, expected, is_frozen):
+def test_an_epoch_of_the_contrastive_loss_follows_the_schedule(workers, expected):
     """On one GPU the ramp once ended at epoch 0.5 in the place of 4."""
-    cfg = load("voc2nonvoc/contrastmask_R_50_FPN_1x.yaml")
-    if is_frozen:
-        cfg.freeze()
+    cfg = read_config(str(REPOSITORY / CONTRASTMASK))
+    cfg.freeze()
     before = cfg.clone()
     scaled = Trainer.auto_scale_workers(cfg, workers)
     epoch = scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
     assert epoch == expected
     assert scaled.SOLVER.MAX_ITER / epoch == pytest.approx(12, rel=1e-4)
-    assert scaled.SOLVER.IMS_PER_BATCH * epoch == pytest.approx(117280, rel=1e-4)
-    assert cfg == before and scaled.is_frozen() == is_frozen
+    assert cfg == before and scaled.is_frozen()
     # All else is Detectron2's scaling; the warm-ups of this project stay.
     others = DefaultTrainer.auto_scale_workers(before, workers).clone()
     others.defrost()
     others.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = expected
     assert others == scaled
-    assert scaled.MODEL.PSEUDO_MASK.WARMUP_ITERS == 1000
-    assert scaled.MODEL.BOX_SUPERVISION.WARMUP_ITERS == 10000
 
 
-def test_numbers_stand_as_they_are_without_a_reference():
-    cfg = load("shapes/contrastmask_shapes.yaml")
-    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 0
+def test_without_a_reference_nothing_is_scaled(tiny_cfg):
+    cfg = tiny_cfg(opts=["SOLVER.REFERENCE_WORLD_SIZE", 0])
     assert Trainer.auto_scale_workers(cfg, 4) is cfg
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 4
-    assert Trainer.auto_scale_workers(cfg, 4) is cfg
-
-
-@pytest.mark.parametrize("epoch_iters, expected", [(1, 1), (0, 0)])
-def test_an_epoch_keeps_an_iteration_and_a_wrong_number_stays_wrong(epoch_iters, expected):
-    cfg = load("voc2nonvoc/contrastmask_R_50_FPN_1x.yaml")
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = epoch_iters
-    scaled = Trainer.auto_scale_workers(cfg, 64)
-    assert scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS == expected
 
 
 def test_the_trainer_builds_its_model_for_the_scaled_epoch(tiny_cfg, tiny_coco):
@@ -68,3 +58,142 @@ def test_the_trainer_builds_its_model_for_the_scaled_epoch(tiny_cfg, tiny_coco):
     trainer = Trainer(tiny_cfg(opts=opts, dataset=tiny_coco))
     assert trainer.max_iter == 9600 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
     assert trainer.model.roi_heads.mask_prior.epoch_iters == 800
+
+
+# ---- files ----
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "results.json"
+    for content in ("old", "new ä"):
+        with open_atomically(str(path)) as file:
+            file.write(content)
+            file.flush()
+            assert path.exists() == (content != "old")
+    with pytest.raises(KeyError), open_atomically(str(path), "wb") as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text(encoding="utf-8") == "new ä" and os.listdir(tmp_path) == [path.name]
+
+
+def test_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"old")
+    child = os.fork()
+    if child == 0:
+        with open_atomically(str(path), "wb") as file:
+            file.write(b"new")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert [x for x in os.listdir(tmp_path) if x.endswith(".pth")] == ["model.pth"]
+
+
+def test_checkpoints_are_those_of_detectron2(tiny_cfg, tiny_coco, monkeypatch):
+    cfg = tiny_cfg(dataset=tiny_coco)
+    os.makedirs(cfg.OUTPUT_DIR)
+    trainer = Trainer(cfg)
+    trainer.iter = 3
+    trainer.checkpointer.save("model_0")
+
+    def checkpoints():
+        return {x for x in os.listdir(cfg.OUTPUT_DIR) if "model" in x or "checkpoint" in x}
+
+    assert checkpoints() == {"last_checkpoint", "model_0.pth"}
+    before = Path(cfg.OUTPUT_DIR, "model_0.pth").read_bytes()
+
+    def fail(data, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    for name in ("model_1", "model_0"):
+        with pytest.raises(OSError, match="No space left"):
+            trainer.checkpointer.save(name)
+    assert checkpoints() == {"last_checkpoint", "model_0.pth"}
+    assert Path(cfg.OUTPUT_DIR, "model_0.pth").read_bytes() == before
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 4
+    for a, b in zip(trainer.model.parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b)
+
+
+# ---- DETERMINISTIC: with one SEED two trainings are equal bit for bit ----
+
+# No evaluation: it draws nothing, and takes most of the time.
+SHORT = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 4, "DATASETS.TEST", "()"]
+SHORT += ["DETERMINISTIC", True]
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """PyTorch's settings, as they were before, after the test."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", cudnn.deterministic)
+    monkeypatch.setattr(cudnn, "benchmark", cudnn.benchmark)
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def record_of(output):
+    """All weights after the last iteration, and the losses that were logged."""
+    weights = torch.load(output / "model_final.pth", weights_only=False)["model"]
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    losses = [{k: v for k, v in x.items() if "loss" in k} for x in lines]
+    assert losses and all("total_loss" in x and "loss_mask" in x for x in losses)
+    shutil.rmtree(output)
+    return weights, losses
+
+
+def are_equal(record, other):
+    (weights, losses), (other_weights, other_losses) = record, other
+    return losses == other_losses and all(
+        torch.equal(weights[name], other_weights[name]) for name in weights | other_weights
+    )
+
+
+@pytest.mark.slow
+def test_runs_of_one_seed_are_equal_in_any_process(run_tiny, tmp_path, settings):
+    def record(seed):
+        return record_of(run_tiny(opts=[*SHORT, "SEED", seed, "DATALOADER.NUM_WORKERS", 0]))
+
+    first = record(7)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    torch.rand(3)  # what was drawn before plays no part
+    assert are_equal(first, record(7))
+    assert not are_equal(first, record(8))
+
+    # Another order of Python's sets, and workers, change nothing.
+    name = next(path.stem for path in tmp_path.glob("tiny_coco_*.json"))
+    program = (
+        "import sys, train_net\n"
+        "from detectron2.engine import default_argument_parser\n"
+        "from teacher_student_mask import register_partial_coco\n"
+        "register_partial_coco(*sys.argv[1:4])\n"
+        "train_net.main(default_argument_parser().parse_args(sys.argv[4:]))\n"
+    )
+    arguments = [name, tmp_path / f"{name}.json", tmp_path / name]
+    arguments += ["--config-file", tmp_path / "tiny.yaml", "OUTPUT_DIR", tmp_path / "output"]
+    arguments += [*SHORT, "SEED", 7, "DATALOADER.NUM_WORKERS", 2]
+    subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        check=True,
+        capture_output=True,
+        timeout=900,
+    )
+    assert are_equal(first, record_of(tmp_path / "output"))
+
+
+@pytest.mark.parametrize("opts", [["SEED", -1], ["SEED", 1, "CUDNN_BENCHMARK", True]])
+def test_deterministic_needs_a_seed_and_no_choice_by_speed(run_tiny, tmp_path, opts):
+    with pytest.raises(ValueError, match="needs SEED of 0 or more and CUDNN_BENCHMARK False"):
+        run_tiny(opts=["DETERMINISTIC", True, *opts])
+    assert not (tmp_path / "output").exists()
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,17 +1,17 @@
-"""The trainer of train_net.py."""
+"""The trainer: Detectron2's, with this project's data, evaluator and safeguards."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import IO
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
@@ -21,17 +21,12 @@ from detectron2.utils import comm
 from ..data import TeacherStudentDatasetMapper, build_train_loader, resolve_auto_settings
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
-from ..weights_file import safe_loading, weights_to_load
-from .atomic_files import AtomicPathManager, open_atomically
-from .finite_loss import FiniteLoss
-from .output_folder import check_last_checkpoint, tidy_output_dir
-from .pseudo_mask_watch import PseudoMaskWatch
-from .random_state import SeedEveryIteration
-from .unseen_mask_guard import UnseenMaskGuard
+from ..untrusted_files import safe_loading
+from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Trainer", "checked_loading"]
+__all__ = ["Trainer", "open_atomically"]
 
 
 class Trainer(DefaultTrainer):
@@ -44,11 +39,10 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        if comm.is_main_process():
-            tidy_output_dir(cfg.OUTPUT_DIR)
+        self._has_failed = False
         # Detectron2's scaling, which is the next to come, then has nothing left to do.
         super().__init__(self.auto_scale_workers(resolve_auto_settings(cfg), comm.get_world_size()))
-        self.checkpointer.path_manager = AtomicPathManager(self.checkpointer.path_manager)
+        self.checkpointer.path_manager = _AtomicPathManager(self.checkpointer.path_manager)
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -71,9 +65,10 @@ class Trainer(DefaultTrainer):
         is_frozen = scaled.is_frozen()
         scaled.defrost()
         settings = scaled.MODEL.ROI_MASK_PRIOR.CONTRAST
-        iters = settings.EPOCH_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
-        # Up: an epoch never has no iteration, and a wrong number stays wrong.
-        settings.EPOCH_ITERS = math.ceil(iters)
+        # Up: an epoch has at least one iteration.
+        settings.EPOCH_ITERS = math.ceil(
+            settings.EPOCH_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
+        )
         if is_frozen:
             scaled.freeze()
         return scaled
@@ -86,11 +81,24 @@ class Trainer(DefaultTrainer):
         return [seeding, timer, self.finite_loss, guard, PseudoMaskWatch(), *others]
 
     def run_step(self) -> None:
-        with self.finite_loss.explain():
-            super().run_step()
+        try:
+            with self.finite_loss.explain():
+                super().run_step()
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def after_train(self) -> None:
+        # Detectron2 takes a failure in the last iteration for the end of training: it would
+        # evaluate, and on several ranks wait for those that never come.
+        if not (self._has_failed and self.iter + 1 >= self.max_iter):
+            super().after_train()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        with checked_loading(self.cfg, self.checkpointer, resume):
+        weights = self.cfg.MODEL.WEIGHTS
+        if resume and self.checkpointer.has_checkpoint():
+            weights = self.checkpointer.get_checkpoint_file()
+        with safe_loading(weights, self.cfg.MODEL.TRUST_PICKLED_WEIGHTS):
             super().resume_or_load(resume)
 
     def state_dict(self) -> dict:
@@ -130,38 +138,53 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> OrderedDict:
+        """As the parent's; the main process also writes results.json and logs a table."""
         if cfg.TEST.GT_BOXES:
             model = GTBoxInference(model)
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
-            _report(cfg, results)
+            with open_atomically(os.path.join(cfg.OUTPUT_DIR, "results.json")) as f:
+                json.dump(results, f, indent=2)
+            boxes = "ground-truth boxes" if cfg.TEST.GT_BOXES else "detected boxes"
+            logger.info(
+                f"Results ({cfg.TEST.MASK_HEAD} mask head, {boxes}; unseen classes in bold):\n"
+                + results_table(results)
+            )
         return results
 
 
-@contextmanager
-def checked_loading(
-    cfg: CfgNode, checkpointer: DetectionCheckpointer, resume: bool
-) -> Iterator[None]:
+@contextlib.contextmanager
+def open_atomically(path: str, mode: str = "w") -> Iterator[IO]:
     """
-    Around ``resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)``, of a trainer or a checkpointer.
+    Write a local file that takes its name, and the place of an older one, once it is complete.
 
-    Raises:
-        ValueError: what would be read could run code, or is damaged.
-        FileNotFoundError: the last checkpoint of the run is not there.
+    Args:
+        path: the file. Until it is complete it is written beside it, as ``path`` + ".partial".
+        mode: "w" for text in UTF-8, "wb" for bytes.
     """
-    weights = weights_to_load(checkpointer, cfg.MODEL.WEIGHTS, resume)
-    with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
-        if resume:
-            check_last_checkpoint(checkpointer)
-        yield
+    partial = f"{path}.partial"
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
-def _report(cfg: CfgNode, results: dict) -> None:
-    """Write the results of the last evaluation to results.json and log them as a table."""
-    with open_atomically(os.path.join(cfg.OUTPUT_DIR, "results.json")) as f:
-        json.dump(results, f, indent=2)
-    boxes = "ground-truth boxes" if cfg.TEST.GT_BOXES else "detected boxes"
-    logger.info(
-        f"Results ({cfg.TEST.MASK_HEAD} mask head, {boxes}; unseen classes in bold):\n"
-        + results_table(results)
-    )
+class _AtomicPathManager:
+    """For ``Checkpointer.path_manager``: Detectron2's, but local files are written atomically."""
+
+    def __init__(self, path_manager):
+        self._path_manager = path_manager
+
+    def __getattr__(self, name: str):
+        return getattr(self._path_manager, name)
+
+    def open(self, path: str, mode: str = "r", **kwargs):
+        if mode in ("w", "wb") and "://" not in path:
+            return open_atomically(path, mode)
+        return self._path_manager.open(path, mode, **kwargs)

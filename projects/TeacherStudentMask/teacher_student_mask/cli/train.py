@@ -1,0 +1,47 @@
+"""
+Train a model, or evaluate one. All flags and KEY VALUE overrides are Detectron2's.
+
+DATASETS.TRAIN and DATASETS.TEST name COCO jsons by their paths, or registered datasets. These are
+looked for under $DETECTRON2_DATASETS (default: ./datasets), COCO in Detectron2's layout.
+
+  train:     tsmask train --num-gpus 8 --config-file configs/voc2nonvoc/....yaml
+  your data: tsmask train --config-file configs/custom/....yaml DATASETS.TRAIN "('my.json',)"
+  on a CPU:  tsmask train --config-file configs/shapes/....yaml MODEL.DEVICE cpu
+  go on:     tsmask train --resume --config-file ...
+  evaluate:  tsmask train --eval-only --config-file ... MODEL.WEIGHTS model.pth
+  the teacher, on ground-truth boxes:  ... --eval-only ... TEST.MASK_HEAD teacher TEST.GT_BOXES True
+
+OUTPUT_DIR then holds config.yaml, categories.json (the classes), log.txt, metrics.json,
+checkpoints, TensorBoard events and results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of detectron2.engine.default_argument_parser, without importing it."""
+    add = parser.add_argument
+    add("--config-file", default="", metavar="YAML", help="path of the config")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    add("--num-gpus", type=int, default=1, help="GPUs on each machine (default: %(default)s)")
+    add("--num-machines", type=int, default=1, help="default: %(default)s")
+    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    add("--dist-url", help="where the processes meet, as of torch.distributed")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train or evaluate."""
+    from detectron2.engine import default_argument_parser
+
+    from ..engine import launch_training
+
+    if args.dist_url is None:
+        args.dist_url = default_argument_parser().get_default("dist_url")
+    print("Command Line Args:", args)
+    launch_training(args)

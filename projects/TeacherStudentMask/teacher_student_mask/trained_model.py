@@ -1,0 +1,380 @@
+"""
+The way from a config and weights to a model that is known to fit, for every program.
+
+Both may come from anybody, see untrusted_files.py. What does not fit the model is an error, where
+Detectron2 warns and goes on with random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from torch import nn
+
+from .config import add_teacher_student_mask_config
+from .data import register_json_datasets, resolve_auto_settings
+from .errors import InputError
+from .modeling import TeacherStudentROIHeads
+from .untrusted_files import check_pickles, merge_config_file, safe_loading
+
+__all__ = [
+    "CLASS_NAMES_FILE",
+    "HEADS",
+    "TrainedModel",
+    "find_test_dataset",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "read_class_names",
+    "read_config",
+    "write_class_names",
+]
+
+logger = logging.getLogger(__name__)
+
+# Mask heads, and where their parameters are in the model.
+HEADS = ("student", "teacher")
+_HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
+
+# In the folder of the weights: "id" and "name" of the model's classes, in their order.
+CLASS_NAMES_FILE = "categories.json"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """
+    A model whose weights fit.
+
+    Attributes:
+        cfg: its config.
+        model: in evaluation mode.
+        class_names: by contiguous class id.
+        category_ids: the dataset's category ids, by contiguous class id.
+        heads: mask heads that may be used, of "student" and "teacher".
+    """
+
+    cfg: CfgNode
+    model: GeneralizedRCNN
+    class_names: list[str]
+    category_ids: list[int]
+    heads: tuple[str, ...]
+
+    def make_inputs(self, image_bgr: np.ndarray) -> dict:
+        """
+        Resize an image as ``INPUT.MIN_SIZE_TEST`` says, and make it an input of the model.
+
+        Args:
+            image_bgr: uint8, shape (H, W, 3); not changed.
+
+        Returns:
+            "image" (float32, shape (3, H', W')), and "height" and "width" of ``image_bgr``.
+        """
+        height, width = image_bgr.shape[:2]
+        size = self.cfg.INPUT.MIN_SIZE_TEST
+        resize = T.ResizeShortestEdge([size, size], self.cfg.INPUT.MAX_SIZE_TEST)
+        image = image_bgr[:, :, ::-1] if self.cfg.INPUT.FORMAT == "RGB" else image_bgr
+        image = resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
+
+    @torch.no_grad()
+    def predict(self, image_bgr: np.ndarray) -> Instances:
+        """
+        Detect and segment the objects of an image, with the mask head of ``TEST.MASK_HEAD``.
+
+        Args:
+            image_bgr: uint8, shape (H, W, 3); not changed.
+
+        Returns:
+            ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (bool, shape (N, H, W))
+            on the CPU, in the frame of ``image_bgr``.
+        """
+        return self.model([self.make_inputs(image_bgr)])[0]["instances"].to("cpu")
+
+
+def load_model(
+    config_file: str,
+    *,
+    weights: str | None = None,
+    opts: Sequence = (),
+    score_threshold: float | None = None,
+    heads: Sequence[str] | None = None,
+) -> TrainedModel:
+    """
+    Read a config, build its model and load its weights.
+
+    Args:
+        config_file: path of a yaml, such as the config.yaml of a training.
+        weights: path or URL of a checkpoint; None = the config's ``MODEL.WEIGHTS``.
+        opts: KEY, VALUE, KEY, VALUE, ...; they win over the file.
+        score_threshold: of detections, in [0, 1]; None = the config's.
+        heads: mask heads that will be used, of "student" and "teacher"; None = all that the model
+            has. The only mask head of a model is its "student".
+
+    Raises:
+        InputError: config or weights are missing, cannot be read, are not trusted or do not fit one
+            another; or the model does not have these mask heads.
+    """
+    cfg = load_config(config_file, opts, weights=weights)
+    if score_threshold is not None:
+        if not 0 <= score_threshold <= 1:
+            raise InputError(f"The score threshold is {score_threshold}; it must be in [0, 1].")
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
+    built = cfg.clone()
+    # Nothing makes pseudo masks at inference, and "crf" may ask for a package that is not there.
+    built.MODEL.PSEUDO_MASK.METHOD = "none"
+    model = build_model(built)
+    if (
+        not isinstance(model, GeneralizedRCNN)
+        or model.proposal_generator is None
+        or not cfg.MODEL.MASK_ON
+    ):
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, MODEL.MASK_ON is "
+            f"{cfg.MODEL.MASK_ON} and MODEL.LOAD_PROPOSALS is {cfg.MODEL.LOAD_PROPOSALS}; needed is"
+            " a GeneralizedRCNN with an RPN and a mask head."
+        )
+    existing = HEADS if isinstance(model.roi_heads, TeacherStudentROIHeads) else HEADS[:1]
+    heads = existing if heads is None else tuple(dict.fromkeys(heads))
+    if not heads or set(heads) - set(existing):
+        raise InputError(
+            f"heads is {heads!r}; a model with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} "
+            f"has: {', '.join(existing)}."
+        )
+    load_weights(model, cfg, heads=heads)
+    names, ids = _find_classes(cfg)
+    return TrainedModel(cfg, model.eval(), names, ids, heads)
+
+
+# ---- configs ----
+
+
+def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = None) -> CfgNode:
+    """
+    Read the config of a trained model.
+
+    Args:
+        config_file, opts, weights: as for :func:`load_model`.
+
+    Returns:
+        The config, not frozen, with ``MODEL.WEIGHTS`` set and ``MODEL.DEVICE`` "cpu" where there is
+        no GPU. The jsons that it names as datasets are registered.
+
+    Raises:
+        InputError: the file, a key or a value is wrong, or the weights are not trusted.
+    """
+    cfg = read_config(config_file, opts)
+    if weights:
+        cfg.MODEL.WEIGHTS = str(weights)
+    check_pickles(cfg)
+    register_json_datasets(cfg)
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=False)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
+    """
+    Detectron2's defaults, this project's keys, a yaml and changes, in this order.
+
+    Args:
+        config_file: path of a yaml; "" = none.
+        opts: KEY, VALUE, KEY, VALUE, ...
+
+    Raises:
+        InputError: the file, a key or a value is wrong.
+    """
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    if config_file:
+        merge_config_file(cfg, config_file)
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        changes = " ".join(str(x) for x in opts)
+        raise InputError(f"The config changes {changes!r} are wrong: {error}") from error
+    return cfg
+
+
+# ---- weights ----
+
+
+def load_weights(
+    model: nn.Module,
+    cfg: CfgNode,
+    *,
+    weights: str | None = None,
+    heads: Sequence[str] = HEADS,
+) -> None:
+    """
+    Load the weights of a trained model, all of which must be there.
+
+    Args:
+        model: changed in place.
+        cfg: of the model; not changed.
+        weights: path or URL of the checkpoint; None = ``MODEL.WEIGHTS``.
+        heads: mask heads that will be used; the parameters of others may be missing.
+
+    Raises:
+        InputError: the checkpoint is missing, cannot be read or could run code, or it lacks a
+            parameter, or has it in another shape.
+    """
+    weights = weights or cfg.MODEL.WEIGHTS
+    final = Path(cfg.OUTPUT_DIR, "model_final.pth")
+    hint = f" There is {final}." if final.is_file() else ""
+    if not weights:
+        raise InputError(f"MODEL.WEIGHTS is empty; give the checkpoint of a trained model.{hint}")
+    missing = []
+    # The checkpointer keeps to itself what was missing; parameters of another shape are among it.
+    hook = model.register_load_state_dict_post_hook(
+        lambda _, incompatible: missing.extend(incompatible.missing_keys)
+    )
+    try:
+        with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
+            DetectionCheckpointer(model).load(weights, checkpointables=[])
+    finally:
+        hook.remove()
+    unused = tuple(prefix for head, prefix in _HEAD_PREFIXES.items() if head not in heads)
+    # Buffers are left to the checkpointer: it knows which of them old checkpoints lack.
+    parameters = {name for name, _ in model.named_parameters()}
+    needed = [x for x in missing if x in parameters and not x.startswith(unused)]
+    if needed:
+        raise InputError(
+            f"The checkpoint {weights} lacks {len(needed)} parameters of the model, or has them "
+            f"in another shape: {', '.join(needed[:8])}{', ...' if len(needed) > 8 else ''}. Give "
+            f"the checkpoint and the config of the same training.{hint}"
+        )
+
+
+# ---- classes ----
+
+
+def write_class_names(cfg: CfgNode) -> None:
+    """
+    Write the classes of the training data to ``OUTPUT_DIR``, so that inference needs no data.
+
+    The main process writes; data whose classes have no names yet leave no file.
+
+    Args:
+        cfg: of the training; its datasets have been read.
+    """
+    names, ids = _classes_of(cfg.DATASETS.TRAIN[0])
+    if not names or not comm.is_main_process():
+        return
+    categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
+    path = Path(cfg.OUTPUT_DIR, CLASS_NAMES_FILE)
+    path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
+
+
+def read_class_names(folder: str | os.PathLike) -> list[dict] | None:
+    """
+    Args:
+        folder: ``OUTPUT_DIR`` of a training, or any other.
+
+    Returns:
+        The categories as in a COCO json, "id" and "name", in the order of the model's classes;
+        None where there is no such file.
+
+    Raises:
+        InputError: the file is something else; the sentence names it.
+    """
+    path = Path(folder, CLASS_NAMES_FILE)
+    try:
+        categories = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    try:
+        is_list = all(type(x["id"]) is int and type(x["name"]) is str for x in categories)
+    except (KeyError, TypeError):
+        is_list = False
+    if not is_list:
+        raise InputError(f'{path}: allowed are [{{"id": 1, "name": "cat"}}, ...].')
+    return categories
+
+
+def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
+    """
+    Json and folder of images of the first dataset of ``DATASETS.TEST``.
+
+    Args:
+        cfg: see :func:`load_config`.
+
+    Raises:
+        InputError: there is none, it is not registered or has no COCO json, or the model has
+            another number of classes.
+    """
+    name, *others = cfg.DATASETS.TEST or ("",)
+    if others:
+        logger.warning(f"Of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} only {name!r} is used.")
+    metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
+    if metadata is None or not metadata.get("json_file") or metadata.get("image_root") is None:
+        raise InputError(
+            f"DATASETS.TEST names {name!r}; needed is the path of a COCO json, or a dataset that "
+            "was registered with teacher_student_mask.register_partial_coco."
+        )
+    if not os.path.isfile(metadata.json_file):
+        raise InputError(
+            f"The annotations {metadata.json_file} of the dataset {name!r} do not exist; Detectron2"
+            " looks for its own datasets under $DETECTRON2_DATASETS (default: ./datasets)."
+        )
+    names, _ = _classes_of(name)
+    if len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise InputError(
+            f"The dataset {name!r} has {len(names)} classes, but MODEL.ROI_HEADS.NUM_CLASSES is "
+            f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; name in DATASETS.TEST a dataset with the classes "
+            "of the model."
+        )
+    return metadata.json_file, metadata.image_root
+
+
+def _classes_of(dataset: str) -> tuple[list[str], list[int]]:
+    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
+    metadata = MetadataCatalog.get(dataset)
+    if not metadata.get("thing_classes"):
+        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
+    names = metadata.get("thing_classes", [])
+    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
+    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
+    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
+
+
+def _find_classes(cfg: CfgNode) -> tuple[list[str], list[int]]:
+    """Of the test data, else as written by the training, else of the training data."""
+    num_classes, problems = cfg.MODEL.ROI_HEADS.NUM_CLASSES, []
+    for source in (*cfg.DATASETS.TEST[:1], CLASS_NAMES_FILE, *cfg.DATASETS.TRAIN[:1]):
+        try:
+            if source == CLASS_NAMES_FILE:
+                rows = read_class_names(Path(cfg.MODEL.WEIGHTS).parent) or []
+                names, ids = [x["name"] for x in rows], [x["id"] for x in rows]
+            else:
+                names, ids = _classes_of(source)
+        except (KeyError, OSError, ValueError) as error:
+            problems.append(f"{source}: {error}")
+            continue
+        if len(names) == num_classes:
+            return names, ids
+        problems.append(f"{source} has {len(names)} classes, the model {num_classes}")
+    logger.warning(
+        f"The classes have no names, and their ids are contiguous: {'; '.join(problems)}. "
+        "Datasets are looked for under $DETECTRON2_DATASETS (default: ./datasets)."
+    )
+    return [f"class {i}" for i in range(num_classes)], list(range(num_classes))

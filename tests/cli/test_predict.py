@@ -1,0 +1,194 @@
+"""tsmask predict with a tiny untrained model, against DefaultPredictor and pycocotools."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import supervision as sv
+import torch
+from detectron2.engine import DefaultPredictor
+from PIL import Image
+from pycocotools.coco import COCO
+from saved_model import TEACHER_STUDENT, save_model
+
+from teacher_student_mask.cli import predict
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.trained_model import load_config
+
+IDS, NAMES = [3, 17, 90], ["ant", "cat", "ship"]
+
+
+@pytest.fixture
+def model(tiny_cfg, tmp_path, monkeypatch):
+    """Config and weights of a teacher and student that find four objects in any image."""
+    monkeypatch.chdir(tmp_path)
+    opts = ["TEST.DETECTIONS_PER_IMAGE", 4, "DATASETS.TEST", (), "DATASETS.TRAIN", ()]
+    config, weights = save_model(tiny_cfg(opts=[*TEACHER_STUDENT, *opts]), tmp_path / "model")
+    categories = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
+    (tmp_path / "model" / "categories.json").write_text(json.dumps(categories))
+    return config, weights
+
+
+@pytest.fixture
+def run(model):
+    """Run the command in tmp_path; the results go to "out"."""
+    config, weights = model
+
+    def _run(*arguments, threshold=0.0):
+        options = ["--config-file", config, "--weights", weights, "--output-dir", "out"]
+        options += ["--score-threshold", threshold]
+        return main(["predict", *map(str, [*arguments, *options])])
+
+    return _run
+
+
+def write_image(path, height, width, mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape)
+    Image.fromarray(pixels.astype(np.uint16 if mode == "I;16" else np.uint8)).save(path)
+    return path
+
+
+def write_video(path, num_frames=3):
+    frames = np.random.default_rng(0).integers(0, 256, (num_frames, 64, 80, 3)).astype(np.uint8)
+    with sv.VideoSink(str(path), sv.VideoInfo(80, 64, 10)) as sink:
+        for frame in frames:
+            sink.write_frame(frame)
+
+
+def load_images():
+    return json.loads(Path("out/images.json").read_text())["images"]
+
+
+def test_results_are_those_of_default_predictor(run, model):
+    sizes = [(40, 60), (97, 33), (130, 64)]
+    paths = [Path("wide.png"), Path("gray.png"), Path("tall.bmp")]
+    for path, size, mode in zip(paths, sizes, ("RGB", "L", "RGB")):
+        write_image(path, *size, mode)
+    assert run(*paths, "--no-overlays") == 0
+    assert {x.name for x in Path("out").iterdir()} == {
+        "images.json",
+        "coco_instances_results.json",
+    }
+
+    cfg = load_config(model[0], weights=model[1])
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.DATASETS.TEST = ("shapes_val",)  # DefaultPredictor wants one
+    predictor = DefaultPredictor(cfg)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO("out/images.json")
+        results = coco.loadRes("out/coco_instances_results.json")
+    assert {i: x["name"] for i, x in coco.cats.items()} == dict(zip(IDS, NAMES))
+    for image_id, (path, size) in enumerate(zip(paths, sizes), start=1):
+        image = coco.imgs[image_id]
+        assert (image["file_name"], image["height"], image["width"]) == (str(path), *size)
+        expected = predictor(cv2.imread(str(path)))["instances"]
+        found = results.imgToAnns[image_id]
+        assert len(found) == len(expected) == 4
+        for k, result in enumerate(found):
+            x0, y0, x1, y1 = expected.pred_boxes.tensor[k].tolist()
+            assert result["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
+            assert result["score"] == pytest.approx(expected.scores[k].item())
+            assert result["category_id"] == IDS[expected.pred_classes[k]]
+            mask = mask_util.decode(result["segmentation"]).astype(bool)
+            assert (mask == expected.pred_masks[k].numpy()).all()
+
+
+def test_overlays_keep_their_folders_and_names_and_are_no_inputs(run):
+    names = ["in/a.png", "in/sub/a.jpg", "in/sub/a.webp", "b/a.png", "in/x\ny.png", "in/~.png"]
+    for seed, name in enumerate(names):
+        write_image(Path(name), 40, 60, seed=seed)
+    Path("in/notes.txt").write_text("left out")
+    expected = {"a.png", "sub/a.jpg", "sub/a.png", "a_2.png", "x\ny.png", "~.png"}
+    for more in ([], ["."]):
+        assert run("in", "b/*", "in/a.png", *more) == 0
+        overlays = {str(x.relative_to("out/overlays")) for x in Path("out").rglob("*.[jp]*g")}
+        assert overlays == expected
+        assert sorted(x["file_name"] for x in load_images()) == sorted(names)
+    assert {x["overlay"] for x in load_images()} == {f"overlays/{x}" for x in expected}
+    picture = cv2.imread("out/overlays/a.png")
+    assert picture.shape == (7 * 40, 7 * 60, 3)  # enlarged
+    enlarged = cv2.resize(cv2.imread("in/a.png"), picture.shape[1::-1])
+    assert (picture != enlarged).any()
+
+
+def test_broken_files_do_not_stop_the_others(run, capsys):
+    for name in "abz":
+        write_image(Path(f"in/{name}.png"), 40, 60)
+    write_image(Path("in/deep.png"), 40, 60, "I;16")
+    Path("in/b.png").write_bytes(Path("in/b.png").read_bytes()[:900])
+    Path("in/c.jpg").write_bytes(b"no image")
+    Path("in/d.mp4").write_bytes(b"no video")
+    assert run("in") == 1
+    assert [Path(x["file_name"]).name for x in load_images()] == ["a.png", "z.png"]
+    errors = capsys.readouterr().err.rpartition("4 of 6 inputs failed:")[2]
+    assert all(f"in/{name}" in errors for name in ("b.png", "c.jpg", "d.mp4", "deep.png"))
+    assert "8 bits" in errors
+
+
+def test_threshold_and_summary(run, capsys):
+    write_image(Path("a.png"), 40, 60)
+    run("a.png", "--no-overlays")
+    path = Path("out/coco_instances_results.json")
+    scores = sorted(x["score"] for x in json.loads(path.read_text()))
+    run("a.png", "--no-overlays", threshold=(scores[1] + scores[2]) / 2)
+    assert sorted(x["score"] for x in json.loads(path.read_text())) == pytest.approx(scores[2:])
+    assert "2 objects in 1 images and frames: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"]])
+def test_video(run, flags):
+    write_video("v.avi")
+    assert run("v.avi", *flags) == 0
+    assert [x["frame"] for x in load_images()] == [0, 1, 2]
+    info = sv.VideoInfo.from_video_path("out/overlays/v.mp4")
+    assert (info.total_frames, info.fps) == (3, 10)
+    if not flags:
+        assert info.resolution_wh == (80, 64)
+
+
+def test_compare_shows_image_heads_and_ground_truth(run, tiny_coco, monkeypatch, capsys):
+    seen = []
+    draw = predict._draw
+    monkeypatch.setattr(
+        predict, "_draw", lambda *args, **kwargs: seen.append(args[2]) or draw(*args, **kwargs)
+    )
+    annotations = ["--annotations", tiny_coco.json_file]
+    assert run(f"{tiny_coco.image_root}/mixed.png", "--compare", *annotations) == 0
+    teacher, student = seen
+    assert torch.equal(teacher.pred_boxes.tensor, student.pred_boxes.tensor)
+    assert (teacher.pred_masks != student.pred_masks).any()
+    # Four panels, whose images of 64 pixels are enlarged 7 times.
+    picture = cv2.imread("out/overlays/mixed.png")
+    assert picture.shape == (7 * 64 + 30, 4 * (7 * 64 + 6), 3)
+    panels = np.split(picture, 4, axis=1)
+    assert all((a != b).any() for k, a in enumerate(panels) for b in panels[:k])
+    # The json has the student's masks.
+    results = json.loads(Path("out/coco_instances_results.json").read_text())
+    masks = np.array([mask_util.decode(x["segmentation"]) for x in results])
+    assert (masks == student.pred_masks.numpy()).all()
+    # An image that the json does not have, or in another size.
+    write_image(Path("other.png"), 40, 60)
+    write_image(Path("x/mixed.png"), 40, 60)
+    assert run("other.png", "x/mixed.png", "--compare", *annotations) == 1
+    assert capsys.readouterr().err.count("does not have the image, or in another size") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["none*.png"], "'none*.png' has no image and no video; images end in .bmp"),
+        (["a.png", "--annotations", "x.json"], "--annotations needs --compare"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(run, capsys, arguments, words):
+    write_image(Path("a.png"), 40, 60)
+    assert run(*arguments) == 1
+    assert f"error: {words}" in capsys.readouterr().err
+    assert not Path("out").exists()

@@ -1,0 +1,387 @@
+"""Masks of unseen objects and numbers that are not finite stop a training; its random numbers."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_train_net
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.engine import HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from torch import nn
+
+from teacher_student_mask import TeacherStudentDatasetMapper
+from teacher_student_mask.engine import (
+    FiniteLoss,
+    SeedEveryIteration,
+    Trainer,
+    UnseenMaskGuard,
+    trainer,
+)
+
+run_tiny = test_train_net.run  # the fixture
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAN, INF = float("nan"), float("inf")
+
+
+class Model(nn.Module):
+    """Three losses of one weight; ``broken[iteration]`` replaces losses by other numbers."""
+
+    def __init__(self, broken=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.broken = broken or {}
+
+    def forward(self, batch):
+        if not self.training:
+            return [{"instances": NAN}]
+        loss = (self.weight**2).sum()
+        losses = {"loss_a": loss, "loss_b": 2 * loss, "loss_c": loss / 4}
+        iteration = batch[0]["image_id"] // 10 if batch else -1
+        for name, value in self.broken.get(iteration, {}).items():
+            losses[name] = loss.detach() * 0 + value
+        return losses
+
+
+class SmallTrainer(SimpleTrainer):
+    """The steps and checkpoints of our trainer, around any model."""
+
+    def __init__(self, model, folder, data=None, hooks=()):
+        data = data if data is not None else batches()
+        super().__init__(model, data, torch.optim.SGD(model.parameters(), lr=0.01))
+        self.finite_loss = FiniteLoss()
+        checkpointer = DetectionCheckpointer(model, str(folder), trainer=self)
+        self.register_hooks([self.finite_loss, *hooks, PeriodicCheckpointer(checkpointer, 2)])
+
+    def run_step(self):
+        with self.finite_loss.explain():
+            super().run_step()
+
+
+def batches(prefix=""):
+    for i in range(100):
+        yield [{"file_name": f"{prefix}{i}_{k}.jpg", "image_id": 10 * i + k} for k in range(2)]
+
+
+def error_of(trainer, max_iter=10):
+    with pytest.raises((FloatingPointError, RuntimeError)) as error:
+        trainer.train(0, max_iter)
+    return str(error.value)
+
+
+def saved(folder):
+    """{name: weights} of the checkpoints, all finite, and the name in last_checkpoint."""
+    weights = {
+        path.name: torch.load(path, weights_only=False)["model"] for path in folder.glob("*.pth")
+    }
+    assert all(x.isfinite().all() for tensors in weights.values() for x in tensors.values())
+    return weights, (folder / "last_checkpoint").read_text()
+
+
+# ---- random numbers ----
+
+
+def draw():
+    return random.random(), np.random.random(), torch.rand(()).item()
+
+
+class DrawingTrainer(TrainerBase):
+    """Draws numbers in every step, and as many more as ``extra`` says."""
+
+    def __init__(self, seed, extra=0):
+        super().__init__()
+        self.extra, self.drawn = extra, []
+        self.register_hooks([SeedEveryIteration(seed)])
+
+    def run_step(self):
+        self.drawn.append(draw())
+        for _ in range(self.extra):
+            draw()
+
+
+def test_an_iteration_draws_the_same_wherever_training_starts():
+    whole, resumed = DrawingTrainer(3), DrawingTrainer(3, extra=2)
+    whole.train(0, 6)
+    resumed.train(4, 6)
+    assert resumed.drawn == whole.drawn[4:]
+    assert len(set(sum(whole.drawn, ()))) == 18  # all different
+
+
+def test_seeds_and_ranks_differ(monkeypatch):
+    drawn = []
+    for seed, rank in [(3, 0), (4, 0), (3, 1)]:
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        trainer = DrawingTrainer(seed)
+        trainer.train(0, 3)
+        drawn += trainer.drawn
+    assert len(set(drawn)) == 9
+
+
+# ---- masks of unseen objects ----
+
+UNSEEN = 1  # contiguous id of the tiny dataset's class "cat"
+
+
+def example(name, has_mask=None, class_id=UNSEEN):
+    """An image with one object; ``has_mask`` None: without the field."""
+    instances = Instances((60, 60))
+    instances.gt_boxes = Boxes([[10, 10, 50, 50]])
+    instances.gt_classes = torch.tensor([class_id])
+    instances.gt_masks = PolygonMasks([[np.array([10.0, 10, 50, 10, 50, 50, 10, 50])]])
+    if has_mask is not None:
+        instances.gt_has_mask = torch.tensor([has_mask])
+    return {"file_name": name, "image_id": 7, "instances": instances}
+
+
+def train_guarded(examples, tmp_path, model=None):
+    guard = UnseenMaskGuard({0, 2}, ["ant", "cat", "ship"])
+    trainer = SmallTrainer(model or Model(), tmp_path, iter([[x] for x in examples]), [guard])
+    try:
+        trainer.train(0, len(examples))
+    except RuntimeError as error:
+        return trainer, str(error)
+    return trainer, None
+
+
+def test_the_error_names_image_and_class_before_the_step(tmp_path):
+    trainer, error = train_guarded([example("a.png", False), example("b.png", True)], tmp_path)
+    assert (
+        "Training stops at iteration 1: masks of objects of unseen classes would reach the model, "
+        "1 of 'cat', of b.png (image_id 7): gt_has_mask is True." in error
+    )
+    assert trainer.storage.latest()["leak/num_unseen_masks"] == (0, 0)  # of one step
+
+
+def test_a_mapper_that_marks_no_masks_is_found(tmp_path):
+    seen = example("a.png", class_id=0)
+    without_masks = example("b.png")
+    without_masks["instances"].remove("gt_masks")
+    assert train_guarded([seen, without_masks, {"image_id": 3}], tmp_path)[1] is None
+    error = train_guarded([seen, example("c.png")], tmp_path)[1]
+    assert "c.png (image_id 7): they have gt_masks, but no gt_has_mask" in error
+
+
+def test_the_mapper_of_detectron2_is_found(tiny_cfg, tiny_coco, tmp_path):
+    cfg = tiny_cfg(dataset=tiny_coco)
+    (image,) = [x for x in DatasetCatalog.get(tiny_coco.name) if "unseen" in x["file_name"]]
+    error = train_guarded([DatasetMapper(cfg, is_train=True)(image)], tmp_path)[1]
+    assert "2 of 'cat'" in error
+    ours = TeacherStudentDatasetMapper(cfg, is_train=True)
+    assert train_guarded([ours(copy.deepcopy(image))], tmp_path)[1] is None
+
+
+def test_the_guard_looks_at_training_alone_and_goes_with_it(tmp_path):
+    trainer, error = train_guarded([example("a.png", False)] * 3, tmp_path)
+    assert error is None
+    trainer.model([example("a.png", True)])  # the training is over
+    guard = UnseenMaskGuard({0, 2}, ["ant", "cat", "ship"])
+    guard.trainer = trainer
+    guard.before_train()
+    trainer.model.eval()([example("a.png", True)])
+    copy.deepcopy(trainer.model)  # as for averages of weights
+    with pytest.raises(RuntimeError, match="a.png"):
+        trainer.model.train()(batch=[example("a.png", True)])
+
+
+def test_a_model_of_several_processes_is_guarded_before_it_moves_tensors(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(Model())
+        assert "a.png" in train_guarded([example("a.png", True)], tmp_path, model)[1]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Forgetful(TeacherStudentDatasetMapper):
+    """Forgets to forget."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen_classes = frozenset({0, 1, 2})
+
+
+@pytest.mark.parametrize("num_iters", [1, 5])
+def test_train_net_stops_when_the_mapper_is_broken(run_tiny, monkeypatch, tmp_path, num_iters):
+    """In the last iteration, too, after which Detectron2 would evaluate."""
+    monkeypatch.setattr(trainer, "TeacherStudentDatasetMapper", Forgetful)
+    with pytest.raises(RuntimeError, match="iteration 0: .* of 'cat', .*: gt_has_mask is True"):
+        run_tiny(opts=["SOLVER.MAX_ITER", num_iters])
+    output = tmp_path / "output"
+    assert (output / "log.txt").is_file()
+    assert not list(output.glob("*.pth")) and not (output / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seen", ["ant, ship", "all"])
+def test_train_net_records_that_there_was_none(run_tiny, seen):
+    output = run_tiny(opts=["DATASETS.TEST", "()", "DATASETS.SEEN_CLASSES", seen])
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert {x["leak/num_unseen_masks"] for x in lines if "total_loss" in x} == {0}
+
+
+# ---- losses that are not finite ----
+
+
+@pytest.mark.parametrize(
+    "losses, words",
+    [
+        ({"loss_a": NAN, "loss_c": INF}, "loss_a nan, loss_b 2."),
+        ({"loss_a": INF, "loss_b": -INF}, "loss_a inf, loss_b -inf"),
+        (dict.fromkeys(("loss_a", "loss_b"), 3e38), "loss_a 3e+38, loss_b 3e+38"),  # their sum
+    ],
+)
+def test_the_message_names_iteration_images_and_losses(tmp_path, losses, words):
+    trainer = SmallTrainer(Model({5: losses}), tmp_path)
+    message = error_of(trainer)
+    assert "stops at iteration 5: the losses are not finite: " in message and words in message
+    assert "batch on rank 0: 5_0.jpg (image_id 50), 5_1.jpg (image_id 51). Nothing" in message
+    assert "SOLVER.BASE_LR" in message
+    weights, last = saved(tmp_path)
+    assert last == "model_0000003.pth" and set(weights) == {"model_0000001.pth", last}
+    # The weights in memory are those of the step before.
+    weight = trainer.model.weight.detach()
+    assert weight.isfinite().all() and not torch.equal(weight, weights[last]["weight"])
+
+
+def test_finite_losses_change_nothing(tmp_path):
+    plain = SimpleTrainer(model := Model(), batches(), torch.optim.SGD(model.parameters(), lr=0.01))
+    plain.train(0, 4)
+    trainer = SmallTrainer(Model(), tmp_path)
+    trainer.train(0, 4)
+    assert torch.equal(model.weight, trainer.model.weight)
+    assert saved(tmp_path)[1] == "model_final.pth"
+    trainer.model.broken = {0: {"loss_a": NAN}}
+    trainer.model([{"image_id": 0}])  # the training is over
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    assert "hooks" not in checkpoint["trainer"]
+
+
+class BrokenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * INF
+
+
+class ModelWithBrokenGradient(Model):
+    """All losses are finite; in one iteration the gradient is not."""
+
+    def __init__(self, iteration):
+        super().__init__()
+        self.iteration = iteration
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        if self.training and batch[0]["image_id"] // 10 == self.iteration:
+            losses["loss_a"] = BrokenGradient.apply(losses["loss_a"])
+        return losses
+
+
+@pytest.mark.parametrize("max_iter", [4, 10])
+def test_weights_spoiled_by_a_gradient_are_not_saved(tmp_path, max_iter):
+    # A checkpoint is due in iteration 3; in a training of 4 iterations model_final, too.
+    message = error_of(SmallTrainer(ModelWithBrokenGradient(3), tmp_path), max_iter)
+    assert "stops at iteration 3: 1 of the model's 2 tensors are not finite" in message
+    assert "(first 'weight')" in message and "3_0.jpg (image_id 30)" in message
+    assert saved(tmp_path)[1] == "model_0000001.pth"
+
+
+def test_the_batch_before_is_named_where_its_gradient_was_to_blame(tmp_path):
+    # No checkpoint is due in iteration 2: the loss of 3 tells.
+    message = error_of(SmallTrainer(ModelWithBrokenGradient(2), tmp_path))
+    assert "stops at iteration 3: the losses are not finite" in message
+    first, second = message.split("; of the batch before: ")
+    assert "3_0.jpg (image_id 30)" in first and "2_1.jpg (image_id 21)" in second
+
+
+def test_a_spoiled_buffer_is_not_saved_either(tmp_path):
+    class Spoil(HookBase):
+        def before_step(self):
+            if self.trainer.iter == 3:
+                self.trainer.model.running_mean[1] = NAN
+
+    message = error_of(SmallTrainer(Model(), tmp_path, hooks=[Spoil()]))
+    assert "(first 'running_mean')" in message and saved(tmp_path)[1] == "model_0000001.pth"
+
+
+def test_errors_of_detectron2_get_the_images_and_others_pass(tmp_path):
+    class Failing(Model):
+        def forward(self, batch):
+            raise self.error
+
+    model = Failing()
+    # As find_top_rpn_proposals.
+    model.error = FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+    message = error_of(SmallTrainer(model, tmp_path))
+    assert "iteration 0: Predicted boxes or scores contain Inf/NaN" in message
+    assert "0_1.jpg (image_id 1)" in message
+    model.error = RuntimeError("other")
+    assert error_of(SmallTrainer(model, tmp_path)) == "other"
+
+
+def train_on_rank(rank, folder):
+    """One of two processes; the loss of rank 1 is NaN in iteration 3."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = Model({3: {"loss_a": NAN}} if rank == 1 else {})
+    model = nn.parallel.DistributedDataParallel(model)
+    SmallTrainer(model, f"{folder}/rank{rank}", batches(f"rank{rank}_")).train(0, 10)
+
+
+@pytest.mark.slow
+def test_the_rank_with_the_loss_ends_the_group(tmp_path):
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+    program = (
+        "import sys, test_hooks as t, torch.multiprocessing as mp\n"
+        "mp.start_processes(t.train_on_rank, (sys.argv[1],), nprocs=2, start_method='fork')\n"
+    )
+    folders = [Path(__file__).parent, REPOSITORY / "tests", REPOSITORY, REPOSITORY / "tools"]
+    path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode != 0
+    assert "stops at iteration 3: the losses are not finite: loss_a nan" in result.stderr
+    assert "Images of the batch on rank 1: rank1_3_0.jpg (image_id 30)" in result.stderr
+    assert saved(tmp_path / "rank0")[1] == "model_0000001.pth"  # the other one saves nothing
+
+
+@pytest.mark.slow
+def test_training_of_a_detector_stops(run_tiny, tmp_path, monkeypatch):
+    """train_net.py itself, with Detectron2's own RPN error: the weights are NaN."""
+
+    class Spoil(HookBase):
+        def before_step(self):
+            if self.trainer.iter == 2:
+                next(self.trainer.model.backbone.parameters()).data.fill_(NAN)
+
+    build_hooks = Trainer.build_hooks
+    monkeypatch.setattr(Trainer, "build_hooks", lambda self: [*build_hooks(self), Spoil()])
+    opts = ["SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()"]
+    with pytest.raises(FloatingPointError) as error:
+        run_tiny(opts=opts)
+    message = str(error.value)
+    assert "Training stops at iteration 2" in message and ".png (image_id " in message
+    assert message in (tmp_path / "output" / "log.txt").read_text()
+    assert saved(tmp_path / "output")[1] == "model_0000001.pth"

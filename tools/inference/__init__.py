@@ -1,1 +1,0 @@
-"""Models, media and overlays, for the programs that show what a model finds."""
