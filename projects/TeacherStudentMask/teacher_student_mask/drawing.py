@@ -1,0 +1,132 @@
+"""Objects drawn on images, by supervision's annotators: one look for all programs."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import supervision as sv
+
+__all__ = [
+    "BOX_COLOR",
+    "CROWD_COLOR",
+    "MODEL_COLOR",
+    "SEEN_COLOR",
+    "UNSEEN_COLOR",
+    "annotations_to_detections",
+    "class_color",
+    "draw_instances",
+]
+
+# Okabe and Ito, "Color Universal Design", 2008: told apart by people with any colour vision.
+SEEN_COLOR = "#009e73"  # masks of seen classes, which training reads
+UNSEEN_COLOR = "#56b4e9"  # masks of unseen classes, which training does not read
+MODEL_COLOR = "#e69f00"  # masks made by a model
+BOX_COLOR = "#d55e00"  # objects without a mask
+CROWD_COLOR = "#999999"
+
+# Labels are not legible on pictures smaller than this, so those are enlarged.
+_MIN_SIDE = 400
+
+
+def class_color(index: int) -> str:
+    """
+    Return the colour of a class (or of the object of an index) as "#rrggbb".
+
+    Steps of the golden ratio spread any number of hues, so that neighbours differ most.
+    """
+    rgb = colorsys.hls_to_rgb(index * 0.618034 % 1.0, 0.5, 0.8)
+    return "#" + "".join(f"{round(255 * x):02x}" for x in rgb)
+
+
+def annotations_to_detections(
+    annotations: Sequence[Mapping], image_size: tuple[int, int], class_ids: Sequence[int]
+) -> sv.Detections:
+    """
+    Convert checked annotations of one image.
+
+    Args:
+        annotations: in COCO's format: "bbox" XYWH in pixels; "segmentation" polygons or an RLE, or
+            missing or empty where there is no mask.
+        image_size: (height, width) of the image.
+        class_ids: contiguous class id of each annotation.
+
+    Returns:
+        One detection for each annotation, in their order. An object without a mask has an empty
+        one in ``mask``, bool (N, H, W).
+    """
+    masks = np.zeros((len(annotations), *image_size), dtype=bool)
+    for mask, annotation in zip(masks, annotations):
+        segmentation = annotation.get("segmentation")
+        if not segmentation:
+            continue
+        if isinstance(segmentation, list):
+            segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, *image_size))
+        elif isinstance(segmentation["counts"], list):
+            segmentation = mask_util.frPyObjects(segmentation, *image_size)
+        mask[:] = mask_util.decode(segmentation)
+    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return sv.Detections(xyxy=boxes, mask=masks, class_id=np.array(class_ids, dtype=int))
+
+
+def draw_instances(
+    image: np.ndarray,
+    detections: sv.Detections,
+    labels: Sequence[str] | None = None,
+    *,
+    colors: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> np.ndarray:
+    """
+    Draw masks, boxes and labels.
+
+    Args:
+        image: uint8 (H, W, 3), BGR; not changed.
+        detections: in the frame of the image, as of ``sv.Detections.from_detectron2``; ``mask`` may
+            be None.
+        labels: a text for each detection, such as "dog 97%"; None draws none.
+        colors: "#rrggbb" for each detection; None: by ``class_id``, which keeps colours from one
+            frame of a video to the next.
+        scale: enlarge the picture by this factor; None: until labels are legible on a small image.
+
+    Returns:
+        uint8 (scale * H, scale * W, 3), BGR.
+    """
+    scale = scale or max(1, -(-_MIN_SIDE // max(image.shape[:2])))
+    picture = cv2.resize(image, None, fx=scale, fy=scale) if scale > 1 else image.copy()
+    if not len(detections):
+        return picture
+    if colors is None:
+        colors = [class_color(int(x)) for x in detections.class_id]
+    mask = detections.mask
+    if mask is not None and scale > 1:
+        mask = mask.repeat(scale, axis=1).repeat(scale, axis=2)
+    detections = sv.Detections(
+        xyxy=detections.xyxy * scale, mask=mask, class_id=np.arange(len(detections))
+    )
+    size = picture.shape[1::-1]
+    palette = sv.ColorPalette.from_hex(list(colors))
+    thickness = max(1, sv.calculate_optimal_line_thickness(size) // 2)
+    picture = sv.MaskAnnotator(palette).annotate(picture, detections)
+    picture = sv.PolygonAnnotator(palette, thickness=thickness).annotate(picture, detections)
+    picture = sv.BoxAnnotator(palette, thickness=thickness).annotate(picture, detections)
+    if labels is None:
+        return picture
+    annotator = sv.LabelAnnotator(
+        palette,
+        text_color=sv.ColorPalette.from_hex([_text_color(x) for x in colors]),
+        text_scale=min(0.7 * sv.calculate_optimal_text_scale(size), 1.0),
+        text_padding=3,
+        smart_position=True,
+    )
+    return annotator.annotate(picture, detections, list(labels))
+
+
+def _text_color(background: str) -> str:
+    # Luma of ITU-R BT.601.
+    red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
