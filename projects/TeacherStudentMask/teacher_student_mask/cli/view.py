@@ -24,13 +24,11 @@ Images that cannot be read are listed on the page, and the exit status is then 1
 from __future__ import annotations
 
 import argparse
-import html
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from ..errors import InputError
 
@@ -71,133 +69,86 @@ def run(args: argparse.Namespace) -> int:
     """Check the json, draw, and write the page."""
     from tqdm import tqdm
 
-    from ..coco_json import check_coco, read_json
-
     if not args.image_root.is_dir():
         raise InputError(f"--image-root {args.image_root}: no such folder.")
     if min(args.max_images, args.crops_per_class) < 0:
         raise InputError("--max-images and --crops-per-class must be 0 or more.")
-    coco = read_json(args.annotations)
-    # Of all classes, as masks that training does not read are drawn, too.
-    report = check_coco(args.annotations, data=coco)
-    report.raise_on_error()
-    if args.seen_classes is not None:
-        report = check_coco(args.annotations, data=coco, seen_classes=args.seen_classes)
-        report.raise_on_error()
-    dataset = _Dataset(coco, [x.category_id for x in report.classes if x.is_seen is False])
-    shown, crops = _choose(dataset, args.max_images, args.crops_per_class, args.seed)
+    report, images, annotations_of = _read(args.annotations, args.seen_classes)
+    classes = {x.category_id: x for x in report.classes}
+    shown, crops = _choose(annotations_of, list(images), args)
+    overlaps = _overlaps([images[x] for x in images if x in shown | crops.keys()], annotations_of)
+
     for name in ("pictures", "crops"):
         (args.output_dir / name).mkdir(parents=True, exist_ok=True)
     pictures, crops_of_class, failures = [], defaultdict(list), []
-    image_ids = [x for x in dataset.images if x in shown or x in crops]
-    for image_id in tqdm(image_ids, desc="Images", unit="image", disable=None):
+    for image_id in tqdm(sorted(shown | crops.keys()), desc="Images", unit="image", disable=None):
         try:
-            pixels = _read_image(dataset.images[image_id], args.image_root)
+            pixels = _read_image(images[image_id], args.image_root)
         except InputError as error:
             failures.append(str(error))
             continue
-        figures = dataset.draw(
-            image_id, pixels, image_id in shown, crops[image_id], args.output_dir
+        annotations = annotations_of[image_id]
+        names = [classes[x["category_id"]].name for x in annotations]
+        lines = [_line(x, name, overlaps) for x, name in zip(annotations, names)]
+        figures = _draw(
+            pixels,
+            annotations,
+            names,
+            image_id,
+            image_id in shown,
+            crops[image_id],
+            args.output_dir,
         )
-        pictures += figures.pop(None, [])
-        for category_id, figure in figures.items():
-            crops_of_class[category_id] += figure
-    page = args.output_dir / "index.html"
+        if image_id in shown:
+            title = escape(images[image_id]["file_name"])
+            items = "".join(f"<li>{x}</li>" for x in lines)
+            objects = f"<details><summary>{len(lines)} objects</summary><ul>{items}</ul></details>"
+            pictures.append(_figure(figures[None], title + objects))
+        for i in crops[image_id]:
+            category_id = annotations[i]["category_id"]
+            crops_of_class[category_id].append(_figure(figures[i], lines[i]))
     title = f"Objects of {os.path.basename(args.annotations)}"
-    parts = _page(title, report, dataset, pictures, crops_of_class, failures)
-    page.write_text("\n".join(parts), encoding="utf-8", errors="backslashreplace")
+    kinds = Counter(x["kind"] for rows in annotations_of.values() for x in rows)
+    page = args.output_dir / "index.html"
+    page.write_text(
+        _page(title, report, kinds, pictures, crops_of_class, failures),
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
     print(report.class_table())
-    print(f"{page}: {len(pictures)} of {len(dataset.images)} images")
+    print(f"{page}: {len(pictures)} of {len(images)} images")
     for failure in failures:
         print(f"not shown: {failure}")
     return 1 if failures else 0
 
 
-class _Dataset:
-    """
-    The images of a checked COCO json, and their objects.
+def _read(json_file: str, seen_classes: str | None):
+    """Check a json; return the report, {image id: image}, {image id: annotations}."""
+    from ..coco_json import check_coco, read_json, valid_polygons
 
-    Attributes:
-        images: entries of the json by id, in the order of the ids.
-        annotations: of each image id.
-        names: of the classes by category id, in the order of the ids.
-    """
-
-    def __init__(self, coco: dict, unseen: Iterable[int]) -> None:
-        from ..coco_json import valid_polygons
-
-        self.images = {x["id"]: x for x in sorted(coco["images"], key=lambda x: x["id"])}
-        categories = sorted(coco["categories"], key=lambda x: x["id"])
-        self.names = {x["id"]: x["name"] for x in categories}
-        self.unseen = set(unseen)
-        self.annotations = defaultdict(list)
-        for annotation in coco["annotations"]:
-            if isinstance(annotation.get("segmentation"), list):
-                polygons = valid_polygons(annotation["segmentation"])
-                annotation = {**annotation, "segmentation": polygons}
-            self.annotations[annotation["image_id"]].append(annotation)
-
-    def kind_of(self, annotation: dict) -> str:
-        """Return a key of :func:`_kinds`: what is known of an object."""
-        from ..coco_json import has_mask, is_from_model
-
-        if annotation.get("iscrowd"):
-            return "crowd"
-        if not has_mask(annotation):
-            return "box"
-        if is_from_model(annotation):
-            return "model"
-        return "unseen" if annotation["category_id"] in self.unseen else "seen"
-
-    def draw(self, image_id: int, pixels, is_shown: bool, crops: set[int], folder: Path) -> dict:
-        """
-        Write the picture of an image, and crops of some of its objects.
-
-        Args:
-            pixels: uint8 (H, W, 3), BGR.
-            crops: indices of annotations of the image.
-
-        Returns:
-            Figures in HTML: of the whole image under None, of objects under their category ids.
-        """
-        import cv2
-
-        from ..drawing import annotations_to_detections, draw_instances
-
-        annotations = self.annotations[image_id]
-        ids = [x["category_id"] for x in annotations]
-        detections = annotations_to_detections(annotations, pixels.shape[:2], ids)
-        kinds = [self.kind_of(x) for x in annotations]
-        colors = [_kinds()[kind][0] for kind in kinds]
-        overlaps = _overlaps(self.images[image_id], annotations)
-        lines = [
-            f"annotation {x.get('id', '-')}: {self.names[x['category_id']]}, {_kinds()[kind][1]}"
-            + (f", O = {overlap:.2f}" if overlap is not None else "")
-            for x, kind, overlap in zip(annotations, kinds, overlaps)
-        ]
-        figures = defaultdict(list)
-        if is_shown:
-            labels = [self.names[i] for i in ids]
-            picture = draw_instances(pixels, detections, labels, colors=colors)
-            cv2.imwrite(str(folder / f"pictures/{image_id}.jpg"), picture)
-            items = "".join(f"<li>{html.escape(x)}</li>" for x in lines)
-            name = html.escape(self.images[image_id]["file_name"])
-            caption = (
-                f"{name}<details><summary>{len(ids)} objects</summary><ul>{items}</ul></details>"
-            )
-            figures[None].append(_figure(f"pictures/{image_id}.jpg", name, caption))
-        for i in sorted(crops):
-            x, y, w, h = annotations[i]["bbox"]
-            margin = 0.2 * max(w, h) + 2
-            left, top = max(0, int(x - margin)), max(0, int(y - margin))
-            picture = draw_instances(pixels, detections[[i]], colors=[colors[i]], scale=1)
-            picture = picture[top : int(y + h + margin), left : int(x + w + margin)]
-            scale = _CROP_SIDE / max(picture.shape[:2])
-            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            source = f"crops/{image_id}_{i}.jpg"
-            cv2.imwrite(str(folder / source), picture)
-            figures[ids[i]].append(_figure(source, "", html.escape(lines[i])))
-        return figures
+    coco = read_json(json_file)
+    # Of all classes, as masks that training does not read are drawn, too.
+    report = check_coco(json_file, data=coco)
+    report.raise_on_error()
+    if seen_classes is not None:
+        report = check_coco(json_file, data=coco, seen_classes=seen_classes)
+        report.raise_on_error()
+    classes = {x.category_id: x for x in report.classes}
+    images = {x["id"]: x for x in sorted(coco["images"], key=lambda x: x["id"])}
+    annotations_of = defaultdict(list)
+    for number, annotation in enumerate(coco["annotations"], start=1):
+        is_unseen = classes[annotation["category_id"]].is_seen is False
+        name = annotation.get("id", "-")  # ids may be missing, so they are numbered anew
+        annotation = {
+            **annotation,
+            "id": number,
+            "name": name,
+            "kind": _kind(annotation, is_unseen),
+        }
+        if isinstance(annotation.get("segmentation"), list):
+            annotation["segmentation"] = valid_polygons(annotation["segmentation"])
+        annotations_of[annotation["image_id"]].append(annotation)
+    return report, images, annotations_of
 
 
 def _kinds() -> dict[str, tuple[str, str]]:
@@ -213,32 +164,42 @@ def _kinds() -> dict[str, tuple[str, str]]:
     }
 
 
+def _kind(annotation: dict, is_unseen: bool) -> str:
+    from ..coco_json import has_mask, is_from_model
+
+    if annotation.get("iscrowd"):
+        return "crowd"
+    if not has_mask(annotation):
+        return "box"
+    if is_from_model(annotation):
+        return "model"
+    return "unseen" if is_unseen else "seen"
+
+
 def _choose(
-    dataset: _Dataset, max_images: int, crops_per_class: int, seed: int
-) -> tuple[set[int], dict[int, set[int]]]:
+    annotations_of: dict, image_ids: list[int], args: argparse.Namespace
+) -> tuple[set[int], dict[int, list[int]]]:
     """Draw images, and objects of each class as {image id: indices of its annotations}."""
-    rng = random.Random(seed)  # nosec B311  # A draw that can be repeated.
-    shown = set(rng.sample(list(dataset.images), min(max_images, len(dataset.images))))
-    pools = defaultdict(list)
-    for image_id in dataset.images:
-        for i, annotation in enumerate(dataset.annotations[image_id]):
-            kind = dataset.kind_of(annotation)
-            if kind != "crowd":
-                pools[annotation["category_id"], kind != "box"].append((image_id, i))
-    crops = defaultdict(set)
-    for category_id in dataset.names:
-        masks, boxes = (
-            rng.sample(x, len(x)) for x in (pools[category_id, True], pools[category_id, False])
-        )
-        num_masks = max(-(-crops_per_class // 2), crops_per_class - len(boxes))
-        chosen = masks[:num_masks]
-        for image_id, i in chosen + boxes[: crops_per_class - len(chosen)]:
-            crops[image_id].add(i)
+    rng = random.Random(args.seed)  # nosec B311  # A draw that can be repeated.
+    shown = set(rng.sample(image_ids, min(args.max_images, len(image_ids))))
+    pools = defaultdict(lambda: ([], []))  # of each class: with a mask, and without
+    for image_id in image_ids:
+        for i, annotation in enumerate(annotations_of[image_id]):
+            if annotation["kind"] != "crowd":
+                pool = pools[annotation["category_id"]][annotation["kind"] == "box"]
+                pool.append((image_id, i))
+    crops = defaultdict(list)
+    for _, (masks, boxes) in sorted(pools.items()):
+        half = -(-args.crops_per_class // 2)
+        num_masks = min(len(masks), max(half, args.crops_per_class - len(boxes)))
+        num_boxes = min(len(boxes), args.crops_per_class - num_masks)
+        for image_id, i in rng.sample(masks, num_masks) + rng.sample(boxes, num_boxes):
+            crops[image_id].append(i)
     return shown, crops
 
 
-def _overlaps(image: dict, annotations: list[dict]) -> list[float | None]:
-    """Overlap O of each annotation, None of crowds; objects without a mask cover nothing."""
+def _overlaps(images: list[dict], annotations_of: dict) -> dict[int, float]:
+    """Overlap O of the objects of some images by id; objects without a mask cover nothing."""
     import contextlib
     import io
 
@@ -247,13 +208,17 @@ def _overlaps(image: dict, annotations: list[dict]) -> list[float | None]:
     from ..evaluation import compute_overlaps
 
     coco = COCO()
-    # Annotations may lack an id, so they are numbered anew.
-    numbered = [{**x, "id": i} for i, x in enumerate(annotations, start=1)]
-    coco.dataset = {"images": [image], "annotations": numbered, "categories": []}
+    annotations = [x for image in images for x in annotations_of[image["id"]]]
+    coco.dataset = {"images": images, "annotations": annotations, "categories": []}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco.createIndex()
-    overlaps = compute_overlaps(coco)
-    return [overlaps.get(i) for i in range(1, len(annotations) + 1)]
+    return compute_overlaps(coco)
+
+
+def _line(annotation: dict, name: str, overlaps: dict[int, float]) -> str:
+    text = f"annotation {annotation['name']}: {name}, {_kinds()[annotation['kind']][1]}"
+    overlap = overlaps.get(annotation["id"])
+    return escape(text if overlap is None else f"{text}, O = {overlap:.2f}")
 
 
 def _read_image(image: dict, root: Path):
@@ -261,7 +226,7 @@ def _read_image(image: dict, root: Path):
 
     path = root / image["file_name"]
     # A page is passed on: a json of a stranger must not put a private picture into it.
-    if not path.absolute().resolve().is_relative_to(root.resolve()):
+    if not path.resolve().is_relative_to(root.resolve()):
         raise InputError(f"image {image['id']}: {image['file_name']!r} is outside of {root}.")
     try:
         pixels = read_image(str(path), "BGR")
@@ -274,22 +239,44 @@ def _read_image(image: dict, root: Path):
     return pixels
 
 
-def _figure(source: str, alt: str, caption: str) -> str:
-    url = quote(source)
+def _draw(pixels, annotations, names, image_id, is_shown: bool, crops: list[int], folder) -> dict:
+    """Write a picture of an image and crops; their paths by None and by the index of the object."""
+    import cv2
+
+    from ..drawing import annotations_to_detections, draw_instances
+
+    ids = [x["category_id"] for x in annotations]
+    detections = annotations_to_detections(annotations, pixels.shape[:2], ids)
+    colors = [_kinds()[x["kind"]][0] for x in annotations]
+    sources = {None: f"pictures/{image_id}.jpg"} | {i: f"crops/{image_id}_{i}.jpg" for i in crops}
+    if is_shown:
+        picture = draw_instances(pixels, detections, names, colors=colors)
+        cv2.imwrite(str(folder / sources[None]), picture)
+    for i in crops:
+        x, y, w, h = annotations[i]["bbox"]
+        margin = 0.2 * max(w, h) + 2
+        left, top = max(0, int(x - margin)), max(0, int(y - margin))
+        picture = draw_instances(pixels, detections[[i]], colors=[colors[i]], scale=1)
+        picture = picture[top : int(y + h + margin), left : int(x + w + margin)]
+        scale = _CROP_SIDE / max(picture.shape[:2])
+        picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(folder / sources[i]), picture)
+    return sources
+
+
+def _figure(source: str, caption: str) -> str:
     return (
-        f'<figure><a href="{url}"><img loading="lazy" src="{url}" alt="{alt}"></a>'
+        f'<figure><a href="{source}"><img loading="lazy" src="{source}" alt=""></a>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def _page(title, report, dataset, pictures, crops_of_class, failures) -> list[str]:
-    escape = html.escape
-    kinds = _kinds()
-    total = Counter(dataset.kind_of(x) for rows in dataset.annotations.values() for x in rows)
+def _page(title, report, kinds, pictures, crops_of_class, failures) -> str:
+    title = escape(title)
     legend = [
-        f'<li><span class="key" style="background:{color}"></span> {escape(text)}: {total[kind]}'
-        for kind, (color, text) in kinds.items()
-        if total[kind]
+        f'<li><span class="key" style="background:{color}"></span> {escape(text)}: {kinds[kind]}'
+        for kind, (color, text) in _kinds().items()
+        if kinds[kind]
     ]
     rows = [
         f"<tr><td>{escape(x.name)}<td>{ {True: 'seen', False: 'unseen'}.get(x.is_seen, '-')}"
@@ -299,8 +286,7 @@ def _page(title, report, dataset, pictures, crops_of_class, failures) -> list[st
     parts = [
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
-        f"<h1>{escape(title)}</h1><ul>{''.join(legend)}</ul>",
+        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1><ul>{''.join(legend)}</ul>",
         "<h2>Classes</h2><div class=wide><table><tr><th>class<th>split<th>objects<th>human masks"
         f"<th>model masks<th>boxes only<th>crowd{''.join(rows)}</table></div>",
     ]
@@ -310,8 +296,8 @@ def _page(title, report, dataset, pictures, crops_of_class, failures) -> list[st
             parts.append(f"<h2>{heading}</h2><ul>{items}</ul>")
     if pictures:
         parts.append(f"<h2>Pictures</h2><div class=tiles>{''.join(pictures)}</div>")
-    for category_id, name in dataset.names.items():
-        if crops_of_class[category_id]:
-            tiles = "".join(crops_of_class[category_id])
-            parts.append(f'<h3>{escape(name)}</h3><div class="tiles crops">{tiles}</div>')
-    return [*parts, "</html>"]
+    for x in report.classes:
+        tiles = "".join(crops_of_class[x.category_id])
+        if tiles:
+            parts.append(f'<h3>{escape(x.name)}</h3><div class="tiles crops">{tiles}</div>')
+    return "\n".join([*parts, "</html>"])
