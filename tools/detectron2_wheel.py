@@ -139,17 +139,6 @@ Tag: py3-none-any
 """
 
 
-def verify_sha256(path: Path, expected: str) -> None:
-    """Raises SetupError unless the file has the expected SHA-256 hash (in hexadecimal digits)."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise SetupError(
-            f"{path.name} is not the file this project was tested with: its SHA-256 is {found}, "
-            f"not {expected}. The download may be damaged or altered: try again, check the "
-            "package index in use, or name another Detectron2 with --detectron2."
-        )
-
-
 def build_wheel(sdist: Path, folder: Path, sha256: str = SDIST_SHA256) -> Path:
     """
     Builds the pure-Python wheel.
@@ -162,7 +151,13 @@ def build_wheel(sdist: Path, folder: Path, sha256: str = SDIST_SHA256) -> Path:
     Returns:
         Path: the wheel.
     """
-    verify_sha256(sdist, sha256)
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SetupError(
+            f"{sdist.name} is not the file this project was tested with: its SHA-256 is {found}, "
+            f"not {sha256}. The download may be damaged or altered: try again, check the package "
+            "index in use, or name another Detectron2 with --detectron2."
+        )
     files = read_package(sdist)
     license_text = files.pop("LICENSE", None)
     if license_text is None:

@@ -430,10 +430,8 @@ def main(argv: list[str] | None = None) -> int:
     inputs = inputs_hash([str(args.system_site_packages)])
     written = json.loads(stamp.read_text()) if stamp.is_file() else {}
     # Without a request for a certain Detectron2, any will do.
-    is_current = written.get("inputs") == inputs and args.detectron2 in (
-        None,
-        written.get("detectron2"),
-    )
+    is_wanted = args.detectron2 in (None, written.get("detectron2"))
+    is_current = written.get("inputs") == inputs and is_wanted
     try:
         if is_current and not args.force:
             print(f"{args.venv} is up to date (--force makes it anew)")

@@ -1,6 +1,5 @@
 """From the annotations of other tools to training examples: which boxes, and which masks."""
 
-import base64
 import json
 import re
 import shlex
@@ -90,9 +89,6 @@ def edit_labelme(inputs, change):
     path.write_text(json.dumps(content))
 
 
-# ---- YOLO
-
-
 def test_yolo_keeps_boxes_and_outlines_apart(run, examples):
     status, output, printed = run("yolo", FIXTURES / "yolo/data.yaml")
     assert status == 0
@@ -124,15 +120,11 @@ def test_yolo_keeps_boxes_and_outlines_apart(run, examples):
 def test_yolo_names_and_splits_in_all_their_forms(yaml, inputs):
     (inputs / "yolo/data.yaml").write_text(yaml)
     (inputs / "yolo/list.txt").write_text("./images/train/street.png\nimages/train/empty.png\n")
-    dataset = import_yolo(inputs / "yolo/data.yaml")
-    assert len(dataset.coco["images"]) == 2 and len(dataset.coco["annotations"]) == 3
-
-
-def test_yolo_coordinates_may_be_off_by_rounding_alone(inputs):
+    # Off by rounding alone.
     labels = inputs / "yolo/labels/train/street.txt"
     labels.write_text("0 0.5 0.5 1.000001 1\n1 -0.000001 0 1.000001 0 1 1\n")
     dataset = import_yolo(inputs / "yolo/data.yaml")
-    assert boxes_of(dataset) == [[0, 0, 80, 60]] * 2
+    assert len(dataset.coco["images"]) == 2 and boxes_of(dataset) == [[0, 0, 80, 60]] * 2
     assert dataset.coco["annotations"][1]["segmentation"] == [[0, 0, 80, 0, 80, 60]]
 
 
@@ -164,9 +156,6 @@ def test_hidden_copies_are_skipped_and_links_are_followed_once(inputs):
     dataset = import_yolo(inputs / "yolo/data.yaml")
     names = [x["file_name"] for x in dataset.coco["images"]]
     assert names == ["empty.png", "linked/far.png", "street.png"]
-
-
-# ---- LabelMe
 
 
 def test_labelme_polygons_groups_masks_and_rectangles(run, examples):
@@ -223,9 +212,6 @@ def test_classes_from_a_file_give_the_ids(run, inputs):
     assert categories == [{"id": i + 1, "name": x} for i, x in enumerate(["hen", "fence", "cart"])]
 
 
-# ---- VOC
-
-
 def test_voc_counts_pixels_from_one(run, examples):
     root = FIXTURES / "voc/JPEGImages"
     status, output, printed = run("voc", FIXTURES / "voc/Annotations", "--images", root)
@@ -259,7 +245,6 @@ def test_outlines_in_a_voc_xml_are_masks(polygon, inputs):
     "declared, written, name",
     [
         ("ISO-8859-1", "latin-1", "cät"),
-        ("gb2312", "gb2312", "猫"),
         ("UTF-16", "utf-16", "猫"),
         ("utf-16", "utf-8", "猫"),  # as .NET may write it
         ("utf-8", "utf-8-sig", "猫"),
@@ -272,9 +257,6 @@ def test_xmls_are_read_in_the_encoding_that_they_declare(declared, written, name
     path.write_bytes(text.encode(written))
     dataset = import_voc(path.parent, inputs / "voc/JPEGImages")
     assert {x["name"] for x in dataset.coco["categories"]} == {name, "horse"}
-
-
-# ---- CVAT, LVIS, Label Studio
 
 
 def test_brush_masks_of_cvat_are_no_crowds(run, examples):
@@ -355,7 +337,6 @@ def test_cvat_for_images(run, tmp_path):
         ("0, 3, 1, 2", "0, 3, 1", "object 3: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
         ('xtl="2"', 'xtl="?"', r"object 0: the box is \['\?', '1', '6', '3'\]"),
         ('left="14"', 'left="18"', r"mask of 3x2 pixels at \(18, 6\) is empty, or not inside"),
-        ('label="cell" rle', 'label="x" rle', "the class is 'x'; allowed: cell, debris"),
     ],
 )
 def test_broken_xmls_of_cvat_are_named(old, new, message, run, tmp_path):
@@ -389,16 +370,12 @@ def test_lvis_gets_file_names(run, examples, inputs):
         assert status == 1 and f"image 1 has no 'file_name': 'coco_url' is {url!r}" in printed
 
 
-# ---- What is broken is named
-
-
 @pytest.mark.parametrize(
     "line, message",
     [
         ("0 0.5 0.5 0.5", "3 numbers behind the class; allowed: 4 of a box"),
         ("0 0.5 0.5 0.5 0.5 0.9", "5 numbers behind the class.*A confidence at the end"),
         ("2 0.5 0.5 0.5 0.5", "the class is 2; allowed: 0, 1"),
-        ("0.5 0.5 0.5 0.5 0.5", "the class is 0.5; allowed: 0, 1"),
         ("0 0.5 0.5 0.5 1.2", r"allowed: coordinates in \[0, 1\]"),
         ("0 0.5 0.5 nan 0.5", r"allowed: coordinates in \[0, 1\]"),
         ("dog 0.5 0.5 0.5 0.5", "the class is nan"),
@@ -417,19 +394,15 @@ def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
     [
         ("names: [a]", "'train' is missing; allowed: one of names"),
         ("train: images/train\nnames: a", r"got `str` - at `\$.names`"),
-        ("train: images/train\nnames: {a: 0}", r"Expected `int`.* `key` in `\$.names`"),
         ("train: images/train\nnames: [a, b, a]", "not all different: 'a' is there 2 times"),
         ("train: images/train\nnames: [a, yes]", r"got `bool` - at `\$.names\[1\]`"),
-        ("train: images/train\nnames: [a, ' ']", r"matching regex .* at `\$.names\[1\]`"),
         ("train: images/train\nnc: 3\nnames: [a, b]", "'nc' is 3; allowed: 2"),
         ("train: images/none\nnames: [a]", "'train' is .*none; allowed: a folder that exists"),
         ("train: labels\nnames: [a]", "allowed: a folder with images"),
         ("path: nowhere\ntrain: images\nnames: [a]", "'path' is nowhere; allowed: a folder"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]", "the labels are keypoints"),
         ("train: list.txt\nnames: [a]", "none of the 1 images of 'train' has a txt"),
-        ("- 1", "Expected `object`, got `array`"),
         ("a: [", r"data.yaml: [^\n]*line 1, column 5[^\n]*\.\n$"),
-        ("a: 2024-13-45", "data.yaml: month must be in"),
     ],
 )
 def test_a_broken_yaml_is_named(yaml, message, run, inputs):
@@ -445,15 +418,12 @@ def test_a_broken_yaml_is_named(yaml, message, run, inputs):
     [
         (0, {"points": [[1, 2], [3, 4]]}, r"shape 0 \(hen\): 'points' .*at least 3 points"),
         (0, {"points": [[1, 2], [3, "x"], [4, 5]]}, r"\$.shapes\[0\].points\[1\]\[1\]"),
-        (0, {"points": [[10**400, 2], [3, 4], [5, 6]]}, "yard.json"),
-        (1, {"label": None}, r"\$.shapes\[1\].label"),
         (1, {"label": " "}, r"\$.shapes\[1\].label"),
         (1, {"group_id": [1]}, r"\$.shapes\[1\].group_id"),
         (3, {"points": [[1, 2]]}, r"shape 3 \(cart\): .*2 or 4 points of a rectangle"),
         (3, {"group_id": 1, "label": "hen"}, "'group_id' 1 is polygon, polygon, rectangle"),
         (4, {"mask": "?"}, r"shape 4 \(cart\): 'mask' is no picture in base64"),
         (4, {"points": [[62, 30], [64, 31]]}, r"of 3x2 pixels at \(62, 30\) is empty, or not"),
-        (4, {"points": [[1e300, 30], [1e300, 31]]}, r"at \(1e\+300, 30\) is empty, or not"),
     ],
 )
 def test_broken_shapes_of_labelme_are_named(shape, fields, message, run, inputs):
@@ -463,20 +433,10 @@ def test_broken_shapes_of_labelme_are_named(shape, fields, message, run, inputs)
     assert re.search(f"error: .*yard.json.*{message}|error: .*{message}", printed)
 
 
-def test_a_mask_of_labelme_too_large_to_open_is_named(run, inputs):
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    picture = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + b"\x8b\x00\x00\x00"
-    mask = base64.b64encode(picture).decode("ascii")
-    edit_labelme(inputs, lambda x: x["shapes"][4].update(mask=mask))
-    status, _, printed = run("labelme", inputs / "labelme")
-    assert status == 1 and "shape 4 (cart): 'mask' is no picture in base64" in printed
-
-
 @pytest.mark.parametrize(
     "old, new, message",
     [
         ("<xmax>50</xmax>", "<xmax>0</xmax>", "object 0: <bndbox> is .*'0', '40'"),
-        ("<xmax>50</xmax>", "", "object 0: <bndbox> is .*None"),
         ("<name>dog</name>", "", "<object> has no <name>"),
         ("<name>dog</name>", "<name>dog</name><polygon>1 2</polygon>", "object 1: the outline is"),
         ("<filename>2008_000001.png</filename>", "", "<annotation> has no <filename>"),
@@ -529,9 +489,6 @@ def test_images_that_are_missing_broken_or_deep_are_named(run, inputs):
     Image.fromarray(np.full((60, 80), 4000, dtype=np.uint16)).save(path)
     _, _, printed = run("yolo", inputs / "yolo/data.yaml")
     assert f"data.yaml: its image {path}: its mode is 'I" in printed
-
-
-# ---- Sizes, and EXIF orientations
 
 
 def turn(path, orientation):
@@ -602,27 +559,17 @@ def test_a_size_that_is_not_that_of_the_image_is_an_error(declare, run, inputs):
         status, output, printed = run(*arguments)
         assert status == 1 and not output.exists()
         assert re.search(rf"the size in .* is {wrong[0]} x {wrong[1]}[,;]", printed)
-    declare(inputs, 10 * width, height)
-    assert f"its image {image} has {width} x {height} pixels" in run(*arguments)[2]
-    assert run(*declare(inputs, width, height)[0])[0] == 0
-    if declare is not declare_in_cvat:  # 0 and nothing: not known
-        assert run(*declare(inputs, 0, None)[0])[0] == 0
-        assert run(*declare(inputs, width + 1, None)[0])[0] == 1
-
-
-@pytest.mark.parametrize("declare", DECLARE)
-def test_the_size_tells_whether_labels_are_of_the_turned_image(declare, run, inputs):
-    width, height = DECLARE[declare]
     arguments, image = declare(inputs, width, height)
+    assert run(*arguments)[0] == 0
     turn(image, 8)
-    status, _, printed = run(*arguments)
-    assert status == 1 and f"{width} x {height}, but its image {image} has {height} x {width}" in (
-        printed
-    )
+    _, _, printed = run(*arguments)
+    assert f"{width} x {height}, but its image {image} has {height} x {width}" in printed
     assert "as its EXIF orientation 8 turns it" in printed and "exiftool -Orientation=" in printed
-    status, output, printed = run(*declare(inputs, height, width)[0])
+    status, output, _ = run(*declare(inputs, height, width)[0])
     (entry,) = json.loads(output.read_text())["images"]
     assert status == 0 and (entry["width"], entry["height"]) == (height, width)
+    if declare is not declare_in_cvat:  # 0 and nothing: not known
+        assert run(*declare(inputs, 0, None)[0])[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -644,9 +591,6 @@ def test_a_byte_order_mark_changes_nothing(arguments, run, inputs, monkeypatch):
     for path in [x for x in Path().rglob("*") if x.suffix in (".txt", ".yaml", ".json", ".xml")]:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert run(*arguments)[0] == 0 and output.read_text() == expected
-
-
-# ---- The command line
 
 
 @pytest.mark.parametrize(

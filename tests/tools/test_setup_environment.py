@@ -163,7 +163,9 @@ def test_build_tools(monkeypatch, tmp_path):
     assert setup_environment.missing_build_tool() is None
 
 
-def test_an_environment_of_another_python_or_a_folder_of_other_things_is_left_alone(tmp_path):
+def test_an_environment_of_another_python_or_a_folder_of_other_things_is_left_alone(
+    tmp_path, capsys
+):
     environment = Environment(tmp_path / ".venv", run=None)
     environment.python.parent.mkdir(parents=True)
     environment.python.touch()
@@ -174,8 +176,8 @@ def test_an_environment_of_another_python_or_a_folder_of_other_things_is_left_al
     config.write_text("version_info = {}.{}.0\n".format(*sys.version_info))
     environment.create()
     config.unlink()
-    with pytest.raises(SetupError, match="not a virtual environment"):
-        environment.create(clear=True)
+    assert setup_environment.main(["--venv", str(environment.folder)]) == 1
+    assert "is not a virtual environment" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -317,12 +319,6 @@ def test_pins_of_installed_packages_are_dropped():
     assert setup_environment.unpinned(pins, ["pyyaml", "hydra_core"]) == "# why\ntorch==2.11.0\n"
 
 
-def test_every_pin_of_the_constraints_is_one_version():
-    for line in setup_environment.CONSTRAINTS.read_text().splitlines():
-        requirement = line.split("#")[0].split(";")[0].strip()
-        assert not requirement or requirement.count("==") == 1
-
-
 def test_a_second_run_does_nothing_until_its_inputs_change(tmp_path, monkeypatch, capsys):
     made, tried = [], []
     monkeypatch.setattr(setup_environment, "set_up", lambda environment, args: made.append(1))
@@ -341,12 +337,6 @@ def test_a_second_run_does_nothing_until_its_inputs_change(tmp_path, monkeypatch
     setup_environment.main([*options, "--detectron2", "official"])
     assert len(made) == 3
     assert json.loads((tmp_path / "setup-stamp.json").read_text())["detectron2"] == "official"
-
-
-def test_an_error_is_one_sentence_and_a_code(tmp_path, capsys):
-    (tmp_path / "thesis.tex").touch()
-    assert setup_environment.main(["--venv", str(tmp_path)]) == 1
-    assert "is not a virtual environment" in capsys.readouterr().err
 
 
 def test_parts_that_cannot_be_had_are_left_out(monkeypatch, capsys):
