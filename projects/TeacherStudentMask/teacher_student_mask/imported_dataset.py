@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree  # nosec B405  # _PlainTree refuses what can declare entities
 from xml.etree.ElementTree import Element  # nosec B405  # As above.
@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
+from tqdm import tqdm
 
 from .errors import InputError
 from .image_files import DEEP_MODES, TRANSPOSED, orientation_of
@@ -30,9 +31,13 @@ __all__ = [
     "number_or_nan",
     "paste_mask",
     "read_class_list",
+    "read_coco_lists",
     "read_json",
     "read_text",
     "read_xml",
+    "show_progress",
+    "to_outline",
+    "xml_text",
 ]
 
 # Before the EXIF or XMP of a PNG. Without it Pillow need not decode the pixels to look for them.
@@ -137,6 +142,16 @@ class ImportedDataset:
         rle["counts"] = rle["counts"].decode("ascii")
         self._add(category_id, box, area, rle)
 
+    def check_image_sizes(self, source: Path) -> None:
+        """Compare the sizes in ``source`` with those of the images that are in ``image_root``."""
+        for image in [] if self.image_root is None else show_progress(self.coco["images"]):
+            name, where = image.get("file_name"), f"{source}: image {image.get('id')}"
+            # What is no name, or names no file, the checks of the whole json tell.
+            if isinstance(name, str) and (self.image_root / name).is_file():
+                declared = (image.get("width"), image.get("height"))
+                fields = "'width' and 'height'"
+                image_size(self.image_root / name, where, self.notes, declared, fields)
+
     def _cut(self, points: np.ndarray) -> np.ndarray:
         image = self.coco["images"][-1]
         inside = points.clip(0, [image["width"], image["height"]])
@@ -171,6 +186,11 @@ def number_or_nan(value: object) -> float:
     except (OverflowError, TypeError, ValueError):
         return math.nan
     return number if math.isfinite(number) else math.nan
+
+
+def show_progress(items: Iterable) -> Iterable:
+    """Count files on the terminal; nothing where the output is none."""
+    return tqdm(items, desc="Read", unit="file", dynamic_ncols=True, disable=None)
 
 
 def read_class_list(path: str | os.PathLike) -> list[str]:
@@ -235,6 +255,16 @@ def read_json(path: Path, type: object = object):
         raise InputError(f"{path}: {error}.") from error
 
 
+def read_coco_lists(path: Path) -> dict:
+    """Read a COCO json; InputError if it lacks one of its three lists of dicts."""
+    data = read_json(path)
+    for key in ("images", "annotations", "categories"):
+        rows = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(x, dict) for x in rows):
+            raise InputError(f"{path}: a COCO json must have a list of dicts {key!r}.")
+    return data
+
+
 class _PlainTree(ElementTree.TreeBuilder):
     """Without a DOCTYPE there are no entities, which could grow without end."""
 
@@ -257,6 +287,14 @@ def read_xml(path: Path) -> Element:
         return parser.close()
     except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
         raise InputError(f"{path}: no xml that can be read: {error}.") from error
+
+
+def xml_text(element: Element, name: str, path: Path) -> str:
+    """Return the text of a child of an element; InputError if there is none."""
+    text = (element.findtext(name) or "").strip()
+    if not text:
+        raise InputError(f"{path}: <{element.tag}> has no <{name}>.")
+    return text
 
 
 def image_size(
@@ -316,6 +354,18 @@ def image_size(
         f"{where}: the size in {fields} is {sides[0]:.10g} x {sides[1]:.10g}, but its image {path} "
         f"has {size[0]} x {size[1]} pixels{turned}; allowed: the size of the image; {remedy}."
     )
+
+
+def to_outline(points: Sequence[Sequence], where: str) -> np.ndarray:
+    """Convert pairs of texts or numbers to float64 (N, 2); InputError if they are no outline."""
+    try:
+        outline = np.array(points, dtype=float)
+        is_outline = outline.ndim == 2 and outline.shape[1] == 2 and len(outline) >= 3
+    except (TypeError, ValueError):
+        is_outline = False
+    if not is_outline or not np.isfinite(outline).all():
+        raise input_error(where, "the outline", points, "at least 3 pairs of finite numbers")
+    return outline
 
 
 def paste_mask(

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -24,7 +23,6 @@ import numpy as np
 import pycocotools.mask as mask_util
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
 from .errors import InputError
 from .imported_dataset import (
@@ -36,9 +34,13 @@ from .imported_dataset import (
     input_error,
     number_or_nan,
     paste_mask,
+    read_coco_lists,
     read_json,
     read_text,
     read_xml,
+    show_progress,
+    to_outline,
+    xml_text,
 )
 
 __all__ = ["import_cvat", "import_labelme", "import_lvis", "import_voc", "import_yolo"]
@@ -83,7 +85,7 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
         )
     common = Path(os.path.commonpath([x.parent.absolute() for x in images]))
     dataset = ImportedDataset(names, common)
-    for image in _show_progress(images):
+    for image in show_progress(images):
         size = image_size(image, str(path), dataset.notes)
         dataset.add_image(image, size)
         labels = _yolo_labels(image)
@@ -232,7 +234,7 @@ def import_labelme(
     """
     folder = Path(folder)
     paths = sorted(files_in(folder, (".json",)))
-    contents = {x: read_json(x, _LabelMeFile) for x in _show_progress(paths)}
+    contents = {x: read_json(x, _LabelMeFile) for x in show_progress(paths)}
     if not contents:
         raise InputError(f"{folder}: there is no json in it.")
     if class_names is None:
@@ -314,15 +316,15 @@ def import_voc(
     """
     folder = Path(folder)
     image_root = folder if image_root is None else Path(image_root)
-    roots = {x: read_xml(x) for x in _show_progress(sorted(files_in(folder, (".xml",))))}
+    roots = {x: read_xml(x) for x in show_progress(sorted(files_in(folder, (".xml",))))}
     if not roots:
         raise InputError(f"{folder}: there is no xml in it.")
     if class_names is None:
         objects = [(x, path) for path, root in roots.items() for x in root.iter("object")]
-        class_names = sorted({_xml_text(x, "name", path) for x, path in objects})
+        class_names = sorted({xml_text(x, "name", path) for x, path in objects})
     dataset = ImportedDataset(dict(enumerate(class_names, start=1)), image_root)
     for path, root in roots.items():
-        image = image_root / _xml_text(root, "filename", path)
+        image = image_root / xml_text(root, "filename", path)
         # Programs differ in whether they turn images by their EXIF; the size tells.
         declared = [(root.findtext(f"size/{x}") or "").strip() for x in ("width", "height")]
         size = image_size(image, str(path), dataset.notes, declared, "<size>")
@@ -331,9 +333,11 @@ def import_voc(
             dataset.notes["images have masks in SegmentationObject, which is not read"] += 1
         for number, element in enumerate(root.findall("object")):
             where = f"{path}, object {number}"
-            category_id = dataset.category_id(_xml_text(element, "name", path), where)
+            category_id = dataset.category_id(xml_text(element, "name", path), where)
             polygons = element.findall("polygon")
-            polygons = [_voc_polygon(x, where) for x in polygons if "".join(x.itertext()).strip()]
+            polygons = [
+                to_outline(_voc_points(x), where) for x in polygons if "".join(x.itertext()).strip()
+            ]
             if polygons:
                 dataset.add_polygons(category_id, polygons)
             else:
@@ -353,13 +357,11 @@ def _voc_corners(element: Element, where: str, zero_based: bool) -> list[float]:
     return [x0 - first, y0 - first, x1, y1]
 
 
-def _voc_polygon(polygon: Element, where: str) -> np.ndarray:
-    # <x1>, <y1>, <x2>, <y2>, ..., or <pt> with <x> and <y>. float64 (N, 2)
-    points = [(x.findtext("x"), x.findtext("y")) for x in polygon.findall("pt")]
-    if not points:
-        numbers = sorted(int(x.tag[1:]) for x in polygon if re.fullmatch(r"x\d+", x.tag))
-        points = [(polygon.findtext(f"x{i}"), polygon.findtext(f"y{i}")) for i in numbers]
-    return _check_outline([(number_or_nan(x), number_or_nan(y)) for x, y in points], where)
+def _voc_points(polygon: Element) -> list[tuple[str | None, str | None]]:
+    # <x1>, <y1>, <x2>, <y2>, ..., or <pt> with <x> and <y>.
+    numbers = sorted(int(x.tag[1:]) for x in polygon if re.fullmatch(r"x\d+", x.tag))
+    numbered = [(polygon.findtext(f"x{i}"), polygon.findtext(f"y{i}")) for i in numbers]
+    return numbered or [(x.findtext("x"), x.findtext("y")) for x in polygon.findall("pt")]
 
 
 def import_cvat(
@@ -384,7 +386,7 @@ def import_cvat(
     path = Path(path)
     if path.suffix.lower() == ".xml":
         return _import_cvat_xml(path, image_root)
-    dataset = ImportedDataset.from_coco(_read_coco(path), image_root)
+    dataset = ImportedDataset.from_coco(read_coco_lists(path), image_root)
     images = [x for x in dataset.coco["images"] if isinstance(x.get("id"), int)]
     sizes = {x["id"]: (x.get("width"), x.get("height")) for x in images}
     for annotation in dataset.coco["annotations"]:
@@ -402,7 +404,7 @@ def import_cvat(
             corners = box_around([x, y, x + w, y + h], float(rotation), dataset.notes)
             x0, y0, x1, y1 = np.clip(corners, 0, [width, height] * 2).tolist()
             annotation.update(bbox=[x0, y0, x1 - x0, y1 - y0], area=(x1 - x0) * (y1 - y0))
-    _check_image_sizes(path, dataset)
+    dataset.check_image_sizes(path)
     return dataset
 
 
@@ -438,7 +440,7 @@ def _import_cvat_xml(path: Path, image_root: str | os.PathLike | None) -> Import
             objects.setdefault(key, []).append(shape)
         for number, shapes in enumerate(objects.values()):
             _add_cvat_object(dataset, shapes, size, f"{where}, object {number}")
-    _check_image_sizes(path, dataset)
+    dataset.check_image_sizes(path)
     return dataset
 
 
@@ -447,7 +449,11 @@ def _add_cvat_object(
 ) -> None:
     category_id = dataset.category_id((shapes[0].get("label") or "").strip(), where)
     boxes = [_cvat_box(x, where, dataset.notes) for x in shapes if x.tag == "box"]
-    polygons = [_cvat_polygon(x, where) for x in shapes if x.tag == "polygon"]
+    polygons = [
+        to_outline([pair.split(",") for pair in x.get("points", "").split(";")], where)
+        for x in shapes
+        if x.tag == "polygon"
+    ]
     masks = [_cvat_mask(x, size, where) for x in shapes if x.tag == "mask"]
     if (polygons or masks) and boxes:
         dataset.notes["boxes are in a group with an outline, which counts alone"] += len(boxes)
@@ -471,12 +477,6 @@ def _cvat_box(shape: Element, where: str, notes: Counter) -> list[float]:
         raise input_error(where, "the box", texts, allowed)
     rotation = number_or_nan(shape.get("rotation", "0"))
     return box_around(corners, rotation, notes) if rotation % 360 > 0 else corners
-
-
-def _cvat_polygon(shape: Element, where: str) -> np.ndarray:
-    pairs = [x.split(",") for x in shape.get("points", "").split(";")]
-    points = [tuple(map(number_or_nan, x)) if len(x) == 2 else (math.nan, math.nan) for x in pairs]
-    return _check_outline(points, where)
 
 
 def _cvat_mask(shape: Element, size: tuple[int, int], where: str) -> np.ndarray:
@@ -506,7 +506,7 @@ def import_lvis(
         InputError: it is no json of LVIS, or an image is of another size.
     """
     path = Path(path)
-    dataset = ImportedDataset.from_coco(_read_coco(path), image_root)
+    dataset = ImportedDataset.from_coco(read_coco_lists(path), image_root)
     for image in dataset.coco["images"]:
         if image.get("file_name"):
             continue
@@ -520,45 +520,5 @@ def import_lvis(
             raise input_error(where, "'coco_url'", repr(url), "one that ends in folder and file")
         image["file_name"] = "/".join(parts[-2:])
         dataset.notes["images have got a 'file_name' from their 'coco_url'"] += 1
-    _check_image_sizes(path, dataset)
+    dataset.check_image_sizes(path)
     return dataset
-
-
-def _read_coco(path: Path) -> dict:
-    data = read_json(path)
-    for key in ("images", "annotations", "categories"):
-        rows = data.get(key) if isinstance(data, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(x, dict) for x in rows):
-            raise InputError(f"{path}: a COCO json must have a list of dicts {key!r}.")
-    return data
-
-
-def _check_image_sizes(path: Path, dataset: ImportedDataset) -> None:
-    """Compare the sizes in a COCO json with those of its images, where they are known and there."""
-    root = dataset.image_root
-    for image in [] if root is None else _show_progress(dataset.coco["images"]):
-        name, where = image.get("file_name"), f"{path}: image {image.get('id')}"
-        # What is no name, or names no file, the checks of the whole json tell.
-        if isinstance(name, str) and (root / name).is_file():
-            declared = (image.get("width"), image.get("height"))
-            image_size(root / name, where, dataset.notes, declared, "'width' and 'height'")
-
-
-def _show_progress(items: Iterable) -> Iterable:
-    # Nothing where the output is no terminal.
-    return tqdm(items, desc="Read", unit="file", dynamic_ncols=True, disable=None)
-
-
-def _xml_text(element: Element, name: str, path: Path) -> str:
-    text = (element.findtext(name) or "").strip()
-    if not text:
-        raise InputError(f"{path}: <{element.tag}> has no <{name}>.")
-    return text
-
-
-def _check_outline(points: list[tuple[float, float]], where: str) -> np.ndarray:
-    # float64 (N, 2)
-    outline = np.array(points, dtype=float).reshape(-1, 2)
-    if len(outline) < 3 or not np.isfinite(outline).all():
-        raise input_error(where, "the outline", points, "at least 3 pairs of finite numbers")
-    return outline
