@@ -378,7 +378,7 @@ def test_lvis_gets_file_names(run, examples, inputs):
         ("2 0.5 0.5 0.5 0.5", "the class is 2; allowed: 0, 1"),
         ("0 0.5 0.5 0.5 1.2", r"allowed: coordinates in \[0, 1\]"),
         ("0 0.5 0.5 nan 0.5", r"allowed: coordinates in \[0, 1\]"),
-        ("dog 0.5 0.5 0.5 0.5", "the class is nan"),
+        ("dog 0.5 0.5 0.5 0.5", "the class is dog; allowed: 0, 1"),
     ],
 )
 def test_broken_lines_of_yolo_are_named(line, message, run, inputs):

@@ -157,10 +157,8 @@ def _add_yolo_line(
 ) -> None:
     class_index, *values = map(number_or_nan, line.split())
     if class_index not in names:
-        allowed = ", ".join(map(str, sorted(names)))
-        raise input_error(
-            where, "the class", f"{class_index:g}", f"{allowed}, the numbers of 'names'"
-        )
+        allowed = f"{', '.join(map(str, sorted(names)))}, the numbers of 'names'"
+        raise input_error(where, "the class", line.split()[0], allowed)
     is_box = len(values) == 4
     if not is_box and (len(values) < 6 or len(values) % 2):
         raise InputError(
@@ -334,10 +332,8 @@ def import_voc(
         for number, element in enumerate(root.findall("object")):
             where = f"{path}, object {number}"
             category_id = dataset.category_id(xml_text(element, "name", path), where)
-            polygons = element.findall("polygon")
-            polygons = [
-                to_outline(_voc_points(x), where) for x in polygons if "".join(x.itertext()).strip()
-            ]
+            outlines = map(_voc_points, element.findall("polygon"))
+            polygons = [to_outline(points, where) for points in outlines if points]
             if polygons:
                 dataset.add_polygons(category_id, polygons)
             else:
@@ -357,11 +353,12 @@ def _voc_corners(element: Element, where: str, zero_based: bool) -> list[float]:
     return [x0 - first, y0 - first, x1, y1]
 
 
-def _voc_points(polygon: Element) -> list[tuple[str | None, str | None]]:
-    # <x1>, <y1>, <x2>, <y2>, ..., or <pt> with <x> and <y>.
+def _voc_points(polygon: Element) -> list:
+    # <x1>, <y1>, <x2>, <y2>, ..., or <pt> with <x> and <y>; else its text, which is no outline.
     numbers = sorted(int(x.tag[1:]) for x in polygon if re.fullmatch(r"x\d+", x.tag))
     numbered = [(polygon.findtext(f"x{i}"), polygon.findtext(f"y{i}")) for i in numbers]
-    return numbered or [(x.findtext("x"), x.findtext("y")) for x in polygon.findall("pt")]
+    pairs = numbered or [(x.findtext("x"), x.findtext("y")) for x in polygon.findall("pt")]
+    return pairs or "".join(polygon.itertext()).split()
 
 
 def import_cvat(
@@ -449,11 +446,8 @@ def _add_cvat_object(
 ) -> None:
     category_id = dataset.category_id((shapes[0].get("label") or "").strip(), where)
     boxes = [_cvat_box(x, where, dataset.notes) for x in shapes if x.tag == "box"]
-    polygons = [
-        to_outline([pair.split(",") for pair in x.get("points", "").split(";")], where)
-        for x in shapes
-        if x.tag == "polygon"
-    ]
+    outlines = [x.get("points", "").split(";") for x in shapes if x.tag == "polygon"]
+    polygons = [to_outline([pair.split(",") for pair in x], where) for x in outlines]
     masks = [_cvat_mask(x, size, where) for x in shapes if x.tag == "mask"]
     if (polygons or masks) and boxes:
         dataset.notes["boxes are in a group with an outline, which counts alone"] += len(boxes)
