@@ -17,7 +17,7 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tiny_model import TINY_MODEL
 
-from environment.description import describe
+from setup_environment import describe
 from teacher_student_mask import add_teacher_student_mask_config, register_partial_coco
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -75,6 +75,9 @@ def test_relative_imports_are_resolved():
         ("config", set()),
         ("untrusted_files", {"errors"}),
         ("structures", set()),
+        ("drawing", set()),
+        ("imported_dataset", {"errors", *READERS}),
+        ("importers", {"errors", "imported_dataset"}),
         # What is wrong with annotations, for whoever reads them.
         ("image_files", set()),
         ("coco_masks", set()),
@@ -109,7 +112,7 @@ def test_every_module_falls_under_a_rule():
     known = {"class_splits", "config", "structures", "data", "modeling", "evaluation", "__init__"}
     known |= {"analysis", "engine", "untrusted_files", *READERS}
     known |= {"coco_edits", "errors", "trained_model", "cli", "__main__"}
-    known |= {"importers", "completion", "export", "sweep"}
+    known |= {"importers", "completion", "export", "sweep", "drawing", "imported_dataset"}
     assert {subpackage_of(path) for path in MODULES} <= known
 
 

@@ -17,16 +17,10 @@ from pathlib import Path
 
 import pytest
 
+import detectron2_wheel
 import setup_environment
-from environment import (
-    description,
-    detectron2_source,
-    detectron2_wheel,
-    optional_parts,
-    virtual_environment,
-)
-from environment.detectron2_wheel import SetupError
-from environment.virtual_environment import VirtualEnvironment
+from detectron2_wheel import SetupError
+from setup_environment import Environment
 
 Result = namedtuple("Result", ["returncode", "stdout", "stderr"])
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
@@ -47,28 +41,21 @@ PACKAGE_FILES = {
 }
 
 
-def make_sdist(folder, changes=None):
-    """Writes a small source distribution; `changes` replaces files, None removes one."""
-    files = {**PACKAGE_FILES, **(changes or {})}
-    path = folder / "pb1-detectron2-0.6.tar.gz"
+def build(folder, changes=None):
+    """Build the wheel of a small source distribution; `changes` replaces files, None removes."""
+    sdist = folder / "pb1-detectron2-0.6.tar.gz"
     # Without the time of day, which the gzip module writes otherwise.
     with (
-        gzip.GzipFile(path, "wb", mtime=0) as stream,
+        gzip.GzipFile(sdist, "wb", mtime=0) as stream,
         tarfile.open(fileobj=stream, mode="w") as archive,
     ):
-        for name, text in files.items():
+        for name, text in {**PACKAGE_FILES, **(changes or {})}.items():
             if text is not None:
                 entry = tarfile.TarInfo(f"pb1-detectron2-0.6/{name}")
                 entry.size = len(text.encode())
                 archive.addfile(entry, io.BytesIO(text.encode()))
-    return path
-
-
-def build(folder, changes=None):
-    sdist = make_sdist(folder, changes)
-    return detectron2_wheel.build_wheel(
-        sdist, folder, hashlib.sha256(sdist.read_bytes()).hexdigest()
-    )
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    return detectron2_wheel.build_wheel(sdist, folder, digest)
 
 
 def read_wheel(path):
@@ -76,196 +63,153 @@ def read_wheel(path):
         return {name: archive.read(name).decode() for name in archive.namelist()}
 
 
-def load_stub(folder):
-    path = folder / "_C.py"
-    path.write_text(detectron2_wheel.STUB)
-    spec = importlib.util.spec_from_file_location("stub_of_C", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_the_wheel_holds_the_patched_package_without_its_projects(tmp_path):
+    path = build(tmp_path)
+    files = read_wheel(path)
+    assert {name for name in files if ".dist-info/" not in name} == {
+        "detectron2/__init__.py",
+        "detectron2/_C.py",
+        "detectron2/data/transforms/transform.py",
+        "detectron2/evaluation/coco_evaluation.py",
+        "detectron2/layers/nms.py",
+    }
+    lines = files["detectron2/data/transforms/transform.py"].splitlines()
+    assert lines[0].startswith("# Modified by TeacherStudentMask: ")
+    assert lines[1:] == ["a = Image.BILINEAR", "b = cv2.INTER_LINEAR"]
+    names = {}
+    exec(files["detectron2/evaluation/coco_evaluation.py"], names)
+    assert names["COCOeval_opt"] is names["COCOeval"]
+    content = path.read_bytes()
+    assert build(tmp_path).read_bytes() == content  # the same bytes every time
 
 
-class TestWheel:
-    def test_holds_the_package_without_its_projects(self, tmp_path):
-        files = read_wheel(build(tmp_path))
-        assert {name for name in files if ".dist-info/" not in name} == {
-            "detectron2/__init__.py",
-            "detectron2/_C.py",
-            "detectron2/data/transforms/transform.py",
-            "detectron2/evaluation/coco_evaluation.py",
-            "detectron2/layers/nms.py",
-        }
+def test_pip_can_install_the_wheel(tmp_path):
+    path = build(tmp_path)
+    files = read_wheel(path)
+    record_name = f"{detectron2_wheel.DIST_INFO}/RECORD"
+    rows = {row[0]: row[1:] for row in csv.reader(files[record_name].splitlines())}
+    assert set(rows) == set(files) and rows.pop(record_name) == ["", ""]
+    for name, (digest, size) in rows.items():
+        content = files[name].encode()
+        expected = hashlib.sha256(content).digest()
+        assert urlsafe_b64decode(digest.removeprefix("sha256=") + "=") == expected
+        assert int(size) == len(content)
+    (distribution,) = importlib.metadata.distributions(path=[str(path)])
+    assert distribution.metadata["Name"] == "detectron2"
+    assert path.name == f"detectron2-{distribution.version}-py3-none-any.whl"
+    assert distribution.requires == list(detectron2_wheel.REQUIREMENTS)
 
-    def test_patches_and_says_so_in_the_file(self, tmp_path):
-        files = read_wheel(build(tmp_path))
-        lines = files["detectron2/data/transforms/transform.py"].splitlines()
-        assert lines[0].startswith("# Modified by TeacherStudentMask: ")
-        assert lines[1:] == ["a = Image.BILINEAR", "b = cv2.INTER_LINEAR"]
 
-    def test_evaluation_falls_back_to_pycocotools(self, tmp_path):
-        names = {}
-        exec(read_wheel(build(tmp_path))["detectron2/evaluation/coco_evaluation.py"], names)
-        assert names["COCOeval_opt"] is names["COCOeval"]
-
-    def test_record_lists_every_file_with_its_hash(self, tmp_path):
-        files = read_wheel(build(tmp_path))
-        record_name = f"{detectron2_wheel.DIST_INFO}/RECORD"
-        rows = {row[0]: row[1:] for row in csv.reader(files[record_name].splitlines())}
-        assert set(rows) == set(files)
-        assert rows.pop(record_name) == ["", ""]
-        for name, (digest, size) in rows.items():
-            content = files[name].encode()
-            assert (
-                urlsafe_b64decode(digest[len("sha256=") :] + "=")
-                == hashlib.sha256(content).digest()
-            )
-            assert int(size) == len(content)
-
-    def test_same_bytes_every_time(self, tmp_path):
-        assert build(tmp_path).read_bytes() == build(tmp_path).read_bytes()
-
-    def test_pip_knows_name_version_and_requirements(self, tmp_path):
-        path = build(tmp_path)
-        (distribution,) = importlib.metadata.distributions(path=[str(path)])
-        assert distribution.metadata["Name"] == "detectron2"
-        assert path.name == f"detectron2-{distribution.version}-py3-none-any.whl"
-        assert distribution.requires == list(detectron2_wheel.REQUIREMENTS)
-
-    def test_wrong_hash_is_refused(self, tmp_path):
-        sdist = make_sdist(tmp_path)
-        with pytest.raises(SetupError, match="SHA-256 is .* not 5d2e9e51"):
-            detectron2_wheel.build_wheel(sdist, tmp_path)
-        assert not list(tmp_path.glob("*.whl"))
-
-    @pytest.mark.parametrize(
-        "text, count",
-        [("a = 1\n", 0), ("a = Image.LINEAR\nb = Image.LINEAR\n", 2), (None, 0)],
-        ids=["absent", "twice", "no file"],
-    )
-    def test_unexpected_text_is_refused(self, tmp_path, text, count):
+def test_another_source_distribution_is_refused(tmp_path):
+    with pytest.raises(SetupError, match="LICENSE"):
+        build(tmp_path, {"LICENSE": None})
+    for text, count in (("a = 1\n", 0), ("a = Image.LINEAR\nb = Image.LINEAR\n", 2), (None, 0)):
         with pytest.raises(SetupError, match=rf"transform.py cannot be adapted.* {count} times"):
             build(tmp_path, {"detectron2/data/transforms/transform.py": text})
-
-    def test_licence_must_be_there(self, tmp_path):
-        with pytest.raises(SetupError, match="LICENSE"):
-            build(tmp_path, {"LICENSE": None})
+    with pytest.raises(SetupError, match="SHA-256 is .* not 5d2e9e51"):
+        detectron2_wheel.build_wheel(tmp_path / "pb1-detectron2-0.6.tar.gz", tmp_path)
 
 
-class TestStub:
-    def test_an_operator_says_what_to_install(self, tmp_path):
-        stub = load_stub(tmp_path)
-        with pytest.raises(AttributeError) as error:
-            stub.deform_conv_forward(1, 2)
-        message = str(error.value)
-        assert "detectron2._C.deform_conv_forward" in message
-        assert "pure-Python" in message
-        assert f"{detectron2_wheel.OFFICIAL_URL}@{detectron2_wheel.OFFICIAL_COMMIT}" in message
-
-    def test_hasattr_and_default_keep_their_meaning(self, tmp_path):
-        stub = load_stub(tmp_path)
-        assert not hasattr(stub, "nms_rotated")
-        assert getattr(stub, "nms_rotated", "default") == "default"
-
-    def test_what_collect_env_asks(self, tmp_path):
-        stub = load_stub(tmp_path)
-        assert "pure-Python" in stub.get_compiler_version()
-        assert "pure-Python" in stub.get_cuda_version()
-        assert stub.has_cuda() is False
+def test_the_stub_says_what_to_install(tmp_path):
+    path = tmp_path / "_C.py"
+    path.write_text(detectron2_wheel.STUB)
+    spec = importlib.util.spec_from_file_location("stub_of_C", path)
+    stub = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stub)
+    with pytest.raises(AttributeError, match="_C.deform_conv_forward.*pure-Python") as error:
+        stub.deform_conv_forward(1, 2)
+    url = f"{detectron2_wheel.OFFICIAL_URL}@{detectron2_wheel.OFFICIAL_COMMIT}"
+    assert url in str(error.value)
+    assert not hasattr(stub, "nms_rotated") and getattr(stub, "nms_rotated", 1) == 1
+    assert "pure-Python" in stub.get_cuda_version() and stub.has_cuda() is False
 
 
-class TestMachineChecks:
-    @pytest.mark.parametrize("version", [(3, 10, 0), (3, 11, 7), (3, 13, 2)])
-    def test_supported_python(self, version):
-        virtual_environment.check_python(version)
-
-    @pytest.mark.parametrize("version", [(2, 7, 18), (3, 9, 20), (3, 14, 0)])
-    def test_unsupported_python(self, version):
-        with pytest.raises(SetupError, match=rf"Python {version[0]}\.{version[1]},.*PYTHON="):
-            virtual_environment.check_python(version)
-
-    @pytest.mark.parametrize("missing", ["venv", "ensurepip"])
-    def test_missing_venv_module(self, missing):
-        def find(name):
-            if name == missing:
-                raise ImportError(name)
-
-        with pytest.raises(SetupError, match=f"no module {missing}.*python3-venv"):
-            virtual_environment.check_venv_module(find)
-
-    def test_little_disk(self, tmp_path):
-        def disk_usage(path):
-            return DiskUsage(100e9, 94e9, 6e9)
-
-        with pytest.raises(SetupError, match=r"6\.0 GB free.*7 GB"):
-            virtual_environment.check_disk(tmp_path / "not" / "there", disk_usage)
-
-    def test_enough_disk(self, tmp_path):
-        virtual_environment.check_disk(tmp_path, lambda path: DiskUsage(100e9, 92e9, 8e9))
-
-    def test_no_compiler(self, monkeypatch):
-        monkeypatch.setenv("CXX", "no-such-compiler -O2")
-        assert "no C++ compiler (no-such-compiler)" in detectron2_source.missing_build_tool()
-
-    def test_no_python_headers(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("CXX", Path(sys.executable).name)
-        monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-        monkeypatch.setattr(detectron2_source.sysconfig, "get_path", lambda name: str(tmp_path))
-        assert "Python.h" in detectron2_source.missing_build_tool()
-        (tmp_path / "Python.h").touch()
-        assert detectron2_source.missing_build_tool() is None
-
-    def test_environment_of_another_python(self, tmp_path):
-        config = "home = /usr/bin\nversion = 3.10.4\n"
-        virtual_environment.check_same_python(config, (3, 10, 9), tmp_path)
-        with pytest.raises(SetupError, match="made with Python 3.10, this is 3.12.*--force"):
-            virtual_environment.check_same_python(config, (3, 12, 0), tmp_path)
-
-    @pytest.mark.parametrize("force", [False, True])
-    def test_a_folder_of_other_things_is_left_alone(self, tmp_path, force):
-        (tmp_path / "thesis.tex").touch()
-        environment = VirtualEnvironment(tmp_path, tmp_path, run=None)
-        with pytest.raises(SetupError, match="not a virtual environment"):
-            environment.create(clear=force)
+@pytest.mark.parametrize(
+    "version, is_supported",
+    [((3, 10, 0), True), ((3, 13, 2), True), ((3, 9, 20), False), ((3, 14, 0), False)],
+)
+def test_versions_of_python(version, is_supported, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_environment.sys, "version_info", version)
+    if is_supported:
+        setup_environment.check_machine(tmp_path, needs_space=False)
+        return
+    with pytest.raises(SetupError, match="wheels for 3.10 to 3.13 only.*PYTHON="):
+        setup_environment.check_machine(tmp_path, needs_space=False)
 
 
-class TestPipFailures:
-    @pytest.mark.parametrize(
-        "output, meaning",
-        [
-            ("[Errno 28] No space left on device", "disk is full"),
-            ("THESE PACKAGES DO NOT MATCH THE HASHES FROM", "expected hash"),
-            (
-                "NewConnectionError('Temporary failure in name resolution')\n"
-                "ERROR: No matching distribution found for torch==2.11.0",
-                "index cannot be reached",
-            ),
-            ("ERROR: No matching distribution found for torch==2.11.0", "no torch==2.11.0 for"),
-            ("something new", "output above"),
-        ],
+def test_what_a_machine_may_lack(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        setup_environment.shutil, "disk_usage", lambda path: DiskUsage(100e9, 94e9, 6e9)
     )
-    def test_explanation(self, output, meaning):
-        assert meaning in virtual_environment.explain_pip_failure(output)
+    setup_environment.check_machine(tmp_path, needs_space=False)
+    with pytest.raises(SetupError, match=r"6\.0 GB free.*7 GB"):
+        setup_environment.check_machine(tmp_path / "not/there", needs_space=True)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        setup_environment.importlib.util, "find_spec", lambda x: None if x == "venv" else find(x)
+    )
+    with pytest.raises(SetupError, match="no module venv.*python3-venv"):
+        setup_environment.check_machine(tmp_path, needs_space=False)
 
-    def test_output_is_shown_on_failure_only(self, tmp_path, capsys):
-        results = [Result(0, "all is well", ""), Result(1, "first\nNo space left on device", "")]
-        environment = VirtualEnvironment(tmp_path, tmp_path, run=lambda *a, **k: results.pop(0))
+
+def test_build_tools(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert "no C++ compiler (no-such-compiler)" in setup_environment.missing_build_tool()
+    monkeypatch.setenv("CXX", Path(sys.executable).name)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setattr(setup_environment.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in setup_environment.missing_build_tool()
+    (tmp_path / "Python.h").touch()
+    assert setup_environment.missing_build_tool() is None
+
+
+def test_an_environment_of_another_python_or_a_folder_of_other_things_is_left_alone(
+    tmp_path, capsys
+):
+    environment = Environment(tmp_path / ".venv", run=None)
+    environment.python.parent.mkdir(parents=True)
+    environment.python.touch()
+    config = environment.folder / "pyvenv.cfg"
+    config.write_text("home = /usr/bin\nversion = 3.1.4\n")
+    with pytest.raises(SetupError, match="made with Python 3.1, this is 3.*--force"):
+        environment.create()
+    config.write_text("version_info = {}.{}.0\n".format(*sys.version_info))
+    environment.create()
+    config.unlink()
+    assert setup_environment.main(["--venv", str(environment.folder)]) == 1
+    assert "is not a virtual environment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "output, meaning",
+    [
+        ("[Errno 28] No space left on device", "disk is full"),
+        ("THESE PACKAGES DO NOT MATCH THE HASHES FROM", "expected hash"),
+        (
+            "NewConnectionError('Temporary failure in name resolution')\n"
+            "ERROR: No matching distribution found for torch==2.11.0",
+            "index cannot be reached",
+        ),
+        ("ERROR: No matching distribution found for torch==2.11.0", "no torch==2.11.0 for"),
+        ("something new", "output above"),
+    ],
+)
+def test_failures_of_pip_are_explained(output, meaning, tmp_path, capsys):
+    results = [Result(0, "all is well", ""), Result(1, output, "")]
+    environment = Environment(tmp_path, run=lambda *a, **k: results.pop(0))
+    environment.pip("install", "torch")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SetupError, match=f"pip install failed: .*{meaning}"):
         environment.pip("install", "torch")
-        assert capsys.readouterr().out == ""
-        with pytest.raises(SetupError, match="pip install failed: the disk is full"):
-            environment.pip("install", "torch")
-        assert "| first" in capsys.readouterr().out
+    assert f"| {output.splitlines()[0]}" in capsys.readouterr().out
 
 
-class FakeEnvironment:
+class FakeEnvironment(Environment):
     """Notes what is asked of it; `failing` names words of pip commands that fail."""
 
-    python = "python"
-
-    def __init__(self, importable, failing=()):
-        self.importable = importable
-        self.failing = failing
-        self.commands = []
-        self.record = None
+    def __init__(self, importable=False, failing=()):
+        super().__init__(Path("nowhere"))
+        self.importable, self.failing, self.commands = importable, failing, []
 
     def pip(self, *arguments):
         self.commands.append(" ".join(arguments))
@@ -273,289 +217,137 @@ class FakeEnvironment:
             raise SetupError("pip failed")
         self.importable = self.importable or arguments[0] == "install"
 
-    def pins(self):
-        return ["-c", "constraints.txt"]
-
-    def python_runs(self, code):
+    def imports_detectron2(self):
         return self.importable
 
-    def write_detectron2_record(self, record):
-        self.record = record
-
+    @property
     def installed(self):
         return [c.split()[-1] for c in self.commands if c.startswith("install")]
-
-
-@pytest.fixture
-def reachable(monkeypatch):
-    """A machine with a compiler that reaches everything."""
-    monkeypatch.setattr(detectron2_source, "missing_build_tool", lambda: None)
-    monkeypatch.setattr(detectron2_source, "check_reachable", lambda url: None)
-    wheel = Path("detectron2.whl")
-    monkeypatch.setattr(detectron2_wheel, "build_wheel", lambda sdist, folder: wheel)
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("sdist.tar.gz")])
 
 
 OFFICIAL = f"git+{detectron2_wheel.OFFICIAL_URL}@{detectron2_wheel.OFFICIAL_COMMIT}"
 
 
-def obtain(environment, requested=None):
-    lines = []
-    detectron2_source.obtain_detectron2(environment, requested, log=lines.append)
-    return "\n".join(lines)
+@pytest.fixture
+def reachable(monkeypatch):
+    """A machine with a compiler that reaches everything."""
+    monkeypatch.setattr(setup_environment, "missing_build_tool", lambda: None)
+    monkeypatch.setattr(setup_environment, "check_reachable", lambda url: None)
+    monkeypatch.setattr(detectron2_wheel, "build_wheel", lambda *args: Path("detectron2.whl"))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("sdist.tar.gz")])
 
 
-@pytest.mark.usefixtures("reachable")
-class TestSources:
-    def test_importable_is_kept(self):
-        environment = FakeEnvironment(importable=True)
-        assert "kept" in obtain(environment)
-        assert environment.commands == []
-        assert environment.record is None
-
-    @pytest.mark.parametrize("importable", [False, True])
-    def test_request_beats_everything(self, importable):
-        environment = FakeEnvironment(importable)
-        obtain(environment, "../my-detectron2")
-        assert environment.installed() == ["../my-detectron2"]
-        assert "../my-detectron2" in environment.record["source"]
-
-    def test_failing_request_is_not_replaced(self):
-        environment = FakeEnvironment(False, failing=["my-detectron2"])
-        with pytest.raises(SetupError):
-            obtain(environment, "../my-detectron2")
-        assert len(environment.installed()) == 1
-
-    def test_official_comes_first(self):
-        environment = FakeEnvironment(False)
-        obtain(environment)
-        assert environment.installed() == [OFFICIAL]
-        assert "--no-build-isolation" in environment.commands[-1]
-        assert environment.record["commit"] == detectron2_wheel.OFFICIAL_COMMIT
-
-    def test_pure_python_without_compiler(self, monkeypatch):
-        monkeypatch.setattr(detectron2_source, "missing_build_tool", lambda: "no C++ compiler")
-        environment = FakeEnvironment(False)
-        assert "no C++ compiler" in obtain(environment)
-        assert environment.installed() == ["detectron2.whl"]
-        assert environment.record["sha256"] == detectron2_wheel.SDIST_SHA256
-
-    def test_pure_python_when_unreachable(self, monkeypatch):
-        def check_reachable(url):
-            raise detectron2_source.SourceUnavailable("no route")
-
-        monkeypatch.setattr(detectron2_source, "check_reachable", check_reachable)
-        environment = FakeEnvironment(False)
-        assert "no route" in obtain(environment)
-        assert environment.installed() == ["detectron2.whl"]
-
-    def test_pure_python_when_compiling_fails(self):
-        environment = FakeEnvironment(
-            False, failing=["install --no-build-isolation -c constraints.txt git+"]
-        )
-        assert "did not install (pip failed)" in obtain(environment)
-        assert environment.installed() == [OFFICIAL, "detectron2.whl"]
-
-    def test_words_choose_a_variant(self):
-        environment = FakeEnvironment(True)
-        obtain(environment, "pure-python")
-        assert environment.installed() == ["detectron2.whl"]
-
-    def test_asking_for_official_rules_out_the_other(self, monkeypatch):
-        monkeypatch.setattr(detectron2_source, "missing_build_tool", lambda: "no C++ compiler")
-        environment = FakeEnvironment(False)
-        with pytest.raises(SetupError, match="no C\\+\\+ compiler.*--detectron2"):
-            obtain(environment, "official")
-        assert environment.installed() == []
-
-    def test_altered_archive_stops_everything(self, monkeypatch):
-        def build_wheel(sdist, folder):
-            raise SetupError("not the file")
-
-        monkeypatch.setattr(detectron2_wheel, "build_wheel", build_wheel)
-        environment = FakeEnvironment(False)
-        with pytest.raises(SetupError, match="not the file"):
-            obtain(environment, "pure-python")
-        assert environment.installed() == []
-
-    def test_download_names_the_hash(self, monkeypatch):
-        seen = []
-
-        class Reader(FakeEnvironment):
-            def pip(self, *arguments):
-                if arguments[0] == "download":
-                    seen.append(Path(arguments[arguments.index("-r") + 1]).read_text())
-                super().pip(*arguments)
-
-        obtain(Reader(False), "pure-python")
-        assert seen == [f"pb1-detectron2==0.6 --hash=sha256:{detectron2_wheel.SDIST_SHA256}\n"]
+@pytest.mark.parametrize(
+    "environment, requested, installed, printed",
+    [
+        (FakeEnvironment(importable=True), None, [], "kept"),
+        (FakeEnvironment(importable=True), "../mine", ["../mine"], "from ../mine"),
+        (FakeEnvironment(importable=True), "pure-python", ["detectron2.whl"], "from detectron2"),
+        (FakeEnvironment(), None, [OFFICIAL], "from git"),
+        (FakeEnvironment(failing=["git+"]), None, [OFFICIAL, "detectron2.whl"], "(pip )?failed"),
+    ],
+)
+def test_sources_of_detectron2(environment, requested, installed, printed, reachable, capsys):
+    setup_environment.install_detectron2(environment, requested)
+    assert environment.installed == installed and printed.split("(")[0] in capsys.readouterr().out
 
 
-class TestReachability:
-    def test_refusal_gives_the_reason(self):
-        def run(command, **options):
-            assert options["env"]["GIT_TERMINAL_PROMPT"] == "0"
-            return Result(128, "", "fatal: unable\nfatal: Could not resolve host")
-
-        with pytest.raises(detectron2_source.SourceUnavailable, match="Could not resolve host"):
-            detectron2_source.check_reachable("https://example.invalid/x.git", run)
-
-    def test_silence_costs_seconds(self):
-        def run(command, timeout, **options):
-            assert 0 < timeout <= 30
-            raise subprocess.TimeoutExpired(command, timeout)
-
-        with pytest.raises(detectron2_source.SourceUnavailable, match="within 15 s"):
-            detectron2_source.check_reachable("https://example.invalid/x.git", run)
+def test_without_a_compiler_the_pure_python_wheel_is_taken(reachable, monkeypatch, capsys):
+    monkeypatch.setattr(setup_environment, "missing_build_tool", lambda: "no C++ compiler")
+    environment = FakeEnvironment()
+    setup_environment.install_detectron2(environment)
+    assert environment.installed == ["detectron2.whl"]
+    assert "not from the official source: no C++ compiler" in capsys.readouterr().out
+    # Who asks for the official one does not get the other.
+    with pytest.raises(SetupError, match=r"no C\+\+ compiler.*--detectron2"):
+        setup_environment.install_detectron2(FakeEnvironment(), "official")
 
 
-class TestDescription:
-    @pytest.mark.parametrize(
-        "file, variant",
-        [
-            ("_C.py", "pure Python"),
-            ("_C.cpython-311-x86_64-linux-gnu.so", "compiled"),
-            ("other.py", "without its compiled part"),
-        ],
-    )
-    def test_variant(self, tmp_path, file, variant):
-        (tmp_path / file).touch()
-        assert description.variant_of(tmp_path) == variant
+def test_what_is_asked_for_is_not_replaced(reachable, monkeypatch):
+    environment = FakeEnvironment(failing=["../mine"])
+    with pytest.raises(SetupError):
+        setup_environment.install_detectron2(environment, "../mine")
+    assert environment.installed == ["../mine"]
 
-    def test_commit_from_the_note_of_pip(self):
-        note = json.dumps(
-            {"url": "https://x/d2.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
-        )
-        assert description.origin_of(note) == {"source": "https://x/d2.git", "commit": "abc"}
-        assert description.origin_of(None) == {}
+    def build_wheel(sdist, folder):
+        raise SetupError("not the file")
 
-    def test_record_of_an_earlier_detectron2_is_ignored(self, tmp_path):
-        record = {"variant": "compiled", "version": "0.6", "commit": "abc", "date": "2026-01-01"}
-        path = tmp_path / "record.json"
-        path.write_text(json.dumps(record))
-        same = {"variant": "compiled", "version": "0.6", "commit": "abc"}
-        assert description.recorded(path, same) == record
-        assert description.recorded(path, {**same, "commit": "def"}) == {}
-        assert description.recorded(path, {**same, "variant": "pure Python"}) == {}
-        assert description.recorded(tmp_path / "none", same) == {}
-
-    def test_two_lines(self):
-        python_line, detectron2_line = description.describe()
-        assert "torch " in python_line and "Pillow " in python_line
-        assert detectron2_line.startswith("Detectron2 ")
+    monkeypatch.setattr(detectron2_wheel, "build_wheel", build_wheel)
+    environment = FakeEnvironment()
+    with pytest.raises(SetupError, match="not the file"):
+        setup_environment.install_detectron2(environment, "pure-python")
+    assert environment.installed == []
 
 
-class TestProgram:
-    def test_stamp(self, tmp_path):
-        stamp = tmp_path / "stamp.json"
-        assert not setup_environment.is_current(stamp, "abc", None)
-        stamp.write_text(json.dumps({"inputs": "abc", "detectron2": "official"}))
-        assert setup_environment.is_current(stamp, "abc", None)
-        assert setup_environment.is_current(stamp, "abc", "official")
-        assert not setup_environment.is_current(stamp, "abc", "pure-python")
-        assert not setup_environment.is_current(stamp, "def", None)
+def test_the_download_names_the_hash(reachable):
+    seen = []
 
-    def test_inputs_hash_depends_on_the_constraints(self, tmp_path, monkeypatch):
-        for name in ("constraints.txt", "setup.cfg", "pyproject.toml"):
-            (tmp_path / name).write_text("a")
-        monkeypatch.setattr(setup_environment, "ROOT", tmp_path)
-        hashes = {setup_environment.inputs_hash([])}
-        for name in ("constraints.txt", "setup.cfg", "pyproject.toml"):
-            (tmp_path / name).write_text("b")
-            hashes.add(setup_environment.inputs_hash([]))
-        hashes.add(setup_environment.inputs_hash(["other"]))
-        assert len(hashes) == 5
+    class Reader(FakeEnvironment):
+        def pip(self, *arguments):
+            if arguments[0] == "download":
+                seen.append(Path(arguments[arguments.index("-r") + 1]).read_text())
+            super().pip(*arguments)
 
-    def test_pins_of_installed_packages_are_dropped(self):
-        pins = '# why\ntorch==2.11.0\nPyYAML==6.0.3\nhydra-core==1.3.8; python_version >= "3.11"\n'
-        assert (
-            setup_environment.unpinned(pins, ["pyyaml", "hydra_core"]) == "# why\ntorch==2.11.0\n"
-        )
-
-    def test_variable_names_the_source(self, monkeypatch):
-        monkeypatch.setenv("DETECTRON2_SOURCE", "../from-variable")
-        assert setup_environment.get_parser().parse_args([]).detectron2 == "../from-variable"
-        arguments = ["--detectron2", "../from-option"]
-        assert setup_environment.get_parser().parse_args(arguments).detectron2 == "../from-option"
-
-    def test_error_is_one_sentence_and_a_code(self, tmp_path, capsys):
-        assert setup_environment.main(["--venv", str(tmp_path / "none"), "--describe"]) == 1
-        assert capsys.readouterr().err.startswith("error: there is no environment in ")
-
-    def test_every_pin_of_the_constraints_is_one_version(self):
-        for line in setup_environment.CONSTRAINTS.read_text().splitlines():
-            requirement = line.split("#")[0].split(";")[0].strip()
-            assert not requirement or requirement.count("==") == 1
+    setup_environment.install_detectron2(Reader(), "pure-python")
+    assert seen == [f"pb1-detectron2==0.6 --hash=sha256:{detectron2_wheel.SDIST_SHA256}\n"]
 
 
-class FakeApt:
-    """Stands for subprocess.run; the command that contains `failing` fails."""
+def test_a_repository_that_cannot_be_reached():
+    def refuse(command, **options):
+        assert options["env"]["GIT_TERMINAL_PROMPT"] == "0"
+        return Result(128, "", "fatal: unable\nfatal: Could not resolve host")
 
-    def __init__(self, failing="nothing"):
-        self.failing = failing
-        self.commands = []
+    with pytest.raises(SetupError, match="Could not resolve host"):
+        setup_environment.check_reachable("https://example.invalid/x.git", refuse)
 
-    def __call__(self, command, **options):
-        self.commands.append(" ".join(command))
-        code = int(self.failing in self.commands[-1])
-        return subprocess.CompletedProcess(command, code, stdout="E: no route\nE: really\n")
+    def be_silent(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
 
-
-class TestBrowser:
-    @pytest.fixture(autouse=True)
-    def debian(self, monkeypatch):
-        monkeypatch.setattr(optional_parts.os, "geteuid", lambda: 0)
-        monkeypatch.setattr(optional_parts.shutil, "which", lambda name: f"/usr/bin/{name}")
-
-    def test_root_installs_chromium(self):
-        apt = FakeApt()
-        assert optional_parts.install_chromium(apt) is None
-        assert len(apt.commands) == 2 and apt.commands[-1].endswith("chromium")
-
-    @pytest.mark.parametrize("failing", ["update", "install"])
-    def test_failure_is_reported_with_the_last_line(self, failing):
-        reason = optional_parts.install_chromium(FakeApt(failing))
-        assert failing in reason and "E: really" in reason
-
-    def test_nothing_is_installed_for_other_users(self, monkeypatch):
-        monkeypatch.setattr(optional_parts.os, "geteuid", lambda: 1000)
-        apt = FakeApt()
-        assert "sudo apt install chromium" in optional_parts.install_chromium(apt)
-        assert apt.commands == []
-
-    def test_a_browser_that_is_there_is_used(self, monkeypatch, capsys):
-        monkeypatch.setattr(optional_parts, "install_chromium", lambda: pytest.fail("installs"))
-        environment = FakeEnvironment(True)
-        optional_parts.install_browser(environment)
-        assert environment.installed() == ["playwright"]
-        assert "left out" not in capsys.readouterr().out
-
-    def test_without_a_browser_playwright_is_left_out(self, monkeypatch, capsys):
-        monkeypatch.setattr(optional_parts, "find_browser", lambda: None)
-        monkeypatch.setattr(optional_parts, "install_chromium", lambda: "no route")
-        environment = FakeEnvironment(True)
-        optional_parts.install_browser(environment)
-        assert environment.commands == []
-        assert "left out: no route" in capsys.readouterr().out
+    with pytest.raises(SetupError, match="within 15 s"):
+        setup_environment.check_reachable("https://example.invalid/x.git", be_silent)
 
 
-@pytest.mark.parametrize("part, packages", [("export", "onnx onnxruntime"), ("app", "gradio")])
-def test_the_other_parts_are_pinned_packages(part, packages, capsys):
-    environment = FakeEnvironment(True)
-    optional_parts.PARTS[part](environment)
-    assert environment.commands == [f"install -c constraints.txt {packages}"]
-    failing = FakeEnvironment(True, failing=["install"])
-    optional_parts.PARTS[part](failing)
+def test_description():
+    python_line, detectron2_line = setup_environment.describe()
+    assert "torch " in python_line and "Pillow " in python_line
+    version = importlib.metadata.version("detectron2")
+    assert detectron2_line.startswith(f"Detectron2 {version}")
+
+
+def test_pins_of_installed_packages_are_dropped():
+    pins = '# why\ntorch==2.11.0\nPyYAML==6.0.3\nhydra-core==1.3.8; python_version >= "3.11"\n'
+    assert setup_environment.unpinned(pins, ["pyyaml", "hydra_core"]) == "# why\ntorch==2.11.0\n"
+
+
+def test_a_second_run_does_nothing_until_its_inputs_change(tmp_path, monkeypatch, capsys):
+    made, tried = [], []
+    monkeypatch.setattr(setup_environment, "set_up", lambda environment, args: made.append(1))
+    monkeypatch.setattr(setup_environment, "install_part", lambda _, part: tried.append(part))
+    for name in ("constraints.txt", "setup.cfg", "pyproject.toml"):
+        (tmp_path / name).write_text("a")
+    monkeypatch.setattr(setup_environment, "ROOT", tmp_path)
+    options = ["--venv", str(tmp_path)]
+    assert setup_environment.main([*options, "--with", "crf"]) == 0
+    assert setup_environment.main([*options, "--with", "crf", "browser"]) == 0
+    assert (len(made), tried) == (1, ["crf", "browser"])
+    assert "up to date" in capsys.readouterr().out
+    (tmp_path / "setup.cfg").write_text("b")
+    setup_environment.main(options)
+    setup_environment.main([*options, "--detectron2", "official"])
+    setup_environment.main([*options, "--detectron2", "official"])
+    assert len(made) == 3
+    assert json.loads((tmp_path / "setup-stamp.json").read_text())["detectron2"] == "official"
+
+
+def test_parts_that_cannot_be_had_are_left_out(monkeypatch, capsys):
+    environment = FakeEnvironment()
+    setup_environment.install_part(environment, "export")
+    assert environment.commands[-1].endswith("onnx onnxruntime")
+    assert "constraints.txt" in environment.commands[-1]
+    setup_environment.install_part(FakeEnvironment(failing=["gradio"]), "app")
     assert "left out: pip failed" in capsys.readouterr().out
-
-
-def test_optional_parts_are_tried_once(tmp_path, monkeypatch):
-    tried = []
-    monkeypatch.setitem(optional_parts.PARTS, "crf", lambda environment: tried.append("crf"))
-    monkeypatch.setitem(optional_parts.PARTS, "browser", lambda environment: tried.append("web"))
-    monkeypatch.setattr(setup_environment, "set_up", lambda environment, args: None)
-    options = ["--venv", str(tmp_path), "--with", "crf"]
-    assert setup_environment.main(options) == 0
-    assert setup_environment.main([*options, "browser"]) == 0
-    assert setup_environment.main([*options, "browser"]) == 0
-    assert tried == ["crf", "web"]
+    monkeypatch.setattr(setup_environment.shutil, "which", lambda name: None)
+    for part, reason in (("browser", "there is no Chromium"), ("crf", "there is no C++ compiler")):
+        environment = FakeEnvironment()
+        setup_environment.install_part(environment, part)
+        assert environment.commands == [] and reason in capsys.readouterr().out

@@ -7,12 +7,14 @@ operators those compile to, so a wheel of the Python files alone is enough to tr
 where the official repository cannot be reached. Only the standard library is used.
 """
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import Dict, List, NamedTuple
+from typing import NamedTuple
 
 OFFICIAL_URL = "https://github.com/facebookresearch/detectron2.git"
 OFFICIAL_COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
@@ -137,19 +139,6 @@ Tag: py3-none-any
 """
 
 
-def verify_sha256(path: Path, expected: str) -> None:
-    """
-    Raises SetupError unless the file has the expected SHA-256 hash (in hexadecimal digits).
-    """
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise SetupError(
-            f"{path.name} is not the file this project was tested with: its SHA-256 is {found}, "
-            f"not {expected}. The download may be damaged or altered: try again, check the "
-            "package index in use, or name another Detectron2 with --detectron2."
-        )
-
-
 def build_wheel(sdist: Path, folder: Path, sha256: str = SDIST_SHA256) -> Path:
     """
     Builds the pure-Python wheel.
@@ -162,7 +151,13 @@ def build_wheel(sdist: Path, folder: Path, sha256: str = SDIST_SHA256) -> Path:
     Returns:
         Path: the wheel.
     """
-    verify_sha256(sdist, sha256)
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SetupError(
+            f"{sdist.name} is not the file this project was tested with: its SHA-256 is {found}, "
+            f"not {sha256}. The download may be damaged or altered: try again, check the package "
+            "index in use, or name another Detectron2 with --detectron2."
+        )
     files = read_package(sdist)
     license_text = files.pop("LICENSE", None)
     if license_text is None:
@@ -178,14 +173,14 @@ def build_wheel(sdist: Path, folder: Path, sha256: str = SDIST_SHA256) -> Path:
     return wheel
 
 
-def read_package(sdist: Path) -> Dict[str, bytes]:
+def read_package(sdist: Path) -> dict[str, bytes]:
     """
     Reads the `detectron2` package and the licence from a source distribution.
 
     `detectron2/projects` is left out: it points at folders outside the package.
 
     Returns:
-        Dict[str, bytes]: contents by path, relative to the top folder of the archive.
+        dict[str, bytes]: contents by path, relative to the top folder of the archive.
     """
     files = {}
     with tarfile.open(sdist, "r:gz") as archive:
@@ -199,10 +194,8 @@ def read_package(sdist: Path) -> Dict[str, bytes]:
     return files
 
 
-def apply_patch(files: Dict[str, bytes], patch: Patch) -> None:
-    """
-    Makes one change in `files`, with a note at the top of the file, as the licence asks.
-    """
+def apply_patch(files: dict[str, bytes], patch: Patch) -> None:
+    """Makes one change in `files`, with a note at the top of the file, as the licence asks."""
     text = files.get(patch.path, b"").decode()
     count = text.count(patch.old)
     if count != 1:
@@ -216,9 +209,7 @@ def apply_patch(files: Dict[str, bytes], patch: Patch) -> None:
 
 
 def metadata(sdist_name: str, sha256: str) -> str:
-    """
-    Returns the METADATA file of the wheel: names, requirements and where the files come from.
-    """
+    """Returns the METADATA file of the wheel: names, requirements and where the files come from."""
     changes = "".join(f"- {patch.path}: {patch.reason}\n" for patch in PATCHES)
     return (
         METADATA_HEAD
@@ -231,11 +222,9 @@ def metadata(sdist_name: str, sha256: str) -> str:
     )
 
 
-def write_wheel(path: Path, files: Dict[str, bytes]) -> None:
-    """
-    Writes a wheel, adding the RECORD file. The same files give the same bytes.
-    """
-    record: List[str] = []
+def write_wheel(path: Path, files: dict[str, bytes]) -> None:
+    """Writes a wheel, adding the RECORD file. The same files give the same bytes."""
+    record: list[str] = []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(files):
             digest = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest())
@@ -246,9 +235,7 @@ def write_wheel(path: Path, files: Dict[str, bytes]) -> None:
 
 
 def zip_entry(name: str) -> zipfile.ZipInfo:
-    """
-    Returns an entry with a fixed date and permissions -rw-r--r--.
-    """
+    """Returns an entry with a fixed date and permissions -rw-r--r--."""
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.external_attr = 0o100644 << 16

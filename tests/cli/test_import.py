@@ -1,0 +1,643 @@
+"""From the annotations of other tools to training examples: which boxes, and which masks."""
+
+import json
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from teacher_student_mask import TeacherStudentDatasetMapper, add_teacher_student_mask_config
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.data import register_json_datasets
+from teacher_student_mask.importers import import_cvat, import_labelme, import_voc, import_yolo
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A copy of the fixtures that a test may change."""
+    shutil.copytree(FIXTURES, tmp_path / "fixtures")
+    return tmp_path / "fixtures"
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Return ``run(*arguments)``: the exit status, the path of the json and what was printed."""
+
+    def run_one(*arguments):
+        output = tmp_path / "out.json"
+        status = main(["import", *map(str, arguments), "--output", str(output), "--force"])
+        return status, output, "".join(capsys.readouterr())
+
+    return run_one
+
+
+@pytest.fixture
+def examples():
+    """Return ``examples(json, image_root)``: {file name: what the training mapper makes of it}."""
+    names = []
+
+    def map_all(json_file, image_root):
+        cfg = get_cfg()
+        add_teacher_student_mask_config(cfg)
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (str(json_file),), ()
+        cfg.DATASETS.TRAIN_IMAGE_ROOT = str(image_root)
+        cfg.DATASETS.SEEN_CLASSES, cfg.MODEL.MASK_ON = "all", True
+        register_json_datasets(cfg)
+        names.append(str(json_file))
+        mapper = TeacherStudentDatasetMapper(cfg, True, augmentations=[])
+        images = DatasetCatalog.get(str(json_file))
+        return {Path(x["file_name"]).name: mapper(x)["instances"] for x in images}
+
+    yield map_all
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def rows(instances, json_file):
+    """(class name, box, has a mask) of each object, in the order of the file."""
+    names = MetadataCatalog.get(str(json_file)).thing_classes
+    classes = [names[i] for i in instances.gt_classes]
+    boxes = [[round(v, 3) for v in x] for x in instances.gt_boxes.tensor.tolist()]
+    return list(zip(classes, boxes, instances.gt_has_mask.tolist()))
+
+
+def boxes_of(dataset):
+    return [x["bbox"] for x in dataset.coco["annotations"]]
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def edit_labelme(inputs, change):
+    path = inputs / "labelme/yard.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_yolo_keeps_boxes_and_outlines_apart(run, examples):
+    status, output, printed = run("yolo", FIXTURES / "yolo/data.yaml")
+    assert status == 0
+    found = examples(output, FIXTURES / "yolo/images/train")
+    # By hand, of an image of 80x60: the center of the first box is (20, 30), its size 20x30.
+    assert rows(found["street.png"], output) == [
+        ("person", [10, 15, 30, 45], False),
+        ("dog", [40, 30, 60, 45], True),
+        ("dog", [60, 48, 80, 60], False),  # 84x60 in the txt: cut
+    ]
+    (polygon,) = found["street.png"].gt_masks.polygons[1]
+    np.testing.assert_allclose(polygon, [40, 30, 60, 30, 56, 45, 40, 45])
+    assert len(found["empty.png"]) == 0
+    assert "1 images have no txt" in printed and "1 boxes or outlines reached out" in printed
+    coco = json.loads(output.read_text())
+    assert coco["categories"] == [{"id": 0, "name": "person"}, {"id": 1, "name": "dog"}]
+    assert "segmentation" not in coco["annotations"][0] and coco["annotations"][0]["area"] == 600
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "train: images/train\nnames: [person, dog]",
+        "train: [images/train]\nnames: {0: person, 1: dog}",
+        "train: ../images/train\nnames: [person, dog]",
+        "path: .\ntrain: list.txt\nnames: [person, dog]",
+    ],
+)
+def test_yolo_names_and_splits_in_all_their_forms(yaml, inputs):
+    (inputs / "yolo/data.yaml").write_text(yaml)
+    (inputs / "yolo/list.txt").write_text("./images/train/street.png\nimages/train/empty.png\n")
+    # Off by rounding alone.
+    labels = inputs / "yolo/labels/train/street.txt"
+    labels.write_text("0 0.5 0.5 1.000001 1\n1 -0.000001 0 1.000001 0 1 1\n")
+    dataset = import_yolo(inputs / "yolo/data.yaml")
+    assert len(dataset.coco["images"]) == 2 and boxes_of(dataset) == [[0, 0, 80, 60]] * 2
+    assert dataset.coco["annotations"][1]["segmentation"] == [[0, 0, 80, 0, 80, 60]]
+
+
+def test_yolo_labels_without_an_image_are_counted(inputs):
+    labels, images = inputs / "yolo/labels/train", inputs / "yolo/images/train"
+    (labels / "old").mkdir()
+    for name in ("old/1.txt", "gone.txt", "OTHER.txt"):
+        (labels / name).write_text("0 0.5 0.5 0.5 0.5\n")
+    (labels / "classes.txt").write_text("person\ndog\n")
+    # The image of another split is there, so its labels have one.
+    shutil.copy(images / "street.png", images / "OTHER.PNG")
+    (inputs / "yolo/list.txt").write_text("images/train/street.png\n")
+    (inputs / "yolo/data.yaml").write_text("train: list.txt\nnames: [person, dog]")
+    dataset = import_yolo(inputs / "yolo/data.yaml")
+    assert len(dataset.coco["images"]) == 1
+    note = f"txts with labels have no image and were left out, such as {labels}/gone.txt"
+    assert dataset.notes[note] == 2
+
+
+def test_hidden_copies_are_skipped_and_links_are_followed_once(inputs):
+    images = inputs / "yolo/images/train"
+    (images / ".ipynb_checkpoints").mkdir()
+    shutil.copy(images / "street.png", images / ".ipynb_checkpoints/street-checkpoint.png")
+    (images / "._street.png").write_bytes(b"of macOS")
+    (inputs / "elsewhere").mkdir()
+    shutil.copy(images / "street.png", inputs / "elsewhere/far.png")
+    (images / "linked").symlink_to(inputs / "elsewhere")
+    (images / "cycle").symlink_to(images)
+    dataset = import_yolo(inputs / "yolo/data.yaml")
+    names = [x["file_name"] for x in dataset.coco["images"]]
+    assert names == ["empty.png", "linked/far.png", "street.png"]
+
+
+def test_labelme_polygons_groups_masks_and_rectangles(run, examples):
+    status, output, printed = run("labelme", FIXTURES / "labelme")
+    assert status == 0
+    found = examples(output, FIXTURES / "labelme")["yard.png"]
+    assert rows(found, output) == [
+        ("hen", [4, 4, 20, 12], True),
+        ("hen", [30, 4, 50, 20], True),  # two outlines of one group
+        ("cart", [10, 20, 40, 40], False),  # drawn from the right upper corner
+        ("cart", [50, 30, 53, 32], True),
+    ]
+    masks = found.gt_masks.tensor.numpy()
+    expected = np.zeros((48, 64), dtype=bool)
+    expected[30:32, 50:53] = [[1, 0, 1], [1, 1, 1]]
+    np.testing.assert_array_equal(masks[3], expected)
+    # Halves of 10x6 and 6x16, but for the pixels on their edges.
+    assert abs(masks[1].sum() - (30 + 48)) <= 10
+    assert "1 shapes of the kind 'circle' were left out" in printed
+
+
+def test_labelme_reserved_labels_are_no_classes(inputs):
+    hen = {"label": "hen", "points": [[1, 1], [9, 1], [9, 5]]}  # without a type: a polygon
+    shapes = [hen, {**hen, "label": "__ignore__"}, {**hen, "label": "_background_"}]
+    edit_labelme(inputs, lambda x: x.update(shapes=shapes))
+    for names in (None, ["__ignore__", "_background_", "hen"]):
+        dataset = import_labelme(inputs / "labelme", names)
+        assert dataset.coco["categories"] == [{"id": 1, "name": "hen"}]
+        assert dataset.coco["annotations"][0]["segmentation"] == [[1, 1, 9, 1, 9, 5]]
+        assert len(dataset.coco["annotations"]) == 1
+        assert dataset.notes["shapes with the label '__ignore__' were left out"] == 1
+
+
+def test_labels_that_differ_by_blanks_or_case_are_told(run, inputs):
+    edit_labelme(inputs, lambda x: x["shapes"][0].update(label="Hen "))
+    status, _, printed = run("labelme", inputs / "labelme")
+    assert status == 0
+    assert "warning: the classes 'Hen ', 'hen' differ by blanks or case alone" in printed
+
+
+def test_classes_from_a_file_give_the_ids(run, inputs):
+    classes = inputs / "classes.txt"
+    for text, message in (
+        ("hen\n", "the class is 'cart'; allowed: hen."),
+        ("hen\ncart\nhen\n", f"{classes}: the class names are not all different: 'hen' is there 2"),
+        ("\n", "empty; allowed: one class name a line"),
+    ):
+        classes.write_text(text)
+        status, _, printed = run("labelme", inputs / "labelme", "--classes", classes)
+        assert status == 1 and message in printed
+    classes.write_text("hen\nfence\n\ncart\n")
+    status, output, _ = run("labelme", inputs / "labelme", "--classes", classes)
+    categories = json.loads(output.read_text())["categories"]
+    assert categories == [{"id": i + 1, "name": x} for i, x in enumerate(["hen", "fence", "cart"])]
+
+
+def test_voc_counts_pixels_from_one(run, examples):
+    root = FIXTURES / "voc/JPEGImages"
+    status, output, printed = run("voc", FIXTURES / "voc/Annotations", "--images", root)
+    assert status == 0
+    # The first box is the whole image of 50x40; parts of objects are none.
+    assert rows(examples(output, root)["2008_000001.png"], output) == [
+        ("horse", [0, 0, 50, 40], False),
+        ("dog", [10, 5, 30, 25], False),
+    ]
+    assert "1 objects are marked as difficult; they are kept" in printed
+    dataset = import_voc(FIXTURES / "voc/Annotations", root, zero_based=True)
+    assert boxes_of(dataset) == [[1, 1, 49, 39], [11, 6, 19, 19]]
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        "<x1>10</x1><y1>8</y1><x2>30</x2><y2>8.5</y2><x10>20</x10><y10>25</y10>",
+        "<pt><x>10</x><y>8</y></pt><pt><x>30</x><y>8.5</y></pt><pt><x>20</x><y>25</y></pt>",
+    ],
+)
+def test_outlines_in_a_voc_xml_are_masks(polygon, inputs):
+    path = inputs / "voc/Annotations/2008_000001.xml"
+    edit(path, "<name>dog</name>", f"<name>dog</name><polygon>{polygon}</polygon>")
+    horse, dog = import_voc(path.parent, inputs / "voc/JPEGImages").coco["annotations"]
+    assert dog["segmentation"] == [[10, 8, 30, 8.5, 20, 25]] and dog["bbox"] == [10, 8, 20, 17]
+    assert "segmentation" not in horse
+
+
+@pytest.mark.parametrize(
+    "declared, written, name",
+    [
+        ("ISO-8859-1", "latin-1", "cät"),
+        ("UTF-16", "utf-16", "猫"),
+        ("utf-16", "utf-8", "猫"),  # as .NET may write it
+        ("utf-8", "utf-8-sig", "猫"),
+    ],
+)
+def test_xmls_are_read_in_the_encoding_that_they_declare(declared, written, name, inputs):
+    path = inputs / "voc/Annotations/2008_000001.xml"
+    edit(path, "<name>dog</name>", f"<name>{name}</name>")
+    text = f'<?xml version="1.0" encoding="{declared}"?>\n{path.read_text()}'
+    path.write_bytes(text.encode(written))
+    dataset = import_voc(path.parent, inputs / "voc/JPEGImages")
+    assert {x["name"] for x in dataset.coco["categories"]} == {name, "horse"}
+
+
+def test_brush_masks_of_cvat_are_no_crowds(run, examples):
+    path = FIXTURES / "cvat/annotations/instances_default.json"
+    status, output, printed = run("cvat", path, "--images", FIXTURES / "cvat/images/default")
+    assert status == 0
+    found = examples(output, FIXTURES / "cvat/images/default")["frame_000000.png"]
+    assert rows(found, output) == [
+        ("cell", [8, 1, 15, 5], True),
+        ("cell", [3, 2, 6, 5], True),
+        ("debris", [10, 6, 18, 9], False),
+    ]
+    expected = np.zeros((2, 10, 20), dtype=bool)
+    expected[0, 1:5, 8:12] = expected[0, 1:3, 13:15] = True
+    expected[1, 2:5, 3:6] = True
+    expected[1, 4, 5] = False
+    np.testing.assert_array_equal(found.gt_masks.tensor.numpy()[:2], expected)
+    assert "1 masks drawn with the brush are no longer marked" in printed
+    assert import_cvat(path, keep_crowds=True).coco == json.loads(path.read_text())
+
+
+def test_turned_boxes_of_cvat_become_the_boxes_around_them(inputs):
+    path = inputs / "cvat/annotations/instances_default.json"
+    data = json.loads(path.read_text())
+    (box,) = [x for x in data["annotations"] if x["segmentation"] == []]
+    box.update(bbox=[4, 4, 8, 2], attributes={"rotation": 90.0})  # about (8, 5), of 20x10
+    path.write_text(json.dumps(data))
+    dataset = import_cvat(path)
+    assert dataset.coco["annotations"][2]["bbox"] == [7, 1, 2, 8]
+    box["attributes"]["rotation"] = 45  # half a diagonal: 5 / sqrt(2)
+    path.write_text(json.dumps(data))
+    half = 5 / 2**0.5
+    expected = [8 - half, 5 - half, 2 * half, 2 * half]
+    assert boxes_of(import_cvat(path))[2] == pytest.approx(expected, abs=1e-5)
+    assert dataset.notes["turned boxes have become the upright boxes around them"] == 1
+
+
+CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
+<annotations><version>1.1</version><meta><task><labels>
+  <label><name>cell</name></label><label><name>debris</name></label>
+</labels></task></meta>
+<image id="7" name="sub/a.png" width="20" height="10">
+  <box label="debris" xtl="2" ytl="1" xbr="6" ybr="3" occluded="0"/>
+  <box label="debris" xtl="4" ytl="4" xbr="12" ybr="6" rotation="90.0"/>
+  <polygon label="cell" points="1.00,1.00;5.00,1.00;5.00,4.00" group_id="3"/>
+  <polygon label="cell" points="8,1;12,1;12,4" group_id="3"/>
+  <mask label="cell" rle="0, 3, 1, 2" left="14" top="6" width="3" height="2"/>
+  <polyline label="cell" points="1,1;2,2"/>
+</image>
+<image id="8" name="b.png" width="20" height="10"/>
+</annotations>"""
+
+
+def test_cvat_for_images(run, tmp_path):
+    path = tmp_path / "annotations.xml"
+    path.write_text(CVAT_XML)
+    status, output, printed = run("cvat", path)
+    assert status == 0 and "1 shapes of the kind 'polyline' were left out" in printed
+    coco = json.loads(output.read_text())
+    assert [x["file_name"] for x in coco["images"]] == ["sub/a.png", "b.png"]
+    assert coco["categories"] == [{"id": 1, "name": "cell"}, {"id": 2, "name": "debris"}]
+    found = [(x["category_id"], x["bbox"], "segmentation" in x) for x in coco["annotations"]]
+    assert found == [
+        (2, [2, 1, 4, 2], False),
+        (2, [7, 1, 2, 8], False),
+        (1, [1, 1, 11, 3], True),
+        (1, [14, 6, 3, 2], True),
+    ]
+    assert len(coco["annotations"][2]["segmentation"]) == 2  # an object behind another
+    assert coco["annotations"][3]["area"] == 5
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the task as"),
+        ("8,1;12,1;12,4", "8,1;12,1", "object 2: the outline is .*; allowed: at least 3 pairs"),
+        ("0, 3, 1, 2", "0, 3, 1", "object 3: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
+        ('xtl="2"', 'xtl="?"', r"object 0: the box is \['\?', '1', '6', '3'\]"),
+        ('left="14"', 'left="18"', r"mask of 3x2 pixels at \(18, 6\) is empty, or not inside"),
+    ],
+)
+def test_broken_xmls_of_cvat_are_named(old, new, message, run, tmp_path):
+    path = tmp_path / "annotations.xml"
+    path.write_text(CVAT_XML)
+    edit(path, old, new)
+    status, output, printed = run("cvat", path)
+    assert status == 1 and not output.exists()
+    assert re.search(f"error: {path}.*{message}", printed)
+
+
+def test_label_studio_needs_no_import(examples):
+    path = FIXTURES / "label_studio/result.json"
+    assert rows(examples(path, "")["3f2a1b7c-shelf.png"], path) == [
+        ("box", [4, 6, 14, 18], False),
+        ("bottle", [20, 6, 30, 24], True),
+    ]
+
+
+def test_lvis_gets_file_names(run, examples, inputs):
+    path = inputs / "lvis/lvis_v1_train.json"
+    status, output, printed = run("lvis", path, "--images", inputs / "lvis")
+    assert status == 0 and "1 images have got a 'file_name'" in printed
+    found = examples(output, inputs / "lvis")["000000000001.jpg"]
+    assert rows(found, output) == [("antenna", [4, 4, 12, 9], True)]
+    data = json.loads(path.read_text())
+    for url in ("1.jpg", "http://[1/train2017/1.jpg"):
+        data["images"][0]["coco_url"] = url
+        path.write_text(json.dumps(data))
+        status, _, printed = run("lvis", path)
+        assert status == 1 and f"image 1 has no 'file_name': 'coco_url' is {url!r}" in printed
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("0 0.5 0.5 0.5", "3 numbers behind the class; allowed: 4 of a box"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "5 numbers behind the class.*A confidence at the end"),
+        ("2 0.5 0.5 0.5 0.5", "the class is 2; allowed: 0, 1"),
+        ("0 0.5 0.5 0.5 1.2", r"allowed: coordinates in \[0, 1\]"),
+        ("0 0.5 0.5 nan 0.5", r"allowed: coordinates in \[0, 1\]"),
+        ("dog 0.5 0.5 0.5 0.5", "the class is dog; allowed: 0, 1"),
+    ],
+)
+def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
+    labels = inputs / "yolo/labels/train/street.txt"
+    labels.write_text(f"0 0.5 0.5 0.5 0.5\n\n{line}\n")
+    status, output, printed = run("yolo", inputs / "yolo/data.yaml")
+    assert status == 1 and not output.exists()
+    assert re.search(rf"error: {labels}, line 3: .*{message}", printed)
+
+
+@pytest.mark.parametrize(
+    "yaml, message",
+    [
+        ("names: [a]", "'train' is missing; allowed: one of names"),
+        ("train: images/train\nnames: a", r"got `str` - at `\$.names`"),
+        ("train: images/train\nnames: [a, b, a]", "not all different: 'a' is there 2 times"),
+        ("train: images/train\nnames: [a, yes]", r"got `bool` - at `\$.names\[1\]`"),
+        ("train: images/train\nnc: 3\nnames: [a, b]", "'nc' is 3; allowed: 2"),
+        ("train: images/none\nnames: [a]", "'train' is .*none; allowed: a folder that exists"),
+        ("train: labels\nnames: [a]", "allowed: a folder with images"),
+        ("path: nowhere\ntrain: images\nnames: [a]", "'path' is nowhere; allowed: a folder"),
+        ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]", "the labels are keypoints"),
+        ("train: list.txt\nnames: [a]", "none of the 1 images of 'train' has a txt"),
+        ("a: [", r"data.yaml: [^\n]*line 1, column 5[^\n]*\.\n$"),
+    ],
+)
+def test_a_broken_yaml_is_named(yaml, message, run, inputs):
+    path = inputs / "yolo/data.yaml"
+    path.write_text(yaml)
+    (inputs / "yolo/list.txt").write_text("images/train/empty.png\n")
+    status, _, printed = run("yolo", path)
+    assert status == 1 and re.search(f"error: .*{message}", printed)
+
+
+@pytest.mark.parametrize(
+    "shape, fields, message",
+    [
+        (0, {"points": [[1, 2], [3, 4]]}, r"shape 0 \(hen\): 'points' .*at least 3 points"),
+        (0, {"points": [[1, 2], [3, "x"], [4, 5]]}, r"\$.shapes\[0\].points\[1\]\[1\]"),
+        (1, {"label": " "}, r"\$.shapes\[1\].label"),
+        (1, {"group_id": [1]}, r"\$.shapes\[1\].group_id"),
+        (3, {"points": [[1, 2]]}, r"shape 3 \(cart\): .*2 or 4 points of a rectangle"),
+        (3, {"group_id": 1, "label": "hen"}, "'group_id' 1 is polygon, polygon, rectangle"),
+        (4, {"mask": "?"}, r"shape 4 \(cart\): 'mask' is no picture in base64"),
+        (4, {"points": [[62, 30], [64, 31]]}, r"of 3x2 pixels at \(62, 30\) is empty, or not"),
+    ],
+)
+def test_broken_shapes_of_labelme_are_named(shape, fields, message, run, inputs):
+    edit_labelme(inputs, lambda x: x["shapes"][shape].update(fields))
+    status, output, printed = run("labelme", inputs / "labelme")
+    assert status == 1 and not output.exists()
+    assert re.search(f"error: .*yard.json.*{message}|error: .*{message}", printed)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("<xmax>50</xmax>", "<xmax>0</xmax>", "object 0: <bndbox> is .*'0', '40'"),
+        ("<name>dog</name>", "", "<object> has no <name>"),
+        ("<name>dog</name>", "<name>dog</name><polygon>1 2</polygon>", "object 1: the outline is"),
+        ("<filename>2008_000001.png</filename>", "", "<annotation> has no <filename>"),
+        ("</object>\n</annotation>", "", "no xml that can be read"),
+        (
+            "<annotation>\n\t<fo",
+            '<!DOCTYPE a [<!ENTITY b "c">]><annotation><fo',
+            "a DOCTYPE is not",
+        ),
+        ("<annotation>\n\t<fo", '<?xml version="1.0" encoding="no-8"?><annotation><fo', "no-8"),
+    ],
+)
+def test_a_broken_xml_is_named(old, new, message, run, inputs):
+    path = inputs / "voc/Annotations/2008_000001.xml"
+    edit(path, old, new)
+    status, _, printed = run(
+        "voc", inputs / "voc/Annotations", "--images", inputs / "voc/JPEGImages"
+    )
+    assert status == 1 and re.search(f"error: .*2008_000001.xml.*{message}", printed)
+
+
+@pytest.mark.parametrize("format", ["cvat", "lvis"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": [1]}'])
+def test_what_is_no_coco_json_is_named(format, content, run, tmp_path):
+    path = tmp_path / "in.json"
+    path.write_text(content)
+    status, _, printed = run(format, path)
+    assert status == 1 and f"error: {path}: " in printed
+
+
+def test_what_training_could_not_take_is_not_written(run, inputs):
+    path = inputs / "cvat/annotations/instances_default.json"
+    data = json.loads(path.read_text())
+    data["annotations"][0]["bbox"] = [1, 2]
+    path.write_text(json.dumps(data))
+    status, output, printed = run("cvat", path)
+    assert status == 1 and not output.exists() and "not written" in printed
+    # Not that of the output, which does not exist: the ids are those of the input.
+    assert re.search(f"error: {path}: .*annotation.*bbox", printed)
+
+
+def test_images_that_are_missing_broken_or_deep_are_named(run, inputs):
+    (inputs / "labelme/yard.png").write_text("no picture")
+    _, _, printed = run("labelme", inputs / "labelme")
+    assert re.search("yard.json: its image .*yard.png cannot be read", printed)
+    (inputs / "voc/JPEGImages/2008_000001.png").unlink()
+    _, _, printed = run("voc", inputs / "voc/Annotations", "--images", inputs / "voc/JPEGImages")
+    assert re.search("2008_000001.xml: its image .* does not exist", printed)
+    path = inputs / "yolo/images/train/street.png"
+    Image.fromarray(np.full((60, 80), 4000, dtype=np.uint16)).save(path)
+    _, _, printed = run("yolo", inputs / "yolo/data.yaml")
+    assert f"data.yaml: its image {path}: its mode is 'I" in printed
+
+
+def turn(path, orientation):
+    """Save the picture at `path` again, as it is stored, with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as picture:
+        picture.copy().save(path, exif=exif)
+
+
+def move_exif_behind_the_pixels(path):
+    """Of a PNG: the chunk before IEND, where the standard allows it, too."""
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+    chunk, rest = content[start:end], content[:start] + content[end:]
+    path.write_bytes(rest[:-12] + chunk + rest[-12:])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_yolo_fractions_are_of_the_image_as_exif_turns_it(orientation, run, examples, inputs):
+    path = inputs / "yolo/images/train/street.png"
+    (inputs / "yolo/labels/train/street.txt").write_text("0 0.5 0.25 0.5 0.5\n")
+    turn(path, orientation)
+    if orientation == 6:
+        move_exif_behind_the_pixels(path)
+    status, output, printed = run("yolo", inputs / "yolo/data.yaml")
+    # The file is stored as 80x60. The mapper, which turns it, compares its size with the json.
+    found = examples(output, path.parent)["street.png"]
+    width, height = (60, 80) if orientation > 4 else (80, 60)
+    assert status == 0 and found.image_size == (height, width)
+    assert rows(found, output) == [("person", [width / 4, 0, 3 * width / 4, height / 2], False)]
+    assert ("1 images are turned as their EXIF" in printed) == (orientation > 1)
+
+
+def declare_in_labelme(inputs, width, height):
+    fields = {"imageWidth": width, "imageHeight": height, "imagePath": "yard.png"}
+    edit_labelme(inputs, lambda x: x.update(fields, shapes=x["shapes"][:1]))
+    return ["labelme", inputs / "labelme"], inputs / "labelme/yard.png"
+
+
+def declare_in_voc(inputs, width, height):
+    path = inputs / "voc/Annotations/2008_000001.xml"
+    size = f"<size><width>{width}</width><height>{height}</height></size>".replace("None", "")
+    path.write_text(re.sub("<size>.*</size>", size, path.read_text(), flags=re.DOTALL))
+    root = inputs / "voc/JPEGImages"
+    return ["voc", path.parent, "--images", root], root / "2008_000001.png"
+
+
+def declare_in_cvat(inputs, width, height):
+    path = inputs / "cvat/annotations/instances_default.json"
+    data = json.loads(path.read_text())
+    data["images"][0].update(width=width, height=height)
+    data["annotations"] = [x for x in data["annotations"] if x["segmentation"] == []]
+    path.write_text(json.dumps(data))
+    root = inputs / "cvat/images/default"
+    return ["cvat", path, "--images", root], root / "frame_000000.png"
+
+
+DECLARE = {declare_in_labelme: (64, 48), declare_in_voc: (50, 40), declare_in_cvat: (20, 10)}
+
+
+@pytest.mark.parametrize("declare", DECLARE)
+def test_a_size_that_is_not_that_of_the_image_is_an_error(declare, run, inputs):
+    width, height = DECLARE[declare]
+    for wrong in ((10 * width, 10 * height), (width, height + 1), ("wide", height)):
+        arguments, image = declare(inputs, *wrong)
+        status, output, printed = run(*arguments)
+        assert status == 1 and not output.exists()
+        assert re.search(rf"the size in .* is {wrong[0]} x {wrong[1]}[,;]", printed)
+    arguments, image = declare(inputs, width, height)
+    assert run(*arguments)[0] == 0
+    turn(image, 8)
+    _, _, printed = run(*arguments)
+    assert f"{width} x {height}, but its image {image} has {height} x {width}" in printed
+    assert "as its EXIF orientation 8 turns it" in printed and "exiftool -Orientation=" in printed
+    status, output, _ = run(*declare(inputs, height, width)[0])
+    (entry,) = json.loads(output.read_text())["images"]
+    assert status == 0 and (entry["width"], entry["height"]) == (height, width)
+    if declare is not declare_in_cvat:  # 0 and nothing: not known
+        assert run(*declare(inputs, 0, None)[0])[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["yolo", "data.yaml"],
+        ["labelme", ".", "--classes", "classes.txt"],
+        ["voc", "Annotations", "--images", "JPEGImages", "--classes", "classes.txt"],
+        ["cvat", "annotations/instances_default.json"],
+        ["lvis", "lvis_v1_train.json"],
+    ],
+)
+def test_a_byte_order_mark_changes_nothing(arguments, run, inputs, monkeypatch):
+    monkeypatch.chdir(inputs / arguments[0])
+    Path("classes.txt").write_text("horse\ndog\nhen\ncart\n")
+    status, output, _ = run(*arguments)
+    expected = output.read_text()
+    assert status == 0
+    for path in [x for x in Path().rglob("*") if x.suffix in (".txt", ".yaml", ".json", ".xml")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run(*arguments)[0] == 0 and output.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["yolo", "none.yaml", "--output", "TMP/a.json"], "none.yaml: no such file"),
+        (["voc", "none", "--output", "TMP/a.json"], "none: no such folder"),
+        (["voc", "FIX/voc", "--images", "none", "--output", "TMP/a.json"], "--images none: no suc"),
+        (["voc", "FIX/voc", "--output", "TMP/none/a.json"], "a folder that exists"),
+        (["voc", "FIX/voc", "--output", "TMP/there.json"], "exists; --force replaces it"),
+        (["lvis", "TMP/there.json", "--output", "TMP/there.json", "--force"], "the input itself"),
+    ],
+)
+def test_paths_that_cannot_be_right(arguments, message, tmp_path, capsys):
+    (tmp_path / "there.json").write_text("mine")
+    places = {"TMP": str(tmp_path), "FIX": str(FIXTURES)}
+    arguments = [re.sub("TMP|FIX", lambda x: places[x[0]], a) for a in arguments]
+    assert main(["import", *arguments]) == 1 and message in capsys.readouterr().err
+    assert (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_an_option_that_would_have_no_effect_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["import", "yolo", "a.yaml", "--output", "a.json", "--zero-based"])
+    assert "unrecognized arguments: --zero-based" in capsys.readouterr().err
+
+
+def test_notes_say_why_no_object_is_left(run, inputs):
+    edit_labelme(inputs, lambda x: x.update(shapes=x["shapes"][-1:]))  # the circle
+    status, output, printed = run("labelme", inputs / "labelme")
+    assert status == 1 and not output.exists()
+    assert printed.startswith("note: 1 shapes of the kind 'circle' were left out\nerror: ")
+    assert "there is no object to import" in printed
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", "$HOME `a` \\b!", 'say "a"', "é"])
+def test_the_last_line_can_be_pasted(name, inputs, tmp_path, capsys):
+    folder = tmp_path / name
+    shutil.copytree(inputs / "labelme", folder)
+    edit(folder / "yard.json", "..\\\\labelme\\\\yard.png", "yard.png")
+    arguments = ["labelme", str(folder), "--output", str(folder / "out.json")]
+    assert main(["import", *arguments]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True)
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.merge_from_list(shell.stdout.splitlines())
+    assert shlex.split(line) == shell.stdout.splitlines()
+    assert cfg.DATASETS.TRAIN == (str(folder / "out.json"),)
+    assert cfg.DATASETS.TRAIN_IMAGE_ROOT == str(folder)

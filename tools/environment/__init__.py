@@ -1,1 +1,0 @@
-"""How tools/setup_environment.py makes the environment; the standard library alone."""

@@ -1,1 +1,0 @@
-"""Annotations of other tools, read for tools/import_annotations.py."""
