@@ -20,7 +20,14 @@ import torch
 from detectron2 import __version__ as detectron2_version
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import detection_utils as utils
-from detectron2.modeling import build_model
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    build_model,
+)
 from torch import nn
 
 from .errors import InputError
@@ -56,6 +63,14 @@ _ROI_HEADS = {
     "PartiallySupervisedROIHeads": "StandardROIHeads",
 }
 _MASK_HEADS = {"MaskRCNNConvMultiUpsampleHead": "MaskRCNNConvUpsampleHead"}
+# What else of a model can be somebody's own.
+_REGISTRIES = {
+    "META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "BACKBONE": BACKBONE_REGISTRY,
+    "PROPOSAL_GENERATOR": PROPOSAL_GENERATOR_REGISTRY,
+    "ROI_BOX_HEAD": ROI_BOX_HEAD_REGISTRY,
+    "ROI_MASK_HEAD": ROI_MASK_HEAD_REGISTRY,
+}
 
 # What is written last, so that a folder which has it is an export.
 _DESCRIPTION = "deployment.json"
@@ -179,6 +194,15 @@ def plain_config(cfg: CfgNode) -> CfgNode:
                 "head of a plain Mask R-CNN has one deconvolution."
             )
         mask_head.NAME = _MASK_HEADS[mask_head.NAME]
+    for key, registry in _REGISTRIES.items():
+        value = plain.MODEL[key]
+        name = value if isinstance(value, str) else value.NAME
+        package = registry.get(name).__module__.partition(".")[0]
+        if package != "detectron2":
+            raise InputError(
+                f"MODEL.{key} is {name!r}, of the package {package}; a plain Mask R-CNN does not "
+                "have it."
+            )
     if plain.MODEL.ROI_HEADS.NAME not in _ROI_HEADS:
         raise InputError(
             f"MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}; what can be exported: "
@@ -216,13 +240,6 @@ def _plain(
     config.MODEL.DEVICE = "cpu"
     plain = build_model(config).eval()
     config.MODEL.DEVICE = cfg.MODEL.DEVICE
-    for name, module in plain.named_modules():
-        package = type(module).__module__.partition(".")[0]
-        if package not in ("torch", "detectron2", "fvcore"):
-            raise InputError(
-                f"{name} is a {type(module).__name__} of {package}, which a plain Mask R-CNN does "
-                "not have."
-            )
     try:
         plain.load_state_dict(model.state_dict())
     except RuntimeError as error:

@@ -1,0 +1,186 @@
+"""The page of tsmask app: what a session computes, and the page itself in a browser."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from headless_browser import launch_chromium
+from small_students import write_noise, write_small_student
+
+from teacher_student_mask.cli import app
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.errors import InputError
+from teacher_student_mask.trained_model import load_model
+
+IMAGE = np.full((20, 30, 3), (1, 2, 3), np.uint8)
+
+
+class TwoObjects:
+    """A trained model that finds two objects; the mask of the first tells which head ran."""
+
+    heads, class_names = ("student", "teacher"), ["cat", "dog"]
+
+    def __init__(self):
+        self.model = SimpleNamespace(roi_heads=SimpleNamespace(test_mask_head="student"))
+        self.images = []
+
+    def predict(self, image):
+        self.images.append(image)
+        masks = torch.zeros(2, *image.shape[:2], dtype=torch.bool)
+        masks[0, :2, : 3 if self.model.roi_heads.test_mask_head == "student" else 5] = True
+        found = Instances(image.shape[:2])
+        found.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 5.26, 2.0], [10.0, 5.0, 20.0, 15.0]]))
+        found.scores = torch.tensor([0.9, 0.4])
+        found.pred_classes = torch.tensor([1, 0])
+        found.pred_masks = masks
+        return found
+
+
+@pytest.fixture
+def session():
+    return app.AppSession(TwoObjects())
+
+
+def test_objects_above_the_score_are_listed(session):
+    picture, rows, text = session.show(IMAGE, 0.5, "student")
+    assert rows == [[1, "dog", 0.9, 0.0, 0.0, 5.3, 2.0, 6]] and len(rows[0]) == len(app.COLUMNS)
+    assert text == "1 of 2 objects have a score of 0.50 or more."
+    # Enlarged until labels are legible.
+    assert picture.dtype == np.uint8 and picture.shape[:2] == (280, 420)
+    _, rows, _ = session.show(IMAGE, 0.4, "student")
+    assert [row[1] for row in rows] == ["dog", "cat"]
+    large = np.full((400, 410, 3), (10, 100, 200), np.uint8)
+    picture, rows, _ = session.show(large, 1.0, "student")
+    assert rows == [] and np.array_equal(picture, large)
+
+
+def test_the_model_gets_bgr_and_runs_only_for_another_image_or_head(session):
+    for score in (0.2, 0.5, 0.8):
+        session.show(IMAGE, score, "student")
+    (image,) = session.trained.images
+    assert image[0, 0].tolist() == [3, 2, 1]
+    assert session.show(IMAGE, 0.5, "teacher")[1][0][-1] == 10
+    assert session.show(IMAGE, 0.5, "student")[1][0][-1] == 6
+    session.show(IMAGE.reshape(30, 20, 3), 0.5, "student")  # the same bytes
+    assert len(session.trained.images) == 4
+
+
+def test_an_image_that_is_too_large_is_refused(session, monkeypatch):
+    monkeypatch.setattr(app, "MAX_PIXELS", 599)
+    with pytest.raises(InputError, match="30 x 20 pixels"):
+        session.show(IMAGE, 0.5, "student")
+
+
+def test_of_a_real_model_both_heads_run(tmp_path):
+    write_small_student(tmp_path, "teacher_student_shapes.yaml")
+    session = app.AppSession(load_model(str(tmp_path / "config.yaml"), score_threshold=0.0))
+    image = write_noise(tmp_path / "photo.png")
+    student, teacher = (session.show(image, 0.0, x)[1] for x in session.trained.heads)
+    assert len(student) == len(teacher) == 5
+    assert [x[:-1] for x in student] == [x[:-1] for x in teacher] and student != teacher
+
+
+def test_without_gradio_the_command_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", "--config-file", "none.yaml"]) == 1
+    assert "pip install -c constraints.txt gradio" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser():
+    reason = "gradio is not installed: make test TEST_PARTS='crf browser export app'"
+    pytest.importorskip("gradio", reason=reason)
+    with launch_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def server(browser, tmp_path_factory):
+    """The program in a process with its own home, working and temporary folder."""
+    folder = tmp_path_factory.mktemp("app")
+    write_small_student(folder, "teacher_student_shapes.yaml")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = dict(os.environ, HOME=str(folder / "home"), TMPDIR=str(folder / "temp"))
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"):
+        environment.pop(name, None)
+    environment["MPLCONFIGDIR"] = str(folder / "matplotlib")
+    for name in ("home", "temp", "work", "matplotlib"):
+        (folder / name).mkdir()
+    command = [sys.executable, "-m", "teacher_student_mask", "app", "--port", str(port)]
+    command += ["--config-file", str(folder / "config.yaml")]
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder / "work", env=environment, stdout=log, stderr=log
+        )
+    end = time.monotonic() + 300
+    while "The page: " not in (folder / "log").read_text():
+        assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
+        time.sleep(0.2)
+    yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{port}", process=process)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser, server):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    requests, problems = [], []
+    page.on("request", lambda x: requests.append(x.url))
+    page.on("pageerror", lambda x: problems.append(str(x)))
+    page.set_default_timeout(120_000)
+    page.goto(server.url)
+    picture = page.locator("#picture img")
+
+    def wait_for(text):
+        page.wait_for_function(
+            "text => document.querySelector('#summary')?.innerText.includes(text)", arg=text
+        )
+
+    wait_for("Drop an image")
+    write_noise(server.folder / "photo.png")
+    page.locator("input[type=file]").first.set_input_files(server.folder / "photo.png")
+    wait_for("5 objects")
+    picture.wait_for()
+    # All objects, with the keyboard.
+    page.locator("#score input[type=range]").focus()
+    page.keyboard.press("Home")
+    wait_for("5 of 5 objects have a score of 0.05")
+    before = picture.get_attribute("src")
+    # The other head has other masks.
+    page.locator("#head input[value=teacher]").check()
+    page.wait_for_function(
+        "before => document.querySelector('#picture img').src !== before", arg=before
+    )
+    page.locator("#score input[type=range]").focus()
+    page.keyboard.press("End")
+    wait_for("score of 1.00")
+    # What is not an image is refused in words.
+    (server.folder / "broken.png").write_text("no image")
+    page.locator("button[aria-label='Remove Image']").click()
+    wait_for("Drop an image")
+    page.locator("input[type=file]").first.set_input_files(server.folder / "broken.png")
+    toast = page.locator(".toast-body").first
+    toast.wait_for()
+    assert "This file cannot be read as an image; try a PNG or JPEG." in toast.inner_text()
+    page.close()
+
+    assert problems == []
+    assert [x for x in requests if not x.startswith((server.url, "data:", "blob:"))] == []
+    # Nothing outside the temporary folder, and that is empty afterwards.
+    assert list((server.folder / "work").iterdir()) == []
+    assert [x for x in (server.folder / "home").rglob("*") if x.is_file()] == []
+    assert len(list((server.folder / "temp").glob("tsmask-app-*"))) == 1
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    assert list((server.folder / "temp").glob("tsmask-app-*")) == []
