@@ -33,6 +33,7 @@ from .data import TeacherStudentDatasetMapper
 from .errors import InputError
 from .evaluation import compute_overlaps
 from .masks_on_boxes import grabcut_masks, model_masks
+from .modeling import GrabCutRCNN
 from .trained_model import TrainedModel, load_config, load_model
 
 __all__ = [
@@ -344,6 +345,8 @@ def _prepare(
         )
         return mapper, grabcut_masks, 0
     trained = load_model(settings.config_file, weights=settings.weights, opts=settings.opts)
+    if isinstance(trained.model, GrabCutRCNN):
+        raise InputError("A GrabCutRCNN has no mask head; --grabcut makes its masks without it.")
     allowed = ("student", "teacher", "both") if len(trained.heads) > 1 else trained.heads
     masks_of = settings.masks_of or allowed[-1]
     if masks_of not in allowed:
