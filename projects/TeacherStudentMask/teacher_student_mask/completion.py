@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -81,7 +81,7 @@ class CompletionSettings:
     output: str
     config_file: str | None = None
     weights: str | None = None
-    opts: tuple = ()
+    opts: Sequence = ()
     grabcut: bool = False
     masks_of: str | None = None
     mask_format: str = "rle"

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import detectron2
 import numpy as np
 import torch
-from detectron2 import __version__ as detectron2_version
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import detection_utils as utils
 from detectron2.modeling import (
@@ -131,7 +132,7 @@ def export_student(
         config, files["model.pth"], reports["model.pth"] = _plain(trained.cfg, model, images)
         config.MODEL.WEIGHTS = str(output_dir / "model.pth")
         changes = {"VERSION": config.VERSION, **_changed_keys(config, get_cfg())}
-        files["config.yaml"] = CfgNode(changes).dump().encode()
+        files["config.yaml"] = yaml.safe_dump(changes).encode()
     for kind, name, make in (
         ("torchscript", "model.ts", _trace),
         ("onnx", "model.onnx", _to_onnx),
@@ -480,7 +481,7 @@ def _describe(cfg: CfgNode, names: Sequence[str], reports: dict[str, str]) -> di
         "files": reports,
         "made_with": {
             "torch": torch.__version__,
-            "detectron2": detectron2_version,
+            "detectron2": detectron2.__version__,
             "onnx_opset": ONNX_OPSET,
         },
     }

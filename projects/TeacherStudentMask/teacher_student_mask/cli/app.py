@@ -41,6 +41,7 @@ MAX_PIXELS = 25_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     add = parser.add_argument
     add("--config-file", required=True, metavar="YAML", help="config of the model")
     add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
@@ -175,6 +176,7 @@ def build_page(session: AppSession):
 
 
 def run(args: argparse.Namespace) -> None:
+    """Serve the page until the process is ended."""
     with tempfile.TemporaryDirectory(prefix="tsmask-app-") as folder:
         # Read when gradio is imported: no analytics, no look for a newer version, files here.
         os.environ.update(

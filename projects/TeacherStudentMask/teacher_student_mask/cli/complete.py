@@ -28,20 +28,22 @@ examples:
     tsmask complete --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://first:5000 ...
     tsmask complete --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://first:5000 ...
 
-  GrabCut's masks for the baseline Mask GrabCut: take the masks of the unseen classes out of the
-  json (tsmask edit), then
-    tsmask complete --grabcut --annotations stripped.json --image-root data/images \\
+  GrabCut's masks for the baseline Mask GrabCut, after those of unseen classes have been taken out:
+    tsmask edit strip data/train.json output/stripped.json --seen-classes voc
+    tsmask complete --grabcut --annotations output/stripped.json --image-root data/images \\
         --output output/train_grabcut.json
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
     add = parser.add_argument
     add("--config-file", metavar="YAML", help="config of the model")
     add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
@@ -61,11 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--format",
+        dest="mask_format",
         choices=("rle", "polygon"),
         default="rle",
         help="of the new masks; one with a hole is an RLE in any case (default: %(default)s)",
     )
-    add("--rank", metavar="CSV", help="list the objects, those in need of a human first")
+    add(
+        "--rank",
+        dest="ranking",
+        metavar="CSV",
+        help="list the objects, those in need of a human first",
+    )
     add(
         "--redo-model-masks",
         action="store_true",
@@ -92,27 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Complete, and print a table and the next commands."""
     from detectron2.utils.logger import setup_logger
 
     from ..completion import CompletionSettings, complete_dataset
 
     setup_logger(name="teacher_student_mask")
-    settings = CompletionSettings(
-        annotations=args.annotations,
-        image_root=args.image_root,
-        output=args.output,
-        config_file=args.config_file,
-        weights=args.weights,
-        opts=tuple(args.opts),
-        grabcut=args.grabcut,
-        masks_of=args.masks_of,
-        mask_format=args.format,
-        redo_model_masks=args.redo_model_masks,
-        skip_broken_images=args.skip_broken_images,
-        ranking=args.rank,
-        resume=args.resume,
-        force=args.force,
-    )
+    names = [x.name for x in dataclasses.fields(CompletionSettings)]
+    settings = CompletionSettings(**{name: getattr(args, name) for name in names})
     summary = complete_dataset(
         settings,
         num_processes=args.num_gpus,
@@ -124,10 +119,13 @@ def run(args: argparse.Namespace) -> None:
         return
     print(summary)
     print(f"Written: {args.output}")
-    if args.rank:
-        print(f"What people should look at first: {args.rank}")
-    print(f"Look at it:     tsmask view {args.output} --image-root {args.image_root}")
+    if args.ranking:
+        print(f"What people should look at first: {args.ranking}")
     print(
-        f"Train with it:  tsmask train --config-file {args.config_file or 'CONFIG.yaml'} "
+        f"Look at it: tsmask view {args.output} --image-root {args.image_root} --output-dir "
+        f"{args.output.removesuffix('.json')}_page"
+    )
+    print(
+        f"Train with it: tsmask train --config-file {args.config_file or 'CONFIG.yaml'} "
         f"DATASETS.TRAIN '(\"{args.output}\",)' DATASETS.TRAIN_IMAGE_ROOT {args.image_root}"
     )
