@@ -21,7 +21,7 @@ EXCLUSIONS = (
 OPTIONAL = {
     "onnx": r"onnx",
     "onnxruntime": r"onnx",
-    "gradio": r"tools/app\.py",
+    "gradio": r"tsmask app",
     "jinja2": r"tools/(view_dataset|analyze)\.py|--html\b",
 }
 

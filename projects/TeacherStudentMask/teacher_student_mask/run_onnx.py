@@ -1,9 +1,18 @@
-#!/usr/bin/env python
 """
-Run the ONNX file of tools/export_student.py on images, without PyTorch. See --help.
+Run the model.onnx of "tsmask export --formats onnx" on images, without PyTorch.
 
-This file needs numpy, Pillow and onnxruntime and nothing of this repository: copy it to where the
-model runs.
+This file needs numpy, Pillow and onnxruntime and nothing of the project that it comes from: the
+export copies it beside the model, and it runs wherever that folder is copied. It writes each image
+with its masks as DIR/NAME.png and everything that was found as DIR/objects.json, by file: class,
+score, box (x0, y0, x1, y1 in pixels of the image) and mask_area in pixels.
+
+  python output/exported/run_onnx.py --output-dir output/onnx data/images/*.png
+
+In Python, with the folder on the path:
+  from run_onnx import OnnxDetector
+  detector = OnnxDetector("output/exported")
+  objects = detector(image)          # uint8 (H, W, 3), RGB
+  objects.boxes, objects.scores, objects.classes, objects.masks
 """
 
 from __future__ import annotations
@@ -18,27 +27,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-__all__ = ["Objects", "OnnxDetector", "draw", "paste_masks"]
-
-DESCRIPTION = """
-Finds and segments objects with the model.onnx of `tools/export_student.py --formats onnx`.
-Needs numpy, Pillow and onnxruntime alone. Writes each image with its masks as DIR/NAME.png and
-everything that was found as DIR/objects.json, by file: class, score, box (x0, y0, x1, y1 in pixels
-of the image) and mask_area in pixels.
-"""
-
-EXAMPLES = """
-examples:
-  %(prog)s --model-dir output/exported --output-dir output/onnx data/images/*.png
-
-  in Python:
-    from run_onnx import OnnxDetector
-    detector = OnnxDetector("output/exported")
-    objects = detector(image)          # uint8 (H, W, 3), RGB
-    objects.boxes, objects.scores, objects.classes, objects.masks
-
-exit code: 0; 1 if an image could not be read (the others are done); 2 without a model.
-"""
+__all__ = ["Objects", "OnnxDetector", "draw", "main", "paste_masks"]
 
 
 @dataclass
@@ -74,7 +63,7 @@ class OnnxDetector:
         path = Path(folder, "model.onnx")
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist; write it with tools/export_student.py --formats onnx."
+                f"{path} does not exist; write it with tsmask export --formats onnx."
             )
         facts = json.loads(Path(folder, "deployment.json").read_text())
         self.names: list[str] = facts["classes"]
@@ -90,19 +79,16 @@ class OnnxDetector:
         """
         height, width = image.shape[:2]
         new_height, new_width = self._size(height, width)
-        resized = image
-        if (new_height, new_width) != (height, width):
-            picture = Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR)
-            resized = np.asarray(picture)
+        resized = Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR)
+        pixels = np.asarray(resized)
         if self._input["channels"] == "BGR":
-            resized = resized[:, :, ::-1]
-        pixels = np.ascontiguousarray(resized.transpose(2, 0, 1), dtype=np.float32)
+            pixels = pixels[:, :, ::-1]
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
         boxes, scores, classes, probabilities = self._session.run(
             ["boxes", "scores", "classes", "masks"], {"image": pixels}
         )
-        x, y = width / new_width, height / new_height
-        limits = np.array([width, height, width, height], np.float32)
-        boxes = np.clip(boxes * np.array([x, y, x, y], np.float32), 0, limits)
+        scale = np.array([width / new_width, height / new_height] * 2, np.float32)
+        boxes = np.clip(boxes * scale, 0, np.array([width, height] * 2, np.float32))
         kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         boxes = boxes[kept]
         masks = paste_masks(probabilities[kept], boxes, height, width)
@@ -138,10 +124,9 @@ def paste_masks(
         bool, shape (N, height, width).
     """
     masks = np.zeros((len(boxes), height, width), bool)
-    side = probabilities.shape[-1]
     for mask, grid, (x0, y0, x1, y1) in zip(masks, probabilities, boxes):
-        rows, row_weights = _interpolation(y0, y1, height, side)
-        columns, column_weights = _interpolation(x0, x1, width, side)
+        rows, row_weights = _interpolation(y0, y1, height, len(grid))
+        columns, column_weights = _interpolation(x0, x1, width, len(grid))
         mask[rows, columns] = row_weights @ grid @ column_weights.T >= 0.5
     return masks
 
@@ -166,47 +151,23 @@ def draw(image: np.ndarray, objects: Objects) -> np.ndarray:
     return picture.round().astype(np.uint8)
 
 
-def _describe(objects: Objects, names: list[str]) -> list[dict]:
-    return [
-        {
-            "class": names[label],
-            "score": round(float(score), 5),
-            "box": [round(float(x), 2) for x in box],
-            "mask_area": int(mask.sum()),
-        }
-        for label, score, box, mask in zip(
-            objects.classes, objects.scores, objects.boxes, objects.masks
-        )
-    ]
-
-
-def _free_name(folder: Path, image: Path, taken: set[str]) -> Path:
-    # Images of two folders may have one name.
-    name, number = f"{image.stem}.png", 2
-    while name.lower() in taken:
-        name, number = f"{image.stem}_{number}.png", number + 1
-    taken.add(name.lower())
-    return folder / name
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
+    """Run the program; returns its exit code: 1 if an image could not be read."""
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--model-dir", required=True, metavar="DIR", help="of export_student.py")
+    here = str(Path(__file__).parent)
+    parser.add_argument("--model-dir", default=here, metavar="DIR", help="default: of this file")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
     args = parser.parse_args(argv)
     try:
         detector = OnnxDetector(args.model_dir)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(str(error))
-    found, taken, failures = {}, set(), 0
-    for path in args.images:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found, failures = {}, 0
+    for number, path in enumerate(args.images):
         try:
             with Image.open(path) as file:
                 image = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
@@ -215,11 +176,23 @@ def main(argv: list[str] | None = None) -> int:
             failures += 1
             continue
         objects = detector(image)
-        found[str(path)] = _describe(objects, detector.names)
-        Image.fromarray(draw(image, objects)).save(_free_name(args.output_dir, path, taken))
-        print(f"{path}: {len(objects.scores)} objects")
+        found[str(path)] = [
+            {
+                "class": detector.names[label],
+                "score": round(float(score), 5),
+                "box": [round(float(x), 2) for x in box],
+                "mask_area": int(mask.sum()),
+            }
+            for label, score, box, mask in zip(
+                objects.classes, objects.scores, objects.boxes, objects.masks
+            )
+        ]
+        picture = args.output_dir / f"{path.stem}.png"
+        if picture.exists():  # Images of two folders may have one name.
+            picture = args.output_dir / f"{path.stem}_{number}.png"
+        Image.fromarray(draw(image, objects)).save(picture)
+        print(f"{path}: {len(objects.scores)} objects, {picture}")
     (args.output_dir / "objects.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"Results: {args.output_dir}, {failures} of {len(args.images)} images failed")
     return 1 if failures else 0
 
 

@@ -1,0 +1,223 @@
+"""
+Try a model on a page in the browser.
+
+An image in, its objects with masks out; a slider for the score, a switch between teacher and
+student where the model has a teacher, and a table of the objects. The model is loaded once.
+
+The page is for this machine alone (--host 0.0.0.0: for all that reach it), asks nothing of the
+internet, and no public link is made. Images are kept in a temporary folder that is deleted at the
+end. Needs the extra "app": pip install -c constraints.txt gradio
+
+examples:
+  tsmask app --config-file output/mine/config.yaml --weights output/mine/model_final.pth
+
+  another port, and a smaller image for the model:
+    tsmask app --config-file ... --weights ... --port 8080 --opts INPUT.MIN_SIZE_TEST 480
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..trained_model import TrainedModel
+
+__all__ = ["AppSession", "add_arguments", "build_page", "run"]
+
+COLUMNS = ["#", "class", "score", "x0", "y0", "x1", "y1", "mask pixels"]
+# Below this score nothing can be shown: the slider's end.
+LOWEST_SCORE = 0.05
+# Of an image, in pixels: masks have its size, and 100 of them should fit into memory.
+MAX_PIXELS = 25_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML", help="config of the model")
+    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    add("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="on which to listen (default: %(default)s, this machine alone)",
+    )
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="changes to the config; everything after --opts belongs to it",
+    )
+
+
+class AppSession:
+    """A loaded model, run by one request at a time, with its latest result."""
+
+    def __init__(self, trained: TrainedModel) -> None:
+        self.trained = trained
+        self._latest = None, None, None
+
+    def show(
+        self, image: np.ndarray, score: float, head: str
+    ) -> tuple[np.ndarray, list[list], str]:
+        """
+        What the page shows. The model does not run again while only the score changes.
+
+        Args:
+            image: uint8, shape (H, W, 3), RGB.
+            score: objects with at least this score are shown.
+            head: "student" or "teacher".
+
+        Returns:
+            The picture, uint8 RGB; the rows of the table, see COLUMNS; and a sentence.
+
+        Raises:
+            InputError: the image is larger than MAX_PIXELS.
+        """
+        import numpy as np
+        import supervision as sv
+
+        from ..drawing import class_color, draw_instances
+
+        height, width = image.shape[:2]
+        if height * width > MAX_PIXELS:
+            raise InputError(
+                f"The image has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million "
+                "are allowed here. tsmask predict takes larger ones."
+            )
+        image_bgr = np.ascontiguousarray(image[:, :, ::-1])
+        latest_image, latest_head, found = self._latest
+        if head != latest_head or not np.array_equal(image, latest_image):
+            if len(self.trained.heads) > 1:
+                self.trained.model.roi_heads.test_mask_head = head
+            found = self.trained.predict(image_bgr)
+            self._latest = image, head, found
+        shown = found[found.scores >= score]
+        names = [self.trained.class_names[k] for k in shown.pred_classes.tolist()]
+        scores, boxes = shown.scores.tolist(), shown.pred_boxes.tensor.tolist()
+        areas = shown.pred_masks.flatten(1).sum(1).tolist()
+        rows = [
+            [i, name, round(score, 3), *(round(x, 1) for x in box), area]
+            for i, (name, score, box, area) in enumerate(zip(names, scores, boxes, areas), start=1)
+        ]
+        picture = draw_instances(
+            image_bgr,
+            sv.Detections.from_detectron2({"instances": shown}),
+            [f"{name} {100 * score:.0f}%" for name, score in zip(names, scores)],
+            colors=[class_color(i) for i in range(len(names))],
+        )
+        text = f"{len(shown)} of {len(found)} objects have a score of {score:.2f} or more."
+        return np.ascontiguousarray(picture[:, :, ::-1]), rows, text
+
+
+def build_page(session: AppSession):
+    """Return the page, a ``gradio.Blocks``."""
+    import gradio as gr
+
+    def show(image, score, head):
+        if image is None:
+            return None, [], "Drop an image on the left."
+        try:
+            return session.show(image, score, head)
+        except (InputError, MemoryError, RuntimeError) as error:  # out of memory, ...
+            raise gr.Error(str(error)) from error
+
+    def in_words(preprocess):
+        # Gradio's own message has its types and the path of the file.
+        def checked(payload):
+            try:
+                return preprocess(payload)
+            except Exception as error:  # of Pillow, of many types
+                message = "This file cannot be read as an image; try a PNG or JPEG."
+                raise gr.Error(message) from error
+
+        return checked
+
+    heads = list(session.trained.heads)
+    # Uploads older than an hour are deleted.
+    with gr.Blocks(
+        title="Instance segmentation", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
+        gr.Markdown("# Instance segmentation\nDrop an image; move the slider to hide objects.")
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(label="Image", sources=["upload", "clipboard"], image_mode="RGB")
+                image.preprocess = in_words(image.preprocess)
+                score = gr.Slider(
+                    LOWEST_SCORE, 1.0, value=0.5, step=0.01, label="Lowest score", elem_id="score"
+                )
+                head = gr.Radio(
+                    heads, value=heads[0], label="Mask head", visible=len(heads) > 1, elem_id="head"
+                )
+            with gr.Column():
+                picture = gr.Image(
+                    label="Objects", interactive=False, format="png", elem_id="picture"
+                )
+                summary = gr.Markdown("Drop an image on the left.", elem_id="summary")
+        table = gr.Dataframe(headers=COLUMNS, label="Objects", interactive=False, elem_id="objects")
+        # One request at a time: the model is one. While the slider moves only its latest place
+        # counts.
+        options = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        for event in (image.change, score.change, head.change):
+            inputs, outputs = [image, score, head], [picture, table, summary]
+            event(show, inputs, outputs, trigger_mode="always_last", **options)
+    return page
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the page until the process is ended."""
+    with tempfile.TemporaryDirectory(prefix="tsmask-app-") as folder:
+        # Read when gradio is imported: no analytics, no look for a newer version, files here.
+        os.environ.update(
+            GRADIO_ANALYTICS_ENABLED="False",
+            GRADIO_TEMP_DIR=folder,
+            HF_HUB_DISABLE_TELEMETRY="1",
+            HF_HUB_OFFLINE="1",
+            HF_HOME=os.path.join(folder, "hf"),
+        )
+        try:
+            import gradio  # noqa: F401  Before the model, whose loading takes longer.
+        except ImportError as error:
+            raise InputError(
+                f"gradio cannot be imported ({error}): pip install -c constraints.txt gradio"
+            ) from error
+        from detectron2.utils.logger import setup_logger
+
+        from ..trained_model import load_model
+
+        setup_logger(name="teacher_student_mask")
+        trained = load_model(
+            args.config_file, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE
+        )
+        # Or the temporary folder would stay.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        page = build_page(AppSession(trained))
+        try:
+            page.launch(
+                server_name=args.host,
+                server_port=args.port,
+                share=False,
+                ssr_mode=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                footer_links=[],
+                max_file_size="50mb",
+                show_error=True,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+        except OSError as error:
+            raise InputError(f"--host {args.host} --port {args.port}: {error}") from error
+        print(f"The page: {page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()

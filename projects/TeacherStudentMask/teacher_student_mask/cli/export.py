@@ -1,0 +1,84 @@
+"""
+Write the student of a trained model (or its only mask head) for those without this project.
+
+Always:
+  deployment.json  how to prepare an image, what comes out, the classes, what was compared
+  classes.json     the names of the classes, in the order of pred_classes
+and of the --formats
+  plain        config.yaml and model.pth: a plain Detectron2 Mask R-CNN, for whoever has Detectron2
+  torchscript  model.ts: PyTorch and torchvision run it
+  onnx         model.onnx: onnxruntime runs it, and run_onnx.py beside it is an example. Needs the
+               extra "export": pip install -c constraints.txt onnx onnxruntime
+Before anything is written, every format runs on the same images as the model and must find the
+same: random ones, and those of --check-images. An earlier export in the folder is replaced; other
+files of these names, such as the config.yaml of a training, never are.
+
+Both graphs take one image of any size, without a batch axis, and return any number of objects;
+masks are probabilities on a grid over each box and want pasting; thresholds are the config's and
+cannot be changed later. They are made on the CPU and for it. Models with parts that Detectron2 does
+not have (a mask prior such as OPMask's, hourglass heads, masks of 56x56) cannot be written as a
+plain one, and the message names the part; their graphs can.
+
+examples:
+  tsmask export --config-file output/mine/config.yaml --weights output/mine/model_final.pth \\
+      --output-dir output/exported
+
+  then, without this project:
+    from detectron2.config import get_cfg
+    from detectron2.engine import DefaultPredictor
+    cfg = get_cfg()
+    cfg.merge_from_file("output/exported/config.yaml")
+    instances = DefaultPredictor(cfg)(image)["instances"]
+
+  all formats, compared on photos, too:
+    tsmask export --config-file ... --weights ... --output-dir output/exported \\
+        --formats plain torchscript onnx --check-images data/images/a.jpg data/images/b.jpg
+
+  a graph that keeps what it is surer of:
+    tsmask export ... --formats onnx --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML", help="config of the model")
+    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    add("--output-dir", required=True, metavar="DIR", help="made if new")
+    formats = ("plain", "torchscript", "onnx")
+    add("--formats", nargs="+", choices=formats, default=["plain"], help="default: plain")
+    add(
+        "--check-images",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images on which the formats are compared, beside random ones",
+    )
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="changes to the config; everything after --opts belongs to it",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and print what was compared."""
+    from detectron2.utils.logger import setup_logger
+
+    from ..export import export_student
+    from ..trained_model import load_model
+
+    setup_logger(name="teacher_student_mask")
+    trained = load_model(args.config_file, weights=args.weights, opts=args.opts, heads=["student"])
+    reports = export_student(trained, args.output_dir, args.formats, args.check_images)
+    for name, report in reports.items():
+        print(f"{args.output_dir}/{name}: {report}")
+    print(f"Exported to {args.output_dir}")

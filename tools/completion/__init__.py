@@ -1,1 +1,0 @@
-"""What tools/complete_masks.py does, step by step."""
