@@ -15,7 +15,7 @@ from torch import nn
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.config_file import merge_config_file
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs/Base-PartiallySupervised-RCNN-FPN.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "configs/Base-COCO.yaml"
 
 
 def make_cfg(device: str, opts: list[str], config_file: Path = CONFIG) -> CfgNode:

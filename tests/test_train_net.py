@@ -156,7 +156,7 @@ def test_masks_of_a_model_alone_are_enough_where_they_are_ground_truth(run, make
 def test_what_is_wrong_with_the_input_is_one_sentence(tiny_coco, tmp_path, arguments, words):
     arguments = [x.replace("JSON", tiny_coco.json_file) for x in arguments]
     arguments += ["DATASETS.TRAIN_IMAGE_ROOT", tiny_coco.image_root]
-    config = "configs/custom/teacher_student_R_50_FPN_custom.yaml"
+    config = "configs/custom/teacher_student.yaml"
     options = ["--config-file", config, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     result = subprocess.run(
         [sys.executable, "train_net.py", *options, "DATASETS.TEST", "()", *arguments],
@@ -208,7 +208,7 @@ def program(*arguments, datasets=None):
 @pytest.mark.slow
 def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path):
     """The paper's config as it is, only shorter, on smaller images and from scratch."""
-    config = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
+    config = "configs/coco/teacher_student.yaml"
     common = ["--config-file", config, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
     common += ["MODEL.WEIGHTS", "", "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2]
     common += ["INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MIN_SIZE_TEST", 128]
@@ -262,7 +262,7 @@ def two_real_images(coco_root, folder):
 def overfit(output, datasets, num_iters, *options):
     """The paper's config with a small backbone, on both images in every step."""
     program(
-        *("--config-file", "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"),
+        *("--config-file", "configs/coco/teacher_student.yaml"),
         *("OUTPUT_DIR", output, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
         *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
         *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.FPN.NORM", "GN"),

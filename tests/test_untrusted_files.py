@@ -43,7 +43,7 @@ def config(make_tiny_coco, tmp_path):
     tiny_coco = make_tiny_coco(give_all_objects_a_mask)
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    merge_config_file(cfg, str(ROOT / "configs/shapes/opmask_shapes.yaml"))
+    merge_config_file(cfg, str(ROOT / "configs/shapes/opmask.yaml"))
     cfg.merge_from_list(
         TINY_MODEL
         + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.NORM", ""]

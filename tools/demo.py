@@ -38,10 +38,10 @@ from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES, generate_shape
 from teacher_student_mask.evaluation import comparison_table
 
 CONFIGS = {
-    "mask_rcnn": "configs/shapes/mask_rcnn_shapes.yaml",
-    "teacher_student": "configs/shapes/teacher_student_shapes.yaml",
-    "teacher_student_box_fit": "configs/shapes/teacher_student_shapes_box_fit.yaml",
-    "oracle": "configs/shapes/oracle_shapes.yaml",
+    "mask_rcnn": "configs/shapes/mask_rcnn.yaml",
+    "teacher_student": "configs/shapes/teacher_student.yaml",
+    "teacher_student_box_fit": "configs/shapes/teacher_student_box_fit.yaml",
+    "oracle": "configs/shapes/oracle.yaml",
 }
 # In the report, where long names leave no room for the charts.
 LABELS = {

@@ -28,7 +28,7 @@ from teacher_student_mask.checks.mask_sources import MODEL, is_from_model
 DESCRIPTION = """
 Writes a COCO json in which every object without a mask of a human has one of GrabCut, made from its
 box and the colours of the image. Training on such masks is the second reading of Mask GrabCut; the
-first, GrabCut at test time, needs no file (configs/*/mask_grabcut_R_50_FPN_1x.yaml).
+first, GrabCut at test time, needs no file (configs/*/mask_grabcut.yaml).
 
 A GrabCut mask is given to the objects of all classes but the seen ones, whose own masks are never
 looked at, and to objects of seen classes that have none, an empty one, or one of a model. These
@@ -46,7 +46,7 @@ example:
   masks of the 60 classes that are not VOC's, then training with them:
     %(prog)s data/train.json output/train_grabcut.json \\
         --image-root data/images --seen-classes voc
-    train_net.py --config-file configs/voc2nonvoc/mask_grabcut_R_50_FPN_1x_train.yaml \\
+    train_net.py --config-file configs/coco/mask_rcnn.yaml MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS True \\
         DATASETS.TRAIN '("output/train_grabcut.json",)' \\
         DATASETS.TRAIN_IMAGE_ROOT data/images
 

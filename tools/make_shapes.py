@@ -41,7 +41,7 @@ examples:
 
 use:
   DETECTRON2_DATASETS=<parent of the folder shapes> python train_net.py \\
-      --config-file configs/shapes/teacher_student_shapes_box_fit.yaml
+      --config-file configs/shapes/teacher_student_box_fit.yaml
 """
 
 

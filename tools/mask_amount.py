@@ -58,8 +58,8 @@ exit code: 0; 1 if a training failed; 2 for a wrong command line.
 """
 
 CONFIGS = (
-    "configs/shapes/teacher_student_shapes_box_fit.yaml",
-    "configs/shapes/mask_rcnn_shapes.yaml",
+    "configs/shapes/teacher_student_box_fit.yaml",
+    "configs/shapes/mask_rcnn.yaml",
 )
 ANNOTATIONS = "datasets/shapes/annotations/instances_train.json"
 IMAGES = "datasets/shapes/train"

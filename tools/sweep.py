@@ -53,7 +53,7 @@ EXAMPLES = """
 examples:
   two methods, three seeds, on the small dataset of the demo (tools/make_shapes.py writes it):
     %(prog)s --output-dir output/shapes --seeds 1 2 3 --jobs 2 --num-gpus 0 --configs \\
-        configs/shapes/mask_rcnn_shapes.yaml configs/shapes/teacher_student_shapes_box_fit.yaml
+        configs/shapes/mask_rcnn.yaml configs/shapes/teacher_student_box_fit.yaml
 
   all methods on that dataset, with the analysis:
     %(prog)s --report --output-dir output/shapes --seeds 1 2 --jobs 2 --num-gpus 0 \\
@@ -61,8 +61,8 @@ examples:
 
   Fig. 8 of the paper, a GPU for each of four runs at a time:
     %(prog)s --output-dir output/fig8 --seen-sets configs/seen_sets/*.json --jobs 4 --configs \\
-        configs/voc2nonvoc/mask_rcnn_R_50_FPN_1x.yaml \\
-        configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml
+        configs/coco/mask_rcnn.yaml \\
+        configs/coco/teacher_student.yaml
 
   any config key, at the end:
     %(prog)s --output-dir ... --configs ... --opts SOLVER.MAX_ITER 5000 SOLVER.STEPS "(4000,)"

@@ -94,7 +94,7 @@ def test_norms_without_batch_statistics_are_not_taken_for_one():
 def test_several_processes_on_the_cpu_are_refused_in_train_net(monkeypatch, tmp_path):
     """DefaultTrainer would fail on the device_ids that it gives to DDP."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    config = Path(train_net.__file__).parent / "configs/shapes/mask_rcnn_shapes.yaml"
+    config = Path(train_net.__file__).parent / "configs/shapes/mask_rcnn.yaml"
     arguments = ["--config-file", str(config), "OUTPUT_DIR", str(tmp_path / "output")]
     args = default_argument_parser().parse_args(arguments)
     with pytest.raises(ValueError, match='MODEL.DEVICE is "cpu" in 2 processes.*--num-gpus 1'):

@@ -24,7 +24,7 @@ def load(name):
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_an_epoch_of_the_contrastive_loss_follows_the_schedule(workers, expected, is_frozen):
     """On one GPU the ramp once ended at epoch 0.5 in the place of 4."""
-    cfg = load("voc2nonvoc/contrastmask_R_50_FPN_1x.yaml")
+    cfg = load("coco/contrastmask.yaml")
     if is_frozen:
         cfg.freeze()
     before = cfg.clone()
@@ -44,7 +44,7 @@ def test_an_epoch_of_the_contrastive_loss_follows_the_schedule(workers, expected
 
 
 def test_numbers_stand_as_they_are_without_a_reference():
-    cfg = load("shapes/contrastmask_shapes.yaml")
+    cfg = load("shapes/contrastmask.yaml")
     assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 0
     assert Trainer.auto_scale_workers(cfg, 4) is cfg
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 4
@@ -53,7 +53,7 @@ def test_numbers_stand_as_they_are_without_a_reference():
 
 @pytest.mark.parametrize("epoch_iters, expected", [(1, 1), (0, 0)])
 def test_an_epoch_keeps_an_iteration_and_a_wrong_number_stays_wrong(epoch_iters, expected):
-    cfg = load("voc2nonvoc/contrastmask_R_50_FPN_1x.yaml")
+    cfg = load("coco/contrastmask.yaml")
     cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = epoch_iters
     scaled = Trainer.auto_scale_workers(cfg, 64)
     assert scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS == expected

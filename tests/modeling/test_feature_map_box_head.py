@@ -213,7 +213,7 @@ def test_two_branches_without_a_roi(norm, training):
 def test_two_branches_are_built_from_the_config():
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    path = Path(__file__).resolve().parents[2] / "configs/voc2nonvoc/contrastmask_R_50_FPN_1x.yaml"
+    path = Path(__file__).resolve().parents[2] / "configs/coco/contrastmask.yaml"
     cfg.merge_from_file(str(path))
     cfg.MODEL.ROI_BOX_HEAD.NORM = "GN"
     head = build_box_head(cfg, ShapeSpec(channels=256, height=7, width=7))

@@ -112,7 +112,7 @@ def test_errors_say_what_is_wrong(session, monkeypatch):
 
 
 def test_of_a_real_model_both_heads_run(tmp_path):
-    predictor = DefaultPredictor(write_small_student(tmp_path, "teacher_student_shapes.yaml"))
+    predictor = DefaultPredictor(write_small_student(tmp_path, "teacher_student.yaml"))
     session = app.Session(predictor, [f"class {i}" for i in range(20)])
     image = write_noise(tmp_path / "photo.png")
     student, teacher = (session.find(image, head) for head in session.heads)
@@ -145,7 +145,7 @@ def browser():
 def server(browser, tmp_path_factory):
     """The program in a process with its own home, working and temporary folder."""
     folder = tmp_path_factory.mktemp("app")
-    write_small_student(folder, "teacher_student_shapes.yaml")
+    write_small_student(folder, "teacher_student.yaml")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -87,13 +87,13 @@ def export(folder, *arguments):
 @pytest.fixture(scope="module")
 def student():
     """A class-specific student with a threshold, without its teacher."""
-    model = small_model(small_config("teacher_student_shapes.yaml", *THRESHOLD))
+    model = small_model(small_config("teacher_student.yaml", *THRESHOLD))
     model.roi_heads.teacher_mask_head = None
     return model
 
 
 def write_student(folder):
-    return write_small_student(folder, "teacher_student_shapes.yaml", *THRESHOLD)
+    return write_small_student(folder, "teacher_student.yaml", *THRESHOLD)
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +225,8 @@ def test_few_objects_may_lack_a_counterpart():
 @pytest.mark.parametrize(
     "config, opts",
     [
-        ("mask_rcnn_shapes.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
-        ("opmask_shapes.yaml", ["MODEL.ROI_BOX_HEAD.NORM", ""]),
+        ("mask_rcnn.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
+        ("opmask.yaml", ["MODEL.ROI_BOX_HEAD.NORM", ""]),
     ],
     ids=["class-agnostic", "OPMask"],
 )
@@ -239,7 +239,7 @@ def test_graphs_of_other_models(config, opts):
 
 
 def test_a_graph_that_finds_something_else_is_refused(monkeypatch):
-    model = small_model(small_config("mask_rcnn_shapes.yaml"))
+    model = small_model(small_config("mask_rcnn.yaml"))
     find = finder_of(model)
 
     def change(image):
@@ -252,7 +252,7 @@ def test_a_graph_that_finds_something_else_is_refused(monkeypatch):
 
 
 def test_nothing_found_is_said(monkeypatch):
-    model = small_model(small_config("mask_rcnn_shapes.yaml"))
+    model = small_model(small_config("mask_rcnn.yaml"))
     model.roi_heads.box_predictor.test_score_thresh = 1.0
     graphs = {"torchscript": ("model.ts", lambda *_: (b"", finder_of(model)))}
     monkeypatch.setattr(student_deployment, "GRAPHS", graphs)
@@ -272,7 +272,7 @@ def test_a_missing_package_is_named_first(tmp_path, monkeypatch, capsys, package
 
 
 def test_an_unreadable_check_image_is_named(tmp_path, capsys):
-    write_small_student(tmp_path, "mask_rcnn_shapes.yaml")
+    write_small_student(tmp_path, "mask_rcnn.yaml")
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(SystemExit):
         export(tmp_path, "--formats", "torchscript", "--check-images", tmp_path / "a.png")

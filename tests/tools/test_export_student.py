@@ -44,8 +44,8 @@ def export(folder, *arguments):
 @pytest.mark.parametrize(
     "config, opts",
     [
-        ("teacher_student_shapes.yaml", []),
-        ("mask_rcnn_shapes.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
+        ("teacher_student.yaml", []),
+        ("mask_rcnn.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
     ],
     ids=["student", "class-agnostic"],
 )
@@ -71,7 +71,7 @@ def test_it_finds_the_same_without_this_project(
 
 
 def test_what_is_written_is_detectron2s(make_model, tmp_path):
-    cfg = make_model("teacher_student_shapes.yaml")
+    cfg = make_model("teacher_student.yaml")
     assert export(tmp_path) == 0
     folder = tmp_path / "exported"
     weights = torch.load(folder / "model.pth", weights_only=True)["model"]
@@ -91,20 +91,20 @@ def test_what_is_written_is_detectron2s(make_model, tmp_path):
 @pytest.mark.parametrize(
     "config, opts, words",
     [
-        ("opmask_shapes.yaml", ["MODEL.ROI_BOX_HEAD.NORM", ""], "ROI_MASK_PRIOR.NAME is 'ClassAct"),
+        ("opmask.yaml", ["MODEL.ROI_BOX_HEAD.NORM", ""], "ROI_MASK_PRIOR.NAME is 'ClassAct"),
         (
-            "mask_rcnn_shapes.yaml",
+            "mask_rcnn.yaml",
             ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
             + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
             "MODEL.ROI_MASK_HEAD.NUM_DECONV is 2",
         ),
         (
-            "mask_rcnn_shapes.yaml",
+            "mask_rcnn.yaml",
             ["MODEL.ROI_MASK_HEAD.NAME", "HourglassMaskHead", "MODEL.ROI_MASK_HEAD.HOURGLASS", 20],
             "MODEL.ROI_MASK_HEAD.NAME is 'HourglassMaskHead', a class of teacher_student_mask",
         ),
         (
-            "mask_rcnn_shapes.yaml",
+            "mask_rcnn.yaml",
             ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
             "MODEL.ROI_HEADS.NAME is 'StandardROIHeads'; what can be exported",
         ),
@@ -122,7 +122,7 @@ def test_what_detectron2_does_not_have_is_named(make_model, tmp_path, capsys, co
 def test_a_model_that_finds_something_else_is_not_written(
     make_model, tmp_path, capsys, monkeypatch
 ):
-    make_model("teacher_student_shapes.yaml")
+    make_model("teacher_student.yaml")
     plain_model = plain_student.plain_model
 
     def changed(*args):
@@ -138,7 +138,7 @@ def test_a_model_that_finds_something_else_is_not_written(
 
 
 def test_our_mask_head_with_one_deconvolution_is_detectron2s(make_model, tmp_path):
-    make_model("mask_rcnn_shapes.yaml", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead")
+    make_model("mask_rcnn.yaml", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead")
     assert export(tmp_path) == 0
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "exported/config.yaml"))
@@ -147,7 +147,7 @@ def test_our_mask_head_with_one_deconvolution_is_detectron2s(make_model, tmp_pat
 
 def test_the_files_of_a_training_are_never_replaced(make_model, tmp_path, capsys):
     """An export into OUTPUT_DIR took the config of the training with it, and the teacher."""
-    make_model("teacher_student_shapes.yaml")
+    make_model("teacher_student.yaml")
     config = tmp_path / "config.yaml"
     before = config.read_text()
     with pytest.raises(SystemExit):
@@ -160,7 +160,7 @@ def test_the_files_of_a_training_are_never_replaced(make_model, tmp_path, capsys
 
 def test_the_classes_of_the_training_are_known_without_its_data(make_model, tmp_path, caplog):
     categories = [{"id": 10 * i, "name": f"thing {i}"} for i in range(8)]
-    make_model("teacher_student_shapes.yaml", "DATASETS.TRAIN", "()", "DATASETS.TEST", "('gone',)")
+    make_model("teacher_student.yaml", "DATASETS.TRAIN", "()", "DATASETS.TEST", "('gone',)")
     (tmp_path / "categories.json").write_text(json.dumps(categories))
     assert export(tmp_path) == 0
     names = json.loads((tmp_path / "exported/classes.json").read_text())
@@ -175,14 +175,14 @@ def test_the_classes_of_the_training_are_known_without_its_data(make_model, tmp_
 
 
 def test_missing_weights_are_named(make_model, tmp_path, capsys):
-    make_model("mask_rcnn_shapes.yaml")
+    make_model("mask_rcnn.yaml")
     with pytest.raises(SystemExit):
         export(tmp_path, "--weights", tmp_path / "none.pth")
     assert "none.pth do not exist" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_config_that_evaluates_the_teacher_has_its_student_exported(make_model, tmp_path):
-    cfg = make_model("teacher_student_shapes.yaml", "TEST.MASK_HEAD", "teacher")
+    cfg = make_model("teacher_student.yaml", "TEST.MASK_HEAD", "teacher")
     assert export(tmp_path) == 0
     before = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
     weights = torch.load(tmp_path / "exported/model.pth", weights_only=True)["model"]
@@ -191,7 +191,7 @@ def test_a_config_that_evaluates_the_teacher_has_its_student_exported(make_model
 
 
 def test_what_was_there_stays_if_writing_fails(make_model, tmp_path, monkeypatch):
-    make_model("mask_rcnn_shapes.yaml")
+    make_model("mask_rcnn.yaml")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported/model.pth").write_text("earlier")
 

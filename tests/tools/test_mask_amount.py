@@ -69,9 +69,9 @@ def test_table_and_figure(run, tmp_path):
     # crowds have masks that stay, but nothing learns from them.
     spread = "± 7.1"  # of 50 and 60
     student = [f"165.0 {spread}", f"165.5 {spread}", f"65.0 {spread}", f"65.0 {spread}"]
-    assert ["50 %", "5", "`teacher_student_shapes_box_fit`", *student] in rows
+    assert ["50 %", "5", "`teacher_student_box_fit`", *student] in rows
     baseline = [f"156.0 {spread}", f"156.5 {spread}", f"56.0 {spread}", f"56.0 {spread}"]
-    assert ["100 %", "8", "`mask_rcnn_shapes`", *baseline] in rows
+    assert ["100 %", "8", "`mask_rcnn`", *baseline] in rows
     assert "--shares 0.5 1 --seeds 1 2" in text and "Seeds: 1, 2; mean" in text
     assert (tmp_path / "out/mask_amount.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -40,7 +40,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs/shapes/mask_rcnn_shapes.yaml"))
+    cfg.merge_from_file(str(ROOT / "configs/shapes/mask_rcnn.yaml"))
     cfg.merge_from_list(
         TINY_MODEL
         + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]

@@ -41,7 +41,7 @@ def make_model(folder, config):
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
     folder = tmp_path_factory.mktemp("opmask")
-    cfg = make_model(folder, "configs/shapes/opmask_shapes.yaml")
+    cfg = make_model(folder, "configs/shapes/opmask.yaml")
     cfg.OUTPUT_DIR = str(folder)
     return cfg
 
@@ -135,7 +135,7 @@ def test_usage_errors(cfg, tmp_path, image, capsys, monkeypatch, arguments, word
 
 
 def test_a_model_without_class_activation_is_refused(tmp_path, image, capsys):
-    cfg = make_model(tmp_path, "configs/shapes/mask_rcnn_shapes.yaml")
+    cfg = make_model(tmp_path, "configs/shapes/mask_rcnn.yaml")
     cfg.OUTPUT_DIR = str(tmp_path)
     with pytest.raises(SystemExit):
         run(cfg, tmp_path, tmp_path / "a.png")
