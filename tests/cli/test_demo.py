@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from teacher_student_mask import sweep
+from teacher_student_mask import sweep, sweep_summary
 from teacher_student_mask.cli import demo
 from teacher_student_mask.cli.main import main
 
@@ -50,7 +50,7 @@ def test_the_demo_trains_its_configs_on_its_data_and_does_nothing_twice(
         return []
 
     monkeypatch.setattr(sweep, "run_sweep", run_sweep)
-    monkeypatch.setattr(sweep, "write_report", lambda runs, folder: folder / "report.html")
+    monkeypatch.setattr(sweep_summary, "write_report", lambda runs, folder: folder / "report.html")
     command = ["demo", "--oracle", "--output-dir", str(tmp_path)]
     assert main(command) == 0 and main(command) == 0
     assert [run.config for run in trained] == list(demo.MODELS)
@@ -72,7 +72,7 @@ def test_pictures_show_the_masks_that_each_model_found(tmp_path, small):
     inference.mkdir(parents=True)
     found = [x for x in coco["annotations"] if x["image_id"] == coco["images"][0]["id"]]
     (inference / "coco_instances_results.json").write_text(json.dumps(found))
-    demo.draw_pictures(data, {"model": tmp_path / "model"}, tmp_path)
+    demo._draw_pictures(data, {"model": tmp_path / "model"}, tmp_path)
     picture = cv2.imread(str(tmp_path / "demo.png"))[36:]
     side = picture.shape[0] // 2
     image, truth, model = (picture[:, i * side : (i + 1) * side] for i in range(3))

@@ -54,15 +54,19 @@ def run(args: argparse.Namespace) -> int:
     """Run what is not done yet, and print the results."""
     output = args.output_dir
     data = output / "datasets" / "shapes"
-    write_dataset(data, SHORT_DATASET if args.short else DATASET)
+    _write_dataset(data, SHORT_DATASET if args.short else DATASET)
     if args.data_only:
         return 0
     if not CONFIGS.is_dir():
         raise InputError(f"The configs of the demo are not in {CONFIGS}; run it from a clone.")
     import dataclasses
 
-    from ..sweep import plan_sweep, run_sweep, write_report
+    from detectron2.utils.logger import setup_logger
 
+    from ..sweep import plan_sweep, run_sweep
+    from ..sweep_summary import write_report
+
+    setup_logger(name="teacher_student_mask")
     opts = list(SHORT_OPTIONS) if args.short else []
     for key, split in ("TRAIN", "train"), ("TEST", "val"):
         json_file = (data / "annotations" / f"instances_{split}.json").resolve()
@@ -84,15 +88,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
-    draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in names}, output)
+    _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in names}, output)
     report = write_report({MODELS[name]: runs[name] for name in names}, output / "report")
-    text = results_text(data, {name: runs[name].record["results"] for name in names})
+    text = _results_text(data, {name: runs[name].record["results"] for name in names})
     results_file.write_text(text, encoding="utf-8")
     print(f"{text}\nPictures: {output}/demo.png\nReport, to be opened in a browser: {report}")
     return 0
 
 
-def write_dataset(root: Path, settings: dict) -> None:
+def _write_dataset(root: Path, settings: dict) -> None:
     """
     Write the dataset unless one with these settings is there.
 
@@ -112,7 +116,7 @@ def write_dataset(root: Path, settings: dict) -> None:
     marker.write_text(json.dumps(settings))
 
 
-def results_text(data: Path, results: dict[str, dict[str, dict]]) -> str:
+def _results_text(data: Path, results: dict[str, dict[str, dict]]) -> str:
     """
     Put the models side by side, whatever the outcome is.
 
@@ -158,7 +162,7 @@ each training are in its run.json.
 """
 
 
-def draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
+def _draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
     """
     Write demo.png: a column for each model, the masks on the ground-truth boxes of a few images.
 

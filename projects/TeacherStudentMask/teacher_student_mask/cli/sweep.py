@@ -82,9 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate and summarize."""
     import torch
+    from detectron2.utils.logger import setup_logger
 
-    from ..sweep import plan_sweep, run_sweep, write_report, write_summary
+    from ..sweep import plan_sweep, run_sweep
+    from ..sweep_summary import write_report, write_summary
 
+    setup_logger(name="teacher_student_mask")
     num_gpus = torch.cuda.device_count()
     if args.num_gpus is None:
         args.num_gpus = min(1, num_gpus)
