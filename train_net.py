@@ -6,7 +6,7 @@ All flags and KEY VALUE overrides are Detectron2's. DATASETS.TRAIN and DATASETS.
 by their paths, or registered datasets. These are looked for under $DETECTRON2_DATASETS (default:
 ./datasets), COCO in Detectron2's layout.
 
-  train:     train_net.py --num-gpus 8 --config-file configs/voc2nonvoc/....yaml
+  train:     train_net.py --num-gpus 8 --config-file configs/coco/teacher_student.yaml
   your data: train_net.py --config-file configs/custom/....yaml DATASETS.TRAIN "('my.json',)"
   on a CPU:  train_net.py --config-file configs/shapes/....yaml MODEL.DEVICE cpu
   go on:     train_net.py --resume --config-file ...

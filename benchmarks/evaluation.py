@@ -2,19 +2,17 @@
 """
 Time of this project's COCO evaluator against one pycocotools pass over the same detections.
 
-Ground truth and detections are synthetic, by default as many as in COCO val2017 with up to 100
-detections per image. Each program starts from the two json files and ends with the numbers:
+Ground truth and detections are drawn at random, by default as many as in COCO val2017 with up to
+100 detections per image. Each program starts from the two json files and ends with the numbers:
 
-  pycocotools          COCO, loadRes, then COCOeval "bbox" and "segm"
-  Detectron2           COCOEvaluator.evaluate with the tasks bbox and segm: the same, with its
-                       compiled matching where it is built, and AP per class
-  this project         PartiallySupervisedCOCOEvaluator.evaluate: the same, and the overlap of every
-                       object, Eq. (1) of the paper, and segm_seen, segm_unseen,
-                       segm_unseen_overlap and ten overlap bins, all from one matching of masks
-  this project, pure   the same without Detectron2's compiled matching
+  pycocotools   COCO, loadRes, then COCOeval "bbox" and "segm"
+  Detectron2    COCOEvaluator with the tasks bbox and segm: the same, with its compiled matching
+                where it is built, and AP per class
+  ours          PartiallySupervisedCOCOEvaluator: the same, and the overlap of every object, Eq. (1)
+                of the paper, segm_seen, segm_unseen, segm_unseen_overlap and ten overlap bins
+  analysis      with --analysis: what ``tsmask analyze`` measures, without its report
 
-Inference is not part of it: the evaluators get the detections as their process method stores them.
-AP of masks is compared at the end.
+The printed numbers are AP of masks, which must be equal.
 """
 
 from __future__ import annotations
@@ -25,101 +23,151 @@ import io
 import json
 import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
-from paired import print_ratios, time_in_turns
+from paired import Programs, main
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from synthetic_coco import write_files
 
 from teacher_student_mask import PartiallySupervisedCOCOEvaluator
 
-BASELINE = "pycocotools"
-DATASET = "benchmark_evaluation"
-TASKS = ("bbox", "segm")
-SEEN_CLASSES = ",".join(f"class {k + 1}" for k in range(0, 80, 4))
-OVERLAP_BINS = [k / 10 for k in range(11)]
+DATASET, HEIGHT, WIDTH, NUM_CLASSES = "benchmark_evaluation", 480, 640, 80
+SEEN_CLASSES = [f"class {k + 1}" for k in range(0, NUM_CLASSES, 4)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=int, default=5000, help="(%(default)s)")
+    parser.add_argument("--objects", type=int, default=36000, help="(%(default)s)")
+    parser.add_argument("--detections", type=int, default=500000, help="(%(default)s)")
+    parser.add_argument("--analysis", action="store_true", help="measure tsmask analyze, too")
+
+
+def make_programs(args: argparse.Namespace) -> Programs:
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        gt, dt = write_files(Path(folder), args.images, args.objects, args.detections)
-        register_coco_instances(DATASET, {}, gt, folder)
-        DatasetCatalog.get(DATASET)  # learns the classes
-        results = {}
-        evaluators = {
-            "Detectron2": make_stock_evaluator,
-            "this project": lambda: make_evaluator(use_fast_impl=None),
-            "this project, pure": lambda: make_evaluator(use_fast_impl=False),
-        }
-        programs = {BASELINE: lambda: results.update({BASELINE: run_pycocotools(gt, dt)})}
-        for name, make in evaluators.items():
-            programs[name] = lambda name=name, make=make: results.update(
-                {name: run_evaluator(make, dt)}
-            )
-        seconds = time_in_turns(programs, args.rounds, warmup=args.warmup)
-    print_ratios(seconds, BASELINE)
-    for name, ap in results.items():
-        print(f"AP of masks, {name}: {ap:.8f}")
-    return 0
+    folder = tempfile.TemporaryDirectory()
+    gt, dt = (str(Path(folder.name, name)) for name in ("gt.json", "dt.json"))
+    truth = draw_ground_truth(args.images, args.objects)
+    Path(gt).write_text(json.dumps(truth))
+    Path(dt).write_text(json.dumps(draw_detections(truth, args.detections)))
+    register_coco_instances(DATASET, {}, gt, folder.name)
+    DatasetCatalog.get(DATASET)  # learns the classes
+
+    def evaluate(make_evaluator) -> float:
+        assert folder  # which is removed with the programs
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluator = make_evaluator()
+            evaluator.reset()
+            detections = json.loads(Path(dt).read_text())
+            for x in detections:
+                x["category_id"] -= 1  # process() stores contiguous ids
+            evaluator._predictions = [{"image_id": None, "instances": detections}]
+            return evaluator.evaluate()["segm"]["AP"]
+
+    def pycocotools() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO(gt)
+            detections = coco.loadRes(dt)
+            for task in ("bbox", "segm"):
+                coco_eval = COCOeval(coco, detections, task)
+                coco_eval.evaluate()
+                coco_eval.accumulate()
+                coco_eval.summarize()
+        return 100 * float(coco_eval.stats[0])
+
+    def stock() -> COCOEvaluator:
+        return COCOEvaluator(DATASET, ("bbox", "segm"), distributed=False)
+
+    def ours() -> COCOEvaluator:
+        return PartiallySupervisedCOCOEvaluator(
+            DATASET,
+            ("bbox", "segm"),
+            distributed=False,
+            seen_classes=",".join(SEEN_CLASSES),
+            overlap_bin_edges=[k / 10 for k in range(11)],
+        )
+
+    programs = {
+        "pycocotools": pycocotools,
+        "Detectron2": lambda: evaluate(stock),
+        "ours": lambda: evaluate(ours),
+    }
+    if args.analysis:
+        from teacher_student_mask.analysis import analyze
+
+        programs["analysis"] = lambda: analyze(gt, {"model": dt}, seen_classes=SEEN_CLASSES)
+    return programs
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--objects", type=int, default=36000)
-    parser.add_argument("--detections", type=int, default=500000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=0, help="rounds that do not count")
-    return parser.parse_args(argv)
+def draw_ground_truth(num_images: int, num_objects: int) -> dict:
+    """A COCO json of objects as many per image and as large as COCO's on average."""
+    rng = np.random.default_rng(0)
+    # Like COCO's: few frequent classes, many rare ones, and few classes in one image.
+    frequency = 1 / np.arange(1, NUM_CLASSES + 1)
+    palettes = rng.choice(NUM_CLASSES, size=(num_images, 4), p=frequency / frequency.sum())
+    annotations = []
+    for k, image in enumerate(np.sort(rng.integers(num_images, size=num_objects))):
+        centre, radius = rng.uniform(0, [WIDTH, HEIGHT]), np.exp(rng.normal(3.6, 0.8))
+        annotations.append(
+            {
+                "id": k + 1,
+                "image_id": int(image) + 1,
+                "category_id": int(palettes[image, rng.integers(4)]) + 1,
+                "iscrowd": 0,
+                **_shape(star(rng, centre, radius)),
+            }
+        )
+    images = [
+        {"id": i + 1, "height": HEIGHT, "width": WIDTH, "file_name": f"{i + 1}.jpg"}
+        for i in range(num_images)
+    ]
+    categories = [{"id": i + 1, "name": f"class {i + 1}"} for i in range(NUM_CLASSES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def run_pycocotools(gt: str, dt: str) -> float:
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(gt)
-        detections = coco.loadRes(dt)
-        for task in TASKS:
-            coco_eval = COCOeval(coco, detections, task)
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-            coco_eval.summarize()
-    return 100 * coco_eval.stats[0]
+def draw_detections(truth: dict, num_detections: int) -> list[dict]:
+    """A COCO result: every object found once, distorted, and false ones of the image's classes."""
+    rng = np.random.default_rng(1)
+    objects = truth["annotations"]
+    detections = []
+    for k in range(num_detections):
+        x = objects[k % len(objects)]
+        box = np.array(x["bbox"])
+        centre, radius = box[:2] + box[2:] / 2, box[2:].mean() / 1.8
+        is_true = k < len(objects)
+        if not is_true:
+            centre, radius = centre + rng.normal(0, 60, 2), np.exp(rng.normal(3.6, 0.8))
+        shape = _shape(star(rng, np.clip(centre, 0, [WIDTH, HEIGHT]), radius))
+        score = float(rng.beta(4, 2) if is_true else rng.beta(1, 6))
+        detections.append(
+            {"image_id": x["image_id"], "category_id": x["category_id"], "score": score, **shape}
+        )
+    return detections
 
 
-def make_stock_evaluator() -> COCOEvaluator:
-    return COCOEvaluator(DATASET, TASKS, distributed=False)
+def star(rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
+    """An outline with waves, shape (24, 2): as many runs as a pasted 28 x 28 mask has."""
+    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    radii = radius * rng.uniform(0.6, 1.2, len(angles))
+    points = centre + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    # An object in a corner could be cut to nothing.
+    points[::8] = centre + [[-2, -2], [2, -2], [2, 2]]
+    return np.clip(points, 0, [WIDTH, HEIGHT])
 
 
-def make_evaluator(use_fast_impl: bool | None) -> COCOEvaluator:
-    return PartiallySupervisedCOCOEvaluator(
-        DATASET,
-        TASKS,
-        distributed=False,
-        seen_classes=SEEN_CLASSES,
-        overlap_bin_edges=OVERLAP_BINS,
-        use_fast_impl=use_fast_impl,
-    )
-
-
-def run_evaluator(make: Callable[[], COCOEvaluator], dt: str) -> float:
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = make()
-        evaluator.reset()
-        with open(dt, encoding="utf-8") as f:
-            detections = json.load(f)
-        for x in detections:
-            x["category_id"] -= 1  # process() stores contiguous ids
-        evaluator._predictions = [{"image_id": None, "instances": detections}]
-        return evaluator.evaluate()["segm"]["AP"]
+def _shape(points: np.ndarray) -> dict:
+    rle = mask_util.merge(mask_util.frPyObjects([points.ravel().tolist()], HEIGHT, WIDTH))
+    low, high = points.min(axis=0), points.max(axis=0)
+    return {
+        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
+        "bbox": [*low.tolist(), *(high - low).tolist()],
+        "area": float(mask_util.area(rle)),
+    }
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, add_arguments, make_programs, rounds=3))

@@ -1,42 +1,70 @@
-"""Models of the recipe with random weights that behave like trained ones: nothing is downloaded."""
+"""Models with random weights that behave like trained ones, and images for them."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import argparse
+import os
+import shlex
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from paired import REPOSITORY
 from torch import nn
 
 from teacher_student_mask import add_teacher_student_mask_config
-from teacher_student_mask.config_file import merge_config_file
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs/Base-PartiallySupervised-RCNN-FPN.yaml"
+BASELINE = "mask_rcnn"
 
 
-def make_cfg(device: str, opts: list[str], config_file: Path = CONFIG) -> CfgNode:
-    """
-    A config without pretrained weights.
+def add_model_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+    """Add --methods, --size, --device and --opts."""
+    add = parser.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        default=[BASELINE, "teacher_student"],
+        metavar="NAME",
+        help="configs of configs/coco, or 'NAME KEY VALUE ...'; the first one is the baseline",
+    )
+    add("--size", type=int, default=size, help="short side of the images (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="changes to all configs")
 
-    Args:
-        device: "cpu" or "cuda".
-        opts: KEY VALUE overrides.
-        config_file: by default the recipe's, Mask R-CNN R50-FPN with 80 classes.
-    """
+
+def make_cfg(method: str, args: argparse.Namespace) -> CfgNode:
+    """The config of a method without pretrained weights, of this checkout's files."""
+    name, *opts = shlex.split(method)
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    merge_config_file(cfg, str(config_file))
-    cfg.MODEL.WEIGHTS = ""
-    cfg.MODEL.DEVICE = device
-    cfg.merge_from_list(opts)
+    cfg.merge_from_file(str(REPOSITORY / f"configs/coco/{name}.yaml"), allow_unsafe=False)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", args.device
+    cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 0
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100
+    cfg.merge_from_list([*opts, *args.opts])
     return cfg
 
 
-def build_random_model(cfg: CfgNode, inputs: list[dict], seed: int = 0) -> nn.Module:
+def build_models(args: argparse.Namespace, inputs: list[dict]) -> dict[str, nn.Module]:
+    """Models of ``args.methods`` in eval mode; what the first one has, too, has its weights."""
+    models: dict[str, nn.Module] = {}
+    for method in args.methods:
+        model = build_random_model(make_cfg(method, args), inputs)
+        if models:
+            shapes = {name: x.shape for name, x in model.state_dict().items()}
+            first = next(iter(models.values())).state_dict()
+            shared = {name: x for name, x in first.items() if shapes.get(name) == x.shape}
+            model.load_state_dict(shared, strict=False)
+        models[method] = model
+    return models
+
+
+def build_random_model(cfg: CfgNode, inputs: list[dict]) -> nn.Module:
     """
     Build a model whose random weights lead to as many opinions as trained ones.
 
@@ -47,15 +75,11 @@ def build_random_model(cfg: CfgNode, inputs: list[dict], seed: int = 0) -> nn.Mo
     Args:
         cfg: of any ROI heads that are :class:`StandardROIHeads`.
         inputs: for the model, at inference.
-        seed: of the weights.
-
-    Returns:
-        The model in eval mode.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = build_model(cfg).eval()
     norms = [x for x in model.modules() if isinstance(x, FrozenBatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(_set_statistics) for norm in norms]
     scores = []
     hooks.append(
         model.roi_heads.box_predictor.register_forward_hook(lambda m, x, y: scores.append(y[0]))
@@ -77,31 +101,28 @@ def build_random_model(cfg: CfgNode, inputs: list[dict], seed: int = 0) -> nn.Mo
     return model
 
 
-def copy_weights(source: nn.Module, target: nn.Module) -> list[str]:
-    """
-    Copy what both models have by name and shape.
-
-    Returns:
-        Names of the target's weights that the source does not have.
-    """
-    shapes = {name: x.shape for name, x in target.state_dict().items()}
-    weights = {name: x for name, x in source.state_dict().items() if shapes.get(name) == x.shape}
-    return target.load_state_dict(weights, strict=False).missing_keys
-
-
-def on_next(function: Callable, arguments: list[tuple]) -> Callable[[], object]:
-    """
-    Make a program for :func:`time_in_turns` that takes another input in every round.
-
-    Args:
-        function: what to run.
-        arguments: of the first call, the second, ...; after the last from the first again.
-    """
-    rest = itertools.cycle(arguments)
-    return lambda: function(*next(rest))
-
-
-def _take_statistics(norm: FrozenBatchNorm2d, args: tuple) -> None:
+def _set_statistics(norm: FrozenBatchNorm2d, args: tuple) -> None:
     var, mean = torch.var_mean(args[0], dim=(0, 2, 3))
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
+
+
+def read_inputs(num_images: int, size: int) -> list[dict]:
+    """
+    Inputs for the inference of a model: COCO's val images where they are there, else noise.
+
+    Args:
+        num_images: how many.
+        size: of the short side; the long side is at most 1333 pixels.
+    """
+    folder = Path(os.getenv("DETECTRON2_DATASETS", "datasets"), "coco", "val2017")
+    paths = sorted(folder.glob("*.jpg"))[:num_images]
+    noise = np.random.default_rng(0).integers(0, 256, (num_images, 480, 640, 3), dtype=np.uint8)
+    images = [utils.read_image(path, format="BGR") for path in paths] or list(noise)
+    print(f"{len(images)} images of {folder if paths else 'NOISE: there is no COCO'}")
+    inputs = []
+    for image in images:
+        resized = T.ResizeShortestEdge(size, max_size=1333).get_transform(image).apply_image(image)
+        pixels = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        inputs.append({"image": pixels, "height": image.shape[0], "width": image.shape[1]})
+    return inputs

@@ -1,213 +1,129 @@
 #!/usr/bin/env python
 """
-Time and memory of a training step of each method against the class-agnostic baseline.
+Time of a training step, forward and backward without the optimizer, of methods in turns.
 
-A step is forward and backward of the whole R50-FPN model with 80 classes, no optimizer step, so
-that all steps see the same weights. Images, objects and sampling are those of the mapper and the
-recipe, masks of the VOC classes. The programs run in turns, and in one round all of them get the
-same batch and draw the same proposals:
+All models have the same random weights where they have the same layers, and in one round all get
+the same images and the same proposals around the objects (--foreground per image). R50-FPN, 80
+classes, masks of the VOC classes. Beside the time, with --costs: the multiply-adds of a step's
+convolutions and matrix products, and on a GPU what its tensors take at the worst moment, the
+gradients of the weights included, the weights themselves not.
 
-  class_agnostic   PartiallySupervisedROIHeads, the baseline of the field: one class-agnostic mask
-                   head, on the ROIs whose object has a mask
-  class_specific   stock Detectron2 Mask R-CNN, on all foreground ROIs (an unseen object's mask is
-                   the rectangle of its box, which takes as long)
-  label_channel    PartiallySupervisedROIHeads with class-specific masks, which computes the channel
-                   of each ROI's class alone; with --opts DATASETS.SEEN_CLASSES all it has the ROIs
-                   of class_specific
-  interact, threshold, none, box_fit, crf
-                   TeacherStudentROIHeads with that PSEUDO_MASK.METHOD, on all foreground ROIs
-  capped           interact with MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE 4: of the ROIs without a mask
-                   four of each image, drawn at random, take part
-
-The weights are random, so nothing is downloaded. A random RPN finds few objects, so proposals
-around the objects are added, as many as a trained one gives (--foreground per image).
-
-Beside the measured ratio stands the one that follows from the multiply-adds of forward and backward
-alone (torch.utils.flop_counter on the same batches; convolutions and matrix products, no pooling,
-no loss, no pseudo masks). With --mask-branch the mask branch alone is measured as well, from the
-backbone's features and the sampled ROIs to its losses and back to the features, and its memory at
-the worst moment, gradients of its weights included. --profile prints the longest operators.
+  the paper's two heads:  training_step.py --baseline ../other-checkout
+  every base method:      training_step.py --methods mask_rcnn opmask shapeprop ... --costs
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 
+import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.structures import Instances
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from memory import peak_memory
-from models import build_random_model, copy_weights, make_cfg, on_next
-from paired import print_ratios, ratios_to, time_in_turns
-from tabulate import tabulate
+from models import add_model_arguments, build_models, make_cfg
+from paired import Programs, main, on_next
 from torch import nn
-from training_batches import (
-    WithProposalsAroundObjects,
-    add_batch_arguments,
-    count_madds,
-    forward_and_backward,
-    read_batches,
-    step,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
-HEADS = "MODEL.ROI_HEADS.NAME"
-VARIANTS = {
-    "class_agnostic": [HEADS, "PartiallySupervisedROIHeads"]
-    + ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True],
-    "class_specific": [HEADS, "StandardROIHeads"],
-    "label_channel": [HEADS, "PartiallySupervisedROIHeads"],
-    **{
-        method: [HEADS, "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.METHOD", method]
-        for method in ("interact", "threshold", "none", "box_fit", "crf")
-    },
-    "capped": [HEADS, "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE", 4],
-}
-BASELINE = "class_agnostic"
-# The mask branch is compared with that of the same shape.
-MASK_BASELINE = "class_specific"
+from teacher_student_mask import TeacherStudentDatasetMapper
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    cfg = make_cfg(args.device, ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0, *args.opts])
-    batches, source = read_batches(cfg, args.dataset, args.batches, args.batch_size, args.size)
-    print(source)
-    models = build_models(cfg, args, batches[0])
-    steps = {name: on_next(step, [(x, b, args.amp) for b in batches]) for name, x in models.items()}
-    madds = {name: [count_madds(x) for _ in batches] for name, x in steps.items()}
-    mask_inputs = {name: [mask_inputs_of(x, b) for b in batches] for name, x in models.items()}
-    print_rois(mask_inputs[BASELINE], cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    seconds = time_in_turns(steps, args.rounds * len(batches))
-    print(f"\nTraining step{', mixed precision' if args.amp else ''}")
-    print_ratios(seconds, BASELINE)
-    print_madds(madds, seconds, BASELINE)
-    if args.mask_branch:
-        masks = {
-            name: on_next(mask_step, [(models[name], *x, args.amp) for x in inputs])
-            for name, inputs in mask_inputs.items()
-        }
-        madds = {name: [count_madds(x) for _ in batches] for name, x in masks.items()}
-        report_mask_branch(masks, madds, args)
-    if args.profile:
-        for name, program in steps.items():
-            print(f"\n{name}")
-            print(profile(program, args.device))
-    return 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, size=320)
+    add = parser.add_argument
+    add("--dataset", default="coco_2017_val", help="(%(default)s)")
+    add("--batches", type=int, default=2, help="(%(default)s)")
+    add("--batch-size", type=int, default=1, help="images (%(default)s)")
+    add("--foreground", type=int, default=64, help="proposals added per image (%(default)s)")
+    add("--amp", action="store_true", help="under autocast, as SOLVER.AMP.ENABLED")
+    add("--costs", action="store_true", help="count multiply-adds and memory, too")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        metavar="NAME",
-        default=[x for x in VARIANTS if x != "crf"],
-        help="default: all but crf, which needs pydensecrf; class_agnostic always runs",
-    )
-    add_batch_arguments(parser, batches=4, batch_size=2, size=800)
-    parser.add_argument("--rounds", type=int, default=3, help="over all batches")
-    parser.add_argument("--mask-branch", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE overrides of the config")
-    args = parser.parse_args(argv)
-    needed = [BASELINE, MASK_BASELINE] if args.mask_branch else [BASELINE]
-    args.variants = list(dict.fromkeys([*needed, *args.variants]))
-    return args
-
-
-def build_models(
-    cfg: CfgNode, args: argparse.Namespace, inputs: list[dict]
-) -> dict[str, nn.Module]:
-    models, reference = {}, None
-    for name in args.variants:
-        variant = cfg.clone()
-        variant.merge_from_list(VARIANTS[name])
-        if reference is None:
-            model = reference = build_random_model(variant, inputs)
-        else:
-            model = build_model(variant)
-            copy_weights(reference, model)
-        models[name] = model.train()
-    for model in models.values():
+def make_programs(args: argparse.Namespace) -> Programs:
+    batches = read_batches(args)
+    models = build_models(args, [{"image": batches[0][0]["image"]}])
+    programs = {}
+    for name, model in models.items():
+        model.train()
         model.proposal_generator = WithProposalsAroundObjects(
             model.proposal_generator, args.foreground
         )
-    return models
+        programs[name] = on_next(step, [(model, batch, args.amp) for batch in batches])
+        if args.costs:
+            print_costs(name, model, batches[0], args.amp)
+    return programs
 
 
-def mask_step(model: nn.Module, features: dict, instances: list[Instances], amp: bool) -> None:
-    """Forward and backward of the mask branch alone."""
-    heads = model.roi_heads
-    leaves = {name: features[name].detach().requires_grad_() for name in heads.mask_in_features}
-    forward_and_backward(model, lambda: heads._forward_mask({**features, **leaves}, instances), amp)
+def read_batches(args: argparse.Namespace) -> list[list[dict]]:
+    """Mapped examples of a registered dataset; they are read and resized before the timing."""
+    cfg = make_cfg(args.methods[0], args)
+    cfg.DATASETS.TRAIN, cfg.INPUT.MIN_SIZE_TRAIN = (args.dataset,), (args.size,)
+    mapper = TeacherStudentDatasetMapper(cfg, True)
+    np.random.seed(0)
+    dicts = [x for x in DatasetCatalog.get(args.dataset) if x["annotations"]]
+    num_images = args.batches * args.batch_size
+    examples = [mapper(x) for x in dicts[:: max(1, len(dicts) // num_images)][:num_images]]
+    starts = range(0, num_images, args.batch_size)
+    return [examples[i : i + args.batch_size] for i in starts]
 
 
-def mask_inputs_of(model: nn.Module, batch: list[dict]) -> tuple[dict, list[Instances]]:
-    """What the ROI heads give to the mask branch in a step: features and sampled proposals."""
-    heads, given = model.roi_heads, []
-    heads._forward_mask = lambda *args: given.append(args) or {}
-    try:
-        torch.manual_seed(0)
-        with torch.no_grad(), EventStorage():
-            model(batch)
-    finally:
-        del heads._forward_mask
-    return given[0]
+def step(model: nn.Module, batch: list[dict], amp: bool) -> float:
+    """Forward and backward, with the same proposals drawn each time; returns the loss."""
+    torch.manual_seed(0)
+    with EventStorage():
+        with torch.autocast(model.device.type, enabled=amp):
+            loss = sum(model(batch).values())
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return loss.item()
 
 
-def print_rois(mask_inputs: list[tuple[dict, list[Instances]]], num_classes: int) -> None:
-    rois = [x for _, instances in mask_inputs for x in instances]
-    foreground = [x[x.gt_classes < num_classes] for x in rois]
-    with_mask = sum(x.gt_has_mask.sum().item() for x in foreground if len(x) > 0)
-    print(
-        f"{sum(map(len, foreground)) / len(mask_inputs):.1f} foreground ROIs per batch, "
-        f"{with_mask / len(mask_inputs):.1f} of them with a mask"
-    )
+def print_costs(name: str, model: nn.Module, batch: list[dict], amp: bool) -> None:
+    is_on_gpu = model.device.type == "cuda"
+    step(model, batch, amp)  # so that nothing is counted that stays
+    if is_on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    with FlopCounterMode(display=False) as counter:
+        step(model, batch, amp)
+    costs = f"{counter.get_total_flops() / 2e9:.1f} G multiply-adds"
+    if is_on_gpu:
+        costs += f", {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
+    print(f"{name}: {costs}")
 
 
-def print_madds(madds: dict[str, list[int]], seconds: dict[str, list[float]], base: str) -> None:
-    rows = []
-    for name, ratios in ratios_to(seconds, base).items():
-        predicted = sum(madds[name]) / sum(madds[base])
-        giga = sum(madds[name]) / len(madds[name]) / 1e9
-        rows.append([name, giga, predicted, statistics.median(ratios)])
-    print()
-    print(tabulate(rows, ["", "G multiply-adds", "their ratio", "measured"], floatfmt=".3f"))
+class WithProposalsAroundObjects(nn.Module):
+    """An RPN to whose proposals boxes with an IoU above 0.5 with an object are added."""
 
+    def __init__(self, rpn: nn.Module, num_boxes: int):
+        """
+        Args:
+            rpn: to be wrapped.
+            num_boxes: added per image, in turns to its objects.
+        """
+        super().__init__()
+        self.rpn = rpn
+        self.num_boxes = num_boxes
 
-def report_mask_branch(
-    programs: dict[str, Callable], madds: dict[str, list[int]], args: argparse.Namespace
-) -> None:
-    seconds = time_in_turns(programs, args.rounds * args.batches)
-    print("\nMask branch alone, forward and backward")
-    print_ratios(seconds, MASK_BASELINE)
-    print_madds(madds, seconds, MASK_BASELINE)
-    peaks = {
-        name: max(peak_memory(program, args.device) for _ in range(args.batches))
-        for name, program in programs.items()
-    }
-    rows = [[name, x / 2**20, x / peaks[MASK_BASELINE]] for name, x in peaks.items()]
-    print("\nMask branch alone, memory at the worst moment of the largest batch")
-    print(tabulate(rows, ["", "peak MiB", "ratio"], floatfmt=".3f"))
+    def forward(self, images, features, gt_instances=None):
+        """As of :class:`RPN`."""
+        proposals, losses = self.rpn(images, features, gt_instances)
+        if self.training:
+            proposals = [self._add_boxes(*pair) for pair in zip(proposals, gt_instances)]
+        return proposals, losses
 
-
-def profile(program: Callable, device: str) -> str:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.startswith("cuda"):
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        program()
-    sort_by = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=sort_by, row_limit=25)
+    def _add_boxes(self, proposals: Instances, targets: Instances) -> Instances:
+        rows = torch.arange(self.num_boxes, device=targets.gt_classes.device) % len(targets)
+        boxes = targets.gt_boxes.tensor[rows]
+        sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        # Each edge by at most 10 % of the side: at worst IoU 0.64.
+        boxes = Boxes(boxes + 0.1 * sides * (2 * torch.rand_like(boxes) - 1))
+        boxes.clip(proposals.image_size)
+        added = Instances(proposals.image_size, proposal_boxes=boxes)
+        added.objectness_logits = torch.zeros(len(boxes), device=boxes.device)
+        return Instances.cat([proposals, added])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, add_arguments, make_programs, rounds=8))

@@ -106,7 +106,7 @@ def tiny_cfg(tmp_path) -> Callable[..., CfgNode]:
     """
     Return ``make(num_classes=3, opts=(), dataset=None)``: the config of a model for the CPU.
 
-    It is configs/shapes/Base-Shapes.yaml (PartiallySupervisedROIHeads) with few channels, images of
+    It is configs/Base-Shapes.yaml (PartiallySupervisedROIHeads) with few channels, images of
     64 pixels and no warm-up of the pseudo masks; a step of two images takes under 0.2 s. ``opts``
     are KEY VALUE overrides. ``dataset``, a :class:`TinyCoco`, becomes the train and test dataset,
     its seen classes SEEN_CLASSES.
@@ -115,7 +115,7 @@ def tiny_cfg(tmp_path) -> Callable[..., CfgNode]:
     def make(num_classes: int = 3, opts=(), dataset: TinyCoco | None = None) -> CfgNode:
         cfg = get_cfg()
         add_teacher_student_mask_config(cfg)
-        cfg.merge_from_file(str(REPOSITORY / "configs/shapes/Base-Shapes.yaml"))
+        cfg.merge_from_file(str(REPOSITORY / "configs/Base-Shapes.yaml"))
         cfg.merge_from_list(
             TINY_MODEL
             + ["OUTPUT_DIR", str(tmp_path / "output"), "MODEL.FPN.OUT_CHANNELS", 16]

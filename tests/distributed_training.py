@@ -117,7 +117,7 @@ def make_cfg(opts=()) -> CfgNode:
     """
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(REPOSITORY / "configs/shapes/Base-Shapes.yaml"))
+    cfg.merge_from_file(str(REPOSITORY / "configs/Base-Shapes.yaml"))
     cfg.merge_from_list(
         [*TINY_MODEL, "MODEL.BACKBONE.NAME", "FourConvolutions", "MODEL.ROI_HEADS.NUM_CLASSES", 3]
         + ["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5"]]

@@ -26,7 +26,7 @@ WRAPPERS = ("srun", "nice", "env", "timeout")
 # Programs that are no part of this project: their arguments are not looked at.
 OTHERS = ("cp", "git", "ls", "mkdir", "mv", "sbatch", "tensorboard")
 # A config that a command reads from where an earlier one has written it has the keys of this one.
-STAND_IN = "configs/shapes/teacher_student_shapes_box_fit.yaml"
+STAND_IN = "configs/shapes/teacher_student_box_fit.yaml"
 # Below these folders a path names a file of the repository.
 FOLDERS = ("configs", "tools", "benchmarks", "docs", "tests", "projects")
 

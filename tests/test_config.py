@@ -1,8 +1,10 @@
-"""Every yaml builds and is short; every key of ours is explained by a comment and read."""
+"""Every line of configs/README.md resolves to its recorded values and builds; keys are read."""
 
 import dataclasses
 import inspect
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,43 +20,39 @@ from teacher_student_mask import (
     add_teacher_student_mask_config,
 )
 from teacher_student_mask.data.shapes import SHAPES_CLASSES, SHAPES_SEEN_CLASSES
+from teacher_student_mask.errors import InputError
 from teacher_student_mask.modeling import DenseCRF
+from teacher_student_mask.trained_model import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs"
 PACKAGE = Path(teacher_student_mask.config.__file__).parent
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-# One method on one dataset; configs/custom is a template, long for its comments.
-LEAVES = [p for p in CONFIGS if not p.name.startswith("Base-") and p.parent.name != "custom"]
-# Ablations, which the paper has with R-50 alone; all other methods have R-50 and R-101.
-R_50_ALONE = {
-    f"teacher_student_R_50_FPN_1x_{x}.yaml"
-    for x in ("none", "threshold", "crf", "box_fit", "high_res_teacher", "deep_teacher")
-    + ("deep_teacher_gt_boxes",)
+# What the systems were before their files were composed: the bases' changes of Detectron2's
+# defaults and of each other, and what each system changes of its base.
+RECORDED = json.loads((REPOSITORY / "tests/recorded_configs.json").read_text())
+R_101 = {
+    "MODEL.RESNETS.DEPTH": 101,
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-101.pkl",
 }
-# Sections of the project's README, and the configs whose results they have.
-RESULTS = [("Results on COCO", ("voc2nonvoc", "nonvoc2voc")), ("Results on shapes", ("shapes",))]
 # Read as a whole; see the tests that each key arrives.
 NODES_READ_AS_A_WHOLE = ("MODEL.TEACHER_MASK_HEAD.", "MODEL.PSEUDO_MASK.CRF.")
 
 
-def name_of(path):
-    return str(path.relative_to(REPOSITORY / "configs"))
-
-
-def load(path):
+def load(path, *opts):
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(path))
+    cfg.merge_from_file(str(CONFIGS / path))
+    cfg.merge_from_list(list(opts))
     return cfg
 
 
 def flatten(cfg, prefix=""):
-    """{"A.B": value} of a config tree."""
+    """{"A.B": value} of a config tree, tuples as lists."""
     flat = {}
     for key, value in cfg.items():
         is_tree = isinstance(value, type(cfg))
         flat.update(flatten(value, f"{prefix}{key}.") if is_tree else {prefix + key: value})
-    return flat
+    return {key: list(x) if isinstance(x, tuple) else x for key, x in flat.items()}
 
 
 def our_keys():
@@ -63,18 +61,45 @@ def our_keys():
     return {key: v for key, v in flatten(ours).items() if key not in flatten(get_cfg())}
 
 
-def test_there_are_configs():
-    assert len(LEAVES) >= 20
+def lines_of_readme():
+    """{"coco/mask_rcnn": what follows --config-file} of both tables."""
+    rows = re.findall(
+        r"^\| (\w+) \|[^|]*\| `configs/(.*?)` \|$", (CONFIGS / "README.md").read_text(), re.M
+    )
+    return {f"{command.split('/')[0]}/{name}": shlex.split(command) for name, command in rows}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_every_config_builds(path):
-    cfg = load(path)
-    # Modules and shapes without numbers in them: a tenth of a second each.
-    cfg.MODEL.DEVICE = "meta"
+LINES = lines_of_readme()
+
+
+def test_every_config_has_a_line_and_every_recorded_system_too():
+    leaves = [*CONFIGS.glob("coco/*.yaml"), *CONFIGS.glob("shapes/*.yaml")]
+    on_disk = {f"{x.parent.name}/{x.name}" for x in leaves}
+    assert {command[0] for command in LINES.values()} == on_disk
+    assert set(LINES) == {f"{x}/{name}" for x in ("coco", "shapes") for name in RECORDED[x]}
+
+
+@pytest.mark.parametrize("name, base", [("Base-COCO", None), ("Base-Shapes", "Base-COCO")])
+def test_the_bases_are_the_recorded_ones(name, base):
+    cfg = flatten(load(f"{name}.yaml"))
+    assert RECORDED[name].items() <= cfg.items()
+    if base:
+        assert cfg == {**flatten(load(f"{base}.yaml")), **RECORDED[name]}
+
+
+@pytest.mark.parametrize("system", LINES)
+def test_a_line_resolves_to_its_recorded_values_and_builds(system):
+    dataset, _, name = system.partition("/")
+    cfg = load(*LINES[system])
+    base = flatten(load({"coco": "Base-COCO.yaml", "shapes": "Base-Shapes.yaml"}[dataset]))
+    assert flatten(cfg) == {**base, **RECORDED[dataset][name]}
+    builds(cfg)
+
+
+def builds(cfg):
+    cfg.MODEL.DEVICE = "meta"  # modules and shapes without numbers in them: a tenth of a second
     with torch.device("meta"):
-        model = build_model(cfg)
-    roi_heads = model.roi_heads
+        roi_heads = build_model(cfg).roi_heads
     assert isinstance(roi_heads, PartiallySupervisedROIHeads)
     if not isinstance(roi_heads, TeacherStudentROIHeads):
         assert not hasattr(roi_heads, "teacher_mask_head")
@@ -89,91 +114,71 @@ def test_every_config_builds(path):
     assert roi_heads.teacher_mask_head.layers(features).shape == (2, 1, side, side)
 
 
+@pytest.mark.parametrize("system", [x for x in LINES if x.startswith("coco/")])
+def test_direction_and_depth_are_the_overrides_that_the_readme_names(system):
+    text = (CONFIGS / "README.md").read_text()
+    key = "TEST.SEEN_CLASSES" if system == "coco/oracle" else "DATASETS.SEEN_CLASSES"
+    direction = re.search(rf"`({key} nonvoc)`", text)[1].split()
+    depth = re.search(r"`(MODEL.RESNETS.DEPTH 101 .*?)`", text)[1].split()
+    r_50 = flatten(load(*LINES[system]))
+    assert r_50[key] == "voc"
+    for opts, changes in [
+        (direction, {key: "nonvoc"}),
+        (depth, R_101),
+        (direction + depth, {key: "nonvoc", **R_101}),
+    ]:
+        assert flatten(load(*LINES[system], *opts)) == {**r_50, **changes}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "custom").glob("*.yaml")), ids=lambda x: x.name)
+def test_configs_for_own_data_build(path):
+    builds(load(path, "MODEL.ROI_HEADS.NUM_CLASSES", "3"))
+
+
+def test_later_bases_of_a_list_win_and_none_is_downloaded(tmp_path):
+    for name, value in ("a", 1), ("b", 2):
+        (tmp_path / f"{name}.yaml").write_text(f"VERSION: 2\nSOLVER: {{MAX_ITER: {value}}}")
+    path = tmp_path / "c.yaml"
+    path.write_text('_BASE_: ["a.yaml", "b.yaml"]')
+    assert load_config(str(path)).SOLVER.MAX_ITER == 2
+    path.write_text('_BASE_: ["a.yaml", "http://example.com/b.yaml"]')
+    with pytest.raises(InputError, match="http://example.com/b.yaml; a base must be a file"):
+        load_config(str(path))
+
+
 def test_one_config_builds_for_real():
-    cfg = load(REPOSITORY / "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml")
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    cfg = load("coco/teacher_student.yaml", "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
     model = build_model(cfg)
     assert all(p.device.type == "cpu" and p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("path", LEAVES, ids=name_of)
-def test_leaves_are_short_and_build_on_a_base(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 15
-    assert any(line.startswith("_BASE_:") for line in lines)
-
-
-def test_there_is_a_config_for_every_method():
-    methods = {load(path).MODEL.PSEUDO_MASK.METHOD for path in LEAVES}
-    assert {"none", "threshold", "interact", "crf", "box_fit"} == methods
-
-
-@pytest.mark.parametrize("first, second", [("voc2nonvoc", "nonvoc2voc")])
-def test_the_two_directions_differ_in_the_classes_alone(first, second):
-    paths = sorted((REPOSITORY / "configs" / first).glob("*.yaml"))
-    names = [path.name for path in paths]
-    assert names == sorted(p.name for p in (REPOSITORY / "configs" / second).glob("*.yaml"))
-    swapped = {"voc": "nonvoc", "all": "all", "": ""}
-    for path in paths:
-        cfg, other = load(path), load(REPOSITORY / "configs" / second / path.name)
-        assert "voc" in (cfg.DATASETS.SEEN_CLASSES, cfg.TEST.SEEN_CLASSES)
-        for node in (cfg.DATASETS, cfg.TEST):
-            node.SEEN_CLASSES = swapped[node.SEEN_CLASSES]
-        assert cfg == other, path.name
-
-
-@pytest.mark.parametrize("direction", ["voc2nonvoc", "nonvoc2voc"])
-def test_every_method_has_both_backbones_which_differ_in_nothing_else(direction):
-    folder = REPOSITORY / "configs" / direction
-    names = {path.name for path in folder.glob("*.yaml")}
-    small = {name for name in names if "_R_50_FPN_1x" in name}
-    twins = {name: name.replace("_R_50_", "_R_101_") for name in small - R_50_ALONE}
-    assert R_50_ALONE < small and names == small | set(twins.values())
-    for name, twin in twins.items():
-        cfg, other = load(folder / name), load(folder / twin)
-        assert (cfg.MODEL.RESNETS.DEPTH, other.MODEL.RESNETS.DEPTH) == (50, 101), twin
-        assert "R-50" in cfg.MODEL.WEIGHTS and "R-101" in other.MODEL.WEIGHTS, twin
-        other.MODEL.RESNETS.DEPTH, other.MODEL.WEIGHTS = 50, cfg.MODEL.WEIGHTS
-        assert cfg == other, twin
+def test_leaves_are_short_and_build_on_a_base():
+    for path in CONFIGS.glob("*/*.yaml"):
+        if path.parent.name != "custom":
+            assert len(path.read_text().splitlines()) <= 15, path
+        if path.parent.name in ("coco", "shapes", "custom"):
+            assert re.search("^_BASE_:", path.read_text(), re.M), path
 
 
 def test_a_reconstruction_is_called_one():
     """Nobody should take CPMask, of which no code exists, for the published method."""
-    paths = [path for path in LEAVES if path.name.startswith("cpmask")]
-    assert len(paths) == 10
-    for path in paths:
-        assert "reconstruction" in path.read_text().split("_BASE_:")[0], name_of(path)
+    text = (CONFIGS / "README.md").read_text()
+    rows = [row for row in text.splitlines() if row.startswith("| cpmask")]
+    rows.append((CONFIGS / "methods/cpmask.yaml").read_text())
+    assert len(rows) == 5 and all("reconstruction" in row for row in rows)
 
 
-def expand_braces(text):
-    """As a shell does: "a{b,c}" is ["ab", "ac"]."""
-    match = re.search(r"\{([^{}]*)\}", text)
-    if match is None:
-        return [text]
-    before, after = text[: match.start()], text[match.end() :]
-    return [x for y in match[1].split(",") for x in expand_braces(before + y + after)]
-
-
-@pytest.mark.parametrize("section, folders", RESULTS)
-def test_every_config_has_a_row_in_the_results(section, folders):
+def test_every_system_has_a_row_in_the_results():
     text = (REPOSITORY / "projects/TeacherStudentMask/README.md").read_text()
-    tables = re.search(rf"^## {section}\n(.*?)(^## |\Z)", text, re.M | re.S)[1]
-    rows = [line for line in tables.splitlines() if line.startswith("|")]
-    named = {x for row in rows for code in re.findall("`(.*?)`", row) for x in expand_braces(code)}
-    stems = {path.stem for path in LEAVES if path.parent.name in folders}
-    assert len(stems) > 20 and stems - named == set()
-
-
-@pytest.mark.parametrize("path", LEAVES, ids=name_of)
-def test_the_oracle_sees_all_and_the_others_do_not(path):
-    cfg = load(path)
-    is_oracle = path.name.startswith("oracle")
-    assert (cfg.DATASETS.SEEN_CLASSES == "all") == is_oracle
-    assert (cfg.TEST.SEEN_CLASSES != "") == is_oracle
+    for dataset, section in [("coco", "Results on COCO"), ("shapes", "Results on shapes")]:
+        tables = re.search(rf"^## {section}\n(.*?)(^## |\Z)", text, re.M | re.S)[1]
+        rows = [line for line in tables.splitlines() if line.startswith("|")]
+        named = {code for row in rows for code in re.findall("`(.*?)`", row)}
+        assert set(RECORDED[dataset]) - named == set()
 
 
 def test_the_recipe_of_the_paper():
-    cfg = load(REPOSITORY / "configs/Base-PartiallySupervised-RCNN-FPN.yaml")
+    cfg = load("Base-COCO.yaml")
     assert cfg.SOLVER.IMS_PER_BATCH == 16 and cfg.SOLVER.BASE_LR == 0.02
     assert cfg.SOLVER.MAX_ITER == 87960 and cfg.SOLVER.STEPS == (58640, 80630)
     assert cfg.SOLVER.WARMUP_ITERS == 500 and cfg.SOLVER.WARMUP_FACTOR == 1e-3
@@ -183,7 +188,7 @@ def test_the_recipe_of_the_paper():
 
 
 def test_shapes_configs_know_the_classes_of_shapes():
-    for path in sorted((REPOSITORY / "configs/shapes").glob("*.yaml")):
+    for path in (CONFIGS / "shapes").glob("*.yaml"):
         cfg = load(path)
         seen = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
         assert sorted(seen.split(", ")) == sorted(SHAPES_SEEN_CLASSES), path.name
@@ -194,6 +199,8 @@ def test_defaults_are_those_of_the_design():
     defaults = {
         "DATASETS.SEEN_CLASSES": "voc",
         "MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES": False,
+        "MODEL.ROI_MASK_HEAD.MLP_BRANCH": False,
+        "MODEL.ROI_BOX_HEAD.CONV_WIDTHS": [512, 1024, 1024, 1024],
         "MODEL.TEACHER_MASK_HEAD.NUM_CONV": 4,
         "MODEL.TEACHER_MASK_HEAD.NUM_DECONV": 1,
         "MODEL.TEACHER_MASK_HEAD.CONV_DIM": 256,
@@ -204,7 +211,25 @@ def test_defaults_are_those_of_the_design():
         "MODEL.PSEUDO_MASK.CLIP_TO_BOX": True,
         "MODEL.PSEUDO_MASK.EXCLUDE_SEEN": True,
         "MODEL.PSEUDO_MASK.WARMUP_ITERS": 1000,
+        "MODEL.PSEUDO_MASK.EXTERNAL": "alone",
         "MODEL.PSEUDO_MASK.CRF.NUM_ITERS": 5,
+        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM": 256,
+        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_CHANNELS": 24,
+        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_STEPS": 0,
+        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.ACTIVATION_WEIGHT": 1,
+        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.SHAPE_WEIGHT": 1,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.POOLER_RESOLUTION": 28,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.NUM_CONV": 8,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM": 256,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.NORM": "naiveSyncBN_N",
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT": 0.1,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.KEY_SHARE": 0.3,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS": 7330,
+        "MODEL.ROI_MASK_PRIOR.CONTRAST.OFFICIAL_DENOMINATOR": False,
+        "MODEL.BOX_SUPERVISION.COLOR_THRESHOLD": 0.3,
+        "MODEL.BOX_SUPERVISION.DILATION": 2,
+        "MODEL.BOX_SUPERVISION.WARMUP_ITERS": 10000,
+        "MODEL.BOX_SUPERVISION.BOTTOM_ROWS": 10,
         "TEST.MASK_HEAD": "student",
         "TEST.GT_BOXES": False,
         "TEST.OVERLAP_THRESHOLD": 0.3,
@@ -301,7 +326,7 @@ def test_every_key_of_the_crf_is_a_setting_of_it():
 def test_the_crf_is_optional(monkeypatch):
     for name in ("pydensecrf", "pydensecrf.densecrf", "pydensecrf.utils"):
         monkeypatch.setitem(sys.modules, name, None)
-    cfg = load(REPOSITORY / "configs/voc2nonvoc/teacher_student_R_50_FPN_1x_crf.yaml")
+    cfg = load("coco/teacher_student.yaml", "MODEL.PSEUDO_MASK.METHOD", "crf")
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         build_model(cfg)

@@ -51,7 +51,7 @@ def trained_student(config, *opts):
 def exported(tmp_path_factory):
     """A folder with config.yaml, weights.pth, photo.png (noise) and, in exported/, all formats."""
     folder = tmp_path_factory.mktemp("student")
-    write_small_student(folder, "teacher_student_shapes.yaml", *THRESHOLD)
+    write_small_student(folder, "teacher_student.yaml", *THRESHOLD)
     write_noise(folder / "photo.png", 100, 150)
     formats = ["--formats", "plain", "torchscript", "onnx"]
     assert export_to(folder, *formats, "--check-images", folder / "photo.png") == 0
@@ -91,8 +91,8 @@ except SystemExit as end:
 @pytest.mark.parametrize(
     "config, opts",
     [
-        ("teacher_student_shapes.yaml", []),
-        ("mask_rcnn_shapes.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
+        ("teacher_student.yaml", []),
+        ("mask_rcnn.yaml", ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]),
     ],
     ids=["student", "class-agnostic"],
 )
@@ -216,7 +216,7 @@ def test_the_onnx_graph_has_the_whole_last_layer_and_no_teacher(exported):
 
 @pytest.mark.slow
 def test_a_graph_of_a_mask_prior(tmp_path):
-    trained = trained_student("opmask_shapes.yaml", "MODEL.ROI_BOX_HEAD.NORM", "")
+    trained = trained_student("opmask.yaml", "MODEL.ROI_BOX_HEAD.NORM", "")
     reports = export_student(trained, tmp_path, ["torchscript"])
     assert "15 objects on 3 images, 0 without a counterpart" in reports["model.ts"]
 
@@ -224,20 +224,20 @@ def test_a_graph_of_a_mask_prior(tmp_path):
 @pytest.mark.parametrize(
     "config, opts, words",
     [
-        ("opmask_shapes.yaml", ["MODEL.ROI_BOX_HEAD.NORM", ""], "ROI_MASK_PRIOR.NAME is 'ClassAct"),
+        ("opmask.yaml", ["MODEL.ROI_BOX_HEAD.NORM", ""], "ROI_MASK_PRIOR.NAME is 'ClassAct"),
         (
-            "mask_rcnn_shapes.yaml",
+            "mask_rcnn.yaml",
             ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
             + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
             "MODEL.ROI_MASK_HEAD.NUM_DECONV is 2",
         ),
         (
-            "mask_rcnn_shapes.yaml",
+            "mask_rcnn.yaml",
             ["MODEL.ROI_MASK_HEAD.NAME", "HourglassMaskHead", "MODEL.ROI_MASK_HEAD.HOURGLASS", 20],
             "MODEL.ROI_MASK_HEAD is 'HourglassMaskHead', of the package teacher_student_mask",
         ),
         (
-            "mask_rcnn_shapes.yaml",
+            "mask_rcnn.yaml",
             ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
             "MODEL.ROI_HEADS.NAME is 'StandardROIHeads'; what can be exported",
         ),
@@ -263,19 +263,19 @@ def test_what_finds_something_else_is_not_written(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(export, "build_model", build_changed)
     monkeypatch.setattr(export, "_trace", trace_changed)
     with pytest.raises(export.InputError, match="finds something else.*masks .* of .* allowed"):
-        export_student(trained_student("mask_rcnn_shapes.yaml"), tmp_path / "exported", [kind])
+        export_student(trained_student("mask_rcnn.yaml"), tmp_path / "exported", [kind])
     assert not (tmp_path / "exported").exists()
 
 
 def test_nothing_found_is_said(tmp_path):
-    trained = trained_student("mask_rcnn_shapes.yaml", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
+    trained = trained_student("mask_rcnn.yaml", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
     reports = export_student(trained, tmp_path, ["torchscript"])
     assert "Nothing was found on them, so give images" in reports["model.ts"]
 
 
 def test_our_mask_head_with_one_deconvolution_is_detectron2s(tmp_path):
     head = ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
-    write_small_student(tmp_path, "mask_rcnn_shapes.yaml", *head)
+    write_small_student(tmp_path, "mask_rcnn.yaml", *head)
     assert export_to(tmp_path) == 0
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "exported/config.yaml"))
@@ -284,7 +284,7 @@ def test_our_mask_head_with_one_deconvolution_is_detectron2s(tmp_path):
 
 def test_the_files_of_a_training_are_never_replaced(tmp_path, capsys):
     """An export into OUTPUT_DIR took the config of the training with it, and the teacher."""
-    write_small_student(tmp_path, "teacher_student_shapes.yaml")
+    write_small_student(tmp_path, "teacher_student.yaml")
     config = tmp_path / "config.yaml"
     before = config.read_text()
     assert main(["export", "--config-file", str(config), "--output-dir", str(tmp_path)]) == 1
@@ -295,7 +295,7 @@ def test_the_files_of_a_training_are_never_replaced(tmp_path, capsys):
 
 
 def test_a_config_that_evaluates_the_teacher_has_its_student_exported(tmp_path):
-    write_small_student(tmp_path, "teacher_student_shapes.yaml", "TEST.MASK_HEAD", "teacher")
+    write_small_student(tmp_path, "teacher_student.yaml", "TEST.MASK_HEAD", "teacher")
     trained = load_model(str(tmp_path / "config.yaml"))
     weight = trained.model.roi_heads.mask_head.predictor.weight
     export_student(trained, tmp_path / "exported")
@@ -307,7 +307,7 @@ def test_a_config_that_evaluates_the_teacher_has_its_student_exported(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
-    write_small_student(tmp_path, "mask_rcnn_shapes.yaml")
+    write_small_student(tmp_path, "mask_rcnn.yaml")
     (tmp_path / "a.png").write_text("no image")
     assert export_to(tmp_path, "--weights", tmp_path / "none.pth") == 1
     assert "none.pth do not exist" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def write_demo_output(folder):
     images.mkdir(parents=True)
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs/shapes/teacher_student_shapes_box_fit.yaml"))
+    cfg.merge_from_file(str(ROOT / "configs/shapes/teacher_student_box_fit.yaml"))
     cfg.merge_from_list(
         TINY_MODEL
         + ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]

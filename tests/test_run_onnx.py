@@ -23,7 +23,7 @@ run_onnx = pytest.importorskip(
 @pytest.mark.slow
 def test_on_a_real_image_it_is_the_predictor(tmp_path, coco_root):
     threshold = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.45]
-    cfg = write_small_student(tmp_path, "teacher_student_shapes.yaml", *threshold)
+    cfg = write_small_student(tmp_path, "teacher_student.yaml", *threshold)
     options = ["--config-file", tmp_path / "config.yaml", "--output-dir", tmp_path / "exported"]
     assert main(["export", *map(str, options), "--formats", "onnx"]) == 0
     detector = run_onnx.OnnxDetector(tmp_path / "exported")

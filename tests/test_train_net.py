@@ -18,7 +18,7 @@ from teacher_student_mask.cli.main import main
 from teacher_student_mask.engine import training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAPER = "configs/voc2nonvoc/teacher_student_R_50_FPN_1x.yaml"
+PAPER = "configs/coco/teacher_student.yaml"
 SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap", "segm_unseen_overlap_bins"}
 
 
@@ -174,7 +174,7 @@ def test_the_command_is_the_same_program(run, monkeypatch, capsys):
 def test_what_is_wrong_with_the_input_is_one_sentence(tiny_coco, tmp_path, arguments, words):
     arguments = [x.replace("JSON", tiny_coco.json_file) for x in arguments]
     arguments += ["DATASETS.TRAIN_IMAGE_ROOT", tiny_coco.image_root]
-    config = "configs/custom/teacher_student_R_50_FPN_custom.yaml"
+    config = "configs/custom/teacher_student.yaml"
     options = ["--config-file", config, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     result = subprocess.run(
         [sys.executable, "train_net.py", *options, "DATASETS.TEST", "()", *arguments],

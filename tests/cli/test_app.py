@@ -80,7 +80,7 @@ def test_an_image_that_is_too_large_is_refused(session, monkeypatch):
 
 
 def test_of_a_real_model_both_heads_run(tmp_path):
-    write_small_student(tmp_path, "teacher_student_shapes.yaml")
+    write_small_student(tmp_path, "teacher_student.yaml")
     session = app.AppSession(load_model(str(tmp_path / "config.yaml"), score_threshold=0.0))
     image = write_noise(tmp_path / "photo.png")
     student, teacher = (session.show(image, 0.0, x)[1] for x in session.trained.heads)
@@ -107,7 +107,7 @@ def browser():
 def server(browser, tmp_path_factory):
     """The program in a process with its own home, working and temporary folder."""
     folder = tmp_path_factory.mktemp("app")
-    write_small_student(folder, "teacher_student_shapes.yaml")
+    write_small_student(folder, "teacher_student.yaml")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -174,7 +174,7 @@ def test_category_ids_that_are_text_are_an_error(path_cfg, folder, tmp_path):
 
 def test_the_custom_config_trains_on_paths(stop_before_model, folder, tmp_path):
     custom = Path(train_net.__file__).with_name("configs") / "custom"
-    config_file = custom / "teacher_student_R_50_FPN_custom.yaml"
+    config_file = custom / "teacher_student.yaml"
     arguments = ["--config-file", str(config_file), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
     arguments += ["OUTPUT_DIR", str(tmp_path / "output"), "DATASETS.MIN_MASKS_PER_CLASS", "3"]
     arguments += ["DATASETS.TRAIN", f"('{folder}/train.json',)", "DATASETS.TRAIN_IMAGE_ROOT", ""]

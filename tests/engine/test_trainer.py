@@ -19,7 +19,7 @@ from teacher_student_mask.trained_model import read_config
 run_tiny = test_train_net.run  # the fixture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONTRASTMASK = "configs/voc2nonvoc/contrastmask_R_50_FPN_1x.yaml"
+CONTRASTMASK = "configs/coco/contrastmask.yaml"
 
 
 # ---- other numbers of processes ----

@@ -4,7 +4,7 @@ Train a model, or evaluate one. All flags and KEY VALUE overrides are Detectron2
 DATASETS.TRAIN and DATASETS.TEST name COCO jsons by their paths, or registered datasets. These are
 looked for under $DETECTRON2_DATASETS (default: ./datasets), COCO in Detectron2's layout.
 
-  train:     tsmask train --num-gpus 8 --config-file configs/voc2nonvoc/....yaml
+  train:     tsmask train --num-gpus 8 --config-file configs/coco/....yaml
   your data: tsmask train --config-file configs/custom/....yaml DATASETS.TRAIN "('my.json',)"
   on a CPU:  tsmask train --config-file configs/shapes/....yaml MODEL.DEVICE cpu
   go on:     tsmask train --resume --config-file ...

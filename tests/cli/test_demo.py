@@ -1,0 +1,82 @@
+"""The parts of ``tsmask demo``; the demo itself is run, shortened, by .ci/run."""
+
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+
+from teacher_student_mask import sweep, sweep_summary
+from teacher_student_mask.cli import demo
+from teacher_student_mask.cli.main import main
+
+METRICS = {"AP": 10.0, "AP50": 20.0, "num_gt": 3}
+TASKS = ("bbox", "segm_seen", "segm_unseen", "segm_unseen_overlap")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    settings = {"num_train": 1, "num_val": 2, "image_size": 64, "seed": 0}
+    monkeypatch.setattr(demo, "DATASET", settings)
+    return settings
+
+
+def test_the_dataset_is_written_once(tmp_path, small, monkeypatch, capsys):
+    command = ["demo", "--data-only", "--output-dir", str(tmp_path)]
+    assert main(command) == 0
+    image = tmp_path / "datasets/shapes/val/000000.png"
+    os.utime(image, ns=(0, 0))
+    assert main(command) == 0
+    assert image.stat().st_mtime_ns == 0
+    assert "Using the dataset" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "DATASET", {**small, "seed": 1})
+    assert main(command) == 0
+    assert image.stat().st_mtime_ns > 0
+
+
+def test_the_demo_trains_its_configs_on_its_data_and_does_nothing_twice(
+    tmp_path, small, monkeypatch, capsys
+):
+    trained = []
+
+    def run_sweep(runs, log_dir, jobs):
+        for run in runs:
+            trained.append(run)
+            results = dict.fromkeys(TASKS, METRICS)
+            run.folder.mkdir()
+            record = {"results": dict.fromkeys(["detections", *run.evaluations], results)}
+            (run.folder / "run.json").write_text(json.dumps(record))
+        return []
+
+    monkeypatch.setattr(sweep, "run_sweep", run_sweep)
+    monkeypatch.setattr(sweep_summary, "write_report", lambda runs, folder: folder / "report.html")
+    command = ["demo", "--oracle", "--output-dir", str(tmp_path)]
+    assert main(command) == 0 and main(command) == 0
+    assert [run.config for run in trained] == list(demo.MODELS)
+    run = trained[1]
+    assert run.folder == tmp_path / "teacher_student_box_fit"
+    assert list(run.evaluations) == ["gt_boxes_student", "gt_boxes_teacher"]
+    assert str(tmp_path / "datasets/shapes/train") in run.arguments
+    assert "This was there already" in capsys.readouterr().out
+    text = (tmp_path / "results.md").read_text()
+    assert "teacher_student_box_fit: teacher" in text and "mask_rcnn: student" not in text
+    assert (tmp_path / "demo.png").is_file()
+
+
+def test_pictures_show_the_masks_that_each_model_found(tmp_path, small):
+    assert main(["demo", "--data-only", "--output-dir", str(tmp_path)]) == 0
+    data = tmp_path / "datasets/shapes"
+    coco = json.loads((data / "annotations/instances_val.json").read_text())
+    inference = tmp_path / "model/inference"
+    inference.mkdir(parents=True)
+    found = [x for x in coco["annotations"] if x["image_id"] == coco["images"][0]["id"]]
+    (inference / "coco_instances_results.json").write_text(json.dumps(found))
+    demo._draw_pictures(data, {"model": tmp_path / "model"}, tmp_path)
+    picture = cv2.imread(str(tmp_path / "demo.png"))[36:]
+    side = picture.shape[0] // 2
+    image, truth, model = (picture[:, i * side : (i + 1) * side] for i in range(3))
+    assert picture.shape == (2 * side, 3 * side, 3)
+    # The first image has the masks of the ground truth, the second none.
+    assert np.array_equal(model[:side], truth[:side]) and (model[:side] != image[:side]).any()
+    assert np.array_equal(model[side:], image[side:]) and (truth[side:] != image[side:]).any()

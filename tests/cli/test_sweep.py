@@ -1,0 +1,257 @@
+"""``tsmask sweep`` with a stub in the place of the training; once, slowly, with the real one."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from teacher_student_mask import NONVOC_CLASSES, VOC_CLASSES, sweep, sweep_summary
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.data.shapes import generate_shapes
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BASELINE, OURS = (
+    str(REPOSITORY / f"configs/coco/{x}.yaml") for x in ("mask_rcnn", "teacher_student")
+)
+OPTS = ["SOLVER.MAX_ITER", "40"]
+
+# AP of unseen classes: 10 x seed for the baseline, 1 more for ours; on ground-truth boxes 50, and
+# 60 of a teacher; of another evaluation, the number of classes that it takes for seen. $FAIL and
+# $HANG name runs that fail and that do not end.
+STUB = """
+import json, os, pathlib, sys, time
+argv = sys.argv[1:]
+keys = dict(zip(argv, argv[1:]))
+out = pathlib.Path(keys["OUTPUT_DIR"])
+out.mkdir(parents=True, exist_ok=True)
+with open(out / "calls.jsonl", "a") as f:
+    f.write(json.dumps({"argv": argv, "threads": os.environ["OMP_NUM_THREADS"]}) + "\\n")
+print("a line of the stub")
+if os.environ.get("FAIL", "no run") in str(out):
+    sys.exit("the stub failed on purpose")
+if "--eval-only" in argv:
+    assert pathlib.Path(keys["MODEL.WEIGHTS"]).is_file()
+    if "TEST.GT_BOXES" in argv:
+        ap = 60 if keys["TEST.MASK_HEAD"] == "teacher" else 50
+    else:
+        ap = len(json.loads(pathlib.Path(keys["TEST.SEEN_CLASSES"]).read_text()))
+else:
+    if os.environ.get("HANG", "no run") in str(out):
+        (out / "hangs").write_text(str(os.getpid()))
+        time.sleep(60)
+    (out / "model_final.pth").touch()
+    ap = 10 * int(keys["SEED"]) + ("teacher_student" in keys["--config-file"])
+metrics = {"AP": ap, "AP50": 2 * ap, "AP75": float("nan"), "num_gt": 3}
+tasks = ("bbox", "segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
+(out / "results.json").write_text(json.dumps({task: metrics for task in tasks}))
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return ``run(*arguments)``: ``tsmask sweep`` with the stub; gives its exit code."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "TRAIN_COMMAND", (sys.executable, str(stub)))
+
+    def run(*arguments, configs=(BASELINE,), opts=OPTS):
+        required = ["--output-dir", tmp_path / "out", "--num-gpus", 0, "--configs", *configs]
+        return main([str(x) for x in ["sweep", *required, *arguments, "--opts", *opts]])
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def rows_of(out):
+    # Strictly json: NaN is refused.
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def calls_of(folder):
+    return [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+
+
+def test_each_run_is_a_line_with_all_that_is_known_of_it(run, out, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run("--seeds", 1, 2, "--jobs", 2, configs=(BASELINE, OURS)) == 0
+    rows = rows_of(out)
+    assert len(rows) == 4
+    (row,) = [x for x in rows if x["seed"] == 2 and x["config"] == "coco/teacher_student"]
+    assert row["run"] == "coco/teacher_student/seed_2"
+    metrics = {"AP": 21, "AP50": 42, "AP75": None, "num_gt": 3}
+    assert row["results"]["detections"]["segm_unseen"] == metrics
+    assert row["seconds"] >= 0 and row["opts"] == OPTS and row["versions"]["torch"]
+    threads = str(max(1, os.cpu_count() // 2))
+    assert row["hardware"]["OMP_NUM_THREADS"] == threads
+    folder = out / "runs/coco/teacher_student/seed_2"
+    (call,) = calls_of(folder)
+    assert call["threads"] == threads
+    expected = ["--resume", "--config-file", OURS, "MODEL.DEVICE", "cpu", *OPTS, "SEED", "2"]
+    assert call["argv"] == [*expected, "OUTPUT_DIR", str(folder)]
+    # Mean and deviation over the seeds, checked by hand.
+    mean, spread = statistics.mean([11, 21]), statistics.stdev([11, 21])
+    summary = (out / "summary.md").read_text()
+    (line,) = [x for x in summary.splitlines() if x.startswith("| coco/teacher_student ")]
+    assert f"{mean:.2f} ± {spread:.2f}" in line
+    assert (out / "summary.png").stat().st_size > 5000
+    assert line in capsys.readouterr().out
+
+
+def test_finished_runs_are_not_repeated_and_more_can_be_added(run, out):
+    assert run("--seeds", 1) == 0
+    assert run("--seeds", 1, 2, configs=(BASELINE, OURS)) == 0
+    assert len(rows_of(out)) == 4
+    assert len(calls_of(out / "runs/coco/mask_rcnn/seed_1")) == 1
+
+
+def test_changes_of_one_config_have_a_name(run, out):
+    deep = f"{OURS} MODEL.TEACHER_MASK_HEAD.NUM_CONV 12"
+    assert run(configs=(OURS, deep, f"wide={OURS} MODEL.TEACHER_MASK_HEAD.CONV_DIM 512")) == 0
+    names = [row["config"] for row in rows_of(out)]
+    ours = "coco/teacher_student"
+    assert names == [ours, f"{ours}_NUM_CONV_12", "wide"]
+    (call,) = calls_of(out / "runs/wide/seed_1")
+    assert "MODEL.TEACHER_MASK_HEAD.CONV_DIM 512 SOLVER.MAX_ITER 40" in " ".join(call["argv"])
+
+
+def test_a_run_that_fails_is_shown_and_the_others_go_on(run, out, monkeypatch, log):
+    monkeypatch.setenv("FAIL", "teacher_student")
+    assert run(configs=(OURS, BASELINE)) == 1
+    assert "the stub failed on purpose" in log.text
+    assert [row["config"] for row in rows_of(out)] == ["coco/mask_rcnn"]
+    monkeypatch.delenv("FAIL")
+    assert run(configs=(OURS, BASELINE)) == 0
+    assert len(rows_of(out)) == 2
+
+
+def test_sets_replace_the_seen_classes_and_are_compared_on_what_all_leave_out(run, out, tmp_path):
+    sets = [VOC_CLASSES, (*VOC_CLASSES, *NONVOC_CLASSES[:10])]
+    paths = [tmp_path / f"seen_{len(x)}.json" for x in sets]
+    for path, names in zip(paths, sets):
+        path.write_text(json.dumps(names))
+    assert run("--seen-sets", *paths, configs=(BASELINE, OURS)) == 0
+    rows = {row["run"]: row for row in rows_of(out)}
+    row = rows["coco/teacher_student/seen_20/seed_1"]
+    assert row["num_seen_classes"] == 20 and row["seen_set"] == "seen_20"
+    (call,) = calls_of(out / "runs/coco/teacher_student/seen_20/seed_1")
+    assert call["argv"][call["argv"].index("DATASETS.SEEN_CLASSES") + 1] == str(paths[0])
+    (name,) = set(row["results"]) - {"detections"}
+    # The stub's AP is the number of classes that are seen in any set.
+    assert row["results"][name]["segm_unseen"]["AP"] == 30
+    assert "unseen in all sets" in (out / "summary.md").read_text()
+    # With another set the classes that are unseen in all are others: evaluated anew.
+    paths.append(tmp_path / "seen_40.json")
+    paths[-1].write_text(json.dumps([*VOC_CLASSES, *NONVOC_CLASSES[:20]]))
+    assert run("--seen-sets", *paths, configs=(BASELINE, OURS)) == 0
+    row = {x["run"]: x for x in rows_of(out)}["coco/teacher_student/seen_20/seed_1"]
+    assert sorted(x["segm_unseen"]["AP"] for x in row["results"].values()) == [11, 30, 40]
+    assert len(calls_of(out / "runs/coco/teacher_student/seen_20/seed_1")) == 1
+
+
+def test_a_report_evaluates_students_and_teachers_on_ground_truth_boxes(run, out, monkeypatch):
+    monkeypatch.setattr(sweep, "_truth", lambda *_: ("a.json", "images", ["a"]))
+    pages = []
+    monkeypatch.setattr(sweep_summary, "write_report", lambda *args: pages.append(args))
+    assert run("--report", configs=(BASELINE, OURS)) == 0
+    aps = {
+        row["config"]: {k: x["segm_unseen"]["AP"] for k, x in row["results"].items()}
+        for row in rows_of(out)
+    }
+    assert aps["coco/mask_rcnn"] == {"detections": 10, "gt_boxes_student": 50}
+    expected = {"detections": 11, "gt_boxes_student": 50, "gt_boxes_teacher": 60}
+    assert aps["coco/teacher_student"] == expected
+    ((group, folder),) = pages
+    assert list(group) == ["coco/mask_rcnn", "coco/teacher_student"]
+    assert folder == out / "reports/seed_1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_process_stays_behind_when_it_is_interrupted(tmp_path, number):
+    (tmp_path / "stub.py").write_text(STUB)
+    code = f"""
+import sys
+from teacher_student_mask import sweep
+from teacher_student_mask.cli.main import main
+sweep.TRAIN_COMMAND = (sys.executable, {str(tmp_path / "stub.py")!r})
+sys.exit(main({["sweep", "--output-dir", str(tmp_path), "--num-gpus", "0", "--configs", OURS]!r}))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HANG": "seed_1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    hangs = tmp_path / "runs/coco/teacher_student/seed_1/hangs"
+    deadline = time.monotonic() + 60
+    while not (hangs.is_file() and hangs.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(hangs.read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    "arguments, configs, opts, words",
+    [
+        ([], ["none.yaml"], [], "none.yaml"),
+        ([], [BASELINE, BASELINE], [], "Several configs have the same name"),
+        (["--seeds", 1, 1], [BASELINE], [], "Several seeds have the same name"),
+        (["--jobs", 0], [BASELINE], [], "at least 1"),
+        ([], [BASELINE], ["SEED", "3"], "SEED cannot be changed"),
+        ([], [BASELINE], ["SOLVER.MAX_ITERS", "3"], "SOLVER.MAX_ITERS"),
+        ([], [f"{BASELINE} MODEL.NO_KEY 1"], [], "NO_KEY"),
+        ([], [BASELINE], ["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
+        (["--seen-sets", "none.json"], [BASELINE], [], "none.json does not exist"),
+        (
+            ["--seen-sets", REPOSITORY / "configs/seen_sets/seen_20.json"],
+            [BASELINE.replace("mask_rcnn", "oracle")],
+            [],
+            "as the oracle does",
+        ),
+    ],
+)
+def test_what_is_wrong_is_found_before_anything_runs(
+    run, out, capsys, arguments, configs, opts, words
+):
+    assert run(*arguments, configs=configs, opts=opts) == 1
+    assert words in capsys.readouterr().err
+    assert not (out / "runs").exists()
+
+
+def test_other_changes_in_the_same_folder_are_refused(run, capsys):
+    assert run() == 0
+    assert run(opts=["SOLVER.MAX_ITER", "50"]) == 1
+    assert "was run with other changes, SOLVER.MAX_ITER 40" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_report_for_real(tmp_path, monkeypatch):
+    generate_shapes(str(tmp_path / "shapes"), num_train=8, num_val=4, image_size=64)
+    shapes = tmp_path / "shapes"
+    opts = ["SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 1, "INPUT.MIN_SIZE_TEST", 64]
+    opts += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0]
+    for split in ("train", "val"):
+        json_file = str(shapes / f"annotations/instances_{split}.json")
+        opts += [f"DATASETS.{'TRAIN' if split == 'train' else 'TEST'}", f"('{json_file}',)"]
+        opts += [f"DATASETS.{'TRAIN' if split == 'train' else 'TEST'}_IMAGE_ROOT", shapes / split]
+    configs = [REPOSITORY / f"configs/shapes/{x}.yaml" for x in ("mask_rcnn", "teacher_student")]
+    arguments = ["sweep", "--output-dir", tmp_path / "out", "--report", "--jobs", 2]
+    arguments += ["--num-gpus", 0, "--configs", *configs, "--opts", *opts]
+    assert main([str(x) for x in arguments]) == 0
+    assert "segm_unseen" in rows_of(tmp_path / "out")[0]["results"]["gt_boxes_student"]
+    assert (tmp_path / "out/reports/seed_1/report.html").is_file()
