@@ -1,103 +1,87 @@
 #!/usr/bin/env python
 """
-Time of the checks of annotations against reading the same file with pycocotools.
+Time, and memory at the peak, of reading and checking a COCO json.
 
 The file is synthetic, by default as large as COCO's train2017: 118,000 images and 860,000 objects
 whose polygons have 25 points. Each program begins with the json file:
 
-  pycocotools          json.load, and COCO's index
-  reading              read_json of this project: json.load without garbage collection
-  checks               reading, and check_annotations for the seen classes: every finding, and the
-                       counts of the classes; images are not looked for
-  checks, two purposes as a start of train_net.py for a file in DATASETS.TRAIN and DATASETS.TEST:
-                       read once, checked for training and for evaluation
+  json.load            Python's own reader
+  reading              read_json of this project
+  checks               reading, and the checks of a training for its seen classes: every finding,
+                       and the counts of the classes; images are not looked for
 
-The findings are counted at the end: a synthetic file has none.
+The memory, in MiB, is what a process of its own needs beyond that of its imports.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
+import multiprocessing
+import resource
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from paired import print_ratios, time_in_turns
-from pycocotools.coco import COCO
+from paired import Programs, main
 
-from teacher_student_mask.checks.annotation_checks import check_annotations
-from teacher_student_mask.checks.evaluation_checks import check_for_evaluation
-from teacher_student_mask.checks.reading import read_json
+try:
+    from teacher_student_mask.coco_json import check_coco, read_json
+except ImportError:  # a checkout of an older commit
+    from teacher_student_mask.checks.annotation_checks import check_annotations
+    from teacher_student_mask.checks.reading import read_json
 
-BASELINE = "pycocotools"
+    def check_coco(path, seen_classes, num_classes):
+        return check_annotations(path, None, seen_classes, num_classes)
+
+
 HEIGHT, WIDTH, NUM_CLASSES = 480, 640, 80
 SEEN_CLASSES = ",".join(f"class {k + 1}" for k in range(0, NUM_CLASSES, 4))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    logging.disable(logging.WARNING)
-    num_findings = {}
-
-    def check(path: str) -> None:
-        num_findings["training"] = len(check_annotations(path, None, SEEN_CLASSES, 80).findings)
-
-    def check_twice(path: str) -> None:
-        data = read_json(path)
-        check_annotations(path, None, SEEN_CLASSES, 80, data=data)
-        num_findings["evaluation"] = len(check_for_evaluation(path, data).findings)
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_file(Path(folder), args.images, args.objects, args.points)
-        programs = {
-            BASELINE: lambda: index(path),
-            "reading": lambda: read_json(path),
-            "checks": lambda: check(path),
-            "checks, two purposes": lambda: check_twice(path),
-        }
-        if args.profile:
-            profile(lambda: check_annotations(path, None, SEEN_CLASSES, data=read_json(path)))
-        seconds = time_in_turns(programs, args.rounds, warmup=args.warmup)
-    print_ratios(seconds, BASELINE)
-    print(f"{args.images} images, {args.objects} objects; findings: {num_findings}")
-    return 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=int, default=118_000, help="(%(default)s)")
+    parser.add_argument("--objects", type=int, default=860_000, help="(%(default)s)")
+    parser.add_argument("--points", type=int, default=25, help="of each polygon (%(default)s)")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=118_000)
-    parser.add_argument("--objects", type=int, default=860_000)
-    parser.add_argument("--points", type=int, default=25, help="of each polygon")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=0, help="rounds that do not count")
-    parser.add_argument("--profile", action="store_true", help="print where the checks spend time")
-    return parser.parse_args(argv)
+def make_programs(args: argparse.Namespace) -> Programs:
+    name = f"tsm_{args.images}_{args.objects}_{args.points}.json"
+    path = Path(tempfile.gettempdir()) / name
+    if not path.exists():  # the processes of two checkouts share it
+        write_file(path, args.images, args.objects, args.points)
+    programs = {"json.load": load, "reading": read_json, "checks": check}
+    return {
+        name: lambda program=program: peak_memory(program, path)
+        for name, program in programs.items()
+    }
 
 
-def index(path: str) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        COCO(path)
+def peak_memory(program: Callable[[Path], object], path: Path) -> float:
+    """MiB that a process of its own has at most while it runs a program."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_measure, (program, path))
 
 
-def profile(function) -> None:
-    import cProfile
-    import pstats
-
-    profiler = cProfile.Profile()
-    profiler.runcall(function)
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(15)
+def _measure(program: Callable[[Path], object], path: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    program(path)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def write_file(folder: Path, num_images: int, num_objects: int, num_points: int) -> str:
-    """Write a COCO json of star-shaped objects and return its path."""
+def load(path: Path) -> object:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def check(path: Path) -> object:
+    return check_coco(path, seen_classes=SEEN_CLASSES, num_classes=NUM_CLASSES)
+
+
+def write_file(path: Path, num_images: int, num_objects: int, num_points: int) -> None:
+    """Write a COCO json of star-shaped objects, in which the checks find nothing."""
     rng = np.random.default_rng(0)
-    path = folder / "annotations.json"
     images = [
         {"id": i + 1, "file_name": f"{i + 1:012d}.jpg", "height": HEIGHT, "width": WIDTH}
         for i in range(num_images)
@@ -105,7 +89,8 @@ def write_file(folder: Path, num_images: int, num_objects: int, num_points: int)
     categories = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(NUM_CLASSES)]
     angles = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    with open(path, "w", encoding="utf-8") as f:
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "w", encoding="utf-8") as f:
         # An object at a time: all of them would fill gigabytes.
         f.write(f'{{"images": {json.dumps(images)}, "categories": {json.dumps(categories)}, ')
         f.write('"annotations": [')
@@ -124,8 +109,8 @@ def write_file(folder: Path, num_images: int, num_objects: int, num_points: int)
             }
             f.write((", " if k else "") + json.dumps(row))
         f.write("]}")
-    return str(path)
+    unfinished.rename(path)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(__doc__, add_arguments, make_programs, rounds=3))
