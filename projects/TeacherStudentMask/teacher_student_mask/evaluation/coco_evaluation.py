@@ -13,18 +13,19 @@ from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
 from ..class_splits import resolve_seen_classes
-from ..coco_json import check_coco, has_mask
-from ..coco_results import prepare_ground_truth
-from .average_precision import (
+from .ground_truth import explain_failure, prepare_ground_truth
+from .overlap import OverlapBin, compute_overlaps, overlap_bins
+from .results_table import results_table
+from .subset_ap import (
     AREA_RANGES,
+    METRICS,
+    Matches,
     PrecisionOfSubsets,
     Subset,
+    find_candidate_pairs,
     mean_percent,
     subset_metrics,
 )
-from .matching import Matches, find_candidate_pairs
-from .overlap import OverlapBin, compute_overlaps, overlap_bins
-from .results_table import METRICS, results_table
 
 logger = logging.getLogger(__name__)
 
