@@ -81,7 +81,6 @@ def write_report(
     text = json.dumps(analysis.summary, indent=2, allow_nan=False, ensure_ascii=False)
     _write_text(folder / "analysis.json", text + "\n")
     for name, frame in tables.csv_tables(analysis).items():
-        frame = frame.map(lambda x: str(x).lower() if isinstance(x, bool) else x)
         _write_text(folder / name, frame.to_csv(index=False, lineterminator="\n"))
 
     shown = models_to_picture(analysis)
@@ -172,7 +171,7 @@ def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[Object
         name: figure.to_html(
             full_html=False,
             include_plotlyjs=False,
-            div_id=name,
+            div_id=f"figure-{name}",
             config={"responsive": True, "displaylogo": False},
         )
         for name, figure in make_figures(analysis).items()

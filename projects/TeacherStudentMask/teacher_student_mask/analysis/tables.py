@@ -247,8 +247,11 @@ def csv_tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
 def _frame(rows: Iterable[Mapping], columns: Sequence[str] | None = None) -> pd.DataFrame:
     import pandas as pd
 
+    rows = list(rows)
+    columns = list(rows[0]) if rows else columns
+    values = [[str(v).lower() if isinstance(v, bool) else v for v in x.values()] for x in rows]
     # object: whole numbers stay whole where others are undefined.
-    return pd.DataFrame(list(rows), columns=columns, dtype=object)
+    return pd.DataFrame(values, columns=columns, dtype=object)
 
 
 def _cell(value: float | None, interval: Sequence[float] | None, digits: int = 1) -> str:
@@ -301,7 +304,7 @@ def _object_rows(analysis: Analysis) -> Iterator[dict]:
                 "annotation_id": annotation_id,
                 "image_id": annotation["image_id"],
                 "class": coco.cats[annotation["category_id"]]["name"],
-                "seen": not table.is_unseen[row],
+                "seen": not bool(table.is_unseen[row]),
                 "overlap": round(float(table.overlaps[row]), 6),
                 "score": round(float(table.scores[row]), 6),
                 "iou": round(float(table.ious[row]), 6),
