@@ -1,0 +1,562 @@
+"""
+The way from a config and weights to a model that is known to fit, for every program.
+
+Both may come from anybody: nothing in them runs. A config holds plain values, weights hold tensors;
+what does not fit the model is an error, where Detectron2 warns and goes on with random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle  # nosec B403  # Only its exception is used.
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from torch import nn
+
+from .config import add_teacher_student_mask_config
+from .data import register_json_datasets, settle_classes
+from .errors import InputError
+from .modeling import TeacherStudentROIHeads
+
+__all__ = [
+    "CLASS_NAMES_FILE",
+    "HEADS",
+    "TrainedModel",
+    "check_pickles",
+    "find_test_dataset",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "merge_config_file",
+    "read_class_names",
+    "read_config",
+    "safe_loading",
+    "write_class_names",
+]
+
+logger = logging.getLogger(__name__)
+
+# Mask heads, and where their parameters are in the model.
+HEADS = ("student", "teacher")
+_HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
+
+# In the folder of the weights: "id" and "name" of the model's classes, in their order.
+CLASS_NAMES_FILE = "categories.json"
+
+# Pickles that are Detectron2's own: its model zoo, and the built-in names of Detectron's.
+_TRUSTED_PREFIXES = (
+    "detectron2://",
+    "catalog://",
+    "https://dl.fbaipublicfiles.com/detectron2/",
+    "https://dl.fbaipublicfiles.com/detectron/",
+)
+_OPT_IN = "if you trust who made it, add MODEL.TRUST_PICKLED_WEIGHTS True to the command line"
+_ANY_CODE = "a pickle can run any code when it is read"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """
+    A model whose weights fit.
+
+    Attributes:
+        cfg: its config.
+        model: in evaluation mode.
+        class_names: by contiguous class id.
+        category_ids: the dataset's category ids, by contiguous class id.
+        heads: mask heads that may be used, of "student" and "teacher".
+    """
+
+    cfg: CfgNode
+    model: GeneralizedRCNN
+    class_names: list[str]
+    category_ids: list[int]
+    heads: tuple[str, ...]
+
+    def make_inputs(self, image_bgr: np.ndarray) -> dict:
+        """
+        Resize an image as ``INPUT.MIN_SIZE_TEST`` says, and make it an input of the model.
+
+        Args:
+            image_bgr: uint8, shape (H, W, 3); not changed.
+
+        Returns:
+            "image" (float32, shape (3, H', W')), and "height" and "width" of ``image_bgr``.
+        """
+        height, width = image_bgr.shape[:2]
+        size = self.cfg.INPUT.MIN_SIZE_TEST
+        resize = T.ResizeShortestEdge([size, size], self.cfg.INPUT.MAX_SIZE_TEST)
+        image = image_bgr[:, :, ::-1] if self.cfg.INPUT.FORMAT == "RGB" else image_bgr
+        image = resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(image.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
+
+    @torch.no_grad()
+    def predict(self, image_bgr: np.ndarray) -> Instances:
+        """
+        Detect and segment the objects of an image, with the mask head of ``TEST.MASK_HEAD``.
+
+        Args:
+            image_bgr: uint8, shape (H, W, 3); not changed.
+
+        Returns:
+            ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (bool, shape (N, H, W))
+            on the CPU, in the frame of ``image_bgr``.
+        """
+        return self.model([self.make_inputs(image_bgr)])[0]["instances"].to("cpu")
+
+
+def load_model(
+    config_file: str,
+    *,
+    weights: str | None = None,
+    opts: Sequence = (),
+    score_threshold: float | None = None,
+    heads: Sequence[str] | None = None,
+) -> TrainedModel:
+    """
+    Read a config, build its model and load its weights.
+
+    Args:
+        config_file: path of a yaml, such as the config.yaml of a training.
+        weights: path or URL of a checkpoint; None = the config's ``MODEL.WEIGHTS``.
+        opts: KEY, VALUE, KEY, VALUE, ...; they win over the file.
+        score_threshold: of detections, in [0, 1]; None = the config's.
+        heads: mask heads that will be used, of "student" and "teacher"; None = all that the model
+            has. The only mask head of a model is its "student".
+
+    Raises:
+        InputError: config or weights are missing, cannot be read, are not trusted or do not fit one
+            another; or the model does not have these mask heads.
+    """
+    cfg = load_config(config_file, opts, weights=weights)
+    if score_threshold is not None:
+        if not 0 <= score_threshold <= 1:
+            raise InputError(f"The score threshold is {score_threshold}; it must be in [0, 1].")
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
+    built = cfg.clone()
+    # Nothing makes pseudo masks at inference, and "crf" may ask for a package that is not there.
+    built.MODEL.PSEUDO_MASK.METHOD = "none"
+    model = build_model(built)
+    if (
+        not isinstance(model, GeneralizedRCNN)
+        or model.proposal_generator is None
+        or not cfg.MODEL.MASK_ON
+    ):
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, MODEL.MASK_ON is "
+            f"{cfg.MODEL.MASK_ON} and MODEL.LOAD_PROPOSALS is {cfg.MODEL.LOAD_PROPOSALS}; needed is"
+            " a GeneralizedRCNN with an RPN and a mask head."
+        )
+    existing = HEADS if isinstance(model.roi_heads, TeacherStudentROIHeads) else HEADS[:1]
+    heads = existing if heads is None else tuple(dict.fromkeys(heads))
+    if not heads or set(heads) - set(existing):
+        raise InputError(
+            f"heads is {heads!r}; a model with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} "
+            f"has: {', '.join(existing)}."
+        )
+    load_weights(model, cfg, heads=heads)
+    names, ids = _find_classes(cfg)
+    return TrainedModel(cfg, model.eval(), names, ids, heads)
+
+
+# ---- configs ----
+
+
+def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = None) -> CfgNode:
+    """
+    Read the config of a trained model.
+
+    Args:
+        config_file, opts, weights: as for :func:`load_model`.
+
+    Returns:
+        The config, not frozen, with ``MODEL.WEIGHTS`` set and ``MODEL.DEVICE`` "cpu" where there is
+        no GPU. The jsons that it names as datasets are registered.
+
+    Raises:
+        InputError: the file, a key or a value is wrong, or the weights are not trusted.
+    """
+    cfg = read_config(config_file, opts)
+    if weights:
+        cfg.MODEL.WEIGHTS = str(weights)
+    check_pickles(cfg)
+    register_json_datasets(cfg)
+    cfg = settle_classes(cfg, needs_seen_classes=False)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
+    """
+    Detectron2's defaults, this project's keys, a yaml and changes, in this order.
+
+    Args:
+        config_file: path of a yaml; "" = none.
+        opts: KEY, VALUE, KEY, VALUE, ...
+
+    Raises:
+        InputError: the file, a key or a value is wrong.
+    """
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    if config_file:
+        merge_config_file(cfg, config_file)
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        changes = " ".join(str(x) for x in opts)
+        raise InputError(f"The config changes {changes!r} are wrong: {error}") from error
+    return cfg
+
+
+class _PlainConfig(CfgNode):
+    """A config whose bases are files on this machine, without tags of Python."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        if filename.startswith(("http://", "https://")):
+            raise InputError(
+                f"_BASE_ is {filename}; a base must be a file on this machine, because a download "
+                "would be kept under a name that other downloads trust. Save it beside the config."
+            )
+        return super().load_yaml_with_base(filename, allow_unsafe=False)
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """
+    Merge a yaml file and its bases into ``cfg``, by Detectron2's rules but for three.
+
+    - A tag of Python, such as ``!!python/object/apply``, which would run code, is an error.
+      ``CfgNode.merge_from_file`` by itself falls back to ``yaml.unsafe_load``.
+    - ``_BASE_`` names no URL.
+    - ``MODEL.TRUST_PICKLED_WEIGHTS`` of a file is ignored, with a warning: whoever wrote the file
+      may have written the pickle, too. It is taken from the command line alone.
+
+    Args:
+        cfg: changed in place.
+        path: of a yaml file.
+
+    Raises:
+        InputError: the file or one of its bases cannot be read, has an unknown key, or a value of
+            another type than the key.
+    """
+    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
+    try:
+        if not isinstance(_PlainConfig.load_yaml_with_base(path), dict):
+            raise InputError(f"The config {path} does not hold keys and values.")
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except InputError:
+        raise
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark is not None else path
+        if isinstance(error, yaml.constructor.ConstructorError) and "tag:yaml" in str(problem):
+            raise InputError(
+                f"The config {path} was refused and nothing of it was run: {where}: {problem}. "
+                "Configs hold plain values; tags of Python could run any code. Write the value "
+                "itself."
+            ) from error
+        raise InputError(f"The config {path} cannot be read: {where}: {problem}.") from error
+    except RecursionError as error:
+        raise InputError(f"The config {path}: its _BASE_ leads back to itself.") from error
+    # A TypeError is what an empty base or file ends in.
+    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"The config {path} cannot be read: {error}") from error
+    if cfg.MODEL.TRUST_PICKLED_WEIGHTS and not trusts:
+        cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
+        logger.warning(
+            f"MODEL.TRUST_PICKLED_WEIGHTS of {path} is ignored; it counts on the command line "
+            "alone, because a config may come from whoever made the pickle."
+        )
+
+
+# ---- weights ----
+
+
+def load_weights(
+    model: nn.Module,
+    cfg: CfgNode,
+    *,
+    weights: str | None = None,
+    heads: Sequence[str] = HEADS,
+) -> None:
+    """
+    Load the weights of a trained model, all of which must be there.
+
+    Args:
+        model: changed in place.
+        cfg: of the model; not changed.
+        weights: path or URL of the checkpoint; None = ``MODEL.WEIGHTS``.
+        heads: mask heads that will be used; the parameters of others may be missing.
+
+    Raises:
+        InputError: the checkpoint is missing, cannot be read or could run code, or it lacks a
+            parameter, or has it in another shape.
+    """
+    weights = weights or cfg.MODEL.WEIGHTS
+    final = Path(cfg.OUTPUT_DIR, "model_final.pth")
+    hint = f" There is {final}." if final.is_file() else ""
+    if not weights:
+        raise InputError(f"MODEL.WEIGHTS is empty; give the checkpoint of a trained model.{hint}")
+    missing = []
+    # The checkpointer keeps to itself what was missing; parameters of another shape are among it.
+    hook = model.register_load_state_dict_post_hook(
+        lambda _, incompatible: missing.extend(incompatible.missing_keys)
+    )
+    try:
+        with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
+            DetectionCheckpointer(model).load(weights, checkpointables=[])
+    finally:
+        hook.remove()
+    unused = tuple(prefix for head, prefix in _HEAD_PREFIXES.items() if head not in heads)
+    # Buffers are left to the checkpointer: it knows which of them old checkpoints lack.
+    parameters = {name for name, _ in model.named_parameters()}
+    needed = [x for x in missing if x in parameters and not x.startswith(unused)]
+    if needed:
+        raise InputError(
+            f"The checkpoint {weights} lacks {len(needed)} parameters of the model, or has them "
+            f"in another shape: {', '.join(needed[:8])}{', ...' if len(needed) > 8 else ''}. Give "
+            f"the checkpoint and the config of the same training.{hint}"
+        )
+
+
+def check_pickles(cfg: CfgNode) -> None:
+    """
+    Refuse what would be unpickled: untrusted weights, and precomputed proposals.
+
+    Nothing is opened or downloaded here.
+
+    Raises:
+        InputError: see there; ``MODEL.TRUST_PICKLED_WEIGHTS`` allows them.
+    """
+    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
+    _check_source(cfg.MODEL.WEIGHTS, trusts)
+    if cfg.MODEL.LOAD_PROPOSALS and not trusts:
+        files = (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST)
+        raise InputError(
+            f"MODEL.LOAD_PROPOSALS is True, and the proposals {', '.join(files) or '()'} are "
+            f"pickles: {_ANY_CODE}. Set MODEL.LOAD_PROPOSALS False; or, {_OPT_IN}."
+        )
+
+
+@contextlib.contextmanager
+def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
+    """
+    Around the code that lets Detectron2 read weights: check them before, explain what it refuses.
+
+    Detectron2 unpickles files that end in ".pkl". It reads all others with ``torch.load``, which
+    since PyTorch 2.6 takes tensors and plain values alone.
+
+    Args:
+        weights: path or URL; "" = none.
+        trust_pickled: ``MODEL.TRUST_PICKLED_WEIGHTS``: pickles of any origin are allowed.
+
+    Raises:
+        InputError: there is no such file, it could run code, or it cannot be read.
+    """
+    _check_source(weights, trust_pickled)
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise InputError(
+            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
+            "the model_final.pth in the OUTPUT_DIR of train_net.py."
+        )
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        # PyTorch's own message advises to switch the check off.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise InputError(
+                f"The weights {weights} were refused and nothing of them was run: they ask for "
+                f"{found.group(1)}, but a checkpoint should hold tensors and plain values alone, "
+                f"for {_ANY_CODE}."
+            ) from error
+        is_of_torch = any(x in str(error) for x in ("weights_only", "PytorchStreamReader", "magic"))
+        if isinstance(error, RuntimeError) and not is_of_torch:
+            raise
+        raise InputError(
+            f"The weights {weights} cannot be read as a checkpoint: they are damaged, or no file "
+            "that torch.save wrote as a dictionary of tensors. Nothing of them was run."
+        ) from error
+
+
+def _check_source(weights: str, trust_pickled: bool) -> None:
+    url = urlparse(weights)
+    # Downloads are kept below a folder of caches, under the path of their URL.
+    if "://" in weights and ".." in f"{url.netloc}{url.path}".split("/"):
+        raise InputError(
+            f"The weights {weights!r} were refused: a URL with '..' could name a file outside of "
+            "the folder of downloads. Give the URL without it."
+        )
+    if trust_pickled or not weights:
+        return
+    # Releases of Detectron2 differ in what they drop before they look at the suffix.
+    names = (weights, url._replace(query="").geturl(), url.path)
+    if any(name.endswith(".pkl") for name in names):
+        if not weights.startswith(_TRUSTED_PREFIXES):
+            raise InputError(
+                f"The weights {weights!r} were refused: {_ANY_CODE}, and only Detectron2's own "
+                "(detectron2://..., https://dl.fbaipublicfiles.com/detectron2/...) are trusted; "
+                f"{_OPT_IN}."
+            )
+    elif torch.__version__ < (2, 6):
+        raise InputError(
+            f"The weights {weights!r} were refused: PyTorch {torch.__version__} would unpickle "
+            f"them, and {_ANY_CODE}; install 2.6; or, {_OPT_IN}."
+        )
+    elif os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() not in ("", "0", "n"):
+        raise InputError(
+            f"The weights {weights!r} were refused: the environment variable "
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD has them unpickled, and "
+            f"{_ANY_CODE}; unset it; or, {_OPT_IN}."
+        )
+
+
+# ---- classes ----
+
+
+def write_class_names(cfg: CfgNode) -> None:
+    """
+    Write the classes of the training data to ``OUTPUT_DIR``, so that inference needs no data.
+
+    The main process writes; data whose classes have no names yet leave no file.
+
+    Args:
+        cfg: of the training; its datasets have been read.
+    """
+    found = _classes_of(cfg.DATASETS.TRAIN[0])
+    if found is None or not comm.is_main_process():
+        return
+    categories = [{"id": i, "name": name} for name, i in zip(*found)]
+    path = Path(cfg.OUTPUT_DIR, CLASS_NAMES_FILE)
+    path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
+
+
+def read_class_names(folder: str | os.PathLike) -> list[dict] | None:
+    """
+    Args:
+        folder: ``OUTPUT_DIR`` of a training, or any other.
+
+    Returns:
+        The categories as in a COCO json, "id" and "name", in the order of the model's classes;
+        None where there is no such file.
+
+    Raises:
+        InputError: the file is something else; the sentence names it.
+    """
+    path = Path(folder, CLASS_NAMES_FILE)
+    try:
+        categories = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    is_list = isinstance(categories, list) and all(
+        isinstance(x, dict) and type(x.get("id")) is int and isinstance(x.get("name"), str)
+        for x in categories
+    )
+    if not is_list:
+        raise InputError(
+            f'{path} holds {str(categories)[:80]}; allowed: [{{"id": 1, "name": "cat"}}, ...].'
+        )
+    return categories
+
+
+def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
+    """
+    Json and folder of images of the first dataset of ``DATASETS.TEST``.
+
+    Args:
+        cfg: see :func:`load_config`.
+
+    Raises:
+        InputError: there is none, it is not registered or has no COCO json, or the model has
+            another number of classes.
+    """
+    if not cfg.DATASETS.TEST:
+        raise InputError("DATASETS.TEST is empty; name the dataset on which the model should run.")
+    name = cfg.DATASETS.TEST[0]
+    if len(cfg.DATASETS.TEST) > 1:
+        logger.warning(f"Of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} only {name!r} is used.")
+    metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
+    if metadata is None or not metadata.get("json_file") or metadata.get("image_root") is None:
+        raise InputError(
+            f"DATASETS.TEST names {name!r}, which is not registered with a COCO json; register it "
+            "first with teacher_student_mask.register_partial_coco(name, json_file, image_root), "
+            "or name the path of a COCO json."
+        )
+    if not os.path.isfile(metadata.json_file):
+        raise InputError(
+            f"The annotations {metadata.json_file} of the dataset {name!r} do not exist; Detectron2"
+            " looks for its own datasets under $DETECTRON2_DATASETS (default: ./datasets)."
+        )
+    names, _ = _classes_of(name)
+    if len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        raise InputError(
+            f"The dataset {name!r} has {len(names)} classes, but MODEL.ROI_HEADS.NUM_CLASSES is "
+            f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; name in DATASETS.TEST a dataset with the classes "
+            "of the model."
+        )
+    return metadata.json_file, metadata.image_root
+
+
+def _classes_of(dataset: str) -> tuple[list[str], list[int]] | None:
+    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
+    metadata = MetadataCatalog.get(dataset)
+    if not metadata.get("thing_classes"):
+        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
+    names = metadata.get("thing_classes")
+    if not names:
+        return None
+    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
+    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
+    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
+
+
+def _find_classes(cfg: CfgNode) -> tuple[list[str], list[int]]:
+    """Of the test data, else as written by the training, else of the training data."""
+    problems = []
+    for source in (*cfg.DATASETS.TEST[:1], None, *cfg.DATASETS.TRAIN[:1]):
+        try:
+            if source is None:
+                categories = read_class_names(Path(cfg.MODEL.WEIGHTS).parent)
+                found = categories and (
+                    [x["name"] for x in categories],
+                    [x["id"] for x in categories],
+                )
+            else:
+                found = _classes_of(source)
+        except (KeyError, OSError, ValueError) as error:
+            problems.append(f"{source or ''}: {error}")
+            continue
+        if found and len(found[0]) == cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            return found
+        if found:
+            problems.append(f"{source or CLASS_NAMES_FILE} has {len(found[0])} classes")
+    logger.warning(
+        f"The classes have no names, and their ids are contiguous: {'; '.join(problems) or '-'}. "
+        "Datasets are looked for under $DETECTRON2_DATASETS (default: ./datasets)."
+    )
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return [f"class {i}" for i in range(num_classes)], list(range(num_classes))
