@@ -15,11 +15,11 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from ..class_splits import resolve_seen_classes
+from ..coco_results import load_ground_truth, load_results
+from ..coco_rules import Finding
 from ..evaluation import METRICS, compute_overlaps, find_candidate_pairs, overlap_bins
-from .ground_truth import load_ground_truth
 from .intervals import Bootstrap, Statistics, compute_statistics
 from .objects import ObjectTable, measure_objects
-from .result_files import load_results
 
 __all__ = ["Analysis", "SCHEMA_VERSION", "Settings", "TASKS", "analyze"]
 
@@ -117,8 +117,10 @@ def analyze(
         raise ValueError(
             f"The baseline is {baseline!r}; it must be one of the models: {', '.join(names)}."
         )
-    warnings: list[dict] = []
-    coco = load_ground_truth(annotations, warnings)
+    warnings: list[Finding] = []
+    coco = load_ground_truth(annotations, warnings=warnings)
+    for annotation in coco.dataset["annotations"]:
+        annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
     models: dict[str, dict] = {
         name: {"results": results.get(name), "gt_box_results": gt_box_results.get(name)}
@@ -161,7 +163,10 @@ def analyze(
             for protocol, of_protocol in statistics.items()
             for first, second in _pairs(list(of_protocol), baseline)
         ],
-        "warnings": [asdict(x) for x in warnings],
+        "warnings": [
+            {"file": x.file, "message": str(x).removeprefix(f"{x.file}: "), "count": x.count}
+            for x in warnings
+        ],
     }
     preferred = "gt_boxes" if set(names) == set(gt_box_results) else "detections"
     shown = {

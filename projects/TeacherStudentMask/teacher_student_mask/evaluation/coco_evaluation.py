@@ -13,7 +13,9 @@ from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
 from ..class_splits import resolve_seen_classes
-from .ground_truth import explain_failure, prepare_ground_truth
+from ..coco_json import check_coco, has_mask
+from ..coco_results import prepare_ground_truth
+from ..errors import InputError
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
 from .results_table import results_table
 from .subset_ap import (
@@ -95,8 +97,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 **kwargs,
             )
         except Exception:  # pycocotools takes a file for what it should be
-            if MetadataCatalog.get(dataset_name).get("json_file"):
-                json_file = MetadataCatalog.get(dataset_name).json_file
+            json_file = MetadataCatalog.get(dataset_name).get("json_file")
+            if json_file:
                 check_coco(json_file, use="evaluation").raise_on_error()
             raise
         self._overlap_threshold = overlap_threshold
