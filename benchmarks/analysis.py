@@ -29,7 +29,7 @@ from pycocotools.cocoeval import COCOeval
 from synthetic_coco import write_files
 from tabulate import tabulate
 
-from teacher_student_mask.analysis import Bootstrap, Settings, analyze
+from teacher_student_mask.analysis import Settings, analyze
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def run_analysis(gt: str, dt: str, resamples: int) -> float:
         gt,
         {"model": dt},
         seen_classes=",".join(f"class {k + 1}" for k in range(0, 80, 4)),
-        settings=Settings(bootstrap=Bootstrap(num_resamples=resamples)),
+        settings=Settings(num_resamples=resamples),
         show_progress=False,
     )
     return analysis.summary["models"]["model"]["segm"]["AP"]

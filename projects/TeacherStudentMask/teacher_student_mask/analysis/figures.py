@@ -145,13 +145,12 @@ def _false_positive_shares(results: Mapping[str, Mapping]) -> go.Figure:
             y=list(range(len(rows))),
             orientation="h",
             name="on the background" if kind == "background" else f"on {kind} objects",
-            marker={"color": color, "pattern": {"shape": _PATTERNS[kind], "fgopacity": 0.5}},
+            marker={"color": color, "pattern": _pattern(_PATTERNS[kind])},
             customdata=[f"{x[kind]:,} pixels" for *_, x in rows],
             hovertemplate="%{x:.1f} %, %{customdata}",
         )
-    _finish(figure, "share of the false-positive pixels, %", "", 130 + 54 * len(rows))
-    figure.update_layout(barmode="stack", bargap=0.35)
-    # A line break as on ground-truth<br>boxes keeps the bars wide on a phone.
+    _finish(figure, "share of the pixels, %", "", 130 + 54 * len(rows))
+    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     boxes = {"detections": "detected", "gt_boxes": "given boxes"}
     _name_rows(figure, [f"{_label(m)}<br>{boxes[protocol]}" for m, protocol, _ in rows], True)
     return figure
@@ -177,7 +176,7 @@ def _class_differences(difference: Mapping) -> go.Figure:
             orientation="h",
             name=name,
             error_x=_error_bars(values, [rows[i]["interval"] for i in chosen]),
-            marker={"color": color, "pattern": {"shape": "/" if is_uncertain else ""}},
+            marker={"color": color, "pattern": _pattern("/" if is_uncertain else "")},
             customdata=[f"{rows[i]['num_gt']:,} objects" for i in chosen],
             hovertemplate="%{x:+.1f} AP, %{customdata}",
         )
@@ -231,6 +230,10 @@ def _style(index: int, name: str, mode: str = "lines+markers") -> dict:
         "marker": {"color": color, "symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": 9},
         "line": {"color": color, "width": 2, "dash": _DASHES[index % len(_DASHES)]},
     }
+
+
+def _pattern(shape: str) -> dict:
+    return {"shape": shape, "fillmode": "overlay", "fgcolor": _TEXT, "fgopacity": 0.4, "size": 7}
 
 
 def _dodge(position: int, count: int) -> float:

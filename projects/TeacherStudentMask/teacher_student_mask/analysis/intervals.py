@@ -22,7 +22,6 @@ from ..evaluation import (
 )
 
 __all__ = [
-    "Bootstrap",
     "Statistics",
     "compute_statistics",
     "percentile_intervals",
@@ -35,20 +34,6 @@ Key = tuple[str, str]
 # Detections times resamples that are processed at once: enough that numpy's calls cost little, and
 # small enough for the caches.
 _MAX_ELEMENTS = 300_000
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """
-    Args:
-        num_resamples: how often the images are drawn again; 0: no intervals.
-        confidence: of the intervals, in (0, 1).
-        seed: of the draws; with one seed all models are measured on the same draws.
-    """
-
-    num_resamples: int = 1000
-    confidence: float = 0.95
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class Statistics:
         """
         Difference to another model on the same objects, and its interval.
 
-        Both must have been computed with one :class:`Bootstrap`.
+        Both must have been computed with the same resamples, confidence and seed.
         """
         samples = self.samples[key] - baseline.samples[key]
         return self.values[key] - baseline.values[key], _interval(samples, self.confidence)
@@ -87,7 +72,9 @@ def compute_statistics(
     *,
     overlap_threshold: float,
     bins: Sequence[OverlapBin],
-    bootstrap: Bootstrap,
+    num_resamples: int,
+    confidence: float,
+    seed: int,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Statistics:
     """
@@ -100,7 +87,9 @@ def compute_statistics(
         unseen: positions of the unseen classes.
         overlap_threshold: smallest overlap in "segm_unseen_overlap".
         bins: of the overlap.
-        bootstrap: how to resample.
+        num_resamples: how often the images are drawn again; 0: no intervals.
+        confidence: of the intervals, in (0, 1).
+        seed: of the draws.
         progress: called with the number of resamples done since the last call.
     """
     is_unseen = np.isin(pairs.gt_classes, list(unseen))
@@ -121,9 +110,7 @@ def compute_statistics(
 
     values = {key: float(x) for key, x in measure().items()}
     size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
-    draws = resample_images(
-        len(pairs.image_ids), bootstrap.num_resamples, bootstrap.seed, batch_size=size
-    )
+    draws = resample_images(len(pairs.image_ids), num_resamples, seed, batch_size=size)
     # numpy lets other threads run while it computes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sampled = []
@@ -134,7 +121,7 @@ def compute_statistics(
     counts["segm_seen"], counts["segm_unseen"] = ~is_unseen, is_unseen
     counts |= {f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))}
     num_gt = {name: int((mask & ~pairs.gt_is_crowd).sum()) for name, mask in counts.items()}
-    return Statistics(values, samples, num_gt, bootstrap.confidence)
+    return Statistics(values, samples, num_gt, confidence)
 
 
 def resample_images(
@@ -169,8 +156,6 @@ def percentile_intervals(samples: np.ndarray, confidence: float) -> np.ndarray:
     Returns:
         Shape (2, ...): low and high ends, nan where no sample is defined.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1.")
     tail = 50 * (1 - confidence)
     result = np.full((2, *samples.shape[1:]), np.nan)
     is_defined = (~np.isnan(samples)).any(axis=0)

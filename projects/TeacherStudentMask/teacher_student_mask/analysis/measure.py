@@ -17,8 +17,9 @@ from tqdm import tqdm
 from ..class_splits import resolve_seen_classes
 from ..coco_results import load_ground_truth, load_results
 from ..coco_rules import Finding
+from ..errors import InputError
 from ..evaluation import METRICS, compute_overlaps, find_candidate_pairs, overlap_bins
-from .intervals import Bootstrap, Statistics, compute_statistics
+from .intervals import Statistics, compute_statistics
 from .objects import ObjectTable, measure_objects
 
 __all__ = ["Analysis", "SCHEMA_VERSION", "Settings", "TASKS", "analyze"]
@@ -39,23 +40,29 @@ class Settings:
         min_objects_per_bin: bins with fewer are flagged.
         ties: whose a false-positive pixel is that seen and unseen objects cover: "seen" or
             "smaller".
-        bootstrap: of the confidence intervals.
+        num_resamples: how often the bootstrap draws the images again; 0: no intervals.
+        confidence: of the intervals, in (0, 1).
+        seed: of the draws; with one seed all models are measured on the same draws.
 
     Raises:
-        ValueError: a value is out of range.
+        InputError: a value is out of range.
     """
 
+    num_resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
     overlap_threshold: float = 0.3
     overlap_bins: Sequence[float] = tuple(k / 10 for k in range(11))
     score_threshold: float = 0.5
     min_objects_per_bin: int = 100
     ties: str = "seen"
-    bootstrap: Bootstrap = Bootstrap()
 
     def __post_init__(self):
         for name in ("overlap_threshold", "score_threshold"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1].")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1].")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence is {self.confidence}; it must lie between 0 and 1.")
         overlap_bins(self.overlap_bins)
 
 
@@ -106,15 +113,15 @@ def analyze(
         The measurements; :func:`write_report` makes files of them.
 
     Raises:
-        InputError: a file is not what it should be; the message names file, entry and field.
-        ValueError: no results, an unknown baseline, or a setting is out of range.
+        InputError: a file is not what it should be (the message names file, entry and field), or
+            there are no results, or a name of a class or of the baseline is not known.
     """
     results, gt_box_results = dict(results or {}), dict(gt_box_results or {})
     names = list(dict.fromkeys([*results, *gt_box_results]))
     if not names:
-        raise ValueError("There is nothing to analyse: give results, gt_box_results, or both.")
+        raise InputError("There is nothing to analyse: give results, gt_box_results, or both.")
     if baseline is not None and baseline not in names:
-        raise ValueError(
+        raise InputError(
             f"The baseline is {baseline!r}; it must be one of the models: {', '.join(names)}."
         )
     warnings: list[Finding] = []
@@ -152,8 +159,7 @@ def analyze(
         "versions": _versions(),
         "dataset": dataset.describe(annotations),
         "settings": {
-            **asdict(settings.bootstrap),
-            **{k: x for k, x in asdict(settings).items() if k != "bootstrap"},
+            **asdict(settings),
             "overlap_bins": [float(x) for x in settings.overlap_bins],
             "max_detections": _MAX_DETECTIONS,
         },
@@ -169,9 +175,7 @@ def analyze(
         ],
     }
     preferred = "gt_boxes" if set(names) == set(gt_box_results) else "detections"
-    shown = {
-        name: objects[preferred].get(name) or objects["gt_boxes"][name] for name in names
-    }
+    shown = {name: objects[preferred].get(name) or objects["gt_boxes"][name] for name in names}
     return Analysis(_without_nan(summary), coco, shown)
 
 
@@ -185,7 +189,7 @@ class _Dataset:
         if not isinstance(seen_classes, str):
             unknown = sorted(set(seen_classes) - set(self.class_names))
             if unknown:
-                raise ValueError(
+                raise InputError(
                     f"Unknown seen classes {unknown}; the dataset has {self.class_names}."
                 )
             seen_classes = [self.class_names.index(x) for x in seen_classes]
@@ -201,15 +205,18 @@ class _Dataset:
         pairs = find_candidate_pairs(self.coco, detections, max_detections=_MAX_DETECTIONS)
         # Crowds have no overlap, and count nowhere.
         overlaps = [self.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()]
-        num_resamples = self.settings.bootstrap.num_resamples
-        with tqdm(desc=f"{title}: intervals", total=num_resamples, disable=not progress) as bar:
+        settings = self.settings
+        total = settings.num_resamples
+        with tqdm(desc=f"{title}: intervals", total=total, disable=not progress) as bar:
             return compute_statistics(
                 pairs,
                 np.array(overlaps, dtype=np.float64),
                 self.unseen,
-                overlap_threshold=self.settings.overlap_threshold,
+                overlap_threshold=settings.overlap_threshold,
                 bins=self.bins,
-                bootstrap=self.settings.bootstrap,
+                num_resamples=settings.num_resamples,
+                confidence=settings.confidence,
+                seed=settings.seed,
                 progress=bar.update,
             )
 

@@ -42,6 +42,8 @@ class ObjectPicture:
     is_unseen: bool
     overlap: float
     ious: tuple[float, ...]  # one per model
+    width: int
+    height: int
     source: str  # data URI
 
 
@@ -121,6 +123,7 @@ def draw_objects(
             last = info
         problems[problem] += bool(problem)
         masks = [table.rles[row] for table in tables]
+        panels = _draw_panels(pixels, annotation, masks, regions)
         pictures[position] = ObjectPicture(
             annotation_id=annotation["id"],
             file_name=info.get("file_name", ""),
@@ -128,7 +131,9 @@ def draw_objects(
             is_unseen=bool(tables[0].is_unseen[row]),
             overlap=float(tables[0].overlaps[row]),
             ious=tuple(float(x.ious[row]) for x in tables),
-            source=_to_data_uri(_draw_panels(pixels, annotation, masks, regions)),
+            width=panels.shape[1],
+            height=panels.shape[0],
+            source=_to_data_uri(panels),
         )
     return pictures, {why: n for why, n in problems.items() if n}
 

@@ -118,10 +118,8 @@ def headline_sentences(summary: Mapping) -> list[str]:
     of the false positives that lie on objects; on detected boxes, or on ground-truth boxes where
     nothing else was given.
     """
-    by_protocol = tables.results_by_protocol(summary)
-    if not by_protocol:
-        return []
-    protocol, results = next(iter(by_protocol.items()))
+    protocol, results = next(iter(tables.results_by_protocol(summary).items()))
+    differences = [x for x in summary["differences"] if x["protocol"] == protocol]
     labels = tables.task_labels(summary)
     sentences = []
     for task in ("segm_unseen", "segm_unseen_overlap"):
@@ -131,32 +129,22 @@ def headline_sentences(summary: Mapping) -> list[str]:
             for model, x in results.items()
             if x[task]["AP"] is not None
         ]
-        for pair in [x for x in summary["differences"] if x["protocol"] == protocol]:
+        for pair in differences[:_MAX_COMPARISONS]:
             entry = pair["tasks"][task]["AP"]
-            if entry["difference"] is None or len(parts) >= len(results) + _MAX_COMPARISONS:
-                continue
-            note = tables.uncertainty_note(entry)
-            note = "not distinguishable from 0" if note == "contains 0" else note
-            number = tables.format_number(entry["difference"], sign=True)
-            text = f"{pair['model']} minus {pair['baseline']} is {number} "
-            text += tables.format_interval(entry["interval"])
-            parts.append(text.rstrip() + (f", {note}" if note else ""))
+            if entry["difference"] is not None:
+                cell = tables.format_difference(entry).replace("contains 0", "which contains 0")
+                parts.append(f"{pair['model']} minus {pair['baseline']} is {cell}")
         if parts:
-            parts = [x.rstrip() for x in parts]
-            sentences.append(
-                f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}: "
-                + "; ".join(parts)
-                + "."
-            )
-    shares = []
-    for model, x in results.items():
-        counts = x["false_positives"]
-        if counts["total"]:
-            share = 100 * (counts["seen"] + counts["unseen"]) / counts["total"]
-            shares.append(f"{share:.0f} % for {model}")
+            objects = f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}"
+            sentences.append(f"{objects}: {'; '.join(x.rstrip() for x in parts)}.")
+    shares = [
+        f"{100 * (x['seen'] + x['unseen']) / x['total']:.0f} % for {model}"
+        for model, x in ((model, x["false_positives"]) for model, x in results.items())
+        if x["total"]
+    ]
     if shares:
         sentences.append(
-            f"False-positive pixels of unseen objects that lie on other objects: "
+            "False-positive pixels of unseen objects that lie on other objects: "
             f"{', '.join(shares)}; the rest lies on the background."
         )
     return sentences
@@ -165,8 +153,8 @@ def headline_sentences(summary: Mapping) -> list[str]:
 def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[ObjectPicture]) -> dict:
     """The variables of templates/report.html.j2."""
     summary = analysis.summary
-    models = list(summary["models"])
     results = tables.results_by_protocol(summary)
+    labels = tables.PROTOCOL_LABELS
     figures = {
         name: figure.to_html(
             full_html=False,
@@ -182,21 +170,20 @@ def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[Object
         for metric, (title, digits) in GT_BOX_METRICS.items()
     ]
     quality = tables.pseudo_mask_results(summary)
-    pairs = [f"{x['model']} minus {x['baseline']}" for x in summary["differences"]]
     pairs = [
-        f"{pair}, {tables.PROTOCOL_LABELS[x['protocol']]}"
-        for pair, x in zip(pairs, summary["differences"])
+        f"{x['model']} minus {x['baseline']}, {labels[x['protocol']]}"
+        for x in summary["differences"]
     ]
     return {
         "summary": summary,
         "models": [
-            {"name": name, "color": model_color(i), **summary["models"][name]}
-            for i, name in enumerate(models)
+            {"name": name, "color": model_color(i), **x}
+            for i, (name, x) in enumerate(summary["models"].items())
         ],
         "sentences": headline_sentences(summary),
         "figures": figures,
         "results": [
-            (protocol, tables.PROTOCOL_LABELS[protocol], _html(tables.results_table(summary, protocol)))
+            (protocol, labels[protocol], _html(tables.results_table(summary, protocol)))
             for protocol in results
         ],
         "differences": [
@@ -214,11 +201,10 @@ def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[Object
             (f"classes-{i}", pair) for i, pair in enumerate(pairs) if f"classes-{i}" in figures
         ],
         "classes": [
-            (tables.PROTOCOL_LABELS[protocol], _html(tables.class_table(summary, protocol)))
-            for protocol in results
+            (labels[protocol], _html(tables.class_table(summary, protocol))) for protocol in results
         ],
         "shown": shown,
-        "shown_protocol": tables.PROTOCOL_LABELS[analysis.objects[shown[0]].protocol],
+        "shown_protocol": labels[analysis.objects[shown[0]].protocol],
         "pictures": pictures,
         "pixel_colors": PIXEL_COLORS,
         "data_files": DATA_FILES,

@@ -22,6 +22,7 @@ __all__ = [
     "csv_tables",
     "differences_table",
     "false_positives_table",
+    "format_difference",
     "format_interval",
     "format_number",
     "pseudo_mask_results",
@@ -110,6 +111,15 @@ def uncertainty_note(difference: Mapping) -> str:
     return "too few images" if difference["interval"][0] == difference["interval"][1] else ""
 
 
+def format_difference(entry: Mapping) -> str:
+    """ "+1.2 [0.3, 2.1]", with a note where it is not established; "-" where it is undefined."""
+    if entry["difference"] is None:
+        return "-"
+    note = uncertainty_note(entry)
+    text = f"{format_number(entry['difference'], sign=True)} {format_interval(entry['interval'])}"
+    return text.rstrip() + (f" ({note})" if note else "")
+
+
 def bin_label(one_bin: Mapping) -> str:
     """The overlaps of a bin in words: "O = 0", "0.1 < O ≤ 0.2"."""
     low, high = one_bin["low"], one_bin["high"]
@@ -135,7 +145,7 @@ def differences_table(summary: Mapping, difference: Mapping) -> pd.DataFrame:
     return _frame(
         {
             "objects": label,
-            **{m: _difference_cell(difference["tasks"][task][m]) for m in METRICS},
+            **{m: format_difference(difference["tasks"][task][m]) for m in METRICS},
         }
         for task, label in task_labels(summary).items()
     )
@@ -195,7 +205,7 @@ def class_table(summary: Mapping, protocol: str) -> pd.DataFrame:
                 for model, x in results.items()
             },
             **{
-                f"{x['model']} − {x['baseline']}": _difference_cell(x["per_class"][k])
+                f"{x['model']} − {x['baseline']}": format_difference(x["per_class"][k])
                 for x in pairs
             },
         }
@@ -256,14 +266,6 @@ def _frame(rows: Iterable[Mapping], columns: Sequence[str] | None = None) -> pd.
 
 def _cell(value: float | None, interval: Sequence[float] | None, digits: int = 1) -> str:
     return f"{format_number(value, digits)} {format_interval(interval, digits)}".rstrip()
-
-
-def _difference_cell(entry: Mapping) -> str:
-    if entry["difference"] is None:
-        return "-"
-    note = uncertainty_note(entry)
-    text = f"{format_number(entry['difference'], sign=True)} {format_interval(entry['interval'])}"
-    return text.rstrip() + (f" ({note})" if note else "")
 
 
 def _ends(interval: Sequence[float] | None, prefix: str = "") -> dict:

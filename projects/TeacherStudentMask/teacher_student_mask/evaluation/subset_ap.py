@@ -191,7 +191,9 @@ class Matches:
         self._num_thresholds = len(IOU_THRESHOLDS)
         threshold = np.repeat(np.arange(len(dt)), [len(d) + len(choosing) for d in dt])
         position = np.concatenate([np.concatenate([d, choosing]) for d in dt])
-        matched = np.concatenate([np.concatenate([g, np.full(len(choosing), _UNDECIDED)]) for g in gt])
+        matched = np.concatenate(
+            [np.concatenate([g, np.full(len(choosing), _UNDECIDED)]) for g in gt]
+        )
         order = np.lexsort((position, threshold))
         #: Threshold and detection of all entries that are matched for some ignored objects.
         self.threshold, self.position = threshold[order], position[order]
