@@ -283,6 +283,8 @@ def _name_rows(figure: go.Figure, labels: Sequence[str], reverse: bool = False) 
 
 def _label(text: str, limit: int = 30) -> str:
     """A name from the input as a short text of a figure."""
+    # A json may have half of a surrogate pair, which plotly does not take.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return html.escape(text if len(text) <= limit else text[: limit - 1] + "…", quote=False)
 
 
