@@ -31,7 +31,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .config import add_teacher_student_mask_config
-from .data import register_json_datasets, settle_classes
+from .data import register_json_datasets, resolve_auto_settings
 from .errors import InputError
 from .modeling import TeacherStudentROIHeads
 
@@ -199,7 +199,7 @@ def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = 
         cfg.MODEL.WEIGHTS = str(weights)
     check_pickles(cfg)
     register_json_datasets(cfg)
-    cfg = settle_classes(cfg, needs_seen_classes=False)
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=False)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
         cfg.MODEL.DEVICE = "cpu"

@@ -80,7 +80,7 @@ def run_model(
     cfg = trained.cfg
     cfg.TEST.GT_BOXES = True
     annotations, image_root = find_test_dataset(cfg)
-    cfg = settle_classes(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
     spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
     seen = resolve_seen_classes(spec, trained.class_names)
     loader = build_detection_test_loader(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..coco_json import has_mask, is_from_model, valid_polygons
 from ..coco_results import load_ground_truth
-from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, settle_classes
+from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
 from ..errors import InputError
 from ..evaluation import OverlapBin, compute_overlaps
 from ..evaluation import overlap_bins as to_overlap_bins
@@ -152,7 +152,7 @@ class _UnseenObjects:
         self.images = load_partial_coco_json(self._file, image_root)
         self._mask_format = cfg.INPUT.MASK_FORMAT
         self._num_without_mask = self._num_without_area = 0
-        cfg = settle_classes(cfg).clone()
+        cfg = resolve_auto_settings(cfg).clone()
         cfg.defrost()
         # The mapper looks there for the classes.
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST[:1]
