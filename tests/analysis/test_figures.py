@@ -12,7 +12,7 @@ def analysis(tmp_path_factory):
 
 
 def test_curves_have_the_numbers_of_the_bins_and_hollow_markers_for_few_objects(analysis):
-    figures = make_figures(analysis)
+    figures = make_figures(analysis.summary)
     for name, protocol, metric in (
         ("overlap-detections", None, "AP"),
         ("overlap-mask_iou", "gt_boxes", "mask_iou"),
@@ -27,7 +27,7 @@ def test_curves_have_the_numbers_of_the_bins_and_hollow_markers_for_few_objects(
 
 
 def test_intervals_are_distances_from_the_values(analysis):
-    traces = make_figures(analysis)["results-detections"].data
+    traces = make_figures(analysis.summary)["results-detections"].data
     model = analysis.summary["models"]["swollen"]
     low, high = model["intervals"]["segm_unseen"]["AP"]
     value = model["segm_unseen"]["AP"]
@@ -37,7 +37,7 @@ def test_intervals_are_distances_from_the_values(analysis):
 
 
 def test_shares_of_false_positives_and_class_differences(analysis):
-    figures = make_figures(analysis)
+    figures = make_figures(analysis.summary)
     shares = {trace.name: list(trace.x) for trace in figures["false-positives"].data}
     assert shares["on seen objects"] == [None, 100, None, 100]
     certain, uncertain = figures["classes-0"].data
@@ -45,22 +45,14 @@ def test_shares_of_false_positives_and_class_differences(analysis):
     assert list(uncertain.x) == [0, 0]
 
 
-def test_single_objects_and_means_of_the_bins(analysis):
-    points, means, *_ = make_figures(analysis)["objects"].data[2:]
-    assert len(points.x) == 12
-    # Poles have no overlap, kites 0.5.
-    assert list(means.x) == [0, 0.45]
-    assert list(means.y) == [1, pytest.approx(5 / 6)]
-
-
 def test_figures_without_data_are_left_out(tmp_path):
     files = make_files(tmp_path)
-    figures = make_figures(run(files, results={"a": files["exact"]}, seen_classes="all"))
+    figures = make_figures(run(files, results={"a": files["exact"]}, seen_classes="all").summary)
     assert list(figures) == ["results-detections"]
 
 
 def test_names_are_escaped_and_shortened(tmp_path):
-    figures = make_figures(example_analysis(tmp_path, names=("a", HOSTILE)))
+    figures = make_figures(example_analysis(tmp_path, names=("a", HOSTILE)).summary)
     for figure in figures.values():
         for trace in figure.data:
             assert "<script>" not in (trace.name or "") and len(trace.name or "") < 60

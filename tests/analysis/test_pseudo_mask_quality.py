@@ -309,7 +309,7 @@ def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, save, log):
     result = measure_pseudo_masks(*save(make_tiny_coco(change)), methods=["none"])
     assert (result["num_objects"], result["mask_side"]) == (0, None)
     assert result["methods"]["none"]["mask_iou"] is None
-    assert "of the unseen objects 2 have no true mask and 1 a box without area" in log.text
+    assert "the pseudo masks of 3 unseen objects are not measured" in log.text
 
 
 def test_no_unseen_class_is_said(tiny_coco, save, log):

@@ -58,7 +58,7 @@ def test_all_files_are_written_and_json_is_the_summary(tmp_path):
     assert len(page.all("img")) == 18
     for name in ("results-detections", "results-gt_boxes", "overlap-detections", "overlap-AP"):
         assert f"figure-{name}" in ids
-    for name in ("overlap-mask_iou", "overlap-boundary_iou", "pseudo-masks", "objects"):
+    for name in ("overlap-mask_iou", "overlap-boundary_iou", "pseudo-masks"):
         assert f"figure-{name}" in ids
     assert {"figure-false-positives", "figure-classes-0", "figure-classes-1"} <= set(ids)
 

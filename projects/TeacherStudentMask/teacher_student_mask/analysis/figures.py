@@ -10,8 +10,6 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .tables import (
     bin_label,
     pseudo_mask_results,
@@ -22,8 +20,6 @@ from .tables import (
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-    from .measure import Analysis
 
 __all__ = ["ERROR_COLORS", "GT_BOX_METRICS", "make_figures", "model_color"]
 
@@ -42,7 +38,6 @@ GT_BOX_METRICS = {
     "boundary_iou": ("mean boundary IoU on ground-truth boxes", 3),
 }
 _TEXT, _MUTED, _GRID = "#1b1f24", "#5f6b7a", "#e3e7ec"
-_MAX_POINTS = 2000
 
 
 def model_color(index: int) -> str:
@@ -50,16 +45,18 @@ def model_color(index: int) -> str:
     return _COLORS[index % len(_COLORS)]
 
 
-def make_figures(analysis: Analysis) -> dict[str, go.Figure]:
+def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     """
     All figures of a report by the name of their place in the page.
 
     "results-PROTOCOL" has AP with intervals; "overlap-detections", "overlap-METRIC" (on
     ground-truth boxes) and "pseudo-masks" are curves over the overlap, Fig. 2 of the paper;
-    "false-positives" is Fig. 3; "classes-N" shows the N-th of the differences, class by class;
-    "objects" single objects. A figure that would have no data is left out.
+    "false-positives" is Fig. 3; "classes-N" shows the N-th of the differences, class by class. A
+    figure that would have no data is left out.
+
+    Args:
+        summary: of an :class:`Analysis`.
     """
-    summary = analysis.summary
     index_of = {name: i for i, name in enumerate(summary["models"])}
     results = results_by_protocol(summary)
     figures = {}
@@ -78,7 +75,6 @@ def make_figures(analysis: Analysis) -> dict[str, go.Figure]:
         figures["pseudo-masks"] = _curves(quality, "mask_iou", "mean IoU", numbers)
     for i, difference in enumerate(summary["differences"]):
         figures[f"classes-{i}"] = _class_differences(difference)
-    figures["objects"] = _objects(analysis, index_of)
     return {name: figure for name, figure in figures.items() if _has_data(figure)}
 
 
@@ -185,39 +181,6 @@ def _class_differences(difference: Mapping) -> go.Figure:
     figure.update_xaxes(zeroline=True, zerolinecolor=_TEXT)
     _name_rows(figure, [_label(x["name"]) + ("" if x["seen"] else " (unseen)") for x in rows])
     figure.update_yaxes(tickfont={"size": 11})
-    return figure
-
-
-def _objects(analysis: Analysis, index_of: Mapping, seed: int = 0) -> go.Figure:
-    """Mask IoU of unseen objects over their overlap: a sample, and the mean of each bin of all."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    edges = analysis.summary["settings"]["overlap_bins"]
-    for model, table in analysis.objects.items():
-        rows = np.flatnonzero(table.is_unseen & table.is_matched)
-        # Bin 0 is O = 0 alone, then (low, high].
-        bins = np.searchsorted(np.asarray(edges), table.overlaps[rows], side="left")
-        means = {k: float(table.ious[rows[bins == k]].mean()) for k in np.unique(bins).tolist()}
-        if len(rows) > _MAX_POINTS:
-            rows = np.random.default_rng(seed).choice(rows, _MAX_POINTS, replace=False)
-        style = _style(index_of[model], model, mode="markers")
-        style["marker"] |= {"size": 5, "opacity": 0.35}
-        figure.add_scatter(
-            x=np.round(table.overlaps[rows], 4).tolist(),
-            y=np.round(table.ious[rows], 4).tolist(),
-            customdata=[f"annotation {i}" for i in table.annotation_ids[rows].tolist()],
-            hovertemplate="IoU %{y}, overlap %{x}<br>%{customdata}",
-            **style,
-        )
-        figure.add_scatter(
-            x=[(edges[max(k - 1, 0)] + edges[k]) / 2 for k in means],
-            y=list(means.values()),
-            **_style(index_of[model], f"{model}: mean of the bin"),
-        )
-    _finish(figure, "overlap O of the object", "mask IoU", 440)
-    figure.update_xaxes(range=[-0.02, 1.02])
-    figure.update_yaxes(range=[-0.02, 1.02])
     return figure
 
 

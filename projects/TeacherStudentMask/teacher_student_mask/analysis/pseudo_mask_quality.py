@@ -120,7 +120,11 @@ def measure_pseudo_masks(
             masks = generator(teacher_probs, student_probs, [rois], roi_images)
             ious[method] += _soft_ious(masks, true_masks).tolist()
         overlaps += overlaps_of_image
-    objects.log_left_out()
+    if objects.num_left_out:
+        logger.warning(
+            f"{cfg.DATASETS.TEST[0]}: the pseudo masks of {objects.num_left_out} unseen objects "
+            "are not measured: they have no true mask, or a box without area in their image."
+        )
     return {
         "num_objects": len(overlaps),
         "mask_side": mask_side,
@@ -141,17 +145,17 @@ class _UnseenObjects:
 
     def __init__(self, trained: TrainedModel):
         cfg = trained.cfg
-        self._file, image_root = find_test_dataset(cfg)
-        self._coco = load_ground_truth(self._file, reads_masks=False)
+        json_file, image_root = find_test_dataset(cfg)
+        self._coco = load_ground_truth(json_file, reads_masks=False)
         if sorted(self._coco.cats) != trained.category_ids:
             raise InputError(
-                f"{self._file}: the classes of {cfg.DATASETS.TEST[0]!r} are not in the order of "
+                f"{json_file}: the classes of {cfg.DATASETS.TEST[0]!r} are not in the order of "
                 "their category ids; register the json with register_partial_coco."
             )
         self._overlaps = compute_overlaps(self._coco)
-        self.images = load_partial_coco_json(self._file, image_root)
+        self.images = load_partial_coco_json(json_file, image_root)
         self._mask_format = cfg.INPUT.MASK_FORMAT
-        self._num_without_mask = self._num_without_area = 0
+        self.num_left_out = 0
         cfg = resolve_auto_settings(cfg).clone()
         cfg.defrost()
         # The mapper looks there for the classes.
@@ -184,7 +188,7 @@ class _UnseenObjects:
                 continue
             segmentation = self._true_segmentation(entry)
             if segmentation is None:
-                self._num_without_mask += 1
+                self.num_left_out += 1
                 continue
             kept = {key: annotation[key] for key in ("bbox", "bbox_mode", "category_id")}
             unseen.append({**kept, "segmentation": segmentation})
@@ -200,7 +204,7 @@ class _UnseenObjects:
         mask_format = self._mask_format if is_polygon else "bitmask"
         truth = utils.annotations_to_instances(unseen, size, mask_format)
         has_area = truth.gt_boxes.nonempty(threshold=1e-5)  # as the mapper judges
-        self._num_without_area += int((~has_area).sum())
+        self.num_left_out += int((~has_area).sum())
         truth = truth[has_area]
         if len(truth) == 0:
             return None
@@ -220,15 +224,6 @@ class _UnseenObjects:
             return valid_polygons(entry["segmentation"])
         rle = self._coco.annToRLE(entry)
         return rle if mask_util.area(rle) > 0 else None
-
-    def log_left_out(self) -> None:
-        """Warn of the unseen objects that :meth:`read` has left out so far."""
-        if self._num_without_mask or self._num_without_area:
-            logger.warning(
-                f"{self._file}: of the unseen objects {self._num_without_mask} have no true mask "
-                f"and {self._num_without_area} a box without area inside their image; their pseudo "
-                "masks are not measured."
-            )
 
 
 def _make_generators(cfg: CfgNode, methods: Sequence[str]) -> dict[str, PseudoMaskGenerator]:

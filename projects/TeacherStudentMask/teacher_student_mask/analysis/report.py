@@ -162,7 +162,7 @@ def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[Object
             div_id=f"figure-{name}",
             config={"responsive": True, "displaylogo": False},
         )
-        for name, figure in make_figures(analysis).items()
+        for name, figure in make_figures(summary).items()
     }
     overlap = [("overlap-detections", "detections", "AP", "AP on detected boxes", 1)]
     overlap += [
