@@ -180,7 +180,7 @@ def load_results(
     rles = [
         compress_mask(*of_one) for of_one in zip(segmentations, sizes, masks.has_empty_run.tolist())
     ]
-    areas = np.array([mask_util.area(x) for x in rles], dtype=np.float64).reshape(-1)
+    areas = np.array([mask_util.area(x) for x in rles], dtype=np.float64)
     boxes = [x.get("bbox") for x in entries]
     is_without = [x is None for x in boxes]
     boxes = [mask_util.toBbox(rle).tolist() if x is None else x for x, rle in zip(boxes, rles)]
