@@ -1,17 +1,18 @@
 """IoU of pseudo masks with the truth, worked out by hand on a grid of 4 x 4 cells."""
 
 import json
-import math
 import os
 from collections import Counter
 
+import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from saved_model import TEACHER_STUDENT, save_model
 
-from teacher_student_mask import VOC_CLASSES
+from teacher_student_mask import VOC_CLASSES, InputError
 from teacher_student_mask.analysis import pseudo_mask_quality
 from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
 from teacher_student_mask.modeling import DenseCRF, PseudoMaskGenerator
@@ -36,16 +37,16 @@ def stub_heads(monkeypatch):
     """Return ``stub(teacher, student)``: all ROIs of any model then have these probabilities."""
     load_model = pseudo_mask_quality.load_model
 
-    def stub(teacher, student, cat_channel=1):
-        def load_stub(cfg, *args):
-            model, heads = load_model(cfg, *args)
-            teacher_logits = torch.tensor(teacher).logit()[None]
-            # Only the channel of the object's class counts.
+    def stub(teacher, student):
+        def load_stub(*args, **kwargs):
+            trained = load_model(*args, **kwargs)
+            heads = trained.model.roi_heads
+            # Only the channel of the object's class, a cat's, counts.
             student_logits = torch.full((3, len(student), len(student)), 7.0)
-            student_logits[cat_channel] = torch.tensor(student).logit()
-            set_layers(model.roi_heads.teacher_mask_head, teacher_logits)
-            set_layers(model.roi_heads.mask_head, student_logits)
-            return model, heads
+            student_logits[1] = torch.tensor(student).logit()
+            set_layers(heads.teacher_mask_head, torch.tensor(teacher).logit()[None])
+            set_layers(heads.mask_head, student_logits)
+            return trained
 
         monkeypatch.setattr(pseudo_mask_quality, "load_model", load_stub)
 
@@ -155,26 +156,6 @@ def test_masks_of_other_unseen_objects_are_not_cleared(make_tiny_coco, save, stu
     assert result["methods"]["threshold"]["mask_iou"] == (1 + 0.5) / 2
 
 
-def test_finer_teacher_is_averaged_down(make_tiny_coco, save, stub_heads):
-    fine = [[0.9, 0.7, 0.6, 0.5, 0.1, 0.5, 0.2, 0.2]] * 8  # means 0.8, 0.55, 0.3, 0.2
-    stub_heads(fine, STUDENT)
-    config, weights = save(make_tiny_coco(one_cat))
-    result = measure_pseudo_masks(config, weights, methods=["threshold"])
-    assert (result["mask_side"], result["methods"]["threshold"]["mask_iou"]) == (4, 6 / 8)
-
-
-def test_two_empty_masks_have_iou_zero(make_tiny_coco, save, stub_heads):
-    def change(data):
-        # Between the samples of the cells, so that no cell is set.
-        one_cat(data)
-        data["annotations"][0]["segmentation"] = [rectangle(8, 8, 0.5, 0.5)]
-
-    stub_heads([[0.1] * 4] * 4, STUDENT)
-    config, weights = save(make_tiny_coco(change))
-    result = measure_pseudo_masks(config, weights, methods=["threshold"])
-    assert result["methods"]["threshold"]["mask_iou"] == 0
-
-
 def test_crf_gets_the_colours_of_the_roi(make_tiny_coco, save, stub_heads, monkeypatch):
     def change(data):
         one_cat(data)
@@ -274,56 +255,9 @@ def test_objects_fall_into_bins_by_their_overlap(make_tiny_coco, save, stub_head
     assert json.loads(json.dumps(result)) == result
 
 
-def test_default_bins_are_tenths(tiny_coco, save):
-    result = measure_pseudo_masks(*save(tiny_coco), methods=["none"])
-    bins = result["methods"]["none"]["overlap_bins"]
-    edges = [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
-    assert [x["high"] for x in bins] == edges
-    assert [x["low"] for x in bins] == [0, *edges[:-1]]
-
-
-def test_images_can_be_limited_to_the_first(make_tiny_coco, save):
-    config, weights = save(make_tiny_coco(three_cats))
-    # In the order of the ids: 2, 5, 7, 30.
-    counts = [
-        measure_pseudo_masks(config, weights, methods=["none"], max_images=n)["num_objects"]
-        for n in (1, 2, 3, None)
-    ]
-    assert counts == [2, 2, 3, 3]
-
-
-@pytest.mark.parametrize("why", ["no unseen class", "no unseen object", "no object"])
-def test_nothing_to_measure_is_none(make_tiny_coco, save, why):
-    def change(data):
-        kept = [] if why == "no object" else [x for x in data["annotations"] if keeps(x)]
-        data["annotations"] = kept
-
-    def keeps(x):
-        return why == "no unseen class" or x["category_id"] != CAT
-
-    config, weights = save(make_tiny_coco(change))
-    opts = ["DATASETS.SEEN_CLASSES", "all"] if why == "no unseen class" else []
-    result = measure_pseudo_masks(
-        config, weights, opts=opts, methods=METHODS, overlap_bins=[0, 0.5, 1]
-    )
-    assert (result["num_objects"], result["mask_side"]) == (0, None)
-    empty = {"num_gt": 0, "mask_iou": None}
-    bins = [{"low": a, "high": b, **empty} for a, b in ((0.0, 0.0), (0.0, 0.5), (0.5, 1.0))]
-    assert result["methods"] == {m: {"mask_iou": None, "overlap_bins": bins} for m in METHODS}
-
-
-def test_nothing_is_printed(tiny_coco, save, capfd):
-    config, weights = save(tiny_coco)
-    capfd.readouterr()
-    measure_pseudo_masks(config, weights, methods=["none"])
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert "4/4" in captured.err
-
-
 def test_model_without_a_teacher_is_refused(tiny_cfg, tiny_coco, tmp_path):
     config, weights = save_model(tiny_cfg(dataset=tiny_coco), tmp_path / "model")
-    with pytest.raises(ValueError, match="'PartiallySupervisedROIHeads', which makes no pseudo"):
+    with pytest.raises(InputError, match="'PartiallySupervisedROIHeads', which makes no pseudo"):
         measure_pseudo_masks(config, weights)
 
 
@@ -332,17 +266,57 @@ def test_model_without_a_teacher_is_refused(tiny_cfg, tiny_coco, tmp_path):
     [
         ({"methods": ["interacts"]}, "methods is .*allowed: .*none, threshold, interact"),
         ({"methods": []}, "methods is"),
-        ({"overlap_bins": [0]}, "edges .*must rise from 0 to 1"),
-        ({"overlap_bins": [0.1, 1]}, "edges .*must rise from 0 to 1"),
         ({"overlap_bins": [0, 0.5, 0.5, 1]}, "edges .*must rise from 0 to 1"),
-        ({"overlap_bins": [0, 1.5]}, "edges .*must rise from 0 to 1"),
-        ({"overlap_bins": [0, math.nan, 1]}, "edges .*must rise from 0 to 1"),
         ({"max_images": 0}, "max_images is 0; it must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(arguments, message):
     with pytest.raises(ValueError, match=message):
         measure_pseudo_masks("no such file", None, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["polygon", "compressed", "uncompressed", "bitmask"])
+def test_true_masks_of_any_form_are_read(make_tiny_coco, save, stub_heads, kind):
+    left_half = np.zeros((64, 64), dtype=np.uint8, order="F")
+    left_half[8:40, 8:24] = 1
+    rle = mask_util.encode(left_half)
+
+    def change(data):
+        one_cat(data)
+        if kind == "compressed":
+            segmentation = {"size": [64, 64], "counts": rle["counts"].decode()}
+        elif kind == "uncompressed":
+            counts = [8 * 64 + 8] + 15 * [32, 32] + [32, 24 + 40 * 64]
+            segmentation = {"size": [64, 64], "counts": counts}
+        else:
+            return
+        data["annotations"][0]["segmentation"] = segmentation
+
+    stub_heads(TEACHER, STUDENT)
+    mask_format = ["INPUT.MASK_FORMAT", "bitmask" if kind == "bitmask" else "polygon"]
+    config, weights = save(make_tiny_coco(change), mask_format)
+    result = measure_pseudo_masks(config, weights, methods=["threshold"])
+    assert result["methods"]["threshold"]["mask_iou"] == 6 / 8
+
+
+def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, save, log):
+    def change(data):
+        by_id = {x["id"]: x for x in data["annotations"]}
+        by_id[108]["bbox"] = [64.0, 10.0, 5.0, 5.0]  # outside its image
+        by_id[109]["segmentation"] = {"size": [64, 80], "counts": [64 * 80]}
+        by_id[110]["segmentation"] = None
+
+    result = measure_pseudo_masks(*save(make_tiny_coco(change)), methods=["none"])
+    assert (result["num_objects"], result["mask_side"]) == (0, None)
+    assert result["methods"]["none"]["mask_iou"] is None
+    assert "the pseudo masks of 3 unseen objects are not measured" in log.text
+
+
+def test_no_unseen_class_is_said(tiny_coco, save, log):
+    opts = ["DATASETS.SEEN_CLASSES", "all"]
+    result = measure_pseudo_masks(*save(tiny_coco), methods=["none"], opts=opts)
+    assert result["num_objects"] == 0
+    assert "'all' are all classes: there is no unseen object" in log.text
 
 
 def test_real_coco(tiny_cfg, coco_root, tmp_path, capsys):

@@ -171,41 +171,30 @@ def evaluate(name, outputs, seen_classes, img_ids=None, **kwargs):
 
 
 def run_pycocotools(images, annotations, outputs, category_ids=None, img_ids=None, iou="segm"):
-    """A COCOeval of its own, official and finished."""
+    """The six AP of a COCOeval of its own."""
     detections = []
     for image_id, x in outputs.items():
-        for k in range(len(x)):
-            x0, y0, x1, y1 = x.pred_boxes.tensor[k].tolist()
-            detection = {
-                "image_id": image_id,
-                "category_id": CATEGORY_IDS[x.pred_classes[k]],
-                "score": x.scores[k].item(),
-            }
-            if iou == "segm":
-                detection["segmentation"] = to_rle(x.pred_masks[k].numpy())
-            else:
-                detection["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            detections.append(detection)
+        for k, (x0, y0, x1, y1) in enumerate(x.pred_boxes.tensor.tolist()):
+            mask = {"segmentation": to_rle(x.pred_masks[k].numpy())}
+            detections.append(
+                {
+                    "image_id": image_id,
+                    "category_id": CATEGORY_IDS[x.pred_classes[k]],
+                    "score": x.scores[k].item(),
+                    **(mask if iou == "segm" else {"bbox": [x0, y0, x1 - x0, y1 - y0]}),
+                }
+            )
+    coco = COCO()
+    coco.dataset = copy.deepcopy(
+        {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    )
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = copy.deepcopy(
-            {"images": images, "annotations": annotations, "categories": CATEGORIES}
-        )
         coco.createIndex()
         coco_eval = COCOeval(coco, coco.loadRes(detections), iou)
-        if category_ids is not None:
-            coco_eval.params.catIds = category_ids
-        if img_ids is not None:
-            coco_eval.params.imgIds = img_ids
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    return coco_eval
-
-
-def pycocotools_metrics(*args, **kwargs):
-    """The six AP of `run_pycocotools`."""
-    coco_eval = run_pycocotools(*args, **kwargs)
+        coco_eval.params.catIds = category_ids or coco_eval.params.catIds
+        coco_eval.params.imgIds = img_ids or coco_eval.params.imgIds
+        for step in (coco_eval.evaluate, coco_eval.accumulate, coco_eval.summarize):
+            step()
     return {metric: 100 * x if x > -1 else math.nan for metric, x in zip(METRICS, coco_eval.stats)}
 
 
@@ -231,8 +220,7 @@ def assert_equal_metrics(actual, expected, tolerance=1e-6):
 
 
 @both_implementations
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("seen", ["ant, dog", "cat", "ant, cat, ship"])
+@pytest.mark.parametrize("seed, seen", [(0, "ant, dog"), (1, "cat"), (2, "ant, cat, ship")])
 def test_every_subset_equals_a_run_of_pycocotools(register, fast, seed, seen):
     images, annotations, outputs = make_problem(seed)
     results = evaluate(register(images, annotations), outputs, seen, use_fast_impl=fast)
@@ -241,23 +229,19 @@ def test_every_subset_equals_a_run_of_pycocotools(register, fast, seed, seen):
     overlaps = overlaps_of(images, annotations)
 
     for task, ids in (("segm", CATEGORY_IDS), ("segm_seen", seen_ids), ("segm_unseen", unseen_ids)):
-        expected = pycocotools_metrics(images, annotations, outputs, ids)
+        expected = run_pycocotools(images, annotations, outputs, ids)
         assert_equal_metrics(results[task], expected)
         filtered = [x for x in annotations if x["category_id"] in ids]
-        assert_equal_metrics(results[task], pycocotools_metrics(images, filtered, outputs))
+        assert_equal_metrics(results[task], run_pycocotools(images, filtered, outputs))
         assert results[task]["num_gt"] == sum(not x["iscrowd"] for x in filtered)
 
-    assert_equal_metrics(
-        results["bbox"], pycocotools_metrics(images, annotations, outputs, iou="bbox")
-    )
+    assert_equal_metrics(results["bbox"], run_pycocotools(images, annotations, outputs, iou="bbox"))
     assert results["bbox"]["num_gt"] == results["segm"]["num_gt"]
 
     def is_kept(x):
         return x["iscrowd"] or overlaps[x["id"]] >= 0.3
 
-    expected = pycocotools_metrics(
-        images, ignore_by_area(annotations, is_kept), outputs, unseen_ids
-    )
+    expected = run_pycocotools(images, ignore_by_area(annotations, is_kept), outputs, unseen_ids)
     assert_equal_metrics(results["segm_unseen_overlap"], expected)
     num_gt = sum(
         not x["iscrowd"] and is_kept(x) and x["category_id"] in unseen_ids for x in annotations
@@ -269,27 +253,12 @@ def test_every_subset_equals_a_run_of_pycocotools(register, fast, seed, seen):
 
 
 @both_implementations
-def test_no_subset_changes_the_other_ones(register, fast):
-    """The ground truth is shared: an "ignore" left behind would change whatever comes next."""
-    images, annotations, outputs = make_problem()
-    name = register(images, annotations)
-    evaluator = PartiallySupervisedCOCOEvaluator(
-        name, distributed=False, seen_classes=[0], use_fast_impl=fast
-    )
-    first = run(evaluator, outputs)
-    assert all(x["ignore"] == x["iscrowd"] for x in evaluator._coco_api.anns.values())
-    assert run(evaluator, outputs) == first
-    only_overlap = evaluate(name, outputs, [0], tasks=("segm",), use_fast_impl=fast)
-    assert only_overlap["segm_unseen_overlap"] == first["segm_unseen_overlap"]
-
-
-@both_implementations
 def test_subset_of_the_images(register, fast):
     images, annotations, outputs = make_problem()
     img_ids = [x["id"] for x in images[::2]]
     name = register(images, annotations)
     results = evaluate(name, outputs, [0], img_ids=img_ids, use_fast_impl=fast)
-    expected = pycocotools_metrics(images, annotations, outputs, CATEGORY_IDS[1:], img_ids)
+    expected = run_pycocotools(images, annotations, outputs, CATEGORY_IDS[1:], img_ids)
     assert_equal_metrics(results["segm_unseen"], expected)
     objects = [x for x in annotations if x["image_id"] in img_ids and not x["iscrowd"]]
     assert results["segm"]["num_gt"] == len(objects)
@@ -353,21 +322,6 @@ def test_detections_on_ignored_objects_are_neither_right_nor_wrong(register, fas
 
 
 @both_implementations
-@pytest.mark.parametrize(
-    "num_wrong, limit, is_found",
-    [(20, 15, False), (20, 21, True), (20, None, True), (120, None, False), (120, 150, True)],
-)
-def test_limit_on_detections_follows_the_parent(register, fast, num_wrong, limit, is_found):
-    name = make_scene(register)
-    outputs = detect(*[NOTHING] * num_wrong, UNDER)
-    results = evaluate(name, outputs, [1], use_fast_impl=fast, max_dets_per_image=limit)
-    expected = 100 / (num_wrong + 1) if is_found else 0
-    # Of the two objects of "segm_unseen" one is found: recalls 0 to 0.50 of COCO's 101.
-    assert results["segm_unseen"]["AP"] == pytest.approx(expected * 51 / 101, abs=1e-6)
-    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(expected, abs=1e-6)
-
-
-@both_implementations
 def test_crowd_is_not_counted_and_stays_a_crowd(register, fast):
     """Many detections may match one crowd, by the share of the detection that it covers."""
     crowd = annotation(4, (0, 120, 80, 80), 3, mask=square(0, 120, 80, 80), iscrowd=1)
@@ -420,30 +374,6 @@ def test_any_unique_annotation_ids_give_the_same_results(register, fast, ids):
     assert results["segm_unseen_overlap"]["num_gt"] == 1
 
 
-def test_duplicate_annotation_ids_are_named(register):
-    annotations = [annotation(x, UNDER) for x in (4, 5, 4, 6, 6)]
-    name = register(make_images(), annotations, load=False)
-    message = rf"{name}.json: annotation 4: 'id' is 4; .* no other .*\(4 in all: 4, 4, 6, 6\)"
-    with pytest.raises(ValueError, match=message):
-        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
-
-
-@pytest.mark.parametrize("field", ["bbox", "area"])
-def test_missing_field_is_named(register, field):
-    annotations = [annotation(4, UNDER), annotation(5, ALONE)]
-    del annotations[1][field]
-    name = register(make_images(), annotations, load=False)
-    with pytest.raises(ValueError, match=rf"{name}.json: annotation 5: '{field}' is missing"):
-        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0])
-
-
-def test_annotations_without_iscrowd_are_no_crowds(register):
-    annotations = [annotation(1, UNDER, mask=square(*UNDER))]
-    del annotations[0]["iscrowd"]
-    results = evaluate(register(make_images(), annotations), detect(UNDER), [])
-    assert results["segm_unseen"]["AP"] == pytest.approx(100, abs=1e-6)
-
-
 def box_only_scene(register, num_box_only):
     annotations = [annotation(k + 1, box) for k, box in enumerate((UNDER, OVER, ALONE))]
     for x, segmentation in zip(annotations[:num_box_only], (None, [], "missing")):
@@ -487,31 +417,6 @@ def test_no_predictions_give_nan_and_object_counts(register, tasks):
         assert all(math.isnan(task[metric]) for metric in METRICS)
 
 
-@both_implementations
-@pytest.mark.parametrize("seen, empty", [("all", "segm_unseen"), ([], "segm_seen")])
-def test_empty_class_subset_is_nan(register, fast, seen, empty):
-    results = evaluate(make_scene(register), detect(UNDER, ALONE), seen, use_fast_impl=fast)
-    assert results[empty]["num_gt"] == 0
-    assert all(math.isnan(results[empty][metric]) for metric in METRICS)
-    full = "segm_seen" if seen == "all" else "segm_unseen"
-    assert_equal_metrics(results[full], results["segm"])
-    if seen == "all":
-        assert results["segm_unseen_overlap"]["num_gt"] == 0
-        assert math.isnan(results["segm_unseen_overlap"]["AP"])
-
-
-def test_every_unseen_class_without_objects_is_nan(register):
-    results = evaluate(make_scene(register), detect(UNDER), "ant, cat")
-    assert results["segm_unseen"]["num_gt"] == 0
-    assert math.isnan(results["segm_unseen"]["AP"])
-
-
-def test_names_and_ids_of_seen_classes_agree(register):
-    images, annotations, outputs = make_problem()
-    name = register(images, annotations)
-    assert evaluate(name, outputs, "dog, ant") == evaluate(name, outputs, np.array([0, 2, 0]))
-
-
 @pytest.mark.parametrize(
     "seen, message",
     [
@@ -525,13 +430,6 @@ def test_wrong_seen_classes_fail_at_construction(register, seen, message, load):
     name = register(make_images(), [annotation(1, UNDER)], load=load)
     with pytest.raises(ValueError, match=message):
         PartiallySupervisedCOCOEvaluator(name, seen_classes=seen)
-
-
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
-def test_threshold_outside_the_unit_range_fails(register, threshold):
-    name = make_scene(register)
-    with pytest.raises(ValueError, match=r"overlap_threshold is .*\[0, 1\]"):
-        PartiallySupervisedCOCOEvaluator(name, seen_classes=[0], overlap_threshold=threshold)
 
 
 def test_evaluating_a_dataset_that_was_never_loaded_names_the_reason(register):
@@ -567,25 +465,6 @@ def test_dataset_without_json_is_converted(tmp_path):
     assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)
 
 
-def test_results_print_and_save_like_the_parents(register, tmp_path, caplog):
-    images, annotations, outputs = make_problem()
-    with caplog.at_level(logging.INFO):
-        results = evaluate(register(images, annotations), outputs, "ant", output_dir=str(tmp_path))
-        print_csv_format(results)
-    assert "**segm_unseen_overlap**" in caplog.text
-    assert "copypaste: AP,AP50,AP75,APs,APm,APl,num_gt" in caplog.text
-    for task in ("segm_seen", "segm_unseen", "segm_unseen_overlap"):
-        assert list(results[task]) == [*METRICS, "num_gt"]
-        assert f"copypaste: Task: {task}" in caplog.text
-    assert (tmp_path / "coco_instances_results.json").is_file()
-
-
-def test_detection_boxes_without_masks_evaluate_boxes_only(register):
-    outputs = detect(UNDER, ALONE)
-    outputs[1].remove("pred_masks")
-    assert evaluate(make_scene(register), outputs, [0]).keys() == {"bbox"}
-
-
 @pytest.mark.parametrize("origin, expected", [("/x/_C.py", False), ("/x/_C.cpython.so", True)])
 def test_stand_in_module_is_not_compiled_code(monkeypatch, origin, expected):
     spec = type("Spec", (), {"origin": origin})
@@ -593,11 +472,13 @@ def test_stand_in_module_is_not_compiled_code(monkeypatch, origin, expected):
     assert has_compiled_cocoeval() is expected
 
 
-def test_fast_implementation_falls_back_to_the_official_one(register, monkeypatch, caplog):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    name = make_scene(register)
+def test_results_print_like_the_parents_and_a_subset_without_objects_is_nan(register, caplog):
     with caplog.at_level(logging.INFO):
-        results = evaluate(name, detect(UNDER), [1], use_fast_impl=True)
-    assert "no compiled COCO evaluation" in caplog.text
-    assert "Evaluating predictions with official COCO API" in caplog.text
-    assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)
+        results = evaluate(make_scene(register), detect(UNDER, ALONE), "all")
+        print_csv_format(results)
+    assert "**segm_unseen_overlap**" in caplog.text
+    assert "copypaste: AP,AP50,AP75,APs,APm,APl,num_gt" in caplog.text
+    for task in ("segm_unseen", "segm_unseen_overlap"):
+        assert results[task]["num_gt"] == 0
+        assert all(math.isnan(results[task][metric]) for metric in METRICS)
+    assert_equal_metrics(results["segm_seen"], results["segm"])

@@ -35,11 +35,6 @@ def test_one_row_per_task_in_fixed_order_with_unseen_rows_bold():
     assert rows[3][1:3] == ["**1.23**", "**11.23**"]
 
 
-def test_lines_are_aligned():
-    lines = results_table(make_results(1.0)).splitlines()
-    assert len({len(line) for line in lines}) == 1
-
-
 def test_nan_and_absent_values_are_told_apart():
     results = {"bbox": {"AP": math.nan, "num_gt": 0}}
     assert cells(results_table(results, metrics=("AP", "AP50", "num_gt")))[1] == [

@@ -7,6 +7,8 @@ import json
 import os
 from collections.abc import Sequence
 
+from .errors import InputError
+
 __all__ = ["AUTO", "VOC_CLASSES", "NONVOC_CLASSES", "resolve_seen_classes"]
 
 # COCO's names of the 20 PASCAL VOC classes; VOC itself says aeroplane, motorbike, sofa,
@@ -65,19 +67,19 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
         The contiguous ids of the seen classes, sorted, each once.
 
     Raises:
-        ValueError: an empty ``spec``, a name that the dataset lacks (with the nearest names), a
+        InputError: an empty ``spec``, a name that the dataset lacks (with the nearest names), a
             class name that appears twice in ``thing_classes``, or a file of another form.
     """
     thing_classes = list(thing_classes)
     repeated = sorted({name for name in thing_classes if thing_classes.count(name) > 1})
     if repeated:
-        raise ValueError(
+        raise InputError(
             f"The dataset names these classes more than once: {repeated}. Class names must be "
             "unique, because seen classes are given by name."
         )
     spec = spec.strip()
     if spec == AUTO:
-        raise ValueError(
+        raise InputError(
             f"SEEN_CLASSES is {AUTO!r}, which only the training annotations can answer, and they "
             "have not been asked: train_net.py writes the names of the classes to the config.yaml "
             f"in OUTPUT_DIR; use that one. A class of this name is meant by ', {AUTO}'."
@@ -89,13 +91,13 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
 
     names = _read_names(spec)
     if not names:
-        raise ValueError(
+        raise InputError(
             f"DATASETS.SEEN_CLASSES is {spec!r}, which names no class. Allowed: 'voc', 'nonvoc', "
             "'all', class names separated by commas, or a path to a text or json list."
         )
     unknown = [name for name in names if name not in thing_classes]
     if unknown:
-        raise ValueError(_unknown_names_message(spec, unknown, thing_classes))
+        raise InputError(_unknown_names_message(spec, unknown, thing_classes))
     return sorted({thing_classes.index(name) for name in names})
 
 
@@ -103,14 +105,14 @@ def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
     coco_classes = frozenset().union(*_NAMED_SPLITS.values())
     foreign = [name for name in thing_classes if name not in coco_classes]
     if foreign:
-        raise ValueError(
+        raise InputError(
             f"DATASETS.SEEN_CLASSES is {spec!r}, a split of COCO's 80 classes, but the dataset has "
             f"other classes: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Name its seen "
             "classes instead, separated by commas, or give a path to a list."
         )
     seen = [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
     if not seen:
-        raise ValueError(
+        raise InputError(
             f"DATASETS.SEEN_CLASSES is {spec!r}, but none of the dataset's classes is in that "
             f"split, so nothing could teach the masks: {thing_classes[:5]}."
         )
@@ -120,7 +122,7 @@ def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
 def _read_names(spec: str) -> list[str]:
     if not os.path.isfile(spec):
         if spec.endswith((".txt", ".json")):
-            raise ValueError(f"DATASETS.SEEN_CLASSES names a file that does not exist: {spec!r}.")
+            raise InputError(f"DATASETS.SEEN_CLASSES names a file that does not exist: {spec!r}.")
         listed = _read_json_list(spec)
         if listed is not None:
             return listed
@@ -132,9 +134,9 @@ def _read_names(spec: str) -> list[str]:
         try:
             names = json.load(f)
         except json.JSONDecodeError as e:
-            raise ValueError(f"The list of seen classes {spec!r} is not valid json: {e}.") from e
+            raise InputError(f"The list of seen classes {spec!r} is not valid json: {e}.") from e
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(
+        raise InputError(
             f"The list of seen classes {spec!r} must be a json list of class names, "
             f'such as ["cat", "dog"]; it holds {str(names)[:80]}.'
         )

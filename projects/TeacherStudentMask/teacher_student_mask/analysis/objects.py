@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..evaluation import ObjectRegions, boundary_iou, count_pixels, find_object_regions
+from ..evaluation import boundary_iou, count_pixels, find_object_regions
 
 __all__ = ["ObjectTable", "match_boxes", "measure_objects"]
 
@@ -120,18 +120,33 @@ def measure_objects(
     false_positives = np.zeros((len(rows), 3), dtype=np.int64)
     crowd_pixels = np.zeros(len(rows), dtype=np.int64)
     rles: list[dict | None] = [None] * len(rows)
-    for annotation, detection, regions in _matched(
-        coco, detections, unseen_ids, by_iou=protocol == "gt_boxes", ties=ties
-    ):
-        row = rows[annotation["id"]]
-        rles[row], own = detection["segmentation"], annotation["segmentation"]
-        counts = count_pixels(rles[row], own, regions)
-        scores[row] = detection["score"]
-        ious[row] = counts.intersection / counts.union if counts.union else 0.0
-        false_positives[row] = counts.background, counts.seen, counts.unseen
-        crowd_pixels[row] = counts.crowd
-        if protocol == "gt_boxes":
-            boundary_ious[row] = np.nan_to_num(boundary_iou(rles[row], own))
+    detections_of = defaultdict(list)
+    # Stable: of equal scores the first in the file comes first.
+    for x in sorted(detections, key=lambda x: -x["score"]):
+        detections_of[x["image_id"]].append(x)
+    for image_id, found in detections_of.items():
+        image, annotations = coco.imgs[image_id], coco.imgToAnns.get(image_id, [])
+        in_image = [x for x in annotations if not x["iscrowd"]]
+        pairs = _match_image(in_image, found, by_iou=protocol == "gt_boxes")
+        if not pairs:
+            continue
+        regions = find_object_regions(
+            (image["height"], image["width"]),
+            [x["segmentation"] for x in in_image],
+            [x["category_id"] not in unseen_ids for x in in_image],
+            [x["segmentation"] for x in annotations if x["iscrowd"]],
+            ties=ties,
+        )
+        for annotation, detection in pairs:
+            row = rows[annotation["id"]]
+            rles[row], own = detection["segmentation"], annotation["segmentation"]
+            counts = count_pixels(rles[row], own, regions)
+            scores[row] = detection["score"]
+            ious[row] = counts.intersection / counts.union if counts.union else 0.0
+            false_positives[row] = counts.background, counts.seen, counts.unseen
+            crowd_pixels[row] = counts.crowd
+            if protocol == "gt_boxes":
+                boundary_ious[row] = np.nan_to_num(boundary_iou(rles[row], own))
     return ObjectTable(
         annotation_ids=np.fromiter(rows, np.int64, len(rows)),
         overlaps=np.array([overlaps[i] for i in rows], dtype=np.float64),
@@ -147,38 +162,14 @@ def measure_objects(
     )
 
 
-def _matched(
-    coco: COCO, detections: Sequence[dict], unseen_ids: Collection[int], *, by_iou: bool, ties: str
-) -> Iterator[tuple[dict, dict, ObjectRegions]]:
-    """Yield each matched annotation, its detection and the regions of their image."""
-    detections_of = defaultdict(list)
-    for x in detections:
-        detections_of[x["image_id"]].append(x)
-    for image_id, found in detections_of.items():
-        image, annotations = coco.imgs[image_id], coco.imgToAnns.get(image_id, [])
-        objects = [x for x in annotations if not x["iscrowd"]]
-        pairs = _match_image(objects, found, by_iou)
-        if not pairs:
-            continue
-        regions = find_object_regions(
-            (image["height"], image["width"]),
-            [x["segmentation"] for x in objects],
-            [x["category_id"] not in unseen_ids for x in objects],
-            [x["segmentation"] for x in annotations if x["iscrowd"]],
-            ties=ties,
-        )
-        for annotation, detection in pairs:
-            yield annotation, detection, regions
-
-
 def _match_image(
     objects: list[dict], detections: list[dict], by_iou: bool
 ) -> list[tuple[dict, dict]]:
+    """Pairs of an object and a detection of its class; detections by falling score."""
     by_class = defaultdict(lambda: ([], []))
     for x in objects:
         by_class[x["category_id"]][0].append(x)
-    # Stable: of equal scores the first in the file comes first.
-    for x in sorted(detections, key=lambda x: -x["score"]):
+    for x in detections:
         by_class[x["category_id"]][1].append(x)
     return [
         (of_class[g], found[d])

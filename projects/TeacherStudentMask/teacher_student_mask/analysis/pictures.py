@@ -1,62 +1,47 @@
-"""Pictures of single objects: what two models made of the objects on which they differ most."""
+"""Pictures of single objects: what one or two models made of those that tell the most."""
 
 from __future__ import annotations
 
-import logging
+import base64
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image, ImageOps
 
-from ..evaluation import find_object_regions
-from .chart_style import model_colour
-from .picture_drawing import (
-    WHITE,
-    crop_window,
-    draw_kinds,
-    draw_mask,
-    join_columns,
-    pixel_kinds,
-    resize_crop,
-    resize_mask,
-    rgb,
-    to_data_uri,
-)
+from ..evaluation import ObjectRegions, find_object_regions
+from .figures import ERROR_COLORS
 
 if TYPE_CHECKING:
-    from .analysis import Analysis
+    from pycocotools.coco import COCO
+
+    from .measure import Analysis
     from .objects import ObjectTable
 
-__all__ = ["ObjectPicture", "draw_objects", "models_to_picture", "select_objects"]
+__all__ = ["PIXEL_COLORS", "ObjectPicture", "draw_objects", "models_to_picture", "select_objects"]
 
-logger = logging.getLogger(__name__)
+# What the pixels of a panel are, and their colours, in the order in which they are painted.
+PIXEL_COLORS = {"correct": "#0072b2", "missed": "#ffffff", **ERROR_COLORS}
 
+_PANEL_SIZE = 160  # longer side, pixels
 _GREY = 150
 
 
 @dataclass(frozen=True)
 class ObjectPicture:
-    """
-    One object as the report shows it.
-
-    The picture has a column for the ground truth and one for each model. Above stand the masks,
-    below the image as it is and the false-positive and missed pixels of each model.
-    """
+    """One object as the report shows it: a panel for the true mask, and one for each model."""
 
     annotation_id: int
-    image_id: int | str
     file_name: str
     class_name: str
     is_unseen: bool
     overlap: float
     ious: tuple[float, ...]  # one per model
-    boundary_ious: tuple[float, ...]  # nan where not measured
-    has_image: bool
     width: int
     height: int
     source: str  # data URI
@@ -67,8 +52,7 @@ def models_to_picture(analysis: Analysis) -> list[str]:
     The models to compare in pictures: the first two whose masks were made in the same way.
 
     Returns:
-        One name if there are no two (IoU on detected and on ground-truth boxes do not compare),
-        none if there is no model.
+        One name if there are no two: IoU on detected and on ground-truth boxes do not compare.
     """
     names = list(analysis.objects)
     for i, a in enumerate(names):
@@ -95,10 +79,10 @@ def select_objects(tables: Sequence[ObjectTable], num_objects: int) -> np.ndarra
         pixels = table.false_positives.sum(axis=1)
         areas = np.array([0 if x is None else float(mask_util.area(x)) for x in table.rles])
         merit = pixels / np.maximum(areas, 1)
-        is_eligible = np.isfinite(table.ious) & (pixels > 0)
+        is_eligible = table.is_matched & (pixels > 0)
     else:
         a, b = tables
-        is_eligible = np.isfinite(a.ious) & np.isfinite(b.ious)
+        is_eligible = a.is_matched & b.is_matched
         merit = np.abs(np.where(is_eligible, b.ious - a.ious, 0.0))
     rows = np.flatnonzero(is_eligible)
     order = np.lexsort((-merit[rows], ~tables[0].is_unseen[rows]))
@@ -107,116 +91,141 @@ def select_objects(tables: Sequence[ObjectTable], num_objects: int) -> np.ndarra
 
 def draw_objects(
     analysis: Analysis, models: Sequence[str], image_root: str | None, num_objects: int
-) -> list[ObjectPicture]:
+) -> tuple[list[ObjectPicture], dict[str, int]]:
     """
     Draw the objects that :func:`select_objects` chooses.
 
     Args:
         analysis: not changed.
         models: one or two of its models.
-        image_root: folder of the images; with None, and where an image is missing, outside of the
-            folder, unreadable or of another size than the json says, the masks stand on grey. How
-            many is logged.
+        image_root: folder of the images; with None, and where an image cannot be used, the masks
+            stand on grey.
         num_objects: how many pictures at most.
+
+    Returns:
+        The pictures, and {why an image could not be used: number of objects}.
     """
     coco = analysis.coco
-    tables = {x: analysis.objects[x] for x in models}
-    first = tables[models[0]]
-    rows = select_objects(list(tables.values()), num_objects)
-    image_ids = [coco.anns[int(first.annotation_ids[row])]["image_id"] for row in rows]
-    positions_of_image: dict = {}
-    for position, image_id in enumerate(image_ids):
-        positions_of_image.setdefault(image_id, []).append(position)
-
+    tables = [analysis.objects[x] for x in models]
+    rows = select_objects(tables, num_objects).tolist()
     pictures: list = [None] * len(rows)
-    problems = Counter()
-    for image_id, positions in positions_of_image.items():
-        scene = _Scene(analysis, image_id, image_root)
-        if scene.problem:
-            problems[scene.problem] += 1
-        for position in positions:
-            pictures[position] = scene.draw(tables, int(rows[position]))
-    if problems and image_root is not None:
-        logger.warning(
-            f"{image_root}: of {len(positions_of_image)} images with objects to show, "
-            + ", ".join(f"{count} {problem}" for problem, count in sorted(problems.items()))
-            + ". Their objects are drawn on grey."
-        )
-    return pictures
-
-
-class _Scene:
-    """An image and what its objects cover."""
-
-    def __init__(self, analysis: Analysis, image_id, image_root: str | None):
-        coco = analysis.coco
-        self._analysis = analysis
-        self._info = coco.imgs[image_id]
-        self._pixels, self.problem = _read_image(self._info, image_root)
-        seen_names = set(analysis.summary["dataset"]["seen_classes"])
-        annotations = coco.imgToAnns[image_id]
-        objects = [x for x in annotations if not x.get("iscrowd")]
-        # The rule by which the false positives of the tables were counted.
-        self._regions = find_object_regions(
-            (self._info["height"], self._info["width"]),
-            [coco.annToRLE(x) for x in objects],
-            [coco.cats[x["category_id"]]["name"] in seen_names for x in objects],
-            [coco.annToRLE(x) for x in annotations if x.get("iscrowd")],
-            ties=analysis.summary["settings"].get("ties", "seen"),
-        )
-
-    def draw(self, tables: Mapping[str, ObjectTable], row: int) -> ObjectPicture:
-        first = next(iter(tables.values()))
-        coco = self._analysis.coco
-        annotation = coco.anns[int(first.annotation_ids[row])]
-        window = crop_window(annotation["bbox"], self._info["height"], self._info["width"])
-        x0, y0, x1, y1 = window
-        pixels = resize_crop(self._pixels[y0:y1, x0:x1])
-
-        def crop_mask(rle: dict) -> np.ndarray:
-            mask = mask_util.decode(rle)[y0:y1, x0:x1].astype(bool)
-            return resize_mask(mask, pixels.shape[:2])
-
-        own = crop_mask(coco.annToRLE(annotation))
-        regions = [crop_mask(getattr(self._regions, x)) for x in ("seen", "objects", "all")]
-        columns = [(draw_mask(pixels, own, WHITE), pixels)]
-        models = list(self._analysis.objects)
-        for model, table in tables.items():
-            mask = crop_mask(table.rles[row])
-            kinds = pixel_kinds(mask, own, *regions)
-            colour = rgb(model_colour(models.index(model)))
-            columns.append((draw_mask(pixels, mask, colour), draw_kinds(pixels, kinds, own)))
-        picture = join_columns(columns)
-        return ObjectPicture(
+    problems: Counter = Counter()
+    image_ids = [coco.anns[int(tables[0].annotation_ids[row])]["image_id"] for row in rows]
+    # Image by image, so that each is read once.
+    last, pixels, problem, regions = None, None, "", None
+    for position in sorted(range(len(rows)), key=lambda i: image_ids[i]):
+        row = rows[position]
+        annotation = coco.anns[int(tables[0].annotation_ids[row])]
+        info = coco.imgs[annotation["image_id"]]
+        if info is not last:
+            pixels, problem = _read_image(info, image_root)
+            regions = _regions(coco, info, analysis.summary)
+            last = info
+        problems[problem] += bool(problem)
+        masks = [table.rles[row] for table in tables]
+        panels = _draw_panels(pixels, annotation, masks, regions)
+        pictures[position] = ObjectPicture(
             annotation_id=annotation["id"],
-            image_id=annotation["image_id"],
-            file_name=self._info.get("file_name", ""),
+            file_name=info.get("file_name", ""),
             class_name=coco.cats[annotation["category_id"]]["name"],
-            is_unseen=bool(first.is_unseen[row]),
-            overlap=float(first.overlaps[row]),
-            ious=tuple(float(x.ious[row]) for x in tables.values()),
-            boundary_ious=tuple(float(x.boundary_ious[row]) for x in tables.values()),
-            has_image=not self.problem,
-            width=picture.shape[1],
-            height=picture.shape[0],
-            source=to_data_uri(picture),
+            is_unseen=bool(tables[0].is_unseen[row]),
+            overlap=float(tables[0].overlaps[row]),
+            ious=tuple(float(x.ious[row]) for x in tables),
+            width=panels.shape[1],
+            height=panels.shape[0],
+            source=_to_data_uri(panels),
         )
+    return pictures, {why: n for why, n in problems.items() if n}
 
 
-def _read_image(info: dict, image_root: str | None) -> tuple[np.ndarray, str]:
-    """
-    Returns:
-        RGB uint8, shape (H, W, 3), and why it is plain grey ("" where it is not).
-    """
+def _regions(coco: COCO, info: Mapping, summary: Mapping) -> ObjectRegions:
+    # By the rule by which the false positives of the tables were counted.
+    seen_names = set(summary["dataset"]["seen_classes"])
+    annotations = coco.imgToAnns[info["id"]]
+    objects = [x for x in annotations if not x["iscrowd"]]
+    return find_object_regions(
+        (info["height"], info["width"]),
+        [x["segmentation"] for x in objects],
+        [coco.cats[x["category_id"]]["name"] in seen_names for x in objects],
+        [x["segmentation"] for x in annotations if x["iscrowd"]],
+        ties=summary["settings"]["ties"],
+    )
+
+
+def _draw_panels(
+    pixels: np.ndarray, annotation: Mapping, masks: Sequence[dict], regions: ObjectRegions
+) -> np.ndarray:
+    """The true mask and, for each predicted mask, what its pixels are; panels side by side, RGB."""
+    x0, y0, x1, y1 = _crop_window(annotation["bbox"], *pixels.shape[:2])
+    crop = pixels[y0:y1, x0:x1]
+    scale = _PANEL_SIZE / max(crop.shape[:2])
+    size = (max(1, round(crop.shape[1] * scale)), max(1, round(crop.shape[0] * scale)))
+    crop = cv2.resize(crop, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+    def decode(rle: dict) -> np.ndarray:
+        mask = mask_util.decode(rle)[y0:y1, x0:x1].astype(np.float32)
+        return cv2.resize(mask, size, interpolation=cv2.INTER_LINEAR) >= 0.5
+
+    own, seen, objects, covered = (
+        decode(x) for x in (annotation["segmentation"], regions.seen, regions.objects, regions.all)
+    )
+    panels = [_paint(crop, {"correct": own}, own)]
+    for rle in masks:
+        mask = decode(rle)
+        wrong = mask & ~own
+        kinds = {
+            "correct": mask & own,
+            "missed": own & ~mask,
+            "background": wrong & ~covered,
+            "seen": wrong & seen,
+            "unseen": wrong & objects & ~seen,
+        }
+        panels.append(_paint(crop, kinds, own))
+    gap = np.full((size[1], 3, 3), 255, np.uint8)
+    return np.hstack([x for panel in panels for x in (gap, panel)][1:])
+
+
+def _paint(pixels: np.ndarray, kinds: Mapping[str, np.ndarray], own: np.ndarray) -> np.ndarray:
+    """RGB pixels, grey but for the kinds of :data:`PIXEL_COLORS`, and the outline of an object."""
+    drawn = np.repeat(0.8 * pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    for kind, color in PIXEL_COLORS.items():
+        if kind in kinds:
+            rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+            drawn[kinds[kind]] = 0.45 * drawn[kinds[kind]] + 0.55 * rgb
+    drawn = np.ascontiguousarray(drawn.astype(np.uint8))
+    outlines, _ = cv2.findContours(own.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(drawn, outlines, -1, (255, 255, 255), 1)
+
+
+def _crop_window(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """A window around a box XYWH: 30 % larger, not too small, inside the image; X0Y0X1Y1."""
+    x, y, w, h = box
+    # A ski would otherwise be a strip in which nothing can be recognised.
+    sides = max(1.3 * w, h, 24.0), max(1.3 * h, w, 24.0)
+    ends = []
+    for centre, side, limit in ((x + w / 2, sides[0], width), (y + h / 2, sides[1], height)):
+        side = min(round(side), limit)
+        start = min(max(0, round(centre - side / 2)), limit - side)
+        ends.append((start, start + side))
+    return ends[0][0], ends[1][0], ends[0][1], ends[1][1]
+
+
+def _to_data_uri(pixels: np.ndarray) -> str:
+    _, data = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
+
+
+def _read_image(info: Mapping, image_root: str | None) -> tuple[np.ndarray, str]:
+    """RGB uint8, shape (H, W, 3), and why it is plain grey ("" where it is not)."""
     height, width = info["height"], info["width"]
     grey = np.full((height, width, 3), _GREY, dtype=np.uint8)
     if image_root is None:
-        return grey, "without image_root"
-    path = os.path.join(image_root, info.get("file_name", ""))
+        return grey, ""
     # A report is passed on: a json of a stranger must not put a private picture into it.
     root = os.path.abspath(image_root)
-    if os.path.commonpath([root, os.path.abspath(path)]) != root:
-        return grey, "outside of this folder"
+    path = os.path.abspath(os.path.join(root, info.get("file_name", "")))
+    if os.path.commonpath([root, path]) != root:
+        return grey, "outside of the folder"
     if not os.path.isfile(path):
         return grey, "missing"
     try:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ..evaluation import OverlapBin
+from ..coco_json import has_mask, is_from_model, valid_polygons
+from ..coco_results import load_ground_truth
+from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
+from ..errors import InputError
+from ..evaluation import OverlapBin, compute_overlaps
 from ..evaluation import overlap_bins as to_overlap_bins
 from ..modeling import (
     PSEUDO_MASK_METHODS,
@@ -22,8 +29,8 @@ from ..modeling import (
     TeacherStudentROIHeads,
 )
 from ..modeling.mask_targets import crop_gt_masks, crop_pixels
-from .trained_model import find_test_dataset, load_config, load_model
-from .unseen_objects import UnseenObjectReader
+from ..structures import ImageMask
+from ..trained_model import TrainedModel, find_test_dataset, load_model
 
 __all__ = ["measure_pseudo_masks"]
 
@@ -70,49 +77,53 @@ def measure_pseudo_masks(
         object was measured, is None.
 
     Raises:
-        ValueError: an argument, the config, the weights or the dataset is wrong or lacking, or the
-            model has no teacher.
+        InputError: the config, the weights or the dataset is wrong or lacking, or the model has no
+            teacher.
+        ValueError: another argument is wrong.
     """
     methods = tuple(dict.fromkeys(methods))
-    _check_arguments(methods, max_images)
-    bins = to_overlap_bins(overlap_bins)
-    cfg = load_config(config_file, weights, opts)
-    dataset = find_test_dataset(cfg)
-    generators = _make_generators(cfg, methods)
-    model, _ = load_model(cfg)
-    if not isinstance(model.roi_heads, TeacherStudentROIHeads):
+    if not methods or set(methods) - set(PSEUDO_MASK_METHODS):
         raise ValueError(
+            f"methods is {methods!r}; allowed: one or more of {', '.join(PSEUDO_MASK_METHODS)}."
+        )
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images is {max_images}; it must be at least 1, or None for all.")
+    bins = to_overlap_bins(overlap_bins)
+    trained = load_model(config_file, weights=weights, opts=opts)
+    model, cfg = trained.model, trained.cfg
+    if not isinstance(model.roi_heads, TeacherStudentROIHeads):
+        raise InputError(
             f"{config_file}: MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}, which makes no "
             "pseudo masks; give the config of a model with TeacherStudentROIHeads."
         )
-    reader = UnseenObjectReader(cfg, dataset)
-    images = reader.images[:max_images]
+    generators = _make_generators(cfg, methods)
+    objects = _UnseenObjects(trained)
 
-    start = time.perf_counter()
     overlaps: list[float] = []
     ious: dict[str, list[float]] = {method: [] for method in generators}
     mask_side = None
-    for image in tqdm(images, desc=f"{dataset.name}, pseudo masks", unit="image"):
-        objects = reader.read(image)
-        if objects is None:
+    images = objects.images[:max_images]
+    for image in tqdm(images, desc=f"{cfg.DATASETS.TEST[0]}, pseudo masks", unit="image"):
+        found = objects.read(image)
+        if found is None:
             continue
-        rois = objects.rois.to(model.device)
-        teacher_probs, student_probs, pixels = _predict(model, objects.inputs, rois)
+        inputs, rois, truth, overlaps_of_image = found
+        rois = rois.to(model.device)
+        teacher_probs, student_probs, pixels = _predict(model, inputs, rois)
         mask_side = student_probs.shape[-1]
-        truth = crop_gt_masks([objects.truth], mask_side, model.device)
+        true_masks = crop_gt_masks([truth], mask_side, model.device)
         roi_images = None
         if any(x.needs_images for x in generators.values()):
             roi_images = crop_pixels(pixels, [rois.proposal_boxes], mask_side)
         for method, generator in generators.items():
             masks = generator(teacher_probs, student_probs, [rois], roi_images)
-            ious[method] += _soft_ious(masks, truth).tolist()
-        overlaps += objects.overlaps
-    seconds = time.perf_counter() - start
-    reader.log_left_out()
-    logger.info(
-        f"Measured the pseudo masks of {len(overlaps)} objects in {len(images)} images of "
-        f"{dataset.name} in {seconds:.0f} s, {seconds / max(1, len(images)):.3f} s an image"
-    )
+            ious[method] += _soft_ious(masks, true_masks).tolist()
+        overlaps += overlaps_of_image
+    if objects.num_left_out:
+        logger.warning(
+            f"{cfg.DATASETS.TEST[0]}: the pseudo masks of {objects.num_left_out} unseen objects "
+            "are not measured: they have no true mask, or a box without area in their image."
+        )
     return {
         "num_objects": len(overlaps),
         "mask_side": mask_side,
@@ -123,16 +134,98 @@ def measure_pseudo_masks(
     }
 
 
-def _check_arguments(methods: tuple, max_images: int | None) -> None:
-    if not methods or set(methods) - set(PSEUDO_MASK_METHODS):
-        raise ValueError(
-            f"methods is {methods!r}; allowed: one or more of {', '.join(PSEUDO_MASK_METHODS)}."
-        )
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images is {max_images}; it must be at least 1, or None for all.")
+class _UnseenObjects:
+    """
+    The unseen objects of images: what training knows of them, and their true masks.
+
+    Image and exclusion masks come from the training mapper, which forgets unseen masks before
+    anything else; the true masks are read beside it.
+    """
+
+    def __init__(self, trained: TrainedModel):
+        cfg = trained.cfg
+        json_file, image_root = find_test_dataset(cfg)
+        self._coco = load_ground_truth(json_file, reads_masks=False)
+        if sorted(self._coco.cats) != trained.category_ids:
+            raise InputError(
+                f"{json_file}: the classes of {cfg.DATASETS.TEST[0]!r} are not in the order of "
+                "their category ids; register the json with register_partial_coco."
+            )
+        self._overlaps = compute_overlaps(self._coco)
+        self.images = load_partial_coco_json(json_file, image_root)
+        self._mask_format = cfg.INPUT.MASK_FORMAT
+        self.num_left_out = 0
+        cfg = resolve_auto_settings(cfg).clone()
+        cfg.defrost()
+        # The mapper looks there for the classes.
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST[:1]
+        augmentations = utils.build_augmentation(cfg, is_train=False)
+        self._mapper = TeacherStudentDatasetMapper(cfg, is_train=True, augmentations=augmentations)
+        if len(self._mapper.seen_classes) == len(trained.class_names):
+            logger.warning(
+                f"DATASETS.SEEN_CLASSES {cfg.DATASETS.SEEN_CLASSES!r} are all classes: there is no "
+                "unseen object whose pseudo mask could be measured."
+            )
+
+    def read(self, image: dict) -> tuple[dict, Instances, Instances, list[float]] | None:
+        """
+        Args:
+            image: one of ``self.images``.
+
+        Returns:
+            The model's input, which holds nothing of the objects; of the n unseen objects that have
+            a true mask and a box with area in the image: what training knows (``proposal_boxes``,
+            ``gt_boxes``, ``gt_classes``, ``gt_exclusion_masks``), the true masks
+            (``proposal_boxes``, ``gt_masks``, ``gt_has_mask``), and the overlap O of each. None
+            where n is 0.
+        """
+        unseen, overlaps = [], []
+        # Both lists are in the order of the json.
+        entries = self._coco.imgToAnns[image["image_id"]]
+        for annotation, entry in zip(image["annotations"], entries, strict=True):
+            if annotation["iscrowd"] or annotation["category_id"] in self._mapper.seen_classes:
+                continue
+            segmentation = self._true_segmentation(entry)
+            if segmentation is None:
+                self.num_left_out += 1
+                continue
+            kept = {key: annotation[key] for key in ("bbox", "bbox_mode", "category_id")}
+            unseen.append({**kept, "segmentation": segmentation})
+            overlaps.append(self._overlaps[entry["id"]])
+        if not unseen:
+            return None
+        example = self._mapper(image)
+        size = tuple(example["image"].shape[-2:])
+        # As the mapper transforms objects with a mask: the resize of testing is all there is.
+        resize = T.TransformList([T.ResizeTransform(image["height"], image["width"], *size)])
+        unseen = [utils.transform_instance_annotations(x, resize, size) for x in unseen]
+        is_polygon = all(isinstance(x["segmentation"], list) for x in unseen)
+        mask_format = self._mask_format if is_polygon else "bitmask"
+        truth = utils.annotations_to_instances(unseen, size, mask_format)
+        has_area = truth.gt_boxes.nonempty(threshold=1e-5)  # as the mapper judges
+        self.num_left_out += int((~has_area).sum())
+        truth = truth[has_area]
+        if len(truth) == 0:
+            return None
+        truth.gt_has_mask = torch.ones(len(truth), dtype=torch.bool)
+        rois = Instances(size, gt_boxes=truth.gt_boxes, gt_classes=truth.gt_classes)
+        rois.proposal_boxes = truth.proposal_boxes = truth.gt_boxes
+        union = example["instances"].gt_exclusion_masks.tensor
+        rois.gt_exclusion_masks = ImageMask(union, len(rois))
+        inputs = {"image": example["image"], "file_name": image["file_name"]}
+        return inputs, rois, truth, list(itertools.compress(overlaps, has_area))
+
+    def _true_segmentation(self, entry: dict) -> list | dict | None:
+        # RLEs compressed, for that is what Detectron2 transforms; None where there is no pixel.
+        if is_from_model(entry) or not has_mask(entry):
+            return None
+        if isinstance(entry["segmentation"], list):
+            return valid_polygons(entry["segmentation"])
+        rle = self._coco.annToRLE(entry)
+        return rle if mask_util.area(rle) > 0 else None
 
 
-def _make_generators(cfg: CfgNode, methods: Iterable[str]) -> dict[str, PseudoMaskGenerator]:
+def _make_generators(cfg: CfgNode, methods: Sequence[str]) -> dict[str, PseudoMaskGenerator]:
     settings = cfg.MODEL.PSEUDO_MASK
     generators = {}
     for method in methods:
@@ -160,10 +253,6 @@ def _predict(
     """
     Run both heads as in training, but in evaluation mode.
 
-    Args:
-        inputs: of the model, one image.
-        rois: ``proposal_boxes`` and ``gt_classes``, on the model's device.
-
     Returns:
         The teacher's probabilities, shape (R, M_t, M_t); the student's in the channel of each
         ROI's class, shape (R, M, M); the pixels, shape (1, 3, H, W), RGB in 0-255.
@@ -183,13 +272,12 @@ def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def _summarize(overlaps: np.ndarray, ious: np.ndarray, bins: list[OverlapBin]) -> dict:
+    def mean(values: np.ndarray) -> float | None:
+        return float(values.mean()) if len(values) > 0 else None
+
     rows = []
     for x in bins:
         selected = ious[x.contains(overlaps)]
-        row = {"low": x.low, "high": x.high, "num_gt": len(selected), "mask_iou": _mean(selected)}
+        row = {"low": x.low, "high": x.high, "num_gt": len(selected), "mask_iou": mean(selected)}
         rows.append(row)
-    return {"mask_iou": _mean(ious), "overlap_bins": rows}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) > 0 else None
+    return {"mask_iou": mean(ious), "overlap_bins": rows}

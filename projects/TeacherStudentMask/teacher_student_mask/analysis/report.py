@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.resources
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .chart_style import DARK_COLOURS
-from .pictures import draw_objects, models_to_picture
-from .report_content import make_content, make_figures
-from .report_files import to_strict_json, write_data_files, write_text
+from ..errors import InputError
+from . import tables
+from .figures import GT_BOX_METRICS, make_figures, model_color
+from .pictures import PIXEL_COLORS, ObjectPicture, draw_objects, models_to_picture
 
 if TYPE_CHECKING:
-    from .analysis import Analysis
+    import pandas as pd
 
-__all__ = ["write_report"]
+    from .measure import Analysis
+
+__all__ = ["DATA_FILES", "headline_sentences", "write_report"]
 
 logger = logging.getLogger(__name__)
 
-_EXTRA = "pip install 'teacher-student-mask[report]'"
+# What the report says of each file.
+DATA_FILES = {
+    "analysis.json": "everything but the single objects",
+    "models.csv": "one row per model, task and metric, with its interval",
+    "differences.csv": "one row per pair of models, task (or class) and metric",
+    "overlap_bins.csv": "one row per model and overlap bin",
+    "per_class.csv": "one row per model and class",
+    "false_positives.csv": "one row per model: pixels by what lies under them",
+    "objects.csv": "one row per object and model",
+}
+# More pairs than these are left to the table.
+_MAX_COMPARISONS = 3
 
 
 def write_report(
@@ -49,40 +60,34 @@ def write_report(
         The path of ``report.html``.
 
     Raises:
-        ImportError: jinja2 or plotly is not installed.
-        ValueError: image_root is no folder, or num_objects is negative.
+        InputError: pandas, jinja2 or plotly is not installed, image_root is not a folder, or
+            num_objects is negative.
     """
-    _check_packages()
+    try:
+        import jinja2
+        import pandas as pd
+        import plotly.offline
+    except ImportError as e:
+        raise InputError(
+            f"The report needs pandas, jinja2 and plotly ({e.name} is missing): "
+            "pip install 'teacher-student-mask[report]'"
+        ) from e
     if image_root is not None and not os.path.isdir(image_root):
-        raise ValueError(f"image_root is {str(image_root)!r}; it must be the folder of the images.")
+        raise InputError(f"image_root is {str(image_root)!r}; it must be the folder of the images.")
     if num_objects < 0:
-        raise ValueError(f"num_objects is {num_objects}; it must be 0 or more.")
+        raise InputError(f"num_objects is {num_objects}; it must be 0 or more.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_data_files(analysis, folder)
+    text = json.dumps(analysis.summary, indent=2, allow_nan=False, ensure_ascii=False)
+    _write_text(folder / "analysis.json", text + "\n")
+    for name, frame in tables.csv_tables(analysis).items():
+        _write_text(folder / name, frame.to_csv(index=False, lineterminator="\n"))
+
     shown = models_to_picture(analysis)
-    pictures = draw_objects(analysis, shown, image_root, num_objects) if shown else []
-    figures = make_figures(analysis)
-    content = make_content(analysis, figures, shown, pictures, image_root)
-    path = folder / "report.html"
-    write_text(path, _render(content, figures))
-    size = path.stat().st_size / 1e6
-    logger.info(f"Wrote {path} ({size:.1f} MB, {len(pictures)} objects) and its data files.")
-    return path
-
-
-def _check_packages() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import plotly  # noqa: F401
-    except ImportError as e:
-        raise ImportError(f"The report needs jinja2 and plotly: {_EXTRA}") from e
-
-
-def _render(content: Mapping, figures: Mapping) -> str:
-    import jinja2
-    import plotly.offline
-
+    pictures, problems = draw_objects(analysis, shown, image_root, num_objects)
+    if problems:
+        counts = ", ".join(f"{n} {why}" for why, n in problems.items())
+        logger.warning(f"{image_root}: images of shown objects are {counts}; they are grey.")
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -90,25 +95,124 @@ def _render(content: Mapping, figures: Mapping) -> str:
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(_read_template),
     )
-    scripts = {
-        "plotly_js": plotly.offline.get_plotlyjs(),
-        "report_js": _read_template("report.js"),
+    with pd.option_context("display.max_colwidth", None):
+        page = environment.get_template("report.html.j2").render(
+            _content(analysis, shown, pictures),
+            css=_read_template("report.css"),
+            plotly_js=plotly.offline.get_plotlyjs(),
+            picture_problems=problems,
+            has_images=image_root is not None,
+        )
+    path = folder / "report.html"
+    _write_text(path, page)
+    size = path.stat().st_size / 1e6
+    logger.info(f"Wrote {path} ({size:.1f} MB, {len(pictures)} objects) and its data files.")
+    return path
+
+
+def headline_sentences(summary: Mapping) -> list[str]:
+    """
+    A few plain sentences about the main numbers; not HTML.
+
+    AP on unseen classes and on overlapped unseen objects with the first differences, and the share
+    of the false positives that lie on objects; on detected boxes, or on ground-truth boxes where
+    nothing else was given.
+    """
+    protocol, results = next(iter(tables.results_by_protocol(summary).items()))
+    differences = [x for x in summary["differences"] if x["protocol"] == protocol]
+    labels = tables.task_labels(summary)
+    sentences = []
+    for task in ("segm_unseen", "segm_unseen_overlap"):
+        parts = [
+            f"{model} has {tables.format_number(x[task]['AP'])} AP "
+            + tables.format_interval(x["intervals"][task]["AP"])
+            for model, x in results.items()
+            if x[task]["AP"] is not None
+        ]
+        for pair in differences[:_MAX_COMPARISONS]:
+            entry = pair["tasks"][task]["AP"]
+            if entry["difference"] is not None:
+                cell = tables.format_difference(entry).replace("contains 0", "which contains 0")
+                parts.append(f"{pair['model']} minus {pair['baseline']} is {cell}")
+        if parts:
+            objects = f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}"
+            sentences.append(f"{objects}: {'; '.join(x.rstrip() for x in parts)}.")
+    shares = [
+        f"{100 * (x['seen'] + x['unseen']) / x['total']:.0f} % for {model}"
+        for model, x in ((model, x["false_positives"]) for model, x in results.items())
+        if x["total"]
+    ]
+    if shares:
+        sentences.append(
+            "False-positive pixels of unseen objects that lie on other objects: "
+            f"{', '.join(shares)}; the rest lies on the background."
+        )
+    return sentences
+
+
+def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[ObjectPicture]) -> dict:
+    """The variables of templates/report.html.j2."""
+    summary = analysis.summary
+    results = tables.results_by_protocol(summary)
+    labels = tables.PROTOCOL_LABELS
+    figures = {
+        name: figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"figure-{name}",
+            config={"responsive": True, "displaylogo": False},
+        )
+        for name, figure in make_figures(summary).items()
     }
-    # tojson escapes what could end the script block; nan must be gone before.
-    data = {
-        "figures": {
-            name: json.loads(to_strict_json(figure.to_plotly_json()))
-            for name, figure in figures.items()
-        },
-        "dark": DARK_COLOURS,
+    overlap = [("overlap-detections", "detections", "AP", "AP on detected boxes", 1)]
+    overlap += [
+        (f"overlap-{metric}", "gt_boxes", metric, title, digits)
+        for metric, (title, digits) in GT_BOX_METRICS.items()
+    ]
+    quality = tables.pseudo_mask_results(summary)
+    pairs = [
+        f"{x['model']} minus {x['baseline']}, {labels[x['protocol']]}"
+        for x in summary["differences"]
+    ]
+    return {
+        "summary": summary,
+        "models": [
+            {"name": name, "color": model_color(i), **x}
+            for i, (name, x) in enumerate(summary["models"].items())
+        ],
+        "sentences": headline_sentences(summary),
+        "figures": figures,
+        "results": [
+            (protocol, labels[protocol], _html(tables.results_table(summary, protocol)))
+            for protocol in results
+        ],
+        "differences": [
+            (pair, _html(tables.differences_table(summary, x)))
+            for pair, x in zip(pairs, summary["differences"])
+        ],
+        "overlap": [
+            (name, title, _html(tables.bins_table(results[protocol], metric, digits)))
+            for name, protocol, metric, title, digits in overlap
+            if name in figures
+        ],
+        "false_positives": _html(tables.false_positives_table(summary)),
+        "pseudo_masks": _html(tables.bins_table(quality, "mask_iou", 3)) if quality else "",
+        "class_figures": [
+            (f"classes-{i}", pair) for i, pair in enumerate(pairs) if f"classes-{i}" in figures
+        ],
+        "classes": [
+            (labels[protocol], _html(tables.class_table(summary, protocol))) for protocol in results
+        ],
+        "shown": shown,
+        "shown_protocol": labels[analysis.objects[shown[0]].protocol],
+        "pictures": pictures,
+        "pixel_colors": PIXEL_COLORS,
+        "data_files": DATA_FILES,
     }
-    return environment.get_template("report.html.j2").render(
-        content,
-        **scripts,
-        css=_read_template("report.css"),
-        data=data,
-        script_sources=" ".join(_csp_hash(x) for x in scripts.values()),
-    )
+
+
+def _html(table: pd.DataFrame) -> str:
+    return table.to_html(index=False, border=0, escape=True)
 
 
 def _read_template(name: str) -> str:
@@ -116,7 +220,6 @@ def _read_template(name: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _csp_hash(script: str) -> str:
-    """How a Content-Security-Policy names an inline script that may run."""
-    digest = hashlib.sha256(script.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+def _write_text(path: Path, text: str) -> None:
+    # A json may have names with half of a surrogate pair, which UTF-8 cannot encode.
+    path.write_bytes(text.encode("utf-8", errors="backslashreplace"))

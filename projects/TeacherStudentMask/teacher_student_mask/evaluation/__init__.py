@@ -1,26 +1,30 @@
 """Evaluation on subsets of classes and objects, independent of how a model was trained."""
 
-from .average_precision import (
-    AREA_RANGES,
-    PrecisionOfSubsets,
-    Subset,
-    at_iou,
-    mean_percent,
-    subset_metrics,
-)
-from .bootstrap import percentile_intervals, resample_images
-from .boundary_iou import boundary_iou, boundary_region
 from .coco_evaluation import PartiallySupervisedCOCOEvaluator
-from .false_positives import (
+from .overlap import OverlapBin, compute_overlaps, overlap_bins
+from .pixel_errors import (
     TIE_RULES,
     ObjectRegions,
     PixelCounts,
+    boundary_iou,
+    boundary_region,
     count_pixels,
     find_object_regions,
 )
-from .matching import IOU_THRESHOLDS, CandidatePairs, Matches, find_candidate_pairs
-from .overlap import OverlapBin, compute_overlaps, overlap_bins
-from .results_table import METRICS, comparison_table, results_table
+from .results_table import comparison_table, results_table
+from .subset_ap import (
+    AREA_RANGES,
+    IOU_THRESHOLDS,
+    METRICS,
+    CandidatePairs,
+    Matches,
+    PrecisionOfSubsets,
+    Subset,
+    at_iou,
+    find_candidate_pairs,
+    mean_percent,
+    subset_metrics,
+)
 
 __all__ = [
     "AREA_RANGES",
@@ -45,8 +49,6 @@ __all__ = [
     "find_object_regions",
     "mean_percent",
     "overlap_bins",
-    "percentile_intervals",
-    "resample_images",
     "results_table",
     "subset_metrics",
 ]

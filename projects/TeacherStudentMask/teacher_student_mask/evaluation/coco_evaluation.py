@@ -15,16 +15,19 @@ from pycocotools.cocoeval import COCOeval
 from ..class_splits import resolve_seen_classes
 from ..coco_json import check_coco, has_mask
 from ..coco_results import prepare_ground_truth
-from .average_precision import (
+from ..errors import InputError
+from .overlap import OverlapBin, compute_overlaps, overlap_bins
+from .results_table import results_table
+from .subset_ap import (
     AREA_RANGES,
+    METRICS,
+    Matches,
     PrecisionOfSubsets,
     Subset,
+    find_candidate_pairs,
     mean_percent,
     subset_metrics,
 )
-from .matching import Matches, find_candidate_pairs
-from .overlap import OverlapBin, compute_overlaps, overlap_bins
-from .results_table import METRICS, results_table
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +79,11 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 differs from the official one by rounding only. None: where it is available.
 
         Raises:
-            ValueError: a wrong argument, or annotations that cannot be evaluated; the sentence
+            InputError: a wrong argument, or annotations that cannot be evaluated; the sentence
                 names the file, the id, the field, its value and what is allowed.
         """
         if not 0 <= overlap_threshold <= 1:
-            raise ValueError(f"overlap_threshold is {overlap_threshold}; it must be in [0, 1].")
+            raise InputError(f"overlap_threshold is {overlap_threshold}; it must be in [0, 1].")
         is_compiled = has_compiled_cocoeval()
         if use_fast_impl and not is_compiled:
             logger.warning("This Detectron2 has no compiled COCO evaluation; taking pycocotools'.")
@@ -94,8 +97,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 **kwargs,
             )
         except Exception:  # pycocotools takes a file for what it should be
-            if MetadataCatalog.get(dataset_name).get("json_file"):
-                json_file = MetadataCatalog.get(dataset_name).json_file
+            json_file = MetadataCatalog.get(dataset_name).get("json_file")
+            if json_file:
                 check_coco(json_file, use="evaluation").raise_on_error()
             raise
         self._overlap_threshold = overlap_threshold
@@ -119,7 +122,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         if not annotations or any(map(has_mask, annotations)):
             return
         if self._tasks is not None and "segm" in self._tasks:
-            raise ValueError(
+            raise InputError(
                 f"{self._metadata.json_file}: no annotation has a mask, but tasks is "
                 f"{self._tasks}; pass tasks=('bbox',) to evaluate boxes alone."
             )
@@ -205,7 +208,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             to_contiguous = {x: x for x in range(len(self._class_names()))}
         unknown = sorted(category_ids - set(to_contiguous))
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"{self._metadata.json_file}: categories {unknown} are not among the dataset's "
                 f"classes {sorted(to_contiguous)}. A dataset registered from a json must be loaded "
                 "before it is evaluated."
@@ -239,13 +242,13 @@ def _resolve_contiguous_ids(seen_classes: str | Iterable[int], class_names: list
     try:
         ids = {operator.index(x) for x in seen_classes}
     except TypeError as e:
-        raise ValueError(
+        raise InputError(
             f"seen_classes is {seen_classes!r}; it must be one string (class names separated by "
             "commas) or hold contiguous ids."
         ) from e
     wrong = sorted(x for x in ids if not 0 <= x < len(class_names))
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"seen_classes has the ids {wrong}; contiguous ids of {len(class_names)} classes are "
             f"0 to {len(class_names) - 1}."
         )

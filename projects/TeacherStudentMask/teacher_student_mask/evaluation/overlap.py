@@ -11,6 +11,7 @@ import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
 from ..coco_json import has_mask, valid_polygons
+from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,11 @@ def overlap_bins(edges: Sequence[float]) -> list[OverlapBin]:
         edges: rising, from 0 to 1 (``TEST.OVERLAP_BINS``), so that every object is in one bin.
 
     Raises:
-        ValueError: the edges do not rise, or do not begin with 0 and end with 1.
+        InputError: the edges do not rise, or do not begin with 0 and end with 1.
     """
     edges = [float(x) for x in edges]
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not all(np.diff(edges) > 0):
-        raise ValueError(
+        raise InputError(
             f"The overlap bins have the edges {edges}; they must rise from 0 to 1, for example "
             "[0, 0.25, 0.5, 1]."
         )
@@ -98,7 +99,7 @@ def _to_rle(coco: COCO, annotation: dict, image: dict) -> dict:
         segmentation = valid_polygons(segmentation)
     rle = coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
     if list(rle["size"]) != [image["height"], image["width"]]:
-        raise ValueError(
+        raise InputError(
             f"Annotation {annotation['id']}: the RLE's (height, width) is {list(rle['size'])}, "
             f"its image {image['id']} has {[image['height'], image['width']]}."
         )

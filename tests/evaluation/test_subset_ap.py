@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from teacher_student_mask.analysis.intervals import resample_images
 from teacher_student_mask.evaluation import (
     AREA_RANGES,
     IOU_THRESHOLDS,
@@ -19,7 +20,6 @@ from teacher_student_mask.evaluation import (
     PrecisionOfSubsets,
     Subset,
     find_candidate_pairs,
-    resample_images,
     subset_metrics,
 )
 
@@ -142,17 +142,6 @@ def test_the_problems_have_what_makes_matching_depend_on_the_subset():
     assert changed >= 5
 
 
-def test_several_subsets_at_once_do_not_disturb_one_another():
-    coco, found = make_problem(3)
-    pairs = pairs_of(coco, found)
-    masks = np.random.default_rng(0).random((4, len(pairs.gt_ids))) < 0.5
-    matches = Matches(pairs)
-    together = PrecisionOfSubsets(matches, {k: Subset(m) for k, m in enumerate(masks)})()
-    for k, mask in enumerate(masks):
-        alone = PrecisionOfSubsets(Matches(pairs), {"x": Subset(mask)})()["x"]
-        np.testing.assert_array_equal(together[k], alone)
-
-
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_limit_on_detections_per_image_and_class(limit):
     coco, found = make_problem(7)
@@ -246,27 +235,3 @@ def test_nothing_found_is_0_and_no_object_is_nan(what):
     weights = np.array([0, 0, 0, 7])
     assert coco.imgToAnns[10] == []
     assert np.isnan(evaluate(weights)["all"]).all()
-
-
-def test_several_draws_at_once_equal_one_after_the_other():
-    pairs = pairs_of(*make_problem(9))
-    counts = np.random.default_rng(0).random(len(pairs.gt_ids)) < 0.6
-    evaluate = PrecisionOfSubsets(Matches(pairs), subsets_of(counts))
-    weights = np.concatenate(list(resample_images(4, 5, seed=1)))
-    together = evaluate(weights)
-    for area in AREA_RANGES:
-        alone = np.stack([evaluate(x)[area] for x in weights])
-        np.testing.assert_array_equal(together[area], alone)
-
-
-def test_resamples_are_seeded_and_keep_the_number_of_images():
-    first, again = (np.concatenate(list(resample_images(50, 20, 4))) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    in_batches = list(resample_images(50, 20, 4, batch_size=7))
-    assert [len(x) for x in in_batches] == [7, 7, 6]
-    np.testing.assert_array_equal(first, np.concatenate(in_batches))
-    assert first.shape == (20, 50) and (first.sum(axis=1) == 50).all()
-    assert not np.array_equal(first, np.concatenate(list(resample_images(50, 20, 5))))
-    # Every image is drawn as often as any other, on average.
-    mean = np.concatenate(list(resample_images(10, 4000, 0))).mean(axis=0)
-    np.testing.assert_allclose(mean, 1, atol=0.06)

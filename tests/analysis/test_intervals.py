@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from teacher_student_mask.evaluation import percentile_intervals, resample_images
+from teacher_student_mask.analysis.intervals import percentile_intervals, resample_images
 
 
 def test_interval_leaves_out_the_same_share_on_either_side():
@@ -19,12 +19,6 @@ def test_undefined_samples_are_left_out():
     assert np.isnan(percentile_intervals(np.zeros((0, 2)), 0.95)).all()
 
 
-@pytest.mark.parametrize("confidence", [0, 1, 95, float("nan")])
-def test_confidence_outside_the_unit_range_fails(confidence):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        percentile_intervals(np.ones(3), confidence)
-
-
 def test_interval_of_a_mean_is_the_one_of_statistics():
     """The bootstrap interval of a mean over many images is near mean +- 1.96 standard errors."""
     values = np.random.default_rng(1).normal(10, 3, size=900)
@@ -33,3 +27,12 @@ def test_interval_of_a_mean_is_the_one_of_statistics():
     error = 1.96 * values.std() / 30
     assert low == pytest.approx(values.mean() - error, abs=0.02)
     assert high == pytest.approx(values.mean() + error, abs=0.02)
+
+
+def test_resamples_are_seeded_and_keep_the_number_of_images():
+    first = np.concatenate(list(resample_images(50, 20, 4)))
+    in_batches = list(resample_images(50, 20, 4, batch_size=7))
+    assert [len(x) for x in in_batches] == [7, 7, 6]
+    np.testing.assert_array_equal(first, np.concatenate(in_batches))
+    assert first.shape == (20, 50) and (first.sum(axis=1) == 50).all()
+    assert not np.array_equal(first, np.concatenate(list(resample_images(50, 20, 5))))

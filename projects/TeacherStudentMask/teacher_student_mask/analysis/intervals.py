@@ -1,9 +1,9 @@
-"""All AP of one result file, with bootstrap samples of each."""
+"""All AP of one result file, with confidence intervals by resampling the images."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,12 +18,15 @@ from ..evaluation import (
     Subset,
     at_iou,
     mean_percent,
-    percentile_intervals,
-    resample_images,
     subset_metrics,
 )
 
-__all__ = ["Bootstrap", "Statistics", "compute_statistics"]
+__all__ = [
+    "Statistics",
+    "compute_statistics",
+    "percentile_intervals",
+    "resample_images",
+]
 
 # A statistic: ("segm_unseen", "AP"), ("bin 3", "AP50"), ("class 17", "AP").
 Key = tuple[str, str]
@@ -31,20 +34,6 @@ Key = tuple[str, str]
 # Detections times resamples that are processed at once: enough that numpy's calls cost little, and
 # small enough for the caches.
 _MAX_ELEMENTS = 300_000
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """
-    Args:
-        num_resamples: how often the images are drawn again; 0: no intervals.
-        confidence: of the intervals, in (0, 1).
-        seed: of the draws; with one seed all models are measured on the same draws.
-    """
-
-    num_resamples: int = 1000
-    confidence: float = 0.95
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +59,7 @@ class Statistics:
         """
         Difference to another model on the same objects, and its interval.
 
-        Both must have been computed with one :class:`Bootstrap`.
+        Both must have been computed with the same resamples, confidence and seed.
         """
         samples = self.samples[key] - baseline.samples[key]
         return self.values[key] - baseline.values[key], _interval(samples, self.confidence)
@@ -83,7 +72,9 @@ def compute_statistics(
     *,
     overlap_threshold: float,
     bins: Sequence[OverlapBin],
-    bootstrap: Bootstrap,
+    num_resamples: int,
+    confidence: float,
+    seed: int,
     progress: Callable[[int], object] = lambda num_done: None,
 ) -> Statistics:
     """
@@ -96,7 +87,9 @@ def compute_statistics(
         unseen: positions of the unseen classes.
         overlap_threshold: smallest overlap in "segm_unseen_overlap".
         bins: of the overlap.
-        bootstrap: how to resample.
+        num_resamples: how often the images are drawn again; 0: no intervals.
+        confidence: of the intervals, in (0, 1).
+        seed: of the draws.
         progress: called with the number of resamples done since the last call.
     """
     is_unseen = np.isin(pairs.gt_classes, list(unseen))
@@ -117,9 +110,7 @@ def compute_statistics(
 
     values = {key: float(x) for key, x in measure().items()}
     size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
-    draws = resample_images(
-        len(pairs.image_ids), bootstrap.num_resamples, bootstrap.seed, batch_size=size
-    )
+    draws = resample_images(len(pairs.image_ids), num_resamples, seed, batch_size=size)
     # numpy lets other threads run while it computes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sampled = []
@@ -130,7 +121,46 @@ def compute_statistics(
     counts["segm_seen"], counts["segm_unseen"] = ~is_unseen, is_unseen
     counts |= {f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))}
     num_gt = {name: int((mask & ~pairs.gt_is_crowd).sum()) for name, mask in counts.items()}
-    return Statistics(values, samples, num_gt, bootstrap.confidence)
+    return Statistics(values, samples, num_gt, confidence)
+
+
+def resample_images(
+    num_images: int, num_resamples: int, seed: int, batch_size: int = 1
+) -> Iterator[np.ndarray]:
+    """
+    Draw images with replacement, as many as there are (Efron's bootstrap).
+
+    The same seed draws the same images, whatever the batch size, so that models are compared on the
+    same resamples.
+
+    Yields:
+        int, shape (batch, num_images), how often each image was drawn; ``num_resamples`` rows in
+        all, ``batch_size`` at a time.
+    """
+    rng = np.random.default_rng(seed)
+    for start in range(0, num_resamples, batch_size):
+        size = min(batch_size, num_resamples - start)
+        drawn = rng.integers(num_images, size=(size, num_images))
+        yield np.stack([np.bincount(x, minlength=num_images) for x in drawn])
+
+
+def percentile_intervals(samples: np.ndarray, confidence: float) -> np.ndarray:
+    """
+    Interval between the percentiles that leave out the same share of the samples on either side.
+
+    Args:
+        samples: shape (resamples, ...), values of the statistic; nan where a resample left it
+            undefined, which is left out.
+        confidence: share of the samples inside, in (0, 1).
+
+    Returns:
+        Shape (2, ...): low and high ends, nan where no sample is defined.
+    """
+    tail = 50 * (1 - confidence)
+    result = np.full((2, *samples.shape[1:]), np.nan)
+    is_defined = (~np.isnan(samples)).any(axis=0)
+    result[:, is_defined] = np.nanpercentile(samples[:, is_defined], [tail, 100 - tail], axis=0)
+    return result
 
 
 def _to_values(

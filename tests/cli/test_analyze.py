@@ -1,0 +1,124 @@
+"""tsmask analyze: from result files or a model to a report, and sentences about wrong input."""
+
+import json
+
+import pytest
+from report_example import make_files
+from saved_model import TEACHER_STUDENT, save_model
+
+from teacher_student_mask.cli.main import main
+
+
+@pytest.fixture
+def files(tmp_path):
+    return make_files(tmp_path)
+
+
+def run(files, tmp_path, *more):
+    arguments = ["--annotations", files["truth"], "--seen", "dog", "--resamples", 20]
+    arguments += ["--output-dir", tmp_path / "out", "--results", f"a={files['exact']}", *more]
+    return main(["analyze", *map(str, arguments)])
+
+
+def summary_of(tmp_path):
+    return json.loads((tmp_path / "out" / "analysis.json").read_text())
+
+
+def test_writes_the_report_and_prints_table_and_path(files, tmp_path, capsys):
+    assert run(files, tmp_path, f"b={files['swollen']}", "--images", tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "segm_unseen AP" in output and "100.00" in output
+    assert str(tmp_path / "out" / "report.html") in output
+    summary = summary_of(tmp_path)
+    assert list(summary["models"]) == ["a", "b"]
+    assert summary["settings"]["num_resamples"] == 20
+    assert len(summary["differences"]) == 1
+
+
+def test_settings_reach_the_measurement(files, tmp_path):
+    options = ["--bins", 0, 0.5, 1, "--threshold", 0.2, "--score-threshold", 0.95, "--seed", 3]
+    options += ["--confidence", 0.9, "--ties", "smaller"]
+    options += ["--gt-box-results", f"a={files['exact']}"]
+    assert run(files, tmp_path, *options) == 0
+    settings = summary_of(tmp_path)["settings"]
+    assert settings["overlap_bins"] == [0, 0.5, 1] and settings["overlap_threshold"] == 0.2
+    assert settings["score_threshold"] == 0.95 and settings["ties"] == "smaller"
+    assert settings["seed"] == 3 and settings["confidence"] == 0.9
+    model = summary_of(tmp_path)["models"]["a"]
+    assert model["false_positives"]["num_objects"] == 0
+    assert model["gt_boxes"]["false_positives"]["num_objects"] == 12
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--bins", "0.5"], ["0.5", "from 0 to 1"]),
+        (["--threshold", "7"], ["overlap_threshold", "7"]),
+        (["--seen", "dgo"], ["dgo", "dog"]),
+        (["--baseline", "c"], ["baseline", "'c'"]),
+        (["--images", "no/such/folder"], ["no/such/folder"]),
+        (["--num-pictures", "-1"], ["0 or more"]),
+        (["--results", "a=x", "a=y"], ["stands twice"]),
+        (["--results", "a=no.json"], ["no.json"]),
+        (["--results"], None),
+        (["--results", "no-equals-sign"], None),
+    ],
+)
+def test_wrong_input_is_one_sentence(files, tmp_path, capsys, options, words):
+    if words is None:  # argparse explains it
+        with pytest.raises(SystemExit):
+            run(files, tmp_path, *options)
+        return
+    assert run(files, tmp_path, *options) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and all(word in error for word in words)
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x: x[1].update(image_id=77), ["exact.json", "entry", "1", "image_id", "77"]),
+        (lambda x: x[0].pop("score"), ["exact.json", "entry", "0", "score"]),
+    ],
+)
+def test_wrong_result_files_name_entry_and_field(files, tmp_path, capsys, change, words):
+    entries = json.loads(open(files["exact"]).read())
+    change(entries)
+    with open(files["exact"], "w") as file:
+        json.dump(entries, file)
+    assert run(files, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+
+
+def test_without_input_it_says_what_to_give(tmp_path, capsys):
+    assert main(["analyze", "--output-dir", str(tmp_path)]) == 1
+    assert "--annotations, --seen and --results" in capsys.readouterr().err
+
+
+def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
+    """Student and teacher become two models, compared on detected and on the same given boxes."""
+
+    def give_all_objects_a_mask(data):
+        for x in data["annotations"]:
+            left, top, width, height = x["bbox"]
+            if not x.get("segmentation"):
+                x["segmentation"] = [[left, top, left + width, top, left, top + height]]
+
+    dataset = make_tiny_coco(give_all_objects_a_mask)
+    cfg = tiny_cfg(opts=TEACHER_STUDENT, dataset=dataset)
+    config, weights = save_model(cfg, tmp_path / "model")
+    options = ["--config-file", config, "--weights", weights, "--resamples", "5"]
+    options += ["--output-dir", str(tmp_path / "out")]
+    options += ["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    assert main(["analyze", *options]) == 0
+    assert "Ground-truth boxes:" in capsys.readouterr().out
+    summary = summary_of(tmp_path)
+    assert list(summary["models"]) == ["student", "teacher"]
+    assert summary["dataset"]["seen_classes"] == ["ant", "ship"]
+    for model in summary["models"].values():
+        assert model["num_detections"] > 0
+        assert model["gt_boxes"]["num_masks"] == summary["dataset"]["num_unseen"] == 3
+    assert "box_fit" in summary["models"]["teacher"]["pseudo_masks"]["methods"]
+    assert {x["protocol"] for x in summary["differences"]} == {"detections", "gt_boxes"}
