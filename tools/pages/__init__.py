@@ -1,1 +1,0 @@
-"""Pages for the browser: contact sheets and the page of a dataset."""
