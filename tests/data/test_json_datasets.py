@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_data import complete, start_in_two_processes
+from bad_data import complete
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
 from teacher_student_mask import TeacherStudentDatasetMapper, add_teacher_student_mask_config
-from teacher_student_mask.analysis.trained_model import find_test_dataset, load_config
 from teacher_student_mask.data import register_json_datasets
 
 
@@ -135,15 +134,7 @@ def test_a_path_that_is_not_there(path_cfg, tmp_path, stop_before_model):
         start(cfg, tmp_path, "--eval-only", opts=["TEST.SEEN_CLASSES", "ant"])
 
 
-@pytest.mark.parametrize("number", [2, 80])
-def test_another_number_of_classes_is_an_error(number, path_cfg, tmp_path, stop_before_model):
-    cfg = path_cfg("MODEL.ROI_HEADS.NUM_CLASSES", number)
-    message = f"train.json: 'categories' is 3 classes; the model has {number}; set MODEL.ROI_HEADS"
-    with pytest.raises(ValueError, match=message):
-        start(cfg, tmp_path)
-
-
-@pytest.mark.parametrize("ids", [(0, 1, 2), (5, 7, 2**40), (-3, 0, 10**9)])
+@pytest.mark.parametrize("ids", [(0, 1, 2), (-3, 0, 2**40)])
 def test_category_ids_of_any_kind(ids, path_cfg, folder):
     cfg = path_cfg()
     data = json.loads((folder / "train.json").read_text())
@@ -161,15 +152,6 @@ def test_category_ids_of_any_kind(ids, path_cfg, folder):
     assert instances.gt_classes.tolist() == [0, 2, 0, 2, 0, 2, 1]
     assert instances.gt_has_mask.tolist() == [True, False, True, False, False, False, True]
     assert instances.gt_boxes.tensor[0].tolist() == [2, 2, 22, 18]
-
-
-def test_category_ids_that_are_text_are_an_error(path_cfg, folder, tmp_path):
-    data = json.loads((folder / "train.json").read_text())
-    for row in data["categories"]:
-        row["id"] = str(row["id"])
-    (folder / "train.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="train.json: category '90': 'id' is '90'; allowed: a who"):
-        start(path_cfg(), tmp_path)
 
 
 def test_the_custom_config_trains_on_paths(stop_before_model, folder, tmp_path):
@@ -204,19 +186,5 @@ def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder,
     args = ["--eval-only", "--config-file", trained, "MODEL.WEIGHTS", weights]
     again = train_net.main(parser.parse_args(args))
     assert again["segm_unseen"]["num_gt"] == 4
-    dataset = find_test_dataset(load_config(trained, weights))
-    assert dataset.classes == ["ant", "cat", "ship"] and dataset.category_ids == [3, 17, 90]
     model = torch.load(weights, weights_only=False)["model"]
     assert model["roi_heads.box_predictor.cls_score.bias"].shape == (4,)
-
-
-@pytest.mark.slow
-def test_every_process_registers_for_itself(path_cfg, make_tiny_coco, tmp_path):
-    cfg = path_cfg("DATASETS.MIN_MASKS_PER_CLASS", 99)
-    config_file = tmp_path / "given.yaml"
-    config_file.write_text(cfg.dump())
-    start_in_two_processes(
-        make_tiny_coco(), ["--eval-only", "--config-file", str(config_file)], tmp_path
-    )
-    told = [(tmp_path / rank).read_text() for rank in "01"]
-    assert told[0] == told[1] and "MIN_MASKS_PER_CLASS 99 masks" in told[0]

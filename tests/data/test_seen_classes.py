@@ -61,10 +61,6 @@ def test_objects_and_masks_are_counted_without_crowds_and_masks_of_models(make_t
     assert {x.name: (x.objects, x.masks) for x in counts} == counts_of(tiny.data)
 
 
-def test_images_without_objects_count_nothing():
-    assert count_objects([{}, {"annotations": []}], ["a"]) == [ClassCount("a", 0, 0)]
-
-
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 30))
 def test_seen_are_those_with_enough_masks(masks, min_masks):
     counts = [ClassCount(f"class {i}", 30, n) for i, n in enumerate(masks)]

@@ -48,13 +48,6 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
     assert sorted(equal) == sorted(files)
 
 
-def test_the_seed_and_the_split_matter(tmp_path):
-    generate_shapes(str(tmp_path / "a"), num_train=1, num_val=1, seed=0)
-    generate_shapes(str(tmp_path / "b"), num_train=1, num_val=1, seed=1)
-    images = [tmp_path / root / s / "000000.png" for root in "ab" for s in ("train", "val")]
-    assert len({image.read_bytes() for image in images}) == 4
-
-
 def test_an_image_does_not_depend_on_the_number_of_images(sample, tmp_path):
     generate_shapes(str(tmp_path), num_train=2, num_val=3)
     few, many = read_json(tmp_path, "val"), read_json(sample, "val")
@@ -142,14 +135,6 @@ def test_it_is_registered_by_the_package(split):
     assert f"shapes_{split}" in DatasetCatalog.list()
     json_file = MetadataCatalog.get(f"shapes_{split}").json_file
     assert json_file.endswith(f"shapes/annotations/instances_{split}.json")
-
-
-def test_progress_counts_all_images(tmp_path):
-    calls = []
-    generate_shapes(
-        str(tmp_path), num_train=2, num_val=1, image_size=32, progress=lambda *x: calls.append(x)
-    )
-    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_too_small_images_are_refused(tmp_path):

@@ -82,7 +82,7 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> None:
     becomes 0, and ids are numbered anew unless all are positive whole numbers.
 
     Args:
-        coco: with "annotations" in its dataset; indexed anew.
+        coco: with "annotations" in its dataset; indexed, if it has not been or ids have changed.
         json_file: the name of the file, for messages.
         reads_masks: whether masks are evaluated.
 
@@ -109,13 +109,15 @@ def _prepare(coco: COCO, json_file: str, reads_masks: bool) -> Report:
         for i in np.flatnonzero(masks.has_empty_run).tolist():
             rle = rles[i]["segmentation"]
             rles[i]["segmentation"] = compress_mask(rle, rle["size"], has_empty_run=True)
-    if not all(type(x["id"]) is int and x["id"] > 0 for x in annotations):
+    is_usable = all(type(x["id"]) is int and x["id"] > 0 for x in annotations)
+    if not is_usable:
         # COCOeval stores the id of the matched object and reads 0 as "not matched".
         logger.info("Annotation ids are not all positive integers; numbering them from 1.")
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
+    if not is_usable or not coco.anns:
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
     return report
 
 
