@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 import train_net
 from teacher_student_mask import VOC_CLASSES, InputError, register_partial_coco
 from teacher_student_mask.cli.main import main
-from teacher_student_mask.engine import training
+from teacher_student_mask.engine import trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAPER = "configs/coco/teacher_student.yaml"
@@ -123,7 +123,7 @@ def test_masks_of_a_model_that_are_not_in_the_data_stop_training(
                 x["mask_source"] = "model"
 
     names = (make_tiny_coco(change).name, make_tiny_coco().name)
-    monkeypatch.setattr(training, "Trainer", None)  # nothing is built
+    monkeypatch.setattr(trainer, "Trainer", None)  # nothing is built
     message = "TRAIN_ON_EXTERNAL_MASKS is True, .*{}.*{}.* has no mask with 'mask_source' 'model'"
     with pytest.raises(InputError, match=message.format(*names)):
         run(opts=[*GRABCUT_MASKS, "DATASETS.TRAIN", names])

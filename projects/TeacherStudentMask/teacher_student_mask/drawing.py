@@ -9,6 +9,9 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import supervision as sv
+from detectron2.structures import Instances
+
+from .coco_json import valid_polygons
 
 __all__ = [
     "BOX_COLOR",
@@ -19,6 +22,7 @@ __all__ = [
     "annotations_to_detections",
     "class_color",
     "draw_instances",
+    "draw_predictions",
 ]
 
 # Okabe and Ito, "Color Universal Design", 2008: told apart by people with any colour vision.
@@ -61,6 +65,8 @@ def annotations_to_detections(
     masks = np.zeros((len(annotations), *image_size), dtype=bool)
     for mask, annotation in zip(masks, annotations):
         segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list):
+            segmentation = valid_polygons(segmentation)
         if not segmentation:
             continue
         if isinstance(segmentation, list):
@@ -124,6 +130,24 @@ def draw_instances(
         smart_position=True,
     )
     return annotator.annotate(picture, detections, list(labels))
+
+
+def draw_predictions(
+    image: np.ndarray, found: Instances, class_names: Sequence[str], scale: int | None = None
+) -> np.ndarray:
+    """
+    Draw what a model has found, with classes and scores.
+
+    Args:
+        image, scale: see :func:`draw_instances`.
+        found: ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` on the CPU, in the
+            frame of the image.
+        class_names: by contiguous class id.
+    """
+    classes, scores = found.pred_classes.tolist(), found.scores.tolist()
+    labels = [f"{class_names[k]} {x:.0%}" for k, x in zip(classes, scores)]
+    detections = sv.Detections.from_detectron2({"instances": found})
+    return draw_instances(image, detections, labels, scale=scale)
 
 
 def _text_color(background: str) -> str:

@@ -1,22 +1,25 @@
 """
 The way from a config and weights to a model that is known to fit, for every program.
 
-Both may come from anybody, see untrusted_files.py. What does not fit the model is an error, where
-Detectron2 warns and goes on with random numbers.
+Both may come from anybody, so nothing in them runs: configs are values, weights are tensors. What
+does not fit the model is an error, where Detectron2 warns and goes on with random numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import pickle  # nosec B403  # Only its exception is used.
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -29,25 +32,23 @@ from .config import add_teacher_student_mask_config
 from .data import register_json_datasets, resolve_auto_settings
 from .errors import InputError
 from .modeling import TeacherStudentROIHeads
-from .untrusted_files import check_pickles, merge_config_file, safe_loading
 
 __all__ = [
     "CLASS_NAMES_FILE",
-    "HEADS",
     "TrainedModel",
+    "check_pickles",
     "find_test_dataset",
     "load_config",
     "load_model",
     "load_weights",
-    "read_class_names",
     "read_config",
+    "safe_loading",
     "write_class_names",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Mask heads, and where their parameters are in the model.
-HEADS = ("student", "teacher")
 _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
 
 # In the folder of the weights: "id" and "name" of the model's classes, in their order.
@@ -131,26 +132,21 @@ def load_model(
     """
     cfg = load_config(config_file, opts, weights=weights)
     if score_threshold is not None:
-        if not 0 <= score_threshold <= 1:
-            raise InputError(f"The score threshold is {score_threshold}; it must be in [0, 1].")
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
     built = cfg.clone()
     # Nothing makes pseudo masks at inference, and "crf" may ask for a package that is not there.
     built.MODEL.PSEUDO_MASK.METHOD = "none"
     model = build_model(built)
-    if (
-        not isinstance(model, GeneralizedRCNN)
-        or model.proposal_generator is None
-        or not cfg.MODEL.MASK_ON
-    ):
+    is_rcnn = isinstance(model, GeneralizedRCNN) and model.proposal_generator is not None
+    if not is_rcnn or not cfg.MODEL.MASK_ON:
         raise InputError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, MODEL.MASK_ON is "
-            f"{cfg.MODEL.MASK_ON} and MODEL.LOAD_PROPOSALS is {cfg.MODEL.LOAD_PROPOSALS}; needed is"
-            " a GeneralizedRCNN with an RPN and a mask head."
+            f"{cfg.MODEL.MASK_ON}; needed is a GeneralizedRCNN with an RPN and a mask head."
         )
-    existing = HEADS if isinstance(model.roi_heads, TeacherStudentROIHeads) else HEADS[:1]
-    heads = existing if heads is None else tuple(dict.fromkeys(heads))
-    if not heads or set(heads) - set(existing):
+    has_teacher = isinstance(model.roi_heads, TeacherStudentROIHeads)
+    existing = ("student", "teacher") if has_teacher else ("student",)
+    heads = existing if heads is None else tuple(heads)
+    if set(heads) - set(existing):
         raise InputError(
             f"heads is {heads!r}; a model with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} "
             f"has: {', '.join(existing)}."
@@ -203,7 +199,7 @@ def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
     if config_file:
-        merge_config_file(cfg, config_file)
+        _merge_config_file(cfg, config_file)
     try:
         cfg.merge_from_list(list(opts))
     except (AssertionError, KeyError, ValueError) as error:
@@ -212,7 +208,113 @@ def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
     return cfg
 
 
+class _PlainConfig(CfgNode):
+    """A config whose bases are files on this machine, without tags of Python."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        if filename.startswith(("http://", "https://")):
+            # The download would be kept under a name that other downloads trust.
+            raise InputError(f"_BASE_ is {filename}; a base must be a file on this machine.")
+        return super().load_yaml_with_base(filename, allow_unsafe=False)
+
+
+def _merge_config_file(cfg: CfgNode, path: str) -> None:
+    """``cfg.merge_from_file``, which by itself would run what a tag of Python in the yaml says."""
+    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
+    try:
+        _PlainConfig.load_yaml_with_base(path)
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except InputError:
+        raise
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise InputError(
+            f"The config {path} cannot be read, and nothing of it was run: {where}."
+        ) from error
+    except RecursionError as error:
+        raise InputError(f"The config {path}: its _BASE_ leads back to itself.") from error
+    # AttributeError and TypeError: an empty file, or one without keys.
+    except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"The config {path} cannot be read: {error}") from error
+    # From the command line alone: whoever wrote the file may have written the pickle, too.
+    if cfg.MODEL.TRUST_PICKLED_WEIGHTS and not trusts:
+        cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
+        logger.warning(f"MODEL.TRUST_PICKLED_WEIGHTS of {path} is ignored: say it with --opts.")
+
+
 # ---- weights ----
+
+# Pickles that are Detectron2's own.
+_TRUSTED_PREFIXES = (
+    "detectron2://",
+    "https://dl.fbaipublicfiles.com/detectron2/",
+    "https://dl.fbaipublicfiles.com/detectron/",
+)
+_UNTRUSTED = (
+    "a pickle can run any code when it is read. If you trust who made it, add "
+    "MODEL.TRUST_PICKLED_WEIGHTS True to the command line"
+)
+
+
+def check_pickles(cfg: CfgNode) -> None:
+    """
+    Refuse what would be unpickled; nothing is opened or downloaded here.
+
+    Raises:
+        InputError: the weights or precomputed proposals are pickles that are neither Detectron2's
+            own nor allowed by ``MODEL.TRUST_PICKLED_WEIGHTS``.
+    """
+    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
+    _check_source(cfg.MODEL.WEIGHTS, trusts)
+    if cfg.MODEL.LOAD_PROPOSALS and not trusts:
+        raise InputError(f"MODEL.LOAD_PROPOSALS is True: {_UNTRUSTED}.")
+
+
+@contextlib.contextmanager
+def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
+    """
+    Around the code that lets Detectron2 read weights: check them before, explain what it refuses.
+
+    Detectron2 unpickles files that end in ".pkl". It reads all others with ``torch.load``, which
+    since PyTorch 2.6 takes tensors and plain values alone.
+
+    Args:
+        weights: path or URL; "" = none.
+        trust_pickled: ``MODEL.TRUST_PICKLED_WEIGHTS``: pickles of any origin are allowed.
+
+    Raises:
+        InputError: there is no such file, it could run code, or it cannot be read.
+    """
+    _check_source(weights, trust_pickled)
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise InputError(
+            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
+            "the model_final.pth in the OUTPUT_DIR of train_net.py."
+        )
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        is_of_file = any(x in str(error) for x in ("weights_only", "PytorchStreamReader", "magic"))
+        if isinstance(error, RuntimeError) and not is_of_file:
+            raise
+        # PyTorch's own message advises to switch the check off.
+        raise InputError(
+            f"The weights {weights} were refused, and nothing of them was run: they cannot be read "
+            "as a checkpoint. They are damaged, or hold more than tensors and plain values."
+        ) from error
+
+
+def _check_source(weights: str, trust_pickled: bool) -> None:
+    if "://" in weights and ".." in weights:
+        raise InputError(
+            f"The weights {weights!r} were refused: a URL with '..' could name a file outside of "
+            "the folder of downloads."
+        )
+    # Wherever ".pkl" stands: releases of Detectron2 differ in what they drop before they look.
+    is_pickle = ".pkl" in "".join(weights.split())
+    if is_pickle and not trust_pickled and not weights.startswith(_TRUSTED_PREFIXES):
+        raise InputError(f"The weights {weights!r} were refused: {_UNTRUSTED}.")
 
 
 def load_weights(
@@ -220,7 +322,7 @@ def load_weights(
     cfg: CfgNode,
     *,
     weights: str | None = None,
-    heads: Sequence[str] = HEADS,
+    heads: Sequence[str] = ("student", "teacher"),
 ) -> None:
     """
     Load the weights of a trained model, all of which must be there.
@@ -282,34 +384,6 @@ def write_class_names(cfg: CfgNode) -> None:
     path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
 
 
-def read_class_names(folder: str | os.PathLike) -> list[dict] | None:
-    """
-    Args:
-        folder: ``OUTPUT_DIR`` of a training, or any other.
-
-    Returns:
-        The categories as in a COCO json, "id" and "name", in the order of the model's classes;
-        None where there is no such file.
-
-    Raises:
-        InputError: the file is something else; the sentence names it.
-    """
-    path = Path(folder, CLASS_NAMES_FILE)
-    try:
-        categories = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    try:
-        is_list = all(type(x["id"]) is int and type(x["name"]) is str for x in categories)
-    except (KeyError, TypeError):
-        is_list = False
-    if not is_list:
-        raise InputError(f'{path}: allowed are [{{"id": 1, "name": "cat"}}, ...].')
-    return categories
-
-
 def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
     """
     Json and folder of images of the first dataset of ``DATASETS.TEST``.
@@ -321,19 +395,12 @@ def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
         InputError: there is none, it is not registered or has no COCO json, or the model has
             another number of classes.
     """
-    name, *others = cfg.DATASETS.TEST or ("",)
-    if others:
-        logger.warning(f"Of DATASETS.TEST {tuple(cfg.DATASETS.TEST)} only {name!r} is used.")
+    name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
-    if metadata is None or not metadata.get("json_file") or metadata.get("image_root") is None:
+    if metadata is None or not os.path.isfile(metadata.get("json_file") or ""):
         raise InputError(
             f"DATASETS.TEST names {name!r}; needed is the path of a COCO json, or a dataset that "
-            "was registered with teacher_student_mask.register_partial_coco."
-        )
-    if not os.path.isfile(metadata.json_file):
-        raise InputError(
-            f"The annotations {metadata.json_file} of the dataset {name!r} do not exist; Detectron2"
-            " looks for its own datasets under $DETECTRON2_DATASETS (default: ./datasets)."
+            "has one. Detectron2 looks for its own under $DETECTRON2_DATASETS."
         )
     names, _ = _classes_of(name)
     if len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
@@ -359,22 +426,21 @@ def _classes_of(dataset: str) -> tuple[list[str], list[int]]:
 
 def _find_classes(cfg: CfgNode) -> tuple[list[str], list[int]]:
     """Of the test data, else as written by the training, else of the training data."""
-    num_classes, problems = cfg.MODEL.ROI_HEADS.NUM_CLASSES, []
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     for source in (*cfg.DATASETS.TEST[:1], CLASS_NAMES_FILE, *cfg.DATASETS.TRAIN[:1]):
         try:
             if source == CLASS_NAMES_FILE:
-                rows = read_class_names(Path(cfg.MODEL.WEIGHTS).parent) or []
+                path = Path(cfg.MODEL.WEIGHTS).with_name(CLASS_NAMES_FILE)
+                rows = json.loads(path.read_text(encoding="utf-8"))
                 names, ids = [x["name"] for x in rows], [x["id"] for x in rows]
             else:
                 names, ids = _classes_of(source)
-        except (KeyError, OSError, ValueError) as error:
-            problems.append(f"{source}: {error}")
+        except (KeyError, OSError, TypeError, ValueError):
             continue
         if len(names) == num_classes:
             return names, ids
-        problems.append(f"{source} has {len(names)} classes, the model {num_classes}")
     logger.warning(
-        f"The classes have no names, and their ids are contiguous: {'; '.join(problems)}. "
-        "Datasets are looked for under $DETECTRON2_DATASETS (default: ./datasets)."
+        f"The classes have no names, and their ids are contiguous: neither the datasets nor "
+        f"{CLASS_NAMES_FILE} beside the weights tell those of {num_classes} classes."
     )
     return [f"class {i}" for i in range(num_classes)], list(range(num_classes))

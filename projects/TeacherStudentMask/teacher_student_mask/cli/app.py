@@ -25,6 +25,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .main import add_model_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,29 +37,15 @@ __all__ = ["AppSession", "add_arguments", "build_page", "run"]
 COLUMNS = ["#", "class", "score", "x0", "y0", "x1", "y1", "mask pixels"]
 # Below this score nothing can be shown: the slider's end.
 LOWEST_SCORE = 0.05
-# Of an image, in pixels: masks have its size, and 100 of them should fit into memory.
-MAX_PIXELS = 25_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
     add("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
-    add(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="on which to listen (default: %(default)s, this machine alone)",
-    )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    text = "on which to listen (default: %(default)s, this machine alone)"
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
+    add_model_arguments(parser)
 
 
 class AppSession:
@@ -72,7 +59,7 @@ class AppSession:
         self, image: np.ndarray, score: float, head: str
     ) -> tuple[np.ndarray, list[list], str]:
         """
-        What the page shows. The model does not run again while only the score changes.
+        Find what the page shows. The model does not run again while only the score changes.
 
         Args:
             image: uint8, shape (H, W, 3), RGB.
@@ -81,21 +68,11 @@ class AppSession:
 
         Returns:
             The picture, uint8 RGB; the rows of the table, see COLUMNS; and a sentence.
-
-        Raises:
-            InputError: the image is larger than MAX_PIXELS.
         """
         import numpy as np
-        import supervision as sv
 
-        from ..drawing import class_color, draw_instances
+        from ..drawing import draw_predictions
 
-        height, width = image.shape[:2]
-        if height * width > MAX_PIXELS:
-            raise InputError(
-                f"The image has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million "
-                "are allowed here. tsmask predict takes larger ones."
-            )
         image_bgr = np.ascontiguousarray(image[:, :, ::-1])
         latest_image, latest_head, found = self._latest
         if head != latest_head or not np.array_equal(image, latest_image):
@@ -105,18 +82,13 @@ class AppSession:
             self._latest = image, head, found
         shown = found[found.scores >= score]
         names = [self.trained.class_names[k] for k in shown.pred_classes.tolist()]
-        scores, boxes = shown.scores.tolist(), shown.pred_boxes.tensor.tolist()
         areas = shown.pred_masks.flatten(1).sum(1).tolist()
+        objects = zip(names, shown.scores.tolist(), shown.pred_boxes.tensor.tolist(), areas)
         rows = [
             [i, name, round(score, 3), *(round(x, 1) for x in box), area]
-            for i, (name, score, box, area) in enumerate(zip(names, scores, boxes, areas), start=1)
+            for i, (name, score, box, area) in enumerate(objects, start=1)
         ]
-        picture = draw_instances(
-            image_bgr,
-            sv.Detections.from_detectron2({"instances": shown}),
-            [f"{name} {100 * score:.0f}%" for name, score in zip(names, scores)],
-            colors=[class_color(i) for i in range(len(names))],
-        )
+        picture = draw_predictions(image_bgr, shown, self.trained.class_names)
         text = f"{len(shown)} of {len(found)} objects have a score of {score:.2f} or more."
         return np.ascontiguousarray(picture[:, :, ::-1]), rows, text
 
@@ -128,21 +100,7 @@ def build_page(session: AppSession):
     def show(image, score, head):
         if image is None:
             return None, [], "Drop an image on the left."
-        try:
-            return session.show(image, score, head)
-        except (InputError, MemoryError, RuntimeError) as error:  # out of memory, ...
-            raise gr.Error(str(error)) from error
-
-    def in_words(preprocess):
-        # Gradio's own message has its types and the path of the file.
-        def checked(payload):
-            try:
-                return preprocess(payload)
-            except Exception as error:  # of Pillow, of many types
-                message = "This file cannot be read as an image; try a PNG or JPEG."
-                raise gr.Error(message) from error
-
-        return checked
+        return session.show(image, score, head)
 
     heads = list(session.trained.heads)
     # Uploads older than an hour are deleted.
@@ -153,7 +111,6 @@ def build_page(session: AppSession):
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], image_mode="RGB")
-                image.preprocess = in_words(image.preprocess)
                 score = gr.Slider(
                     LOWEST_SCORE, 1.0, value=0.5, step=0.01, label="Lowest score", elem_id="score"
                 )
@@ -165,13 +122,16 @@ def build_page(session: AppSession):
                     label="Objects", interactive=False, format="png", elem_id="picture"
                 )
                 summary = gr.Markdown("Drop an image on the left.", elem_id="summary")
-        table = gr.Dataframe(headers=COLUMNS, label="Objects", interactive=False, elem_id="objects")
-        # One request at a time: the model is one. While the slider moves only its latest place
-        # counts.
-        options = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-        for event in (image.change, score.change, head.change):
-            inputs, outputs = [image, score, head], [picture, table, summary]
-            event(show, inputs, outputs, trigger_mode="always_last", **options)
+        table = gr.Dataframe(headers=COLUMNS, label="Objects", interactive=False)
+        gr.on(
+            [image.change, score.change, head.change],
+            show,
+            [image, score, head],
+            [picture, table, summary],
+            trigger_mode="always_last",  # while the slider moves only its latest place counts
+            concurrency_limit=1,
+            api_visibility="private",
+        )
     return page
 
 
@@ -179,13 +139,8 @@ def run(args: argparse.Namespace) -> None:
     """Serve the page until the process is ended."""
     with tempfile.TemporaryDirectory(prefix="tsmask-app-") as folder:
         # Read when gradio is imported: no analytics, no look for a newer version, files here.
-        os.environ.update(
-            GRADIO_ANALYTICS_ENABLED="False",
-            GRADIO_TEMP_DIR=folder,
-            HF_HUB_DISABLE_TELEMETRY="1",
-            HF_HUB_OFFLINE="1",
-            HF_HOME=os.path.join(folder, "hf"),
-        )
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.join(folder, "hf")}
         try:
             import gradio  # noqa: F401  Before the model, whose loading takes longer.
         except ImportError as error:
@@ -208,9 +163,6 @@ def run(args: argparse.Namespace) -> None:
                 server_name=args.host,
                 server_port=args.port,
                 share=False,
-                ssr_mode=False,
-                mcp_server=False,
-                enable_monitoring=False,
                 footer_links=[],
                 max_file_size="50mb",
                 show_error=True,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "add_model_arguments", "main"]
 
 # Subcommand -> (module, what it does), in the order in which people need them.
 COMMANDS = {
@@ -32,6 +32,15 @@ COMMANDS = {
     "app": ("app", "try a model on a page in the browser"),
     "demo": ("demo", "see the whole path on drawn shapes: train, evaluate, report"),
 }
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add ``--config-file``, ``--weights`` and ``--opts``; the last takes all words behind it."""
+    add = parser.add_argument
+    add("--config-file", required=required, metavar="YAML", help="config of the model")
+    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    text = "changes to the config; everything after --opts belongs to it"
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

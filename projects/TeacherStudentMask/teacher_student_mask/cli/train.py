@@ -23,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of detectron2.engine.default_argument_parser, without importing it."""
+    """Add the arguments of detectron2.engine.default_argument_parser."""
     add = parser.add_argument
     add("--config-file", default="", metavar="YAML", help="path of the config")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
@@ -31,17 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-gpus", type=int, default=1, help="GPUs on each machine (default: %(default)s)")
     add("--num-machines", type=int, default=1, help="default: %(default)s")
     add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
-    add("--dist-url", help="where the processes meet, as of torch.distributed")
+    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the config")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or evaluate."""
-    from detectron2.engine import default_argument_parser
+    """Train or evaluate, in one process for each GPU."""
+    from detectron2.engine import launch
 
-    from ..engine import launch_training
+    from ..engine import main
 
-    if args.dist_url is None:
-        args.dist_url = default_argument_parser().get_default("dist_url")
-    print("Command Line Args:", args)
-    launch_training(args)
+    # With launch's timeout of 30 minutes: the first process evaluates while the others wait.
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )

@@ -1,8 +1,7 @@
 """Running a training: the trainer, its hooks, and the main function of train_net.py."""
 
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
-from .trainer import Trainer, open_atomically
-from .training import launch_training, main, setup
+from .trainer import Trainer, main, open_atomically, setup
 
 __all__ = [
     "FiniteLoss",
@@ -10,7 +9,6 @@ __all__ = [
     "SeedEveryIteration",
     "Trainer",
     "UnseenMaskGuard",
-    "launch_training",
     "main",
     "open_atomically",
     "setup",

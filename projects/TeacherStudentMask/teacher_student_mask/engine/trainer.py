@@ -1,7 +1,8 @@
-"""The trainer: Detectron2's, with this project's data, evaluator and safeguards."""
+"""Training and evaluation: the trainer, and the program behind train_net.py and ``tsmask train``."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -12,21 +13,41 @@ from collections.abc import Iterator
 from typing import IO
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
-from ..data import TeacherStudentDatasetMapper, build_train_loader, resolve_auto_settings
+from ..class_splits import AUTO
+from ..data import (
+    TeacherStudentDatasetMapper,
+    build_train_loader,
+    check_datasets,
+    register_json_datasets,
+    resolve_auto_settings,
+)
+from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
-from ..untrusted_files import safe_loading
+from ..trained_model import (
+    check_pickles,
+    load_weights,
+    read_config,
+    safe_loading,
+    write_class_names,
+)
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Trainer", "open_atomically"]
+__all__ = ["Trainer", "main", "open_atomically", "setup"]
 
 
 class Trainer(DefaultTrainer):
@@ -39,7 +60,6 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
-        self._has_failed = False
         # Detectron2's scaling, which is the next to come, then has nothing left to do.
         super().__init__(self.auto_scale_workers(resolve_auto_settings(cfg), comm.get_world_size()))
         self.checkpointer.path_manager = _AtomicPathManager(self.checkpointer.path_manager)
@@ -55,22 +75,17 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: not changed.
             num_workers: processes of this training.
-
-        Returns:
-            ``cfg`` itself if there is nothing to scale, else a copy, frozen if ``cfg`` is.
         """
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is cfg:
             return cfg
-        is_frozen = scaled.is_frozen()
+        scaled = scaled.clone()
         scaled.defrost()
-        settings = scaled.MODEL.ROI_MASK_PRIOR.CONTRAST
+        epoch_iters = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
+        factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
         # Up: an epoch has at least one iteration.
-        settings.EPOCH_ITERS = math.ceil(
-            settings.EPOCH_ITERS * cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
-        )
-        if is_frozen:
-            scaled.freeze()
+        scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = math.ceil(epoch_iters * factor)
+        scaled.freeze()
         return scaled
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -82,17 +97,9 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         try:
-            with self.finite_loss.explain():
-                super().run_step()
-        except BaseException:
-            self._has_failed = True
-            raise
-
-    def after_train(self) -> None:
-        # Detectron2 takes a failure in the last iteration for the end of training: it would
-        # evaluate, and on several ranks wait for those that never come.
-        if not (self._has_failed and self.iter + 1 >= self.max_iter):
-            super().after_train()
+            super().run_step()
+        except FloatingPointError as error:  # of FiniteLoss, or of Detectron2's RPN
+            raise self.finite_loss.explain(error) from error
 
     def resume_or_load(self, resume: bool = True) -> None:
         weights = self.cfg.MODEL.WEIGHTS
@@ -151,6 +158,118 @@ class Trainer(DefaultTrainer):
                 + results_table(results)
             )
         return results
+
+
+# ---- the program ----
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """
+    Train, or only evaluate, in this process.
+
+    Args:
+        args: of :func:`detectron2.engine.default_argument_parser`.
+
+    Returns:
+        The results of the last evaluation, where there was one.
+
+    Raises:
+        InputError: config, data or weights cannot be used.
+    """
+    cfg = setup(args)
+    _check_data(cfg, args.eval_only)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        has_checkpoint = args.resume and checkpointer.has_checkpoint()
+        weights = checkpointer.get_checkpoint_file() if has_checkpoint else cfg.MODEL.WEIGHTS
+        load_weights(model, cfg, weights=weights, heads=[cfg.TEST.MASK_HEAD])
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    write_class_names(cfg)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """
+    Build the config from the command line of :func:`main`, and start logging.
+
+    Returns:
+        The config, frozen, in which "auto" and NUM_CLASSES 0 have become what the data say.
+
+    Raises:
+        InputError: a key, a value, or what it names is wrong.
+    """
+    cfg = read_config(args.config_file, args.opts)
+    check_pickles(cfg)
+    from_scratch = not cfg.MODEL.WEIGHTS and not args.eval_only
+    if from_scratch and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
+        cfg.MODEL.RESNETS.NORM = "BN"
+        cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    if cfg.DETERMINISTIC:
+        _make_deterministic(cfg)
+    setup_logger(
+        output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="teacher_student_mask"
+    )
+    register_json_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+    # Before the config is saved, so that nothing needs the training data after the training.
+    is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=is_asked)
+    cfg.freeze()
+    default_setup(cfg, args)
+    if from_scratch:
+        logger.warning(
+            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
+            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
+        )
+    return cfg
+
+
+def _make_deterministic(cfg: CfgNode) -> None:
+    """Let PyTorch use deterministic algorithms only, from now on; seeds are default_setup's."""
+    if cfg.SEED < 0 or cfg.CUDNN_BENCHMARK:
+        raise InputError("DETERMINISTIC True needs SEED of 0 or more and CUDNN_BENCHMARK False.")
+    # cuBLAS needs it for a fixed order of sums; it must be set before the first use of a GPU.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _check_data(cfg: CfgNode, eval_only: bool) -> None:
+    """Stop at errors of the datasets' annotations before anything is built."""
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "GrabCutRCNN")
+    learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
+    check_datasets(
+        () if eval_only else cfg.DATASETS.TRAIN,
+        cfg.DATASETS.TEST,
+        cfg.DATASETS.SEEN_CLASSES,
+        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None,
+        reads_masks=cfg.MODEL.MASK_ON,
+        # With box supervision boxes teach them, too, and with this key masks of models.
+        needs_masks=not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks),
+    )
+    if eval_only or not learns_model_masks:
+        return
+    images = (image for name in cfg.DATASETS.TRAIN for image in DatasetCatalog.get(name))
+    if not any(
+        x.get("mask_source") == "model" and x.get("segmentation") and not x.get("iscrowd", 0)
+        for image in images
+        for x in image.get("annotations", ())
+    ):
+        raise InputError(
+            "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but DATASETS.TRAIN "
+            f"{tuple(cfg.DATASETS.TRAIN)} has no mask with 'mask_source' 'model'; write a json "
+            "that has them, with tsmask complete --grabcut for instance."
+        )
+
+
+# ---- files ----
 
 
 @contextlib.contextmanager
