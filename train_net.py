@@ -2,7 +2,7 @@
 """
 Train or evaluate a model: ``tsmask train`` under the name that it has in Detectron2's projects.
 
-``train_net.py --help`` says what it takes. Your own trainer: subclass Trainer, and build that one in
+``train_net.py --help`` says what it takes. Your own trainer: subclass Trainer, and build it in
 a copy of ``teacher_student_mask.engine.main``.
 """
 

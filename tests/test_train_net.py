@@ -151,12 +151,13 @@ def test_evaluation_refuses_weights_that_do_not_fit(run):
         run("--eval-only", opts=["MODEL.WEIGHTS", ""])
 
 
-def test_the_command_is_the_same_program(run, monkeypatch, capsys):
+def test_the_command_is_the_same_program(monkeypatch, capsys):
     options = ["--eval-only", "--num-gpus", "0", "--config-file", "a.yaml", "SEED", "3"]
     taken = []
-    monkeypatch.setattr("teacher_student_mask.engine.launch_training", taken.append)
+    monkeypatch.setattr("teacher_student_mask.engine.main", taken.append)
     assert main(["train", *options]) == 0
-    assert taken == [default_argument_parser().parse_args(options)]
+    expected = vars(default_argument_parser().parse_args(options))
+    assert vars(taken[0]) == {**expected, "dist_url": "auto"}
     monkeypatch.undo()
     assert main(["train", "--config-file", "none.yaml"]) == 1
     assert "error: The config none.yaml cannot be read" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The page of tsmask app: what a session computes, and the page itself in a browser."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from small_students import write_noise, write_small_student
 
 from teacher_student_mask.cli import app
 from teacher_student_mask.cli.main import main
-from teacher_student_mask.errors import InputError
 from teacher_student_mask.trained_model import load_model
 
 IMAGE = np.full((20, 30, 3), (1, 2, 3), np.uint8)
@@ -50,16 +48,14 @@ def session():
 
 
 def test_objects_above_the_score_are_listed(session):
-    picture, rows, text = session.show(IMAGE, 0.5, "student")
-    assert rows == [[1, "dog", 0.9, 0.0, 0.0, 5.3, 2.0, 6]] and len(rows[0]) == len(app.COLUMNS)
+    picture, text = session.show(IMAGE, 0.5, "student")
     assert text == "1 of 2 objects have a score of 0.50 or more."
     # Enlarged until labels are legible.
     assert picture.dtype == np.uint8 and picture.shape[:2] == (280, 420)
-    _, rows, _ = session.show(IMAGE, 0.4, "student")
-    assert [row[1] for row in rows] == ["dog", "cat"]
+    assert session.show(IMAGE, 0.4, "student")[1].startswith("2 of 2 objects")
     large = np.full((400, 410, 3), (10, 100, 200), np.uint8)
-    picture, rows, _ = session.show(large, 1.0, "student")
-    assert rows == [] and np.array_equal(picture, large)
+    picture, _ = session.show(large, 1.0, "student")
+    assert np.array_equal(picture, large)
 
 
 def test_the_model_gets_bgr_and_runs_only_for_another_image_or_head(session):
@@ -67,25 +63,19 @@ def test_the_model_gets_bgr_and_runs_only_for_another_image_or_head(session):
         session.show(IMAGE, score, "student")
     (image,) = session.trained.images
     assert image[0, 0].tolist() == [3, 2, 1]
-    assert session.show(IMAGE, 0.5, "teacher")[1][0][-1] == 10
-    assert session.show(IMAGE, 0.5, "student")[1][0][-1] == 6
+    pictures = [session.show(IMAGE, 0.5, head)[0] for head in ("teacher", "student")]
+    assert not np.array_equal(*pictures)
     session.show(IMAGE.reshape(30, 20, 3), 0.5, "student")  # the same bytes
     assert len(session.trained.images) == 4
-
-
-def test_an_image_that_is_too_large_is_refused(session, monkeypatch):
-    monkeypatch.setattr(app, "MAX_PIXELS", 599)
-    with pytest.raises(InputError, match="30 x 20 pixels"):
-        session.show(IMAGE, 0.5, "student")
 
 
 def test_of_a_real_model_both_heads_run(tmp_path):
     write_small_student(tmp_path, "teacher_student.yaml")
     session = app.AppSession(load_model(str(tmp_path / "config.yaml"), score_threshold=0.0))
     image = write_noise(tmp_path / "photo.png")
-    student, teacher = (session.show(image, 0.0, x)[1] for x in session.trained.heads)
-    assert len(student) == len(teacher) == 5
-    assert [x[:-1] for x in student] == [x[:-1] for x in teacher] and student != teacher
+    student, teacher = (session.show(image, 0.0, x) for x in session.trained.heads)
+    assert student[1] == teacher[1] and student[1].startswith("5 of 5")
+    assert not np.array_equal(student[0], teacher[0])
 
 
 def test_without_gradio_the_command_is_named(monkeypatch, capsys):
@@ -124,7 +114,7 @@ def server(browser, tmp_path_factory):
             command, cwd=folder / "work", env=environment, stdout=log, stderr=log
         )
     end = time.monotonic() + 300
-    while "The page: " not in (folder / "log").read_text():
+    while "Running on local URL" not in (folder / "log").read_text():
         assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
         time.sleep(0.2)
     yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{port}", process=process)
@@ -165,22 +155,7 @@ def test_the_page_in_a_browser(browser, server):
     page.locator("#score input[type=range]").focus()
     page.keyboard.press("End")
     wait_for("score of 1.00")
-    # What is not an image is refused in words.
-    (server.folder / "broken.png").write_text("no image")
-    page.locator("button[aria-label='Remove Image']").click()
-    wait_for("Drop an image")
-    page.locator("input[type=file]").first.set_input_files(server.folder / "broken.png")
-    toast = page.locator(".toast-body").first
-    toast.wait_for()
-    assert "This file cannot be read as an image; try a PNG or JPEG." in toast.inner_text()
     page.close()
 
     assert problems == []
     assert [x for x in requests if not x.startswith((server.url, "data:", "blob:"))] == []
-    # Nothing outside the temporary folder, and that is empty afterwards.
-    assert list((server.folder / "work").iterdir()) == []
-    assert [x for x in (server.folder / "home").rglob("*") if x.is_file()] == []
-    assert len(list((server.folder / "temp").glob("tsmask-app-*"))) == 1
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
-    assert list((server.folder / "temp").glob("tsmask-app-*")) == []

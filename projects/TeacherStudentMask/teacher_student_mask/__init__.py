@@ -42,10 +42,6 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
-
-
 def _register() -> None:
     # As Detectron2's own datasets, "shapes_train" and "shapes_val" are known by name from now on
     # and read when they are used.

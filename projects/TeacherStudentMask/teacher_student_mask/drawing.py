@@ -40,9 +40,9 @@ def class_color(index: int) -> str:
     """
     Return the colour of a class (or of the object of an index) as "#rrggbb".
 
-    Steps of the golden ratio spread any number of hues, so that neighbours differ most.
+    Steps of the golden ratio spread any number of hues; black text is legible on all of them.
     """
-    rgb = colorsys.hls_to_rgb(index * 0.618034 % 1.0, 0.5, 0.8)
+    rgb = colorsys.hls_to_rgb(index * 0.618034 % 1.0, 0.65, 0.8)
     return "#" + "".join(f"{round(255 * x):02x}" for x in rgb)
 
 
@@ -92,8 +92,7 @@ def draw_instances(
 
     Args:
         image: uint8 (H, W, 3), BGR; not changed.
-        detections: in the frame of the image, as of ``sv.Detections.from_detectron2``; ``mask`` may
-            be None.
+        detections: in the frame of the image; ``mask`` may be None.
         labels: a text for each detection, such as "dog 97%"; None draws none.
         colors: "#rrggbb" for each detection; None: by ``class_id``, which keeps colours from one
             frame of a video to the next.
@@ -124,7 +123,7 @@ def draw_instances(
         return picture
     annotator = sv.LabelAnnotator(
         palette,
-        text_color=sv.ColorPalette.from_hex([_text_color(x) for x in colors]),
+        text_color=sv.Color.BLACK,
         text_scale=min(0.7 * sv.calculate_optimal_text_scale(size), 1.0),
         text_padding=3,
         smart_position=True,
@@ -148,9 +147,3 @@ def draw_predictions(
     labels = [f"{class_names[k]} {x:.0%}" for k, x in zip(classes, scores)]
     detections = sv.Detections.from_detectron2({"instances": found})
     return draw_instances(image, detections, labels, scale=scale)
-
-
-def _text_color(background: str) -> str:
-    # Luma of ITU-R BT.601.
-    red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

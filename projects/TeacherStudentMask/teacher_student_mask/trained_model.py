@@ -171,7 +171,7 @@ def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = 
         no GPU. The jsons that it names as datasets are registered.
 
     Raises:
-        InputError: the file, a key or a value is wrong, or the weights are not trusted.
+        InputError: as for :func:`load_model`.
     """
     cfg = read_config(config_file, opts)
     if weights:
@@ -338,10 +338,8 @@ def load_weights(
             parameter, or has it in another shape.
     """
     weights = weights or cfg.MODEL.WEIGHTS
-    final = Path(cfg.OUTPUT_DIR, "model_final.pth")
-    hint = f" There is {final}." if final.is_file() else ""
     if not weights:
-        raise InputError(f"MODEL.WEIGHTS is empty; give the checkpoint of a trained model.{hint}")
+        raise InputError("MODEL.WEIGHTS is empty; give the checkpoint of a trained model.")
     missing = []
     # The checkpointer keeps to itself what was missing; parameters of another shape are among it.
     hook = model.register_load_state_dict_post_hook(
@@ -360,7 +358,7 @@ def load_weights(
         raise InputError(
             f"The checkpoint {weights} lacks {len(needed)} parameters of the model, or has them "
             f"in another shape: {', '.join(needed[:8])}{', ...' if len(needed) > 8 else ''}. Give "
-            f"the checkpoint and the config of the same training.{hint}"
+            "the checkpoint and the config of the same training."
         )
 
 
@@ -387,9 +385,6 @@ def write_class_names(cfg: CfgNode) -> None:
 def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
     """
     Json and folder of images of the first dataset of ``DATASETS.TEST``.
-
-    Args:
-        cfg: see :func:`load_config`.
 
     Raises:
         InputError: there is none, it is not registered or has no COCO json, or the model has

@@ -1,12 +1,12 @@
 """
 Try a model on a page in the browser.
 
-An image in, its objects with masks out; a slider for the score, a switch between teacher and
-student where the model has a teacher, and a table of the objects. The model is loaded once.
+An image in, its objects with masks out; a slider for the score, and a switch between teacher and
+student where the model has a teacher. The model is loaded once.
 
 The page is for this machine alone (--host 0.0.0.0: for all that reach it), asks nothing of the
-internet, and no public link is made. Images are kept in a temporary folder that is deleted at the
-end. Needs the extra "app": pip install -c constraints.txt gradio
+internet, and no public link is made. Uploaded images are deleted after an hour. Needs the
+extra "app": pip install -c constraints.txt gradio
 
 examples:
   tsmask app --config-file output/mine/config.yaml --weights output/mine/model_final.pth
@@ -19,9 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
-import tempfile
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AppSession", "add_arguments", "build_page", "run"]
 
-COLUMNS = ["#", "class", "score", "x0", "y0", "x1", "y1", "mask pixels"]
 # Below this score nothing can be shown: the slider's end.
 LOWEST_SCORE = 0.05
 
@@ -55,9 +51,7 @@ class AppSession:
         self.trained = trained
         self._latest = None, None, None
 
-    def show(
-        self, image: np.ndarray, score: float, head: str
-    ) -> tuple[np.ndarray, list[list], str]:
+    def show(self, image: np.ndarray, score: float, head: str) -> tuple[np.ndarray, str]:
         """
         Find what the page shows. The model does not run again while only the score changes.
 
@@ -67,7 +61,7 @@ class AppSession:
             head: "student" or "teacher".
 
         Returns:
-            The picture, uint8 RGB; the rows of the table, see COLUMNS; and a sentence.
+            The picture, uint8 RGB, and a sentence.
         """
         import numpy as np
 
@@ -81,16 +75,9 @@ class AppSession:
             found = self.trained.predict(image_bgr)
             self._latest = image, head, found
         shown = found[found.scores >= score]
-        names = [self.trained.class_names[k] for k in shown.pred_classes.tolist()]
-        areas = shown.pred_masks.flatten(1).sum(1).tolist()
-        objects = zip(names, shown.scores.tolist(), shown.pred_boxes.tensor.tolist(), areas)
-        rows = [
-            [i, name, round(score, 3), *(round(x, 1) for x in box), area]
-            for i, (name, score, box, area) in enumerate(objects, start=1)
-        ]
         picture = draw_predictions(image_bgr, shown, self.trained.class_names)
         text = f"{len(shown)} of {len(found)} objects have a score of {score:.2f} or more."
-        return np.ascontiguousarray(picture[:, :, ::-1]), rows, text
+        return np.ascontiguousarray(picture[:, :, ::-1]), text
 
 
 def build_page(session: AppSession):
@@ -99,7 +86,7 @@ def build_page(session: AppSession):
 
     def show(image, score, head):
         if image is None:
-            return None, [], "Drop an image on the left."
+            return None, "Drop an image on the left."
         return session.show(image, score, head)
 
     heads = list(session.trained.heads)
@@ -122,12 +109,11 @@ def build_page(session: AppSession):
                     label="Objects", interactive=False, format="png", elem_id="picture"
                 )
                 summary = gr.Markdown("Drop an image on the left.", elem_id="summary")
-        table = gr.Dataframe(headers=COLUMNS, label="Objects", interactive=False)
         gr.on(
             [image.change, score.change, head.change],
             show,
             [image, score, head],
-            [picture, table, summary],
+            [picture, summary],
             trigger_mode="always_last",  # while the slider moves only its latest place counts
             concurrency_limit=1,
             api_visibility="private",
@@ -137,39 +123,30 @@ def build_page(session: AppSession):
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until the process is ended."""
-    with tempfile.TemporaryDirectory(prefix="tsmask-app-") as folder:
-        # Read when gradio is imported: no analytics, no look for a newer version, files here.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.join(folder, "hf")}
-        try:
-            import gradio  # noqa: F401  Before the model, whose loading takes longer.
-        except ImportError as error:
-            raise InputError(
-                f"gradio cannot be imported ({error}): pip install -c constraints.txt gradio"
-            ) from error
-        from detectron2.utils.logger import setup_logger
+    # Read when gradio is imported: no analytics, no look for a newer version.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    try:
+        import gradio  # noqa: F401  Before the model, whose loading takes longer.
+    except ImportError as error:
+        raise InputError(
+            f"gradio cannot be imported ({error}): pip install -c constraints.txt gradio"
+        ) from error
+    from detectron2.utils.logger import setup_logger
 
-        from ..trained_model import load_model
+    from ..trained_model import load_model
 
-        setup_logger(name="teacher_student_mask")
-        trained = load_model(
-            args.config_file, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE
+    setup_logger(name="teacher_student_mask")
+    trained = load_model(
+        args.config_file, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE
+    )
+    try:
+        build_page(AppSession(trained)).launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            footer_links=[],
+            max_file_size="50mb",
+            show_error=True,
         )
-        # Or the temporary folder would stay.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        page = build_page(AppSession(trained))
-        try:
-            page.launch(
-                server_name=args.host,
-                server_port=args.port,
-                share=False,
-                footer_links=[],
-                max_file_size="50mb",
-                show_error=True,
-                quiet=True,
-                prevent_thread_lock=True,
-            )
-        except OSError as error:
-            raise InputError(f"--host {args.host} --port {args.port}: {error}") from error
-        print(f"The page: {page.local_url} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+    except OSError as error:
+        raise InputError(f"--host {args.host} --port {args.port}: {error}") from error

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         opts=args.opts,
         score_threshold=args.score_threshold,
+        heads=["student", "teacher"] if args.compare else None,
     )
     overlay_dir.mkdir(parents=True, exist_ok=True)
     images, results, failures = [], [], []
@@ -197,16 +198,12 @@ def _compare(trained: TrainedModel, image: np.ndarray, found: Instances) -> np.n
 
     roi_heads = trained.model.roi_heads
     panels = {"image": image}
-    if len(trained.heads) == 1:
-        panels["model"] = draw_predictions(image, found, trained.class_names)
-    else:
-        chosen = roi_heads.test_mask_head
-        for head in ("teacher", "student"):
-            roi_heads.test_mask_head = head
-            of_head = found if head == chosen else trained.predict(image)
-            panels[head] = draw_predictions(image, of_head, trained.class_names)
-        roi_heads.test_mask_head = chosen
-    *_, drawn = panels.values()
+    chosen = roi_heads.test_mask_head
+    for head in ("teacher", "student"):
+        roi_heads.test_mask_head = head
+        of_head = found if head == chosen else trained.predict(image)
+        panels[head] = drawn = draw_predictions(image, of_head, trained.class_names)
+    roi_heads.test_mask_head = chosen
     titled = []
     for title, panel in panels.items():
         panel = cv2.resize(panel, drawn.shape[1::-1])

@@ -35,9 +35,7 @@ __all__ = ["add_arguments", "run"]
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 80rem; padding: 0 1rem; }
-table { border-collapse: collapse; } .wide { overflow-x: auto; }
-td, th { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
-td:first-child, th:first-child { text-align: left; }
+pre { overflow-x: auto; }
 .tiles { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; max-width: 24rem; }
 img { max-width: 100%; height: auto; } figcaption { overflow-wrap: anywhere; font-size: .9em; }
 .key { display: inline-block; width: 1em; height: 1em; vertical-align: -.1em; }
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         figures.append(
             f'<figure><a href="{source}"><img loading="lazy" src="{source}" alt=""></a>'
             f"<figcaption>{escape(image['file_name'])}<details><summary>{len(lines)} objects"
-            f"</summary><ul>{''.join(f'<li>{escape(x)}</li>' for x in lines)}</ul></details>"
+            f"</summary><ul>{''.join(lines)}</ul></details>"
             "</figcaption></figure>"
         )
     page = args.output_dir / "index.html"
@@ -107,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, target: Path):
-    """Write the picture of an image; return a line for each of its objects."""
+    """Write the picture of an image; return a line of html for each of its objects."""
     import cv2
     from detectron2.data.detection_utils import read_image
 
@@ -126,59 +124,41 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
     if pixels.shape[:2] != size:
         raise InputError(f"{path}: is (height, width) {pixels.shape[:2]}, the json says {size}.")
     ids = [x["category_id"] for x in annotations]
-    kinds = [_kind(x, classes[x["category_id"]].is_seen is False) for x in annotations]
+    known = [_describe(x, classes[x["category_id"]].is_seen is False) for x in annotations]
     names = [classes[k].name for k in ids]
     detections = annotations_to_detections(annotations, size, ids)
-    colors = [_kinds()[kind][0] for kind in kinds]
+    colors = [color for color, _ in known]
     cv2.imwrite(str(target), draw_instances(pixels, detections, names, colors=colors))
     return [
-        f"annotation {x.get('id', '-')}: {name}, {_kinds()[kind][1]}"
-        for x, name, kind in zip(annotations, names, kinds)
+        f'<li><span class="key" style="background:{color}"></span> annotation {x.get("id", "-")}: '
+        f"{escape(name)}, {text}</li>"
+        for x, name, (color, text) in zip(annotations, names, known)
     ]
 
 
-def _kinds() -> dict[str, tuple[str, str]]:
-    # What is known of an object -> (colour, in words).
+def _describe(annotation: dict, is_unseen: bool) -> tuple[str, str]:
+    """What is known of an object: its colour, and in words."""
     from .. import drawing
-
-    return {
-        "seen": (drawing.SEEN_COLOR, "mask"),
-        "unseen": (drawing.UNSEEN_COLOR, "mask that training does not read (unseen class)"),
-        "model": (drawing.MODEL_COLOR, "mask made by a model"),
-        "box": (drawing.BOX_COLOR, "box only"),
-        "crowd": (drawing.CROWD_COLOR, "crowd: left out of training"),
-    }
-
-
-def _kind(annotation: dict, is_unseen: bool) -> str:
     from ..coco_json import has_mask, is_from_model
 
     if annotation.get("iscrowd"):
-        return "crowd"
+        return drawing.CROWD_COLOR, "crowd: left out of training"
     if not has_mask(annotation):
-        return "box"
+        return drawing.BOX_COLOR, "box only"
     if is_from_model(annotation):
-        return "model"
-    return "unseen" if is_unseen else "seen"
+        return drawing.MODEL_COLOR, "mask made by a model"
+    if is_unseen:
+        return drawing.UNSEEN_COLOR, "mask that training does not read (unseen class)"
+    return drawing.SEEN_COLOR, "mask"
 
 
 def _page(title: str, report, figures: list[str], failures: list[str]) -> str:
     title = escape(title)
-    legend = [
-        f'<li><span class="key" style="background:{color}"></span> {text}'
-        for color, text in _kinds().values()
-    ]
-    rows = [
-        f"<tr><td>{escape(x.name)}<td>{ {True: 'seen', False: 'unseen'}.get(x.is_seen, '-')}"
-        f"<td>{x.num_objects}<td>{x.masks}<td>{x.model_masks}<td>{x.boxes_only}<td>{x.crowd}"
-        for x in report.classes
-    ]
     parts = [
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1><ul>{''.join(legend)}</ul>",
-        "<h2>Classes</h2><div class=wide><table><tr><th>class<th>split<th>objects<th>human masks"
-        f"<th>model masks<th>boxes only<th>crowd{''.join(rows)}</table></div>",
+        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>",
+        f"<h2>Classes</h2><pre>{escape(report.class_table())}</pre>",
     ]
     for heading, texts in (("Warnings", report.warnings), ("Images not shown", failures)):
         if texts:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
-from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
 from ..class_splits import resolve_seen_classes
-from ..data.train_loader import seed_generators
 from ..data.seen_classes import training_classes
+from ..data.train_loader import seed_generators
 
 __all__ = ["FiniteLoss", "PseudoMaskWatch", "SeedEveryIteration", "UnseenMaskGuard"]
 
@@ -33,11 +32,7 @@ class SeedEveryIteration(HookBase):
     """
 
     def __init__(self, seed: int):
-        """
-        Args:
-            seed: 0 or more.
-        """
-        self.seed = seed
+        self.seed = seed  # 0 or more
 
     def before_step(self) -> None:
         # The data are seeded by their position, for purpose 0.
@@ -51,11 +46,9 @@ class UnseenMaskGuard(HookBase):
     """
     Stops a training when the mask of an object of an unseen class is about to reach the model.
 
-    It looks at every training batch on its way into the model, on the CPU and on each rank. An
-    object of an unseen class must have ``gt_has_mask`` False; ``gt_masks`` without ``gt_has_mask``
-    come from another mapper, which has forgotten no masks. The scalar "leak/num_unseen_masks" is 0
-    in every training that goes on. That masks which are marked as forgotten play no part is not
-    looked at here, but tested bit for bit.
+    In every training batch, on each rank, an object of an unseen class must have ``gt_has_mask``
+    False; ``gt_masks`` without ``gt_has_mask`` come from another mapper, which has forgotten no
+    masks. The scalar "leak/num_unseen_masks" is 0 in every training that goes on.
     """
 
     @configurable
@@ -118,22 +111,18 @@ class FiniteLoss(HookBase):
     """
     Ends training with a message that names the iteration, the images and the losses.
 
-    Detectron2's trainer looks at the mean loss of all ranks, on the main one alone, and says
-    neither which image nor which rank it came from. This hook looks at each rank's own losses as
-    they leave the model; the rank that has a loss that is not finite raises, and with it ends the
-    whole group (:func:`detectron2.engine.launch` ends the other processes). It costs one number a
-    step from the device.
+    Detectron2's trainer looks at the mean loss of all ranks, on the main one alone. This hook looks
+    at each rank's own losses as they leave the model; the rank that raises ends the whole group.
 
-    A gradient can overflow where all losses are finite. Then the weights are lost, which only the
-    next step's loss would tell. So :meth:`state_dict`, which every checkpoint asks for before its
-    file is opened, raises where a tensor of the model is not finite.
+    A gradient can overflow where all losses are finite, and then the weights are lost. So
+    :meth:`state_dict`, which every checkpoint asks for before its file is opened, raises where a
+    tensor of the model is not finite.
     """
 
     def __init__(self) -> None:
         self._batches: deque[str] = deque(maxlen=2)
 
     def before_train(self) -> None:
-        # Functions, not methods: a copy of the model must not want to copy the trainer.
         def remember(model: nn.Module, args: tuple) -> None:
             if model.training:
                 self._batches.append(", ".join(_name_of(x) for x in args[0]))
@@ -153,12 +142,7 @@ class FiniteLoss(HookBase):
             handle.remove()
 
     def state_dict(self) -> dict:
-        """
-        Return nothing: this hook has no state, but a checkpoint that is about to be written.
-
-        Raises:
-            FloatingPointError: a tensor of the model is not finite.
-        """
+        """Raise FloatingPointError if the checkpoint would hold a number that is not finite."""
         if _non_finite_tensors(self.trainer.model):
             raise self.explain("the losses of this step were finite, a gradient was not")
         return {}

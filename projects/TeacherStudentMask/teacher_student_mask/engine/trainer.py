@@ -1,4 +1,4 @@
-"""Training and evaluation: the trainer, and the program behind train_net.py and ``tsmask train``."""
+"""The trainer, and the program behind train_net.py and ``tsmask train``."""
 
 from __future__ import annotations
 
@@ -71,10 +71,6 @@ class Trainer(DefaultTrainer):
 
         It is the length of an epoch, so it follows the schedule. Warm-ups of this project, in
         ``MODEL.PSEUDO_MASK`` and ``MODEL.BOX_SUPERVISION``, are numbers of steps and stay.
-
-        Args:
-            cfg: not changed.
-            num_workers: processes of this training.
         """
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is cfg:
@@ -165,13 +161,10 @@ class Trainer(DefaultTrainer):
 
 def main(args: argparse.Namespace) -> dict | None:
     """
-    Train, or only evaluate, in this process.
+    Train, or only evaluate, in this process; return the results of the last evaluation.
 
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
-
-    Returns:
-        The results of the last evaluation, where there was one.
 
     Raises:
         InputError: config, data or weights cannot be used.
@@ -212,7 +205,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.RESNETS.NORM = "BN"
         cfg.MODEL.BACKBONE.FREEZE_AT = 0
     if cfg.DETERMINISTIC:
-        _make_deterministic(cfg)
+        if cfg.SEED < 0 or cfg.CUDNN_BENCHMARK:
+            raise InputError("DETERMINISTIC needs SEED of 0 or more, and CUDNN_BENCHMARK False.")
+        # cuBLAS needs it for a fixed order of sums; it must be set before the first use of a GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
     setup_logger(
         output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="teacher_student_mask"
     )
@@ -228,17 +227,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
         )
     return cfg
-
-
-def _make_deterministic(cfg: CfgNode) -> None:
-    """Let PyTorch use deterministic algorithms only, from now on; seeds are default_setup's."""
-    if cfg.SEED < 0 or cfg.CUDNN_BENCHMARK:
-        raise InputError("DETERMINISTIC True needs SEED of 0 or more and CUDNN_BENCHMARK False.")
-    # cuBLAS needs it for a fixed order of sums; it must be set before the first use of a GPU.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
 
 
 def _check_data(cfg: CfgNode, eval_only: bool) -> None:
@@ -264,8 +252,8 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
     ):
         raise InputError(
             "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but DATASETS.TRAIN "
-            f"{tuple(cfg.DATASETS.TRAIN)} has no mask with 'mask_source' 'model'; write a json "
-            "that has them, with tsmask complete --grabcut for instance."
+            f"{tuple(cfg.DATASETS.TRAIN)} has no mask with 'mask_source' 'model'; "
+            "tsmask complete --grabcut, for instance, makes them."
         )
 
 
@@ -282,16 +270,11 @@ def open_atomically(path: str, mode: str = "w") -> Iterator[IO]:
         mode: "w" for text in UTF-8, "wb" for bytes.
     """
     partial = f"{path}.partial"
-    try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
+    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 class _AtomicPathManager:
