@@ -16,7 +16,6 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from distributed_evaluation import TEST_SETS, evaluate
-from distributed_gradients import GRADIENT_METHODS, SYNC_METHODS, compare_gradients
 from distributed_training import METHODS_OF_RANKS, train_method
 
 # Far more than any step takes. What hangs ends with an error, too, but with another one.
@@ -50,14 +49,12 @@ def _join_and_run(rank, function, args, url, world_size):
 
 
 def run_everything(folder: str, shapes_root: str) -> None:
-    """What one process group does for test_training, test_gradients and test_evaluation."""
+    """What one process group does for test_training and test_evaluation."""
     torch.set_num_threads(1)
     rank = comm.get_rank()
     folder = Path(folder)
     for name in METHODS_OF_RANKS[comm.get_world_size()]:
         torch.save(train_method(name), folder / f"training {name} {rank}.pt")
-    for name in (*GRADIENT_METHODS, *SYNC_METHODS):
-        torch.save(compare_gradients(name), folder / f"gradients {name} {rank}.pt")
     for name in TEST_SETS:
         results, num_images = evaluate(shapes_root, name, folder / name)
         torch.save(

@@ -109,20 +109,15 @@ GRABCUT_MASKS = ["MODEL.ROI_HEADS.NAME", "PartiallySupervisedROIHeads", "TEST.EV
 GRABCUT_MASKS += ["MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS", True]
 
 
-@pytest.mark.parametrize("kind", ["none marked", "no mask", "crowd"])
-def test_masks_of_a_model_that_are_not_in_the_data_stop_training(
-    run, make_tiny_coco, monkeypatch, kind
-):
+def test_masks_of_a_model_that_are_not_in_the_data_stop_training(run, make_tiny_coco, monkeypatch):
     """Bug: the config without the json of GrabCut's masks trained the baseline in silence."""
 
-    def change(data):
+    def mark_crowd(data):
         for x in data["annotations"]:
-            if kind == "no mask" and x["id"] == 109:
-                x.update(mask_source="model", segmentation=None)
-            elif kind == "crowd" and x["iscrowd"]:
+            if x["iscrowd"]:
                 x["mask_source"] = "model"
 
-    names = (make_tiny_coco(change).name, make_tiny_coco().name)
+    names = (make_tiny_coco(mark_crowd).name, make_tiny_coco().name)
     monkeypatch.setattr(trainer, "Trainer", None)  # nothing is built
     message = "TRAIN_ON_EXTERNAL_MASKS is True, .*{}.*{}.* has no mask with 'mask_source' 'model'"
     with pytest.raises(InputError, match=message.format(*names)):
@@ -163,33 +158,8 @@ def test_the_command_is_the_same_program(monkeypatch, capsys):
     assert "error: The config none.yaml cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["MODEL.NO_SUCH_KEY", "1"], "NO_SUCH_KEY"),
-        (["DATASETS.TRAIN", "('gone.json',)"], "DATASETS.TRAIN names 'gone.json'"),
-        (["DATASETS.SEEN_CLASSES", "wolf", "DATASETS.TRAIN", "('JSON',)"], "'wolf'"),
-    ],
-)
-def test_what_is_wrong_with_the_input_is_one_sentence(tiny_coco, tmp_path, arguments, words):
-    arguments = [x.replace("JSON", tiny_coco.json_file) for x in arguments]
-    arguments += ["DATASETS.TRAIN_IMAGE_ROOT", tiny_coco.image_root]
-    config = "configs/custom/teacher_student.yaml"
-    options = ["--config-file", config, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
-    result = subprocess.run(
-        [sys.executable, "train_net.py", *options, "DATASETS.TEST", "()", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1 and "Traceback" not in result.stderr + result.stdout
-    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
-    assert words in line
-
-
 def test_loss_scalars_are_logged(run):
-    output = run(opts=["SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0, "VIS_PERIOD", 10])
+    output = run(opts=["SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ()])
     names = {
         "loss_mask",
         "loss_mask_teacher",
@@ -200,11 +170,6 @@ def test_loss_scalars_are_logged(run):
     }
     # A scalar is written in the line of its last iteration: not every batch has every kind of ROI.
     assert names <= set().union(*metrics(output))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(output))
-    events.Reload()
-    assert any("teacher | student | target" in tag for tag in events.Tags()["images"])
 
 
 def program(*arguments, datasets=None):
@@ -267,7 +232,6 @@ def two_real_images(coco_root, folder):
         (folder / "coco" / f"{split}2017").symlink_to(source / "train2017")
         path = folder / "coco" / "annotations" / f"instances_{split}2017.json"
         path.write_text(json.dumps(coco))
-    return coco, voc
 
 
 # The paper's config with a small backbone, on both images in every step.
@@ -284,40 +248,11 @@ SMALL = """
 """.split()
 
 
-def overfit(output, datasets, num_iters, *options):
-    options = [*SMALL, "SOLVER.MAX_ITER", num_iters, *options]
-    options += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", num_iters // 2, "MODEL.WEIGHTS", ""]
-    program("--config-file", PAPER, "OUTPUT_DIR", output, *options, datasets=datasets)
-    return torch.load(output / "model_final.pth", weights_only=False)["model"]
-
-
 @pytest.mark.slow
 def test_two_real_images_are_learned_until_seen_masks_are_segmented(coco_root, tmp_path):
     two_real_images(coco_root, tmp_path)
-    overfit(tmp_path / "output", tmp_path, 150)
-    results = json.loads((tmp_path / "output" / "results.json").read_text())
+    options = ["OUTPUT_DIR", tmp_path, *SMALL, "SOLVER.MAX_ITER", 150]
+    options += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 75, "MODEL.WEIGHTS", ""]
+    program("--config-file", PAPER, *options, datasets=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["segm_seen"]["AP50"] > 50, results
-
-
-@pytest.mark.slow
-def test_unseen_masks_of_real_images_play_no_part(coco_root, tmp_path):
-    """Weights after some steps are the same bit for bit when the unseen masks are other ones."""
-    weights = []
-    for name in ("as_it_is", "scrambled", "stripped", "seen_changed"):
-        folder = tmp_path / name
-        folder.mkdir()
-        coco, voc = two_real_images(coco_root, folder)
-        for x in coco["annotations"]:
-            is_seen = x["category_id"] in voc
-            if name == "seen_changed" and is_seen or name == "scrambled" and not is_seen:
-                x["segmentation"] = [[0, 0, 30, 0, 30, 30]]
-            elif name == "stripped" and not is_seen:
-                del x["segmentation"]
-        path = folder / "coco" / "annotations" / "instances_train2017.json"
-        path.write_text(json.dumps(coco))
-        weights.append(overfit(folder / "output", folder, 4, "DATASETS.TEST", "()"))
-    first, scrambled, stripped, seen_changed = weights
-    for other in (scrambled, stripped):
-        assert all(torch.equal(first[key], other[key]) for key in first)
-    # The comparison can tell: other masks of seen objects do change the weights.
-    assert not all(torch.equal(first[key], seen_changed[key]) for key in first)

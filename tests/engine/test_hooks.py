@@ -1,10 +1,7 @@
 """Masks of unseen objects and numbers that are not finite stop a training; its random numbers."""
 
 import copy
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +26,6 @@ from teacher_student_mask.engine import (
 
 run_tiny = test_train_net.run  # the fixture
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -325,38 +321,6 @@ def test_errors_of_detectron2_get_the_images_and_others_pass(tmp_path):
     assert "0_1.jpg (image_id 1)" in message
     model.error = RuntimeError("other")
     assert error_of(SmallTrainer(model, tmp_path)) == "other"
-
-
-def train_on_rank(rank, folder):
-    """One of two processes; the loss of rank 1 is NaN in iteration 3."""
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = Model({3: {"loss_a": NAN}} if rank == 1 else {})
-    model = nn.parallel.DistributedDataParallel(model)
-    SmallTrainer(model, f"{folder}/rank{rank}", batches(f"rank{rank}_")).train(0, 10)
-
-
-@pytest.mark.slow
-def test_the_rank_with_the_loss_ends_the_group(tmp_path):
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
-    program = (
-        "import sys, test_hooks as t, torch.multiprocessing as mp\n"
-        "mp.start_processes(t.train_on_rank, (sys.argv[1],), nprocs=2, start_method='fork')\n"
-    )
-    folders = [Path(__file__).parent, REPOSITORY / "tests", REPOSITORY, REPOSITORY / "tools"]
-    path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode != 0
-    assert "stops at iteration 3: the losses are not finite: loss_a nan" in result.stderr
-    assert "Images of the batch on rank 1: rank1_3_0.jpg (image_id 30)" in result.stderr
-    assert saved(tmp_path / "rank0")[1] == "model_0000001.pth"  # the other one saves nothing
 
 
 @pytest.mark.slow
