@@ -1,7 +1,6 @@
 """The mapper on hand-written annotations: one image of 12 x 16 pixels, one class per object."""
 
 import copy
-import re
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -292,7 +291,7 @@ def test_no_crop_loses_an_unseen_box_or_makes_a_bad_one(make_image, mask_format,
     rng = np.random.default_rng(seed)
     annotations = []
     for class_id in range(20):
-        x0, y0 = rng.uniform(0, [28, 36])
+        x0, y0 = rng.uniform(0, [28, 36]).tolist()
         x1, y1 = min(x0 + rng.uniform(1, 20), 36), min(y0 + rng.uniform(1, 20), 44)
         triangle = [[x0, y1, x0, y0, x1, y1]]
         annotations.append(annotation(class_id, (x0, y0, x1, y1), segmentation=triangle))
@@ -414,19 +413,6 @@ def test_broken_segmentations_are_named_and_those_of_unseen_and_crowds_not_read(
     assert instances.gt_classes.tolist() == [10]
 
 
-def test_keypoints_stay_with_their_objects(make_image):
-    annotations = [
-        annotation(0, (1, 1, 5, 5), keypoints=[2.0, 3.0, 2]),
-        annotation(1, (1, 1, 5, 5), keypoints=[1.0, 2.0, 2], iscrowd=1),
-        annotation(10, (4, 4, 9, 9), keypoints=[5.0, 6.0, 1], segmentation=[L_POLYGON]),
-    ]
-    assert not make_mapper()(make_image(annotations))["instances"].has("gt_keypoints")
-    options = dict(use_keypoint=True, keypoint_hflip_indices=np.array([0]))
-    mapper = make_mapper([T.RandomFlip(prob=1.0)], **options)
-    keypoints = mapper(make_image(annotations))["instances"].gt_keypoints
-    assert keypoints.tensor[:, 0].tolist() == [[14, 3, 2], [11, 6, 1]]
-
-
 def test_without_masks_it_is_detectron2s_mapper(make_image):
     mapper = make_mapper()
     mapper.use_instance_mask = False
@@ -482,19 +468,6 @@ def test_at_test_time_gt_boxes_are_scaled_with_the_image(tiny_cfg, tiny_coco):
     assert images == before
 
 
-def test_at_test_time_gt_boxes_follow_an_image_that_is_stretched(make_image):
-    mapper = TeacherStudentDatasetMapper(
-        is_train=False,
-        seen_classes=(),
-        add_gt_boxes_at_test=True,
-        augmentations=[T.Resize((3 * HEIGHT, 2 * WIDTH))],
-        image_format="BGR",
-    )
-    instances = mapper(make_image(mixed_annotations()[0]))["instances"]
-    assert instances.image_size == (36, 32)
-    assert instances.gt_boxes.tensor[0].tolist() == [2, 3, 10, 15]
-
-
 EMPTY_MASKS = {
     "outside": [[20.0, 4, 30, 4, 30, 10]],
     "above": [[4.0, -20, 10, -20, 10, -1]],
@@ -506,16 +479,12 @@ EMPTY_MASKS = {
 
 @FORMATS
 @pytest.mark.parametrize("name", EMPTY_MASKS)
-def test_a_mask_that_covers_nothing_is_none(make_image, mask_format, name, caplog):
+def test_a_mask_that_covers_nothing_is_none(make_image, mask_format, name):
     """It was an empty mask, from which the heads learn that all is background."""
     image = make_image([annotation(SEEN[0], (2, 2, 10, 10), segmentation=EMPTY_MASKS[name])])
-    mapper = make_mapper(mask_format=mask_format)
-    instances = [mapper(image)["instances"] for _ in range(11)]
-    assert all(len(x) == 1 and not x.gt_has_mask.any() for x in instances)
-    assert not instances[0].gt_exclusion_masks.tensor.any()
-    # One of many is told: the first, the tenth, the hundredth.
-    assert re.findall(r"\(number (\d+)", caplog.text) == ["1", "10"]
-    assert "(image id 42): the mask of an object covers nothing of the image" in caplog.text
+    instances = make_mapper(mask_format=mask_format)(image)["instances"]
+    assert len(instances) == 1 and not instances.gt_has_mask.any()
+    assert not instances.gt_exclusion_masks.tensor.any()
 
 
 @FORMATS

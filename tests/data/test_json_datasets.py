@@ -62,13 +62,6 @@ def test_images_lie_beside_the_json_or_in_a_folder_of_their_own(path_cfg, folder
     assert val["file_name"] == str(tmp_path / "elsewhere" / "unseen.png")
 
 
-def test_a_relative_path_without_a_folder(path_cfg, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    cfg = path_cfg("DATASETS.TRAIN", ("train.json",), "DATASETS.TEST", ())
-    register_json_datasets(cfg)
-    assert DatasetCatalog.get("train.json")[0]["file_name"] == "unseen.png"
-
-
 def test_registered_names_are_left_alone(path_cfg, folder):
     DatasetCatalog.register("a registered name.json", lambda: "mine")
     register_json_datasets(path_cfg("DATASETS.TRAIN", ("a registered name.json", "coco_2017_val")))

@@ -49,8 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, and print the table of the classes and the sentences."""
-    from tqdm import tqdm
-
     from ..coco_json import check_coco, write_json
 
     _check_arguments(args)
@@ -62,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
         min_masks_per_class=args.min_masks_per_class,
         check_images=args.images,
         num_workers=args.workers,
-        progress=lambda items, total: tqdm(items, total=total, desc="Images", unit="image"),
     )
     if args.json:
         write_json(args.json, report.to_dict())
@@ -76,10 +73,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if not os.path.isfile(args.annotations):
-        raise InputError(f"{args.annotations}: no such file.")
-    if args.image_root and not os.path.isdir(args.image_root):
-        raise InputError(f"--image-root {args.image_root}: no such folder.")
     if args.images and not args.image_root:
         raise InputError("--images needs --image-root.")
     if args.json and os.path.exists(args.json):
@@ -87,8 +80,3 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"--json {args.json}: the annotations themselves; never replaced.")
         if not args.force:
             raise InputError(f"--json {args.json}: exists; --force replaces it.")
-    for option in ("workers", "num_classes", "min_masks_per_class"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            option = option.replace("_", "-")
-            raise InputError(f"--{option} is {value}; it must be 1 or more.")
