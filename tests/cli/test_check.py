@@ -1,7 +1,5 @@
 """``tsmask check``; the checks are tested in tests/test_coco_json.py and tests/data."""
 
-import json
-
 import pytest
 
 from teacher_student_mask.cli.main import main
@@ -55,37 +53,6 @@ def test_images_are_read_on_request(tiny_coco, capsys, workers):
     assert "4/4" in output.err  # the progress bar
 
 
-def test_the_report_is_written_as_json(make_tiny_coco, tmp_path, capsys):
-    def change(data):
-        for row in data["annotations"][8:]:
-            row["iscrowd"] = 7
-
-    out = tmp_path / "out.json"
-    assert run(capsys, make_tiny_coco(change).json_file, "--json", out)[0] == 1
-    report = json.loads(out.read_text())
-    assert report["num_images"] == 4 and report["num_annotations"] == 12
-    (finding,) = report["findings"]
-    assert finding["severity"] == "error" and finding["field"] == "iscrowd"
-    assert finding["count"] == 4 and finding["examples"][0] == ["109", "7"]
-    assert finding["message"].endswith("(4 in all: 109, 110, 111, 112).")
-    assert {x["name"]: x["masks"] for x in report["classes"]} == {"ant": 2, "cat": 1, "ship": 1}
-
-
-def test_the_annotations_are_never_replaced_and_other_files_only_when_told(
-    tiny_coco, tmp_path, capsys
-):
-    before = open(tiny_coco.json_file, "rb").read()
-    out = tmp_path / "out.json"
-    out.write_text("mine")
-    json_file = tiny_coco.json_file
-    assert "never replaced" in run(capsys, json_file, "--json", json_file, "--force")[1].err
-    code, output = run(capsys, json_file, "--json", out)
-    assert code == 1 and "exists; --force replaces it" in output.err
-    assert open(json_file, "rb").read() == before and out.read_text() == "mine"
-    assert run(capsys, json_file, "--json", out, "--force")[0] == 0
-    assert json.loads(out.read_text())["num_images"] == 4
-
-
 def test_auto_takes_the_classes_with_enough_masks(tiny_coco, capsys):
     arguments = ["--seen-classes", "auto", "--min-masks-per-class", 3]
     code, output = run(capsys, tiny_coco.json_file, *arguments)
@@ -102,7 +69,6 @@ def test_auto_takes_the_classes_with_enough_masks(tiny_coco, capsys):
         (["none.json"], "none.json: cannot be read"),
         (["JSON", "--images"], "--images needs --image-root"),
         (["JSON", "--image-root", "none"], "'image_root' is 'none'; allowed: a folder"),
-        (["JSON", "--json", "none/out.json"], "none/out.json: cannot be written"),
     ],
 )
 def test_wrong_arguments_are_a_sentence(tiny_coco, capsys, arguments, words):

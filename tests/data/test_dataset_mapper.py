@@ -378,41 +378,6 @@ def test_polygons_and_rle_give_the_same_within_a_pixel(make_image, augmentations
         )
 
 
-def test_the_input_is_not_changed(make_image):
-    image = make_image(mixed_annotations()[0])
-    before = copy.deepcopy(image)
-    mapper = make_mapper(
-        [T.RandomFlip(prob=1.0), T.CropTransform(2, 2, 9, 9)], recompute_boxes=True
-    )
-    mapper(image)
-    assert image == before
-
-
-BAD_SEGMENTATIONS = [
-    (to_rle(mask_of((0, 0, 3, 3)).T), "allowed: an RLE of the .height, width. of the image"),
-    ([1, 1, 5, 1, 5, 5], r"is \[1, 1, 5, 1, 5, 5\]; allowed: a list of polygons"),
-    ([[[1, 1], [5, 1], [5, 5]]], "allowed: a list of polygons"),
-    ("1 1 5 1 5 5", "is '1 1 5 1 5 5'; allowed: a list of polygons"),
-    ([[1, 1, 5, 1, 5, 1e9]], "at most 100000 outside the image"),
-    ({"counts": [3, 189]}, "allowed: an RLE of the .height, width. of the image"),
-]
-
-
-@pytest.mark.parametrize("segmentation, message", BAD_SEGMENTATIONS)
-def test_broken_segmentations_are_named_and_those_of_unseen_and_crowds_not_read(
-    make_image, segmentation, message
-):
-    image = make_image([annotation(0, (1, 1, 5, 5), segmentation=segmentation)])
-    with pytest.raises(ValueError, match=rf"12x16\.png \(image id 42\): .*{message}"):
-        make_mapper()(image)
-    annotations = [
-        annotation(10, (1, 1, 5, 5), segmentation=segmentation),
-        annotation(0, (1, 1, 5, 5), iscrowd=1, segmentation=segmentation),
-    ]
-    instances = make_mapper()(make_image(annotations))["instances"]
-    assert instances.gt_classes.tolist() == [10]
-
-
 def test_without_masks_it_is_detectron2s_mapper(make_image):
     mapper = make_mapper()
     mapper.use_instance_mask = False

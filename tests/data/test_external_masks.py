@@ -138,20 +138,6 @@ def assert_same_fields(first, second):
 
 
 @KINDS
-@FORMATS
-def test_flip_and_crop_move_it(map_image, kind, mask_format):
-    augmentations = [T.HFlipTransform(WIDTH), T.CropTransform(7, 1, 8, 10)]
-    instances = map_image(one_of_each(kind), augmentations, mask_format)
-    expected = draw(L_SHAPE)[:, ::-1][1:11, 7:15]
-    assert instances.image_size == (10, 8)
-    bits = bits_of(instances)
-    for row, has_mask in enumerate(instances.gt_has_model_mask.tolist()):
-        if has_mask:
-            np.testing.assert_array_equal(bits[row], expected)
-    assert instances.gt_has_model_mask.sum() == 2
-
-
-@KINDS
 def test_where_a_crop_leaves_nothing_of_it_the_object_stays_with_its_box(map_image, kind):
     # The L has no pixel in this part of its box; a human mask would take the object with it.
     crop = [T.CropTransform(5, 5, 5, 5)]

@@ -139,10 +139,8 @@ def load_results(
             f"{'; this is a ground truth' if is_ground_truth else ''}; allowed: a list of "
             '{"image_id", "category_id", "segmentation", "score"}.'
         )
-    if not entries:
-        report.add_to_file("no entries", "empty")
     check_types(report, entries, "entry", _Entry)
-    _raise_first(report)
+    report.raise_on_error()
     image_ids = [int(x["image_id"]) for x in entries]
     category_ids = [int(x["category_id"]) for x in entries]
     report.add("entry.image_id", entries, [x not in coco.imgs for x in image_ids])
@@ -152,14 +150,14 @@ def load_results(
     report.add("entry.category_id", entries, is_unknown, lambda i: f"{category_ids[i]}{hint}")
     scores = np.array([x["score"] for x in entries], dtype=np.float64)
     report.add("entry.score", entries, ~np.isfinite(scores))
-    _raise_first(report)
+    report.raise_on_error()
 
     sizes = [(coco.imgs[x]["height"], coco.imgs[x]["width"]) for x in image_ids]
     segmentations = [x.get("segmentation") for x in entries]
     masks = measure_masks(segmentations, np.array(sizes).reshape(-1, 2))
     is_usable = (masks.state == MaskState.MASK) | (masks.state == MaskState.EMPTY)
     report.add("entry.segmentation", entries, ~is_usable)
-    _raise_first(report)
+    report.raise_on_error()
     rles = [
         compress_mask(*of_one) for of_one in zip(segmentations, sizes, masks.has_empty_run.tolist())
     ]
@@ -169,8 +167,10 @@ def load_results(
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     is_box = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
     report.add("entry.bbox", entries, ~is_box)
-    _raise_first(report)
+    report.raise_on_error()
 
+    if not entries:
+        report.add_to_file("no entries", "empty")
     report.add("empty entry", entries, areas == 0)
     keys = zip(image_ids, category_ids, scores.tolist(), [x["counts"] for x in rles])
     known = set()
@@ -181,8 +181,3 @@ def load_results(
     names = ("image_id", "category_id", "score", "bbox", "segmentation", "area")
     columns = (image_ids, category_ids, scores.tolist(), boxes.tolist(), rles, areas.tolist())
     return [dict(zip(names, values)) for values in zip(*columns)]
-
-
-def _raise_first(report: Report) -> None:
-    for finding in report.errors:
-        raise InputError(str(finding))

@@ -231,19 +231,14 @@ def _name_of(dataset_dict: dict) -> str:
 
 def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: str) -> list:
     """
-    Check the segmentations of an image and make RLEs compressed.
-
-    Args:
-        segmentations: of any kind, as a json holds them.
-        size: height and width of the image.
-        where: names the image in messages.
+    Check the segmentations of an image of a size (height, width), and make RLEs compressed.
 
     Returns:
         Polygons, a compressed RLE, or None where there is no mask: none is given (missing, null or
         ``[]``), or it covers nothing of the image.
 
     Raises:
-        InputError: one that is broken.
+        InputError: one that is broken; the sentence begins with ``where``.
     """
     masks = measure_masks(segmentations, np.full((len(segmentations), 2), size))
     usable = []

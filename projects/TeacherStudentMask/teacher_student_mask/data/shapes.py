@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import json
-import logging
 import math
 import os
-from collections.abc import Callable
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -16,8 +14,6 @@ from PIL import Image, ImageDraw
 from .datasets import register_partial_coco
 
 __all__ = ["SHAPES_CLASSES", "SHAPES_SEEN_CLASSES", "generate_shapes", "register_shapes"]
-
-logger = logging.getLogger(__name__)
 
 SHAPES_CLASSES = ("crescent", "disk", "heart", "hexagon", "plus", "ring", "square", "star")
 # Half of the classes; the other half is unseen.
@@ -50,8 +46,6 @@ def generate_shapes(
     num_val: int = 200,
     image_size: int = 96,
     seed: int = 0,
-    flat: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """
     Write the dataset in COCO's format: PNG images and a json with modal masks, for two splits.
@@ -69,37 +63,28 @@ def generate_shapes(
         num_train, num_val: images in the splits.
         image_size: side of the images in pixels; objects scale with it.
         seed: of the whole dataset.
-        flat: write ``{train,val}.json`` and all images to ``images/`` instead, as many people have
-            their own data.
-        progress: called with (images done, images in all) after each image.
 
     Raises:
         ValueError: an image size below 32.
     """
     if image_size < 32:
         raise ValueError(f"image_size must be at least 32 pixels, got {image_size}.")
-    num_done = 0
     for split_id, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
-        names = (
-            ("images", f"{split}.json") if flat else (split, f"annotations/instances_{split}.json")
-        )
-        folder, path = (os.path.join(root, x) for x in names)
+        folder = os.path.join(root, split)
+        path = os.path.join(root, "annotations", f"instances_{split}.json")
         os.makedirs(folder, exist_ok=True)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         images, annotations = [], []
         for k in range(num_images):
             rng = np.random.default_rng([seed, split_id, k])
             pixels, objects = _draw_image(rng, image_size)
-            file_name = f"{split}_{k:06d}.png" if flat else f"{k:06d}.png"
+            file_name = f"{k:06d}.png"
             Image.fromarray(pixels).save(os.path.join(folder, file_name))
             images.append(
                 {"id": k + 1, "file_name": file_name, "height": image_size, "width": image_size}
             )
             for class_id, mask in objects:
                 annotations.append(_annotation(len(annotations) + 1, k + 1, class_id, mask))
-            num_done += 1
-            if progress is not None:
-                progress(num_done, num_train + num_val)
         coco = {
             "info": {"description": f"shapes, seed {seed}, image size {image_size}"},
             "images": images,
@@ -108,7 +93,6 @@ def generate_shapes(
         }
         with open(path, "w", encoding="utf-8") as f:
             json.dump(coco, f)
-        logger.info(f"Wrote {num_images} images with {len(annotations)} objects: {path}")
 
 
 def _annotation(annotation_id: int, image_id: int, class_id: int, mask: np.ndarray) -> dict:
