@@ -200,17 +200,6 @@ def test_masks_of_models_teach_nothing_and_are_not_boxes_exported_as_masks():
     assert fields_of(check(data, seen_classes="ant")) == {("error", "segmentation"): 1}
 
 
-def test_masks_of_models_are_not_ground_truth():
-    areas = {"area": 12.0}
-    data = coco(MASK | areas, MODEL | areas, MODEL | areas, HUMAN | areas)
-    (error,) = check(data, use="evaluation").errors
-    text = str(error)
-    assert text.startswith("a.json: annotation 2: 'mask_source' is 'model' (of 4 objects 2); ")
-    assert "evaluate on human masks, or evaluate boxes alone with tasks=('bbox',)" in text
-    assert not check(data, use="evaluation", reads_masks=False).errors
-    assert not check(coco(MASK | areas, HUMAN | areas), use="evaluation").errors
-
-
 def test_types_are_checked_when_a_json_is_read(tmp_path):
     path = tmp_path / "a.json"
     data = coco({"segmentation": "any", "of_nobody": [1]}) | {"more": {"x": 1.5}}
@@ -226,24 +215,6 @@ def test_types_are_checked_when_a_json_is_read(tmp_path):
             read_coco(path)
     with pytest.raises(InputError, match="none.json: cannot be read: .*No such file"):
         read_json(tmp_path / "none.json")
-
-
-numbers = st.integers(-(2**60), 2**60) | st.floats() | st.just(10**30)
-texts = st.text(st.characters(codec=None), max_size=8)
-values = st.recursive(
-    st.none() | st.booleans() | numbers | texts,
-    lambda x: st.lists(x, max_size=3) | st.dictionaries(texts, x, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(data=st.dictionaries(texts, values, max_size=4))
-def test_any_json_is_read_as_python_reads_it_and_written_as_it_was(tmp_path_factory, data):
-    path, text = tmp_path_factory.getbasetemp() / "any.json", json.dumps(data)
-    path.write_text(text)
-    write_json(path, read_json(path))
-    assert path.read_text() == text
 
 
 def test_coco_has_no_findings(coco_root):

@@ -159,24 +159,6 @@ def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
     assert "no mask is left of: ant, cat, ship" in output and "7 masks removed, 0 kept" in output
 
 
-@pytest.mark.parametrize(
-    "share, at_least, numbers",
-    [
-        ("1", 0, (3, 3, 2)),
-        ("0.5", 0, (2, 2, 1)),  # halves up
-        ("1/3", 0, (1, 1, 1)),
-        ("0", 2, (2, 2, 2)),
-        ("0", 9, (3, 3, 2)),
-    ],
-)
-def test_numbers_of_masks(tiny_coco, tmp_path, capsys, share, at_least, numbers):
-    options = ["--keep", share, "--min-per-class", at_least]
-    data, _ = hide(capsys, tiny_coco, tmp_path / "out.json", *options)
-    ids = kept(data["annotations"])
-    by_class = {x["id"]: x["category_id"] for x in data["annotations"]}
-    assert [sum(by_class[i] == k for i in ids) for k in MASKS] == list(numbers)
-
-
 annotation_lists = st.lists(
     st.fixed_dictionaries(
         {

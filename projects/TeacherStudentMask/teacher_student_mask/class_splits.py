@@ -142,13 +142,7 @@ def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
             f"other classes: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Name its seen "
             "classes instead, separated by commas, or give a path to a list."
         )
-    seen = [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
-    if not seen:
-        raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, but none of the dataset's classes is in that "
-            f"split, so nothing could teach the masks: {thing_classes[:5]}."
-        )
-    return seen
+    return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
 
 
 def _read_names(spec: str) -> list[str]:

@@ -46,6 +46,7 @@ def generate_shapes(
     num_val: int = 200,
     image_size: int = 96,
     seed: int = 0,
+    flat: bool = False,
 ) -> None:
     """
     Write the dataset in COCO's format: PNG images and a json with modal masks, for two splits.
@@ -63,6 +64,8 @@ def generate_shapes(
         num_train, num_val: images in the splits.
         image_size: side of the images in pixels; objects scale with it.
         seed: of the whole dataset.
+        flat: write ``{train,val}.json`` and all images to ``images/`` instead, as many people have
+            their own data.
 
     Raises:
         ValueError: an image size below 32.
@@ -70,15 +73,17 @@ def generate_shapes(
     if image_size < 32:
         raise ValueError(f"image_size must be at least 32 pixels, got {image_size}.")
     for split_id, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
-        folder = os.path.join(root, split)
-        path = os.path.join(root, "annotations", f"instances_{split}.json")
+        names = (
+            ("images", f"{split}.json") if flat else (split, f"annotations/instances_{split}.json")
+        )
+        folder, path = (os.path.join(root, x) for x in names)
         os.makedirs(folder, exist_ok=True)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         images, annotations = [], []
         for k in range(num_images):
             rng = np.random.default_rng([seed, split_id, k])
             pixels, objects = _draw_image(rng, image_size)
-            file_name = f"{k:06d}.png"
+            file_name = f"{split}_{k:06d}.png" if flat else f"{k:06d}.png"
             Image.fromarray(pixels).save(os.path.join(folder, file_name))
             images.append(
                 {"id": k + 1, "file_name": file_name, "height": image_size, "width": image_size}
