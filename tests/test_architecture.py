@@ -51,8 +51,6 @@ def files_in(*names):
     return files
 
 
-# What reads COCO jsons and images.
-READERS = ("coco_json", "coco_masks", "coco_results", "coco_rules", "image_files", "json_files")
 every_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
 
 
@@ -75,20 +73,13 @@ def test_relative_imports_are_resolved():
         ("config", set()),
         ("structures", set()),
         ("drawing", {"coco_json"}),
-        ("imported_dataset", {"errors", *READERS}),
+        ("imported_dataset", {"errors", "coco_json"}),
         ("importers", {"errors", "imported_dataset"}),
-        # What is wrong with annotations, for whoever reads them.
-        ("image_files", set()),
-        ("coco_masks", set()),
-        ("coco_rules", {"coco_masks", "errors"}),
-        ("json_files", {"errors"}),
-        ("coco_json", {"class_splits", "errors"} | {*READERS} - {"coco_results"}),
-        ("coco_results", {"errors", *READERS}),
-        ("coco_edits", {"coco_masks"}),
-        ("data", {"data", *READERS, "errors", "class_splits", "structures"}),
+        ("coco_json", {"coco_json", "class_splits", "errors"}),
+        ("data", {"data", "coco_json", "errors", "class_splits", "structures"}),
         # Whether an instance has a mask is data: no class lists here.
         ("modeling", {"modeling", "errors", "structures"}),
-        ("evaluation", {"evaluation", *READERS, "errors", "class_splits"}),
+        ("evaluation", {"evaluation", "coco_json", "errors", "class_splits"}),
         (
             "analysis",
             {"analysis", "evaluation", "modeling", "data", "class_splits", "config", "structures"},
@@ -101,15 +92,15 @@ def test_relative_imports_are_resolved():
 )
 def test_subpackages_import_only_what_is_below_them(subpackage, allowed):
     if subpackage in ("analysis", "engine"):
-        allowed = allowed | {*READERS, "errors", "trained_model"}
+        allowed = allowed | {"coco_json", "errors", "trained_model"}
     for path in files_in(subpackage):
         assert own_imports_of(path) <= allowed, name_of(path)
 
 
 def test_every_module_falls_under_a_rule():
     known = {"class_splits", "config", "structures", "data", "modeling", "evaluation", "__init__"}
-    known |= {"analysis", "engine", *READERS}
-    known |= {"coco_edits", "errors", "trained_model", "cli", "__main__"}
+    known |= {"analysis", "engine", "coco_json"}
+    known |= {"errors", "trained_model", "cli", "__main__"}
     known |= {"importers", "completion", "export", "sweep", "drawing", "imported_dataset"}
     known |= {"masks_on_boxes", "run_onnx", "sweep_summary"}
     assert {subpackage_of(path) for path in MODULES} <= known

@@ -1,7 +1,5 @@
 """``tsmask check``; the checks are tested in tests/test_coco_json.py and tests/data."""
 
-import json
-
 import pytest
 
 from teacher_student_mask.cli.main import main
@@ -23,18 +21,21 @@ def test_a_clean_file_ends_with_0_and_the_table(tiny_coco, capsys):
     code, output = run(capsys, tiny_coco.json_file, "--seen-classes", "ant, ship")
     assert code == 0
     rows = [line.split() for line in output.out.splitlines()]
-    # Class, split, objects, masks, boxes only, crowd, rectangles, left out.
-    assert ["ant", "seen", "4", "3", "1", "1", "0", "-"] in rows
-    assert ["cat", "unseen", "3", "3", "0", "0", "0", "-"] in rows
-    assert ["ship", "seen", "4", "2", "2", "0", "0", "-"] in rows
+    # Class, split, objects, human and model masks, boxes only, crowd, rectangles, left out.
+    assert ["ant", "seen", "4", "3", "0", "1", "1", "0", "0"] in rows
+    assert ["cat", "unseen", "3", "3", "0", "0", "0", "0", "0"] in rows
+    assert ["ship", "seen", "4", "2", "0", "2", "0", "0", "0"] in rows
     assert "4 images, 12 annotations" in output.out
     assert "0 kinds of errors, 0 kinds of warnings" in output.out
 
 
 def test_warnings_end_with_0_and_errors_with_1(make_tiny_coco, capsys):
     code, output = run(capsys, make_tiny_coco(change_box(0)).json_file)
-    assert code == 0 and "1 (box without area)" in output.out
-    assert "warning: " in output.out and "annotation 111: 'bbox' is [4.0, 10.0, 0, " in output.out
+    assert (
+        code == 0
+        and "warning: " in output.out
+        and "annotation 111: 'bbox' is [4.0, 10.0, 0, " in output.out
+    )
     code, output = run(capsys, make_tiny_coco(change_box(-1)).json_file)
     assert code == 1 and "annotation 111: 'bbox' is [4.0, 10.0, -1, 40.0]" in output.out
     assert "1 kinds of errors, 0 kinds of warnings" in output.out
@@ -52,44 +53,6 @@ def test_images_are_read_on_request(tiny_coco, capsys, workers):
     assert "4/4" in output.err  # the progress bar
 
 
-def test_a_file_that_is_not_json_is_an_error_without_a_table(tmp_path, capsys):
-    path = tmp_path / "a.json"
-    path.write_text("{")
-    code, output = run(capsys, path)
-    assert code == 1 and output.out.startswith(f"error: {path}: 'content' is unreadable")
-
-
-def test_the_report_is_written_as_json(make_tiny_coco, tmp_path, capsys):
-    def change(data):
-        for row in data["annotations"][8:]:
-            row["iscrowd"] = 7
-
-    out = tmp_path / "out.json"
-    assert run(capsys, make_tiny_coco(change).json_file, "--json", out)[0] == 1
-    report = json.loads(out.read_text())
-    assert report["num_images"] == 4 and report["num_annotations"] == 12
-    (finding,) = report["findings"]
-    assert finding["severity"] == "error" and finding["field"] == "iscrowd"
-    assert finding["count"] == 4 and finding["examples"][0] == ["109", "7"]
-    assert finding["message"].endswith("(4 in all: 109, 110, 111, 112).")
-    assert {x["name"]: x["masks"] for x in report["classes"]} == {"ant": 2, "cat": 1, "ship": 1}
-
-
-def test_the_annotations_are_never_replaced_and_other_files_only_when_told(
-    tiny_coco, tmp_path, capsys
-):
-    before = open(tiny_coco.json_file, "rb").read()
-    out = tmp_path / "out.json"
-    out.write_text("mine")
-    json_file = tiny_coco.json_file
-    assert "never replaced" in run(capsys, json_file, "--json", json_file, "--force")[1].err
-    code, output = run(capsys, json_file, "--json", out)
-    assert code == 1 and "exists; --force replaces it" in output.err
-    assert open(json_file, "rb").read() == before and out.read_text() == "mine"
-    assert run(capsys, json_file, "--json", out, "--force")[0] == 0
-    assert json.loads(out.read_text())["num_images"] == 4
-
-
 def test_auto_takes_the_classes_with_enough_masks(tiny_coco, capsys):
     arguments = ["--seen-classes", "auto", "--min-masks-per-class", 3]
     code, output = run(capsys, tiny_coco.json_file, *arguments)
@@ -97,20 +60,17 @@ def test_auto_takes_the_classes_with_enough_masks(tiny_coco, capsys):
     # Three ants and two ships have a mask.
     assert code == 0 and {x[0]: x[1] for x in lines} == {"ant": "seen", "ship": "unseen"}
     code, output = run(capsys, tiny_coco.json_file, "--seen-classes", "auto")
-    assert code == 1 and "no class has 10 masks, DATASETS.MIN_MASKS_PER_CLASS" in output.out
+    assert code == 1 and "no class has DATASETS.MIN_MASKS_PER_CLASS 10 masks" in output.out
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["none.json"], "none.json: no such file"),
+        (["none.json"], "none.json: cannot be read"),
         (["JSON", "--images"], "--images needs --image-root"),
-        (["JSON", "--image-root", "none"], "--image-root none: no such folder"),
-        (["JSON", "--workers", "0"], "--workers is 0; it must be 1 or more"),
-        (["JSON", "--num-classes", "-3"], "--num-classes is -3; it must be 1 or more"),
-        (["JSON", "--json", "none/out.json"], "none/out.json: cannot be written"),
+        (["JSON", "--image-root", "none"], "'image_root' is 'none'; allowed: a folder"),
     ],
 )
 def test_wrong_arguments_are_a_sentence(tiny_coco, capsys, arguments, words):
     code, output = run(capsys, *(tiny_coco.json_file if x == "JSON" else x for x in arguments))
-    assert code == 1 and words in output.err
+    assert code == 1 and words in output.err + output.out

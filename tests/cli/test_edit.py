@@ -10,11 +10,10 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
 
 from teacher_student_mask import TeacherStudentDatasetMapper, register_partial_coco
+from teacher_student_mask.cli.edit import hide_masks
 from teacher_student_mask.cli.main import main
-from teacher_student_mask.coco_edits import hide_masks, strip_masks
 from teacher_student_mask.structures import ImageMask
 
 CAT = 17  # the unseen class
@@ -77,18 +76,11 @@ def test_unseen_masks_and_areas_are_gone_and_all_else_is_as_it_was(
     assert ["ant", "5", "1", "4", "4", "0"] in rows
     assert ["cat", "4", "1", "4", "0", "4"] in rows
     assert ["all", "13", "2", "10", "6", "4"] in rows
-    assert "4 masks removed" in output and "look whether they hold masks" not in output
+    assert "4 masks removed" in output
     # Another time it changes nothing.
     once, twice = tmp_path / "out.json", tmp_path / "twice.json"
     assert run(capsys, "strip", once, twice, "--seen-classes", dataset.seen_classes)[0] == 0
     assert once.read_bytes() == twice.read_bytes()
-
-
-def test_where_no_class_is_unseen_it_is_a_copy(make_tiny_coco, tmp_path, capsys):
-    dataset = make_tiny_coco(add_crowd)
-    out = tmp_path / "out.json"
-    assert run(capsys, "strip", dataset.json_file, out, "--seen-classes", "all")[0] == 0
-    assert out.read_text() == open(dataset.json_file).read()
 
 
 def examples_of(cfg, name, seed):
@@ -134,7 +126,7 @@ def test_training_sees_the_same_tensors(make_tiny_coco, tiny_cfg, tmp_path, caps
     assert num_unseen > 3
 
 
-def test_masks_of_models_go_unless_they_are_kept(make_tiny_coco, tmp_path, capsys):
+def test_masks_of_models_go_too(make_tiny_coco, tmp_path, capsys):
     def mark(data):
         """Of the unseen objects of an image, and of a seen one, a model made the masks."""
         add_crowd(data)
@@ -143,100 +135,10 @@ def test_masks_of_models_go_unless_they_are_kept(make_tiny_coco, tmp_path, capsy
                 x.update(mask_source="model", score=0.5)
 
     dataset = make_tiny_coco(mark)
-    data, output = strip(capsys, dataset, tmp_path / "none.json")
+    data, _ = strip(capsys, dataset, tmp_path / "none.json")
     unseen = [x for x in data["annotations"] if x["category_id"] == CAT]
     assert len(unseen) == 4 and not any({"segmentation", "mask_source"} & set(x) for x in unseen)
     assert [x["mask_source"] for x in data["annotations"] if x["id"] == 101] == ["model"]
-    assert "look whether they hold masks: score" in output
-    data, output = strip(capsys, dataset, tmp_path / "kept.json", "--keep-model-masks")
-    expected = copy.deepcopy(dataset.data)
-    for row in expected["annotations"]:
-        if row["category_id"] != CAT:
-            continue
-        # That of the human mask, which COCO's tools may have left there.
-        use_box_area(row)
-        if row["image_id"] != 2:  # a human mask, and a crowd
-            del row["segmentation"]
-            row.pop("mask_source", None)
-    assert json.dumps(data) == json.dumps(expected)
-    assert ["cat", "4", "1", "4", "2", "2"] in [line.split() for line in output.splitlines()]
-
-
-numbers = st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
-segmentations = st.sampled_from([None, [], [[1, 1, 9, 1, 9, 9]], {"size": [9, 9], "counts": [81]}])
-rows = st.fixed_dictionaries(
-    {
-        "category_id": st.sampled_from([3, 17, 90]),
-        "bbox": st.lists(numbers, min_size=4, max_size=4),
-    },
-    optional={
-        "segmentation": segmentations,
-        "area": numbers,
-        "iscrowd": st.sampled_from([0, 1]),
-        "mask_source": st.sampled_from(["human", "model"]),
-    },
-)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(rows), st.sets(st.sampled_from([3, 17, 90])))
-def test_what_is_left_does_not_depend_on_unseen_masks(annotations, unseen):
-    def other(row):
-        # Another mask, and the area that goes with it, where the class is unseen.
-        row = copy.deepcopy(row)
-        if row["category_id"] in unseen:
-            row["segmentation"] = [[2, 2, 5, 2, 5, 5]]
-            if "area" in row:
-                row["area"] = 4.5
-        return row
-
-    first, second = copy.deepcopy(annotations), [other(x) for x in annotations]
-    strip_masks(second, unseen)
-    num_masks, num_removed = strip_masks(first, unseen)
-    assert first == second
-    for before, after in zip(annotations, first):
-        assert after == before or before["category_id"] in unseen and "segmentation" not in after
-    assert sum(num_masks.values()) == sum(bool(x.get("segmentation")) for x in annotations)
-    assert all(num == (num_masks[k] if k in unseen else 0) for k, num in num_removed.items())
-
-
-def test_fields_that_may_hold_masks_are_named(make_tiny_coco, tmp_path, capsys):
-    def change(data):
-        data["panoptic"] = 1
-        data["images"][0]["sem_seg_file_name"] = "a.png"
-        data["annotations"][7]["rle"] = "abc"
-        data["annotations"][0]["of_a_seen_class"] = 1
-
-    data, output = strip(capsys, make_tiny_coco(change), tmp_path / "out.json")
-    start = "look whether they hold masks: "
-    assert f"in the file, {start}panoptic\n" in output
-    assert f"in images, {start}sem_seg_file_name\n" in output
-    assert f"in annotations of unseen classes, {start}rle\n" in output
-    assert "of_a_seen_class" not in output and data["annotations"][7]["rle"] == "abc"
-
-
-def test_real_coco_keeps_all_boxes_and_the_seen_masks(coco_root, tmp_path, capsys):
-    source = os.path.join(coco_root, "annotations", "instances_val2017.json")
-    out = tmp_path / "out.json"
-    code, output = run(capsys, "strip", source, out, "--seen-classes", "voc")
-    assert code == 0 and "look whether" not in output.out
-    with open(source) as f:
-        before = json.load(f)
-    after = json.loads(out.read_text())
-    num_removed = 0
-    for a, b in zip(before["annotations"], after["annotations"], strict=True):
-        if "segmentation" not in b:
-            num_removed += 1
-            del a["segmentation"]
-            use_box_area(a)
-        assert a == b
-    assert 0 < num_removed < len(before["annotations"])
-    assert f"{num_removed} masks removed" in output.out
-    assert {k: x for k, x in before.items() if k != "annotations"} == {
-        k: x for k, x in after.items() if k != "annotations"
-    }
-    # Of seen classes pycocotools still has the masks.
-    assert sum("segmentation" in x for x in COCO(str(out)).anns.values()) > 100
 
 
 def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
@@ -255,46 +157,6 @@ def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
         use_box_area(expected["annotations"][i])
     assert json.dumps(data) == json.dumps(expected)  # as text: 1 is not 1.0
     assert "no mask is left of: ant, cat, ship" in output and "7 masks removed, 0 kept" in output
-
-
-def test_objects_without_ids_lose_their_masks_too(make_tiny_coco, tmp_path, capsys):
-    def change(data):
-        for annotation in data["annotations"]:
-            del annotation["id"]
-
-    dataset = make_tiny_coco(change)
-    files = [tmp_path / "a.json", tmp_path / "b.json"]
-    first, second = (hide(capsys, dataset, out, "--keep", 0.4, "--seed", 5)[0] for out in files)
-    assert first == second
-    num_kept = sum(
-        bool(x.get("segmentation")) and not x.get("iscrowd") for x in first["annotations"]
-    )
-    assert num_kept == 3  # 0.4 of 3, 3 and 2 masks: one of each class
-
-
-@pytest.mark.parametrize(
-    "share, at_least, numbers",
-    [
-        ("1", 0, (3, 3, 2)),
-        ("0.5", 0, (2, 2, 1)),  # halves up
-        ("1/3", 0, (1, 1, 1)),
-        ("0", 2, (2, 2, 2)),
-        ("0", 9, (3, 3, 2)),
-    ],
-)
-def test_numbers_of_masks(tiny_coco, tmp_path, capsys, share, at_least, numbers):
-    options = ["--keep", share, "--min-per-class", at_least]
-    data, _ = hide(capsys, tiny_coco, tmp_path / "out.json", *options)
-    ids = kept(data["annotations"])
-    by_class = {x["id"]: x["category_id"] for x in data["annotations"]}
-    assert [sum(by_class[i] == k for i in ids) for k in MASKS] == list(numbers)
-
-
-def test_other_classes_keep_all(tiny_coco, tmp_path, capsys):
-    options = ["--keep", 0, "--classes", "ant, ship"]
-    data, output = hide(capsys, tiny_coco, tmp_path / "out.json", *options)
-    assert {x["category_id"] for x in data["annotations"] if x["id"] in kept([x])} == {CAT}
-    assert "no mask is left of: ant, ship;" in output
 
 
 annotation_lists = st.lists(
@@ -338,35 +200,18 @@ def test_a_smaller_share_is_part_of_a_larger_one(rows, first, second, at_least, 
     assert found[min(found)] <= found[max(found)]
 
 
-def test_seeds_choose_other_masks_and_one_seed_the_same():
-    rows = [
-        {"id": i, "category_id": i % 2, "bbox": [0, 0, 1, 1], "segmentation": [[0] * 6]}
-        for i in range(200)
-    ]
-    chosen = []
-    for seed in (0, 0, 1):
-        hidden = copy.deepcopy(rows)
-        hide_masks(hidden, {0, 1}, 0.25, 0, seed)
-        chosen.append(kept(hidden))
-    assert chosen[0] == chosen[1] and len(chosen[0]) == len(chosen[2]) == 50
-    # Half of the masks of the second choice would be in the first by chance: 12.5 of 50.
-    assert 3 < len(chosen[0] & chosen[2]) < 25
-
-
 SEEN = ["--seen-classes", "ant"]
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["strip", "none.json", "OUT", *SEEN], "none.json: no such file"),
-        (["strip", "JSON", "none/out.json", *SEEN], "in a folder that exists"),
-        (["strip", "JSON", "FOLDER", *SEEN, "--force"], "must be the path of a file"),
+        (["strip", "none.json", "OUT", *SEEN], "none.json: cannot be read"),
+        (["strip", "JSON", "none/out.json", *SEEN], "cannot be written"),
         (["strip", "JSON", "OLDER", *SEEN], "exists; --force replaces it"),
         (["strip", "JSON", "LINK", *SEEN, "--force"], "the input itself"),
         (["strip", "JSON", "OUT", "--seen-classes", "ants"], "no class 'ants' (nearest: "),
         (["strip", "BROKEN", "OUT", *SEEN], "cannot be read"),
-        (["hide", "JSON", "OUT", "--keep", "1", "--min-per-class", "-1"], "must be 0 or more"),
         (["hide", "JSON", "JSON", "--keep", "1", "--force"], "the input itself"),
         (["hide", "JSON", "OUT", "--keep", "1.5"], "must be a number from 0 to 1, got '1.5'"),
         (["hide", "JSON", "OUT", "--keep", "nan"], "from 0 to 1"),
@@ -376,7 +221,7 @@ SEEN = ["--seen-classes", "ant"]
 def test_wrong_arguments_are_a_sentence(tiny_coco, tmp_path, capsys, arguments, words):
     names = {"OUT": "out.json", "OLDER": "older.json", "LINK": "link.json", "BROKEN": "broken.json"}
     paths = {key: tmp_path / name for key, name in names.items()}
-    paths |= {"JSON": tiny_coco.json_file, "FOLDER": tmp_path}
+    paths |= {"JSON": tiny_coco.json_file}
     paths["OLDER"].write_text("older")
     paths["BROKEN"].write_text("{")
     os.link(tiny_coco.json_file, paths["LINK"])
@@ -400,16 +245,3 @@ def test_errors_in_the_input_end_with_1_and_no_file(make_tiny_coco, tmp_path, ca
     dataset, out = make_tiny_coco(change), tmp_path / "none.json"
     code, output = run(capsys, "strip", dataset.json_file, out, "--seen-classes", "all")
     assert code == 1 and not out.exists() and "annotation 109: 'segmentation' is" in output.out
-
-
-def test_an_interrupted_writing_leaves_the_older_file(tiny_coco, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out.json"
-    out.write_text("older")
-
-    def fail(old, new):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    code, output = run(capsys, "strip", tiny_coco.json_file, out, *SEEN, "--force")
-    assert code == 1 and "cannot be written: No space left on device" in output.err
-    assert out.read_text() == "older" and len(list(tmp_path.glob("out*"))) == 1

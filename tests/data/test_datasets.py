@@ -67,16 +67,6 @@ def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, ca
     assert "segmentation" not in dicts[2]["annotations"][1]
     messages = [record.getMessage() for record in caplog.records]
     assert any("12 objects" in m and "5 objects have a box only" in m for m in messages)
-    assert any(f"{dataset.json_file}: 5 polygons" in m for m in messages)
-
-
-def test_keypoints_become_coordinates(make_tiny_coco):
-    def change(data):
-        data["annotations"][0]["keypoints"] = [10, 20, 2, 0, 0, 0]
-
-    dicts = by_image_id(load_partial_coco_json(make_tiny_coco(change).json_file, ""))
-    assert dicts[7]["annotations"][0]["keypoints"] == [10.5, 20.5, 2, 0.5, 0.5, 0]
-    assert "keypoints" not in dicts[7]["annotations"][1]
 
 
 def check_same_as_detectron2(json_file, image_root, dataset_names):
@@ -102,7 +92,6 @@ def test_a_clean_json_loads_as_in_detectron2(make_tiny_coco, dataset_names):
             x for x in data["annotations"] if isinstance(x.get("segmentation"), list)
         ]
         data["annotations"] = [x for x in data["annotations"] if x["segmentation"]]
-        data["annotations"][1]["keypoints"] = [4, 5, 2]
 
     dataset = make_tiny_coco(keep_polygons)
     dicts = check_same_as_detectron2(dataset.json_file, dataset.image_root, dataset_names)

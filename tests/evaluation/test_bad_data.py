@@ -20,8 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from teacher_student_mask import InputError, PartiallySupervisedCOCOEvaluator
-from teacher_student_mask.coco_json import classes_of
-from teacher_student_mask.coco_results import load_ground_truth
+from teacher_student_mask.coco_json import classes_of, load_ground_truth
 
 # Errors in what is not read by an evaluation: image files, and the model; and what COCO's own
 # evaluation leaves out.

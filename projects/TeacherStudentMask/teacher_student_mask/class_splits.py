@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .errors import InputError
 
-__all__ = ["AUTO", "VOC_CLASSES", "NONVOC_CLASSES", "resolve_seen_classes"]
+__all__ = [
+    "AUTO",
+    "NONVOC_CLASSES",
+    "VOC_CLASSES",
+    "choose_seen_classes",
+    "resolve_seen_classes",
+]
 
 # COCO's names of the 20 PASCAL VOC classes; VOC itself says aeroplane, motorbike, sofa,
 # pottedplant, diningtable and tvmonitor.
@@ -67,22 +73,16 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
         The contiguous ids of the seen classes, sorted, each once.
 
     Raises:
-        InputError: an empty ``spec``, a name that the dataset lacks (with the nearest names), a
-            class name that appears twice in ``thing_classes``, or a file of another form.
+        InputError: an empty ``spec``, a name that the dataset lacks (with the nearest names), or a
+            file of another form.
     """
     thing_classes = list(thing_classes)
-    repeated = sorted({name for name in thing_classes if thing_classes.count(name) > 1})
-    if repeated:
-        raise InputError(
-            f"The dataset names these classes more than once: {repeated}. Class names must be "
-            "unique, because seen classes are given by name."
-        )
     spec = spec.strip()
     if spec == AUTO:
         raise InputError(
-            f"SEEN_CLASSES is {AUTO!r}, which only the training annotations can answer, and they "
-            "have not been asked: train_net.py writes the names of the classes to the config.yaml "
-            f"in OUTPUT_DIR; use that one. A class of this name is meant by ', {AUTO}'."
+            f"SEEN_CLASSES is {AUTO!r}, which only the training annotations can answer: use the "
+            "config.yaml that train_net.py writes to OUTPUT_DIR, which has the names of the "
+            f"classes. A class of this name is meant by ', {AUTO}'."
         )
     if spec == "all":
         return list(range(len(thing_classes)))
@@ -95,75 +95,77 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
             f"DATASETS.SEEN_CLASSES is {spec!r}, which names no class. Allowed: 'voc', 'nonvoc', "
             "'all', class names separated by commas, or a path to a text or json list."
         )
-    unknown = [name for name in names if name not in thing_classes]
-    if unknown:
-        raise InputError(_unknown_names_message(spec, unknown, thing_classes))
+    hints = []
+    for name in names:
+        if name not in thing_classes:
+            near = difflib.get_close_matches(name.lower(), thing_classes, n=3, cutoff=0.5)
+            hints.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
+    if hints:
+        raise InputError(
+            f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class {', '.join(hints)}. "
+            f"Its {len(thing_classes)} classes: {', '.join(thing_classes[:100])}."
+        )
     return sorted({thing_classes.index(name) for name in names})
 
 
+def choose_seen_classes(num_masks: Mapping[str, int], min_masks: int) -> list[str]:
+    """
+    Choose the seen classes of "auto": those with enough human masks.
+
+    Args:
+        num_masks: {class name: number of human masks}.
+        min_masks: masks that a class needs, ``DATASETS.MIN_MASKS_PER_CLASS``.
+
+    Returns:
+        Their names, in the order of ``num_masks``.
+
+    Raises:
+        InputError: no class has so many.
+    """
+    seen = [name for name, num in num_masks.items() if num >= min_masks]
+    if not seen:
+        most = sorted(num_masks, key=lambda name: (-num_masks[name], name))[:5]
+        raise InputError(
+            f"DATASETS.SEEN_CLASSES is {AUTO!r}, but no class has DATASETS.MIN_MASKS_PER_CLASS "
+            f"{min_masks} masks (crowds and masks of a model do not count). The most masks: "
+            f"{', '.join(f'{name} {num_masks[name]}' for name in most)}. Lower the number, or name "
+            "the seen classes."
+        )
+    return seen
+
+
 def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
-    coco_classes = frozenset().union(*_NAMED_SPLITS.values())
-    foreign = [name for name in thing_classes if name not in coco_classes]
+    foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
     if foreign:
         raise InputError(
             f"DATASETS.SEEN_CLASSES is {spec!r}, a split of COCO's 80 classes, but the dataset has "
             f"other classes: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Name its seen "
             "classes instead, separated by commas, or give a path to a list."
         )
-    seen = [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
-    if not seen:
-        raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, but none of the dataset's classes is in that "
-            f"split, so nothing could teach the masks: {thing_classes[:5]}."
-        )
-    return seen
+    return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
 
 
 def _read_names(spec: str) -> list[str]:
-    if not os.path.isfile(spec):
-        if spec.endswith((".txt", ".json")):
-            raise InputError(f"DATASETS.SEEN_CLASSES names a file that does not exist: {spec!r}.")
-        listed = _read_json_list(spec)
-        if listed is not None:
-            return listed
-        return [name.strip() for name in spec.split(",") if name.strip()]
-    with open(spec, encoding="utf-8") as f:
+    text = spec.lstrip(", ")
+    if os.path.isfile(spec):
+        with open(spec, encoding="utf-8") as file:
+            text = file.read()
         if not spec.endswith(".json"):
-            lines = (line.split("#")[0].strip() for line in f)
+            lines = (line.split("#")[0].strip() for line in text.splitlines())
             return [line for line in lines if line]
-        try:
-            names = json.load(f)
-        except json.JSONDecodeError as e:
-            raise InputError(f"The list of seen classes {spec!r} is not valid json: {e}.") from e
+    elif spec.endswith((".txt", ".json")):
+        raise InputError(f"DATASETS.SEEN_CLASSES names a file that does not exist: {spec!r}.")
+    elif not text.startswith("["):
+        return [name.strip() for name in spec.split(",") if name.strip()]
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"The list of seen classes {spec!r} is not valid json: {error}."
+        ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
             f"The list of seen classes {spec!r} must be a json list of class names, "
             f'such as ["cat", "dog"]; it holds {str(names)[:80]}.'
         )
     return names
-
-
-def _read_json_list(spec: str) -> list[str] | None:
-    # Of a spec such as ', ["cat, big", "dog"]'; None where it is none.
-    text = spec.lstrip(", ")
-    if not text.startswith("["):
-        return None
-    try:
-        names = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_list else None
-
-
-def _unknown_names_message(spec: str, unknown: list[str], thing_classes: list[str]) -> str:
-    by_lower_case = {name.lower(): name for name in thing_classes}
-    hints = []
-    for name in unknown:
-        near = difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.5)
-        did_you_mean = f" (nearest: {', '.join(by_lower_case[n] for n in near)})" if near else ""
-        hints.append(f"{name!r}{did_you_mean}")
-    return (
-        f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class {', '.join(hints)}. "
-        f"Its {len(thing_classes)} classes: {', '.join(thing_classes[:100])}."
-    )

@@ -18,8 +18,8 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
+from .coco_json import DEEP_MODES, TRANSPOSED, orientation_of
 from .errors import InputError
-from .image_files import DEEP_MODES, TRANSPOSED, orientation_of
 
 __all__ = [
     "ImportedDataset",

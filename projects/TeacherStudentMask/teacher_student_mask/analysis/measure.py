@@ -15,8 +15,7 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from ..class_splits import resolve_seen_classes
-from ..coco_results import load_ground_truth, load_results
-from ..coco_rules import Finding
+from ..coco_json import Finding, load_ground_truth, load_results
 from ..errors import InputError
 from ..evaluation import METRICS, compute_overlaps, find_candidate_pairs, overlap_bins
 from .intervals import Statistics, compute_statistics

@@ -16,8 +16,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ..coco_json import has_mask, is_from_model, valid_polygons
-from ..coco_results import load_ground_truth
+from ..coco_json import has_mask, is_from_model, load_ground_truth, valid_polygons
 from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
 from ..errors import InputError
 from ..evaluation import OverlapBin, compute_overlaps

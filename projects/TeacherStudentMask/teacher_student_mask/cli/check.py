@@ -43,17 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", action="store_true", help="read every image of --image-root to its end")
     text = "processes that read images (default: one a core, here %(default)s)"
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=text)
-    add("--json", metavar="OUT", help="write table and findings to this file, too")
-    add("--force", action="store_true", help="replace an OUT that exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, and print the table of the classes and the sentences."""
-    from tqdm import tqdm
+    from ..coco_json import check_coco
 
-    from ..coco_json import check_coco, write_json
-
-    _check_arguments(args)
+    if args.images and not args.image_root:
+        raise InputError("--images needs --image-root.")
     report = check_coco(
         args.annotations,
         image_root=args.image_root,
@@ -62,10 +59,7 @@ def run(args: argparse.Namespace) -> int:
         min_masks_per_class=args.min_masks_per_class,
         check_images=args.images,
         num_workers=args.workers,
-        progress=lambda items, total: tqdm(items, total=total, desc="Images", unit="image"),
     )
-    if args.json:
-        write_json(args.json, report.to_dict())
     if report.classes:
         print(report.class_table())
         print(f"\n{report.num_images} images, {report.num_annotations} annotations")
@@ -73,22 +67,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"{finding.severity}: {finding}")
     print(f"{len(report.errors)} kinds of errors, {len(report.warnings)} kinds of warnings")
     return 1 if report.errors else 0
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    if not os.path.isfile(args.annotations):
-        raise InputError(f"{args.annotations}: no such file.")
-    if args.image_root and not os.path.isdir(args.image_root):
-        raise InputError(f"--image-root {args.image_root}: no such folder.")
-    if args.images and not args.image_root:
-        raise InputError("--images needs --image-root.")
-    if args.json and os.path.exists(args.json):
-        if os.path.samefile(args.annotations, args.json):
-            raise InputError(f"--json {args.json}: the annotations themselves; never replaced.")
-        if not args.force:
-            raise InputError(f"--json {args.json}: exists; --force replaces it.")
-    for option in ("workers", "num_classes", "min_masks_per_class"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            option = option.replace("_", "-")
-            raise InputError(f"--{option} is {value}; it must be 1 or more.")

@@ -4,8 +4,7 @@ Takes masks out of a COCO json. The boxes stay.
   strip  the masks of unseen classes. Training with the output is the same as with the whole json,
          whose unseen masks the mapper forgets; but whoever has the file can see that no program
          could have used them. Crowds of these classes lose theirs, too, and masks of models with
-         their "mask_source", for a file cannot prove that no human drew them; --keep-model-masks
-         keeps them, for MODEL.PSEUDO_MASK.EXTERNAL. Fields that are not COCO's are named.
+         their "mask_source", for a file cannot prove that no human drew them.
   hide   the masks of a random share of the objects, class by class, to measure on data that have
          all masks how many a training needs. The choice depends on the seed and the ids alone; what
          is kept of 0.05 is kept of 0.1. Crowds and masks of models stay, and do not count.
@@ -24,12 +23,16 @@ examples:
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 import os
+from collections import Counter, defaultdict
+from collections.abc import Collection
 from fractions import Fraction
 
 from ..errors import InputError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "hide_masks", "run", "strip_masks"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     spec = '"voc", "nonvoc", "all", names separated by commas, or the path of a list'
     text = f"classes that keep their masks: {spec}"
     strip.add_argument("--seen-classes", required=True, metavar="SPEC", help=text)
-    text = 'keep the masks of unseen classes with "mask_source" "model"'
-    strip.add_argument("--keep-model-masks", action="store_true", help=text)
     text = "of the masks of each class, from 0 to 1"
     hide.add_argument("--keep", required=True, type=_share, metavar="SHARE", help=text)
     text = "keep at least so many masks of each class, or all that it has (default: %(default)s)"
@@ -60,7 +61,6 @@ def run(args: argparse.Namespace) -> None:
     """Check, edit, write, and print what became of the masks of each class."""
     from tabulate import tabulate
 
-    from ..coco_edits import hide_masks, strip_masks, unknown_fields
     from ..coco_json import check_coco, read_json, write_json
 
     _check_paths(args)
@@ -75,9 +75,7 @@ def run(args: argparse.Namespace) -> None:
     chosen = {x.category_id for x in report.classes if x.is_seen}
     if is_strip:
         unseen = {x.category_id for x in report.classes} - chosen
-        for where, names in unknown_fields(data, unseen).items():
-            print(f"warning: kept in {where}, look whether they hold masks: {', '.join(names)}")
-        before, removed = strip_masks(data["annotations"], unseen, args.keep_model_masks)
+        before, removed = strip_masks(data["annotations"], unseen)
         kept = before - removed
     else:
         at_least = args.min_per_class
@@ -110,14 +108,84 @@ def _share(text: str) -> Fraction:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    output = args.output
-    if not os.path.isfile(args.input):
-        raise InputError(f"{args.input}: no such file.")
-    if not os.path.isdir(os.path.dirname(output) or ".") or os.path.isdir(output):
-        raise InputError(f"{output}: must be the path of a file in a folder that exists.")
-    if os.path.exists(output) and os.path.samefile(args.input, output):
-        raise InputError(f"{output}: the input itself; it is never replaced.")
-    if os.path.exists(output) and not args.force:
-        raise InputError(f"{output}: exists; --force replaces it.")
-    if args.edit == "hide" and args.min_per_class < 0:
-        raise InputError(f"--min-per-class must be 0 or more, got {args.min_per_class}.")
+    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
+        raise InputError(f"{args.output}: the input itself; it is never replaced.")
+    if os.path.exists(args.output) and not args.force:
+        raise InputError(f"{args.output}: exists; --force replaces it.")
+
+
+def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Counter, Counter]:
+    """
+    Take the masks of unseen classes out of a list of COCO annotations, in place.
+
+    Args:
+        annotations: without errors.
+        unseen: category ids.
+
+    Returns:
+        The masks there were and those removed of them, {category id: number}.
+    """
+    from ..coco_json import has_mask
+
+    num_masks = Counter(x["category_id"] for x in annotations if has_mask(x))
+    for annotation in annotations:
+        if annotation["category_id"] in unseen:
+            _forget_mask(annotation)
+    return num_masks, Counter({k: num for k, num in num_masks.items() if k in unseen})
+
+
+def hide_masks(
+    annotations: list[dict],
+    classes: Collection[int],
+    keep: Fraction | float,
+    at_least: int = 0,
+    seed: int = 0,
+) -> tuple[Counter, Counter]:
+    """
+    Take the masks of a random share of the objects out of a list of COCO annotations, in place.
+
+    What is kept of a smaller share is kept of a larger one, too, and does not depend on the order
+    of the annotations. Crowds and masks of models stay and do not count.
+
+    Args:
+        annotations: without errors.
+        classes: category ids whose masks may go.
+        keep: share of the masks of each class that stays, in [0, 1]; halves are rounded up.
+        at_least: how many masks of a class stay whatever the share is, if it has so many.
+        seed: of the choice.
+
+    Returns:
+        The human masks there were, without crowds, and those kept of them, {category id: number}.
+    """
+    from ..coco_json import has_mask, is_from_model
+
+    with_mask = defaultdict(list)
+    for row, annotation in enumerate(annotations):
+        is_counted = not annotation.get("iscrowd") and not is_from_model(annotation)
+        if is_counted and has_mask(annotation):
+            # Without an id its row tells an object from the others.
+            key = annotation.get("id", f"row {row}")
+            with_mask[annotation["category_id"]].append((key, annotation))
+    num_masks = Counter({k: len(rows) for k, rows in with_mask.items()})
+    num_kept = Counter(num_masks)
+    for category_id in with_mask.keys() & set(classes):
+
+        def draw(row: tuple, category_id: int = category_id) -> bytes:
+            # A number drawn for an object whose place in the file does not matter.
+            return hashlib.sha256(f"{seed} {category_id} {row[0]}".encode()).digest()
+
+        rows = sorted(with_mask[category_id], key=draw)
+        share = math.floor(len(rows) * keep + Fraction(1, 2))
+        num_kept[category_id] = min(len(rows), max(at_least, share))
+        for _, annotation in rows[num_kept[category_id] :]:
+            _forget_mask(annotation)
+    return num_masks, num_kept
+
+
+def _forget_mask(annotation: dict) -> None:
+    annotation.pop("segmentation", None)
+    annotation.pop("mask_source", None)
+    # COCO's is counted in the mask, and with the box would tell how much of it the object fills.
+    if "area" in annotation:
+        width, height = annotation["bbox"][2:]
+        annotation["area"] = width * height

@@ -1,8 +1,12 @@
 """From annotation files to training batches."""
 
-from .dataset_checks import check_datasets
 from .dataset_mapper import TeacherStudentDatasetMapper
-from .datasets import load_partial_coco_json, register_json_datasets, register_partial_coco
+from .datasets import (
+    check_datasets,
+    load_partial_coco_json,
+    register_json_datasets,
+    register_partial_coco,
+)
 from .seen_classes import resolve_auto_settings
 from .shapes import generate_shapes, register_shapes
 from .train_loader import build_train_loader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from itertools import chain
 
@@ -14,22 +13,12 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import log_first_n
 from PIL import Image
 
-from ..coco_masks import (
-    HUMAN,
-    MODEL,
-    MaskState,
-    compress_mask,
-    is_from_model,
-    measure_masks,
-    polygons_cover,
-    valid_polygons,
-)
-from ..coco_rules import RULES, shorten
+from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
+from ..coco_json.masks import MaskState, compress_mask, measure_masks, polygons_cover
+from ..coco_json.report import RULES, shorten
 from ..errors import InputError
-from ..image_files import DEEP_MODES
 from ..structures import ImageMask
 from .seen_classes import training_seen_classes
 
@@ -40,8 +29,6 @@ __all__ = [
     "union_of_masks",
     "usable_segmentations",
 ]
-
-logger = logging.getLogger(__name__)
 
 _RULES_OF_STATES = {
     MaskState.NOT_A_MASK: RULES["not a mask"],
@@ -57,11 +44,11 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     Before any augmentation the ``segmentation`` of every object that training must not use is
     replaced by the rectangle of its box: objects of unseen classes, and objects that have no mask
-    (key missing, ``null``, ``[]``, or a mask that covers nothing of the image, which is warned of;
-    with ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box).
+    (key missing, ``null``, ``[]``, or a mask that covers nothing of the image; with
+    ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box).
     From there on nothing of an unseen mask exists. A mask with ``mask_source`` "model" is not a
-    human's: its object is one without a human mask, whatever its class. The ``instances`` have,
-    beside ``gt_boxes`` and ``gt_classes``:
+    human's: its object is one without a human mask, whatever its class. Keypoints are not read.
+    The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
 
     * ``gt_masks``: :class:`PolygonMasks`, or :class:`BitMasks` if the config says so or one of the
       image's usable masks is an RLE: of a human, of a model where there is none of a human, or else
@@ -101,7 +88,6 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         self.use_external_masks = use_external_masks
         self.rectangle_as_box_only = rectangle_as_box_only
         self.add_gt_boxes_at_test = add_gt_boxes_at_test
-        self._num_empty_masks = 0
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -126,38 +112,32 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         Raises:
             InputError: an image or a usable segmentation cannot be read; names the file.
         """
-        where = _name_of(dataset_dict)
         prepared = dataset_dict
         if self.is_train and self.use_instance_mask and "annotations" in dataset_dict:
-            prepared = {**dataset_dict, "annotations": self._forget_masks(dataset_dict, where)}
+            prepared = {**dataset_dict, "annotations": self._forget_masks(dataset_dict)}
         try:
-            mode = _mode_of_image(dataset_dict["file_name"])
+            with PathManager.open(dataset_dict["file_name"], "rb") as f, Image.open(f) as image:
+                mode = image.mode
+            if mode.startswith(DEEP_MODES):
+                raise OSError(
+                    f"Values of PIL's mode {mode!r} above 255 would be cut; convert it to 8 bits."
+                )
             example = super().__call__(prepared)
         except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
             raise InputError(
-                f"{where}: the image cannot be used: {e} Replace it, or correct the json; "
-                "tsmask check --images finds all such images."
+                f"{_name_of(dataset_dict)}: the image cannot be used: {e} Replace it, or correct "
+                "the json; tsmask check --images finds all such images."
             ) from e
-        if mode.startswith(DEEP_MODES):
-            raise InputError(
-                f"{where}: the image has PIL's mode {mode!r}, whose values above 255 would be cut; "
-                "convert it to 8 bits a channel."
-            )
         # A json may have 480.0; the image has been found to have this size.
         example.update(height=int(example["height"]), width=int(example["width"]))
         if not self.is_train and self.add_gt_boxes_at_test:
             example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
         return example
 
-    def _forget_masks(self, dataset_dict: dict, where: str) -> list[dict]:
+    def _forget_masks(self, dataset_dict: dict) -> list[dict]:
         # First of all, so that no later step can see an unseen mask, nor takes time to copy it.
         annotations = [dict(x) for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
         for annotation in annotations:
-            if annotation.get("mask_source", HUMAN) not in (HUMAN, MODEL):
-                raise InputError(
-                    f"{where}: 'mask_source' of an annotation is {annotation['mask_source']!r}; "
-                    f"{RULES['annotation.mask_source'].remedy}."
-                )
             is_seen = annotation["category_id"] in self.seen_classes
             is_used = self.use_external_masks if is_from_model(annotation) else is_seen
             if not is_used:
@@ -183,16 +163,11 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
         annotations = dataset_dict.pop("annotations")
         has_mask, has_model_mask = self._split_masks(annotations, dataset_dict)
-        mask_format = self._mask_format_for(annotations)
+        has_rle = any(isinstance(x["segmentation"], dict) for x in annotations)
+        mask_format = "bitmask" if has_rle else self.instance_mask_format
         for annotation in annotations:
-            if not self.use_keypoint:
-                annotation.pop("keypoints", None)
-            utils.transform_instance_annotations(
-                annotation,
-                transforms,
-                image_shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
-            )
+            annotation.pop("keypoints", None)
+            utils.transform_instance_annotations(annotation, transforms, image_shape)
         instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
         if len(instances) == 0:
             instances.gt_masks = PolygonMasks([])
@@ -221,43 +196,18 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     def _split_masks(
         self, annotations: list[dict], dataset_dict: dict
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Prepare the ``segmentation`` of each annotation in place: its usable mask, or its box.
-
-        Returns:
-            Which have a human mask, and which a model's; bool, shape (N,) each.
-        """
+        # Puts its usable mask, or its box, into each annotation. Returns which have a human mask,
+        # and which a model's; bool, shape (N,) each.
         size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
-        given = [x["segmentation"] for x in annotations]
-        usable = usable_segmentations(given, size, _name_of(dataset_dict))
+        usable = usable_segmentations(
+            [x["segmentation"] for x in annotations], size, _name_of(dataset_dict)
+        )
         is_usable = torch.tensor([x is not None for x in usable], dtype=torch.bool)
         is_model = torch.tensor([is_from_model(x) for x in annotations], dtype=torch.bool)
         rectangles = box_polygons(annotations)
-        for annotation, mask, before, rectangle in zip(annotations, usable, given, rectangles):
-            if mask is None and before:
-                self._warn_of_empty_mask(dataset_dict)
+        for annotation, mask, rectangle in zip(annotations, usable, rectangles):
             annotation["segmentation"] = rectangle if mask is None else mask
         return is_usable & ~is_model, is_usable & is_model
-
-    def _warn_of_empty_mask(self, dataset_dict: dict) -> None:
-        self._num_empty_masks += 1
-        if _is_power_of_ten(self._num_empty_masks):
-            logger.warning(
-                f"{_name_of(dataset_dict)}: the mask of an object covers nothing of the image; the "
-                f"object is taken as one without a mask (number {self._num_empty_masks} in this "
-                "process, counted each time it is read). tsmask check finds all of them."
-            )
-
-    def _mask_format_for(self, annotations: list[dict]) -> str:
-        has_rle = any(isinstance(x["segmentation"], dict) for x in annotations)
-        if has_rle and self.instance_mask_format != "bitmask":
-            log_first_n(
-                logging.INFO,
-                "Found masks in RLE: images that have one use bitmasks instead of "
-                f"INPUT.MASK_FORMAT {self.instance_mask_format!r}.",
-                name=__name__,
-            )
-        return "bitmask" if has_rle else self.instance_mask_format
 
     @staticmethod
     def _gt_boxes_of(dataset_dict: dict, image_shape: tuple[int, int]) -> Instances:
@@ -275,36 +225,20 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         return instances
 
 
-def _is_power_of_ten(number: int) -> bool:
-    # So that the log has the first, the tenth, the hundredth, ...
-    return str(number).strip("0") == "1"
-
-
 def _name_of(dataset_dict: dict) -> str:
     return f"{dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
 
 
-def _mode_of_image(file_name: str) -> str:
-    # PathManager, as for all files of a dataset, also gets remote ones.
-    with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-        return image.mode
-
-
 def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: str) -> list:
     """
-    Check the segmentations of an image and make RLEs compressed.
-
-    Args:
-        segmentations: of any kind, as a json holds them.
-        size: height and width of the image.
-        where: names the image in messages.
+    Check the segmentations of an image of a size (height, width), and make RLEs compressed.
 
     Returns:
         Polygons, a compressed RLE, or None where there is no mask: none is given (missing, null or
         ``[]``), or it covers nothing of the image.
 
     Raises:
-        InputError: one that is broken.
+        InputError: one that is broken; the sentence begins with ``where``.
     """
     masks = measure_masks(segmentations, np.full((len(segmentations), 2), size))
     usable = []

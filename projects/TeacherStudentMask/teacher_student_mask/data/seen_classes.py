@@ -5,42 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import logging
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
-from tabulate import tabulate
 
-from ..class_splits import AUTO, resolve_seen_classes
-from ..coco_masks import MaskState, is_from_model, measure_masks
+from ..class_splits import AUTO, choose_seen_classes, resolve_seen_classes
+from ..coco_json import check_coco
 from ..errors import InputError
-from .dataset_checks import answer_of_main_process
+from .datasets import answer_of_main_process
 
-__all__ = [
-    "ClassCount",
-    "choose_seen_classes",
-    "count_objects",
-    "resolve_auto_settings",
-    "training_classes",
-    "training_seen_classes",
-]
+__all__ = ["resolve_auto_settings", "training_classes", "training_seen_classes"]
 
 logger = logging.getLogger(__name__)
-
-_MAX_CLASSES_NAMED = 20
-
-
-@dataclass
-class ClassCount:
-    """How many objects, without crowds, the training data have of a class, and human masks."""
-
-    name: str
-    objects: int = 0
-    masks: int = 0
 
 
 def training_classes(cfg: CfgNode) -> list[str]:
@@ -52,8 +30,12 @@ def training_classes(cfg: CfgNode) -> list[str]:
     """
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
-    names = {dataset: _classes_of(dataset) for dataset in cfg.DATASETS.TRAIN}
-    thing_classes = next(iter(names.values()))
+    names = {}
+    for dataset in cfg.DATASETS.TRAIN:
+        if not MetadataCatalog.get(dataset).get("thing_classes"):
+            DatasetCatalog.get(dataset)  # json datasets learn their classes when they are read
+        names[dataset] = list(MetadataCatalog.get(dataset).thing_classes)
+    thing_classes = names[cfg.DATASETS.TRAIN[0]]
     for dataset, classes in names.items():
         if classes != thing_classes:
             raise InputError(
@@ -67,24 +49,17 @@ def training_seen_classes(cfg: CfgNode) -> list[int]:
     """
     Resolve ``DATASETS.SEEN_CLASSES`` for the training data.
 
-    "auto", unless :func:`resolve_auto_settings` has replaced it, is counted here, in this process.
-
     Returns:
         The contiguous ids of the seen classes, sorted.
 
     Raises:
-        InputError: of :func:`training_classes`, :func:`resolve_seen_classes` and
-            :func:`choose_seen_classes`.
+        InputError: of :func:`resolve_auto_settings`, :func:`training_classes` and
+            :func:`resolve_seen_classes`.
     """
-    spec = cfg.DATASETS.SEEN_CLASSES
-    counts = _count_training_data(cfg) if spec == AUTO else []
+    spec = resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES
     thing_classes = training_classes(cfg)
-    if spec == AUTO:
-        names = choose_seen_classes(counts, cfg.DATASETS.MIN_MASKS_PER_CLASS)
-        seen = [i for i, name in enumerate(thing_classes) if name in names]
-    else:
-        seen = resolve_seen_classes(spec, thing_classes)
-    unseen = [name for i, name in enumerate(thing_classes) if i not in set(seen)]
+    seen = resolve_seen_classes(spec, thing_classes)
+    unseen = [name for i, name in enumerate(thing_classes) if i not in seen]
     logger.info(
         f"DATASETS.SEEN_CLASSES {spec!r}: training uses the masks of {len(seen)} classes; of "
         f"{len(unseen)} classes it uses the boxes alone: {', '.join(unseen) or '-'}"
@@ -100,7 +75,7 @@ def resolve_auto_settings(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgN
     the names of the classes. All processes call this; the main one reads, and all get its answer.
 
     Args:
-        cfg: not changed. The datasets of ``DATASETS.TRAIN`` are registered.
+        cfg: not changed. The datasets of ``DATASETS.TRAIN`` are registered; "auto" needs jsons.
         needs_seen_classes: False: leave "auto" as it is, for programs that do not ask.
 
     Returns:
@@ -109,155 +84,59 @@ def resolve_auto_settings(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgN
     Raises:
         InputError: the training data cannot be read, or no class has enough masks.
     """
-    keys = [("DATASETS", "SEEN_CLASSES"), ("TEST", "SEEN_CLASSES")] if needs_seen_classes else []
-    keys = [(node, key) for node, key in keys if cfg[node][key] == AUTO]
-    needs_number = cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0
-    if not keys and not needs_number:
+    specs = (cfg.DATASETS.SEEN_CLASSES, cfg.TEST.SEEN_CLASSES)
+    needs_seen_classes = needs_seen_classes and AUTO in specs
+    if not needs_seen_classes and cfg.MODEL.ROI_HEADS.NUM_CLASSES != 0:
         return cfg
-    num_classes, spec = answer_of_main_process(lambda: _ask_data(cfg, bool(keys)))
+    classes, spec = answer_of_main_process(lambda: _ask_training_data(cfg, needs_seen_classes))
     resolved = cfg.clone()
     resolved.defrost()
-    if needs_number:
-        resolved.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
-    for node, key in keys:
-        resolved[node][key] = spec
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
+        resolved.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+    for node in (resolved.DATASETS, resolved.TEST):
+        if needs_seen_classes and node.SEEN_CLASSES == AUTO:
+            node.SEEN_CLASSES = spec
     if cfg.is_frozen():
         resolved.freeze()
     return resolved
 
 
-def count_objects(
-    dataset_dicts: Iterable[dict],
-    thing_classes: Sequence[str],
-    rectangle_as_box_only: bool = False,
-) -> list[ClassCount]:
-    """
-    Args:
-        dataset_dicts: images in Detectron2's standard dataset format; not changed.
-        thing_classes: names by contiguous id.
-        rectangle_as_box_only: ``INPUT.RECTANGLE_AS_BOX_ONLY``; such masks do not count.
-
-    Returns:
-        One count a class, in their order. Crowds are not counted, nor are masks with
-        ``mask_source`` "model", or masks that cover nothing of their image.
-    """
-    counts = [ClassCount(name) for name in thing_classes]
-    classes, segmentations, sizes, boxes = [], [], [], []
-    for image in dataset_dicts:
-        size = (image.get("height", math.nan), image.get("width", math.nan))
-        for annotation in image.get("annotations", ()):
-            if annotation.get("iscrowd", 0):
-                continue
-            counts[annotation["category_id"]].objects += 1
-            if annotation.get("segmentation") and not is_from_model(annotation):
-                classes.append(annotation["category_id"])
-                segmentations.append(annotation["segmentation"])
-                sizes.append(size)
-                if rectangle_as_box_only:
-                    boxes.append(
-                        BoxMode.convert(
-                            annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS
-                        )
-                    )
-    boxes = np.array(boxes, dtype=np.float64) if boxes else None
-    found = measure_masks(segmentations, np.array(sizes, dtype=np.float64).reshape(-1, 2), boxes)
-    for k, is_counted in zip(classes, (found.state == MaskState.MASK) & ~found.is_rectangle):
-        counts[k].masks += bool(is_counted)
-    return counts
-
-
-def choose_seen_classes(counts: Sequence[ClassCount], min_masks: int) -> list[str]:
-    """
-    The names of the classes with at least ``min_masks`` masks, and a table of all in the log.
-
-    Raises:
-        InputError: no class has so many, or ``min_masks`` is not positive.
-    """
-    if min_masks < 1:
-        raise InputError(f"DATASETS.MIN_MASKS_PER_CLASS is {min_masks}; it must be 1 or more.")
-    seen = [x.name for x in counts if x.masks >= min_masks]
-    by_masks = sorted(counts, key=lambda x: (-x.masks, -x.objects, x.name))
-    if not seen:
-        found = ", ".join(f"{x.name} {x.masks}" for x in by_masks[:_MAX_CLASSES_NAMED])
-        more = len(counts) - _MAX_CLASSES_NAMED
-        raise InputError(
-            f"DATASETS.SEEN_CLASSES is {AUTO!r}, but no class has DATASETS.MIN_MASKS_PER_CLASS "
-            f"{min_masks} masks (crowds and masks of a model do not count). Masks: {found}"
-            f"{f', and {more} classes with no more' if more > 0 else ''}. Lower the number, or "
-            "name the seen classes."
-        )
-    rows = [
-        (x.name, x.objects, x.masks, "seen" if x.masks >= min_masks else "unseen") for x in by_masks
-    ]
-    # Names such as "1e3" are no numbers.
-    table = tabulate(rows, headers=["class", "objects", "masks", "split"], disable_numparse=[0])
-    logger.info(
-        f"DATASETS.SEEN_CLASSES {AUTO!r}: {len(seen)} of {len(counts)} classes have at least "
-        f"DATASETS.MIN_MASKS_PER_CLASS {min_masks} masks in the training data\n{table}"
-    )
-    return seen
-
-
-def _classes_of(dataset: str) -> list[str]:
-    if not MetadataCatalog.get(dataset).get("thing_classes"):
-        DatasetCatalog.get(dataset)  # json datasets learn their classes when they are read
-    return list(MetadataCatalog.get(dataset).thing_classes)
-
-
-def _count_training_data(cfg: CfgNode) -> list[ClassCount]:
-    # In this order each json is read once: reading it makes its classes known.
-    counts = []
-    for dataset in dict.fromkeys(cfg.DATASETS.TRAIN):
-        dataset_dicts = DatasetCatalog.get(dataset)
-        rectangle_as_box_only = cfg.INPUT.RECTANGLE_AS_BOX_ONLY
-        counts.append(count_objects(dataset_dicts, _classes_of(dataset), rectangle_as_box_only))
-    training_classes(cfg)  # all datasets have the same
-    return [
-        ClassCount(
-            of_class[0].name, sum(x.objects for x in of_class), sum(x.masks for x in of_class)
-        )
-        for of_class in zip(*counts)
-    ]
-
-
-def _ask_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[int, str]:
-    """The number of classes, and the seen ones in the form of SEEN_CLASSES."""
-    wanted = [f"DATASETS.SEEN_CLASSES {AUTO!r}"] if needs_seen_classes else []
-    wanted += ["MODEL.ROI_HEADS.NUM_CLASSES 0"] if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0 else []
+def _ask_training_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[list[str], str]:
+    # The classes, and the seen ones in the form of SEEN_CLASSES.
+    wanted = f"DATASETS.SEEN_CLASSES {AUTO!r}" if needs_seen_classes else "NUM_CLASSES 0"
     try:
-        counts = _count_training_data(cfg) if needs_seen_classes else []
-        thing_classes = training_classes(cfg)
-    except (KeyError, OSError, ValueError) as error:
+        classes = training_classes(cfg)
+        if not needs_seen_classes:
+            return classes, ""
+        num_masks = Counter(dict.fromkeys(classes, 0))
+        for dataset in dict.fromkeys(cfg.DATASETS.TRAIN):
+            for x in check_coco(MetadataCatalog.get(dataset).json_file).classes:
+                is_box_only = cfg.INPUT.RECTANGLE_AS_BOX_ONLY
+                num_masks[x.name] += x.masks - (x.rectangles if is_box_only else 0)
+    except (AttributeError, KeyError, OSError, ValueError) as error:
         raise InputError(
-            f"{' and '.join(wanted)} asks the training data, DATASETS.TRAIN "
-            f"{tuple(cfg.DATASETS.TRAIN)}, but: {error} Where these are not at hand, use the "
-            "config.yaml in the OUTPUT_DIR of the training, which has the answers."
+            f"{wanted} asks the training data, DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}, but: "
+            f"{error} Where these are not at hand, use the config.yaml in the OUTPUT_DIR of the "
+            "training, which has the answers."
         ) from error
-    if not needs_seen_classes:
-        return len(thing_classes), ""
-    names = choose_seen_classes(counts, cfg.DATASETS.MIN_MASKS_PER_CLASS)
-    return len(thing_classes), _spec_of(names, thing_classes)
+    min_masks = cfg.DATASETS.MIN_MASKS_PER_CLASS
+    names = choose_seen_classes(num_masks, min_masks)
+    logger.info(
+        f"DATASETS.SEEN_CLASSES {AUTO!r}: {len(names)} of {len(classes)} classes have at least "
+        f"DATASETS.MIN_MASKS_PER_CLASS {min_masks} masks in the training data: {', '.join(names)}"
+    )
+    return classes, _spec_of(names, classes)
 
 
-def _spec_of(names: list[str], thing_classes: list[str]) -> str:
-    """The names in a form that a config can hold and :func:`resolve_seen_classes` understands."""
-    # The second is for what would be a number, a file or one of the named splits; the third for
-    # names that have a comma, or begin or end with a space.
-    specs = [", ".join(names), f", {', '.join(names)},"]
-    for spec in (*specs, f", {json.dumps(names, ensure_ascii=False)}"):
-        try:
-            ast.literal_eval(spec)
-            continue  # a config would read it as a number or a tuple
-        except (SyntaxError, ValueError):
-            pass
+def _spec_of(names: list[str], thing_classes: Sequence[str]) -> str:
+    # In a form that a config can hold and resolve_seen_classes understands.
+    spec = ", ".join(names)
+    try:
+        ast.literal_eval(spec)  # as a config would: a number, or a tuple
+    except (SyntaxError, ValueError):
         try:
             if [thing_classes[i] for i in resolve_seen_classes(spec, thing_classes)] == names:
                 return spec
-        except ValueError:
-            continue
-    if len(names) == len(thing_classes):
-        return "all"
-    raise InputError(
-        f"DATASETS.SEEN_CLASSES {AUTO!r} has chosen {names}, which cannot be written in one line; "
-        "rename the class whose name is unusual."
-    )
+        except InputError:
+            pass
+    return f", {json.dumps(names, ensure_ascii=False)}"

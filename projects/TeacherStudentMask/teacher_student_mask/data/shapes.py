@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import json
-import logging
 import math
 import os
-from collections.abc import Callable
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -16,8 +14,6 @@ from PIL import Image, ImageDraw
 from .datasets import register_partial_coco
 
 __all__ = ["SHAPES_CLASSES", "SHAPES_SEEN_CLASSES", "generate_shapes", "register_shapes"]
-
-logger = logging.getLogger(__name__)
 
 SHAPES_CLASSES = ("crescent", "disk", "heart", "hexagon", "plus", "ring", "square", "star")
 # Half of the classes; the other half is unseen.
@@ -51,7 +47,6 @@ def generate_shapes(
     image_size: int = 96,
     seed: int = 0,
     flat: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """
     Write the dataset in COCO's format: PNG images and a json with modal masks, for two splits.
@@ -71,14 +66,12 @@ def generate_shapes(
         seed: of the whole dataset.
         flat: write ``{train,val}.json`` and all images to ``images/`` instead, as many people have
             their own data.
-        progress: called with (images done, images in all) after each image.
 
     Raises:
         ValueError: an image size below 32.
     """
     if image_size < 32:
         raise ValueError(f"image_size must be at least 32 pixels, got {image_size}.")
-    num_done = 0
     for split_id, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
         names = (
             ("images", f"{split}.json") if flat else (split, f"annotations/instances_{split}.json")
@@ -97,9 +90,6 @@ def generate_shapes(
             )
             for class_id, mask in objects:
                 annotations.append(_annotation(len(annotations) + 1, k + 1, class_id, mask))
-            num_done += 1
-            if progress is not None:
-                progress(num_done, num_train + num_val)
         coco = {
             "info": {"description": f"shapes, seed {seed}, image size {image_size}"},
             "images": images,
@@ -108,7 +98,6 @@ def generate_shapes(
         }
         with open(path, "w", encoding="utf-8") as f:
             json.dump(coco, f)
-        logger.info(f"Wrote {num_images} images with {len(annotations)} objects: {path}")
 
 
 def _annotation(annotation_id: int, image_id: int, class_id: int, mask: np.ndarray) -> dict:

@@ -14,7 +14,6 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -36,7 +35,6 @@ from ..errors import InputError
 
 __all__ = [
     "ResumableTrainLoader",
-    "StreamStart",
     "TrainStream",
     "build_train_loader",
     "preserved_generators",
@@ -49,9 +47,6 @@ _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrai
 
 # For seed_generators: training itself seeds by iteration, under another number.
 _PURPOSE = 0
-
-# How many other images are tried in the place of one that the mapper drops.
-_MAX_REPLACEMENTS = 100
 
 
 def seed_generators(
@@ -85,32 +80,19 @@ def preserved_generators() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-@dataclass(frozen=True)
-class StreamStart:
-    """Where in its stream a rank goes on: with the waiting positions, then from ``num_taken``."""
-
-    num_taken: int = 0
-    # Positions below num_taken in no batch yet: they wait for another of their aspect ratio.
-    waiting: frozenset[int] = frozenset()
-
-    def __contains__(self, position: int) -> bool:
-        return position >= self.num_taken or position in self.waiting
-
-
 class TrainStream(IterableDataset):
     """
     The endless stream of one rank's mapped examples, which numbers its positions from 0.
 
     The example at a position is the same whichever worker of a DataLoader makes it and wherever
-    the stream starts. A mapper that returns None drops the image: another one, of the same side
-    of the aspect-ratio grouping, takes its place.
+    the stream starts: with the waiting positions, then from ``num_taken`` on.
     """
 
     def __init__(
         self,
         dataset_dicts: list[dict],
         sampler: Iterable[int],
-        mapper: Callable[[dict], dict | None],
+        mapper: Callable[[dict], dict],
         *,
         seed: int,
         batch_size: int,
@@ -134,39 +116,39 @@ class TrainStream(IterableDataset):
         if aspect_ratio_grouping:
             self.sizes = np.array([(x["width"], x["height"]) for x in dataset_dicts])
         self.dataset = DatasetFromList(dataset_dicts, copy=False)
-        self.start = StreamStart()
+        self.num_taken = 0
+        # Positions below num_taken in no batch yet: they wait for another of their aspect ratio.
+        self.waiting: set[int] = set()
 
     def after(self, num_batches: int) -> TrainStream:
         """Return what is left of the stream once ``num_batches`` batches were made of it."""
         rest = copy.copy(self)
-        rest.start = self._start_after(num_batches)
-        return rest
-
-    def _start_after(self, num_batches: int) -> StreamStart:
-        # Detectron2's own grouping decides, on sizes alone: no image is read.
         if self.sizes is None:
-            return StreamStart(num_batches * self.batch_size)
-        waiting, num_taken = set(), 0
+            rest.num_taken = num_batches * self.batch_size
+            return rest
+        rest.waiting = set()
 
         def stubs() -> Iterator[dict]:
-            nonlocal num_taken
+            # Detectron2's own grouping decides, on sizes alone: no image is read.
             for position, index in enumerate(self.sampler):
-                num_taken = position + 1
-                waiting.add(position)
+                rest.num_taken = position + 1
+                rest.waiting.add(position)
                 width, height = self.sizes[index]
                 yield {"width": width, "height": height, "position": position}
 
         for batch in islice(AspectRatioGroupedDataset(stubs(), self.batch_size), num_batches):
-            waiting.difference_update(stub["position"] for stub in batch)
-        return StreamStart(num_taken, frozenset(waiting))
+            rest.waiting.difference_update(stub["position"] for stub in batch)
+        return rest
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         # DataLoader asks its workers in turn: for one example when Detectron2 groups them
         # afterwards, otherwise for a batch.
         chunk_size = self.batch_size if self.sizes is None else 1
-        positions = (x for x in enumerate(self.sampler) if x[0] in self.start)
-        for i, (position, index) in enumerate(positions):
+        remaining = (
+            x for x in enumerate(self.sampler) if x[0] >= self.num_taken or x[0] in self.waiting
+        )
+        for i, (position, index) in enumerate(remaining):
             if worker is None or i // chunk_size % worker.num_workers == worker.id:
                 yield self._example(position, index)
 
@@ -177,24 +159,7 @@ class TrainStream(IterableDataset):
             seed_generators(
                 (self.seed, self.rank, position), _PURPOSE, torch.default_generator.manual_seed
             )
-            example = self.mapper(self.dataset[index])
-            return self._replacement(index) if example is None else example
-
-    def _replacement(self, index: int) -> dict:
-        candidates = np.arange(len(self.dataset))
-        if self.sizes is not None:
-            # _start_after counts with the sizes of the images that were drawn.
-            is_wide = self.sizes[:, 0] > self.sizes[:, 1]
-            candidates = np.flatnonzero(is_wide == is_wide[index])
-        others = np.random.permutation(candidates[candidates != index])[:_MAX_REPLACEMENTS]
-        for other in others:
-            example = self.mapper(self.dataset[int(other)])
-            if example is not None:
-                return example
-        raise InputError(
-            f"The mapper dropped {self.dataset[index].get('file_name')} (it returned None), and "
-            f"the {len(others)} other images tried in its place; allowed for a few images alone."
-        )
+            return self.mapper(self.dataset[index])
 
 
 class ResumableTrainLoader:
@@ -225,7 +190,7 @@ class ResumableTrainLoader:
         if iteration > 0:
             logger.info(
                 f"The data goes on where iteration {iteration - 1} left it: this rank has taken "
-                f"{stream.start.num_taken} images, of which {len(stream.start.waiting)} wait for "
+                f"{stream.num_taken} images, of which {len(stream.waiting)} wait for "
                 "another of their aspect ratio."
             )
         # A DataLoader that starts draws a number from PyTorch's generator, which a training that
@@ -237,7 +202,7 @@ class ResumableTrainLoader:
         yield from batches
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> ResumableTrainLoader:
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> ResumableTrainLoader:
     """
     Build the loader of a training with a seed; reads the keys that Detectron2's own reads.
 
@@ -249,30 +214,16 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict | None]) -> R
         An iterable without end over batches, lists of IMS_PER_BATCH / world size examples.
 
     Raises:
-        InputError: no seed, a batch that the ranks cannot share, a sampler that is not known here,
-            or a dataset that is not a list.
+        InputError: no seed, or a sampler that is not known here.
     """
     if cfg.SEED < 0:
         raise InputError(f"SEED must be 0 or more for data in a fixed order, got {cfg.SEED}.")
     batch_size = cfg.SOLVER.IMS_PER_BATCH
-    if batch_size < 1 or batch_size % comm.get_world_size():
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, "
-            f"{comm.get_world_size()}, got {batch_size}."
-        )
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    if not isinstance(dicts, list):
-        raise InputError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} gives a {type(dicts).__name__}; allowed "
-            "are datasets that are lists of dicts, or any of Detectron2's with SEED -1."
-        )
     grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     stream = TrainStream(
         dicts,

@@ -13,8 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
 from ..class_splits import resolve_seen_classes
-from ..coco_json import check_coco, has_mask
-from ..coco_results import prepare_ground_truth
+from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
 from .results_table import results_table

@@ -47,11 +47,8 @@ BOX_TOLERANCE = 1.0
 
 # A polygon needs three points; pycocotools would read four numbers as a box.
 _MIN_COORDINATES = 6
-# What msgspec raises; the latter of texts with half a surrogate pair.
-_NOT_NUMBERS = (msgspec.ValidationError, UnicodeEncodeError)
-
-# Masks, and characters of RLEs, that are measured at a time.
-_CHUNK_MASKS, _CHUNK_CHARACTERS = 2**14, 2**20
+# Masks that are measured at a time.
+_CHUNK_MASKS = 2**14
 # Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
 _MAX_CHARACTERS = 6
 
@@ -123,8 +120,7 @@ def measure_masks(
     Find out what masks are, without pycocotools.
 
     Args:
-        segmentations: n values of "segmentation", of any kind, as json holds them; polygons may be
-            arrays.
+        segmentations: n values of "segmentation", of any kind, as json holds them.
         sizes: (height, width) of the images, shape (n, 2); nan: not known, any will do.
         boxes: XYWH of the objects, shape (n, 4); None: no mask is compared with its box.
     """
@@ -134,83 +130,50 @@ def measure_masks(
     boxes = np.full((num, 4), np.nan) if boxes is None else boxes
     for start in range(0, num, _CHUNK_MASKS):
         part = slice(start, start + _CHUNK_MASKS)
-        _measure_polygons_of(found, segmentations[part], sizes[part], boxes[part], start)
-    rows = [i for i, x in enumerate(segmentations) if type(x) is dict]
-    sized = []
-    for i in rows:
-        size = segmentations[i].get("size")
-        is_known = not np.isnan(sizes[i]).any()
-        if is_known and (type(size) not in (list, tuple) or list(size) != sizes[i].tolist()):
-            found.state[i] = MaskState.WRONG_SIZE
-        else:
-            sized.append(i)
-    counts = [segmentations[i].get("counts") for i in sized]
-    pixels, areas, found.has_empty_run[sized] = _measure_rles(counts)
-    expected = sizes[sized].prod(axis=1)
-    is_sound = (pixels >= 0) & ((pixels == expected) | np.isnan(expected))
-    state = np.where(areas > 0, MaskState.MASK, MaskState.EMPTY)
-    found.state[sized] = np.where(is_sound, state, MaskState.BROKEN_RUNS)
+        views = MeasuredMasks(*(x[part] for x in vars(found).values()))
+        _measure_objects_of_polygons(views, segmentations[part], sizes[part], boxes[part])
+        _measure_rles(views, segmentations[part], sizes[part])
     return found
 
 
-def _measure_polygons_of(
-    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray, start: int
+def _measure_objects_of_polygons(
+    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray
 ) -> None:
-    is_none = [x is None or (type(x) is list and not x) for x in segmentations]
-    rows = [i for i, x in enumerate(segmentations) if not is_none[i] and type(x) is not dict]
-    rows, objects = _read_polygons(rows, [segmentations[i] for i in rows], found.state, start)
+    rows, objects = [], []
+    for i, segmentation in enumerate(segmentations):
+        if segmentation is None or type(segmentation) is dict:
+            continue
+        if type(segmentation) is list and not segmentation:
+            continue
+        try:
+            objects.append(msgspec.convert(segmentation, list[list[float]]))
+            rows.append(i)
+        except (msgspec.ValidationError, UnicodeEncodeError):  # the latter: half a surrogate pair
+            found.state[i] = MaskState.NOT_A_MASK
     polygons = list(chain.from_iterable(objects))
     owners = np.repeat(np.array(rows, dtype=int), [len(x) for x in objects])
     lengths = np.array([len(x) for x in polygons], dtype=int)
     is_short = (lengths < _MIN_COORDINATES) | (lengths % 2 == 1)
-    is_valid = ~is_short
-    extents, areas = measure_polygons([x for x, valid in zip(polygons, is_valid) if valid])
-    found.has_short_polygon[start + owners[is_short]] = True
-    owners = owners[is_valid]
+    found.has_short_polygon[owners[is_short]] = True
+    extents, areas = measure_polygons(valid_polygons(polygons))
+    owners = owners[~is_short]
     limits = sizes[owners, ::-1]
     covers = _covers(extents, areas, limits)
     is_far = extents[:, :2] < -MAX_PIXELS_OUTSIDE
     is_far |= extents[:, 2:] > limits + MAX_PIXELS_OUTSIDE
-    # What is said last holds.
-    state = found.state
-    state[start + np.array(rows, dtype=int)] = MaskState.TOO_SHORT
-    state[start + owners] = MaskState.EMPTY
-    state[start + owners[covers]] = MaskState.MASK
-    state[start + owners[is_far.any(axis=1)]] = MaskState.TOO_FAR
-    state[start + owners[np.isnan(areas)]] = MaskState.NOT_A_MASK
+    # The last state that is set holds.
+    found.state[rows] = MaskState.TOO_SHORT
+    found.state[owners] = MaskState.EMPTY
+    found.state[owners[covers]] = MaskState.MASK
+    found.state[owners[is_far.any(axis=1)]] = MaskState.TOO_FAR
+    found.state[owners[np.isnan(areas)]] = MaskState.NOT_A_MASK
     sides = extents[:, 2:] - extents[:, :2]
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)[owners]
     # A polygon as large as its extents is a rectangle.
     is_rectangle = covers & (areas >= 0.999 * sides.prod(axis=1))
     is_rectangle &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
     is_rectangle &= np.bincount(owners, minlength=len(segmentations))[owners] == 1
-    found.is_rectangle[start + owners[is_rectangle]] = True
-
-
-def _read_polygons(
-    rows: list[int], values: list, state: np.ndarray, start: int
-) -> tuple[list[int], list[list[list[float]]]]:
-    # The rows that are lists of lists of numbers, with these as floats; the others get their state.
-    try:
-        return rows, msgspec.convert(values, list[list[list[float]]])
-    except _NOT_NUMBERS:
-        pass
-    good_rows, good_values = [], []
-    for i, value in zip(rows, values):
-        if isinstance(value, list):  # of numpy's numbers, as functions of datasets may give them
-            value = [_without_numpy(x) for x in value]
-        try:
-            good_values.append(msgspec.convert(value, list[list[float]]))
-            good_rows.append(i)
-        except _NOT_NUMBERS:
-            state[start + i] = MaskState.NOT_A_MASK
-    return good_rows, good_values
-
-
-def _without_numpy(polygon: object) -> object:
-    if isinstance(polygon, list):
-        return [x.item() if isinstance(x, np.generic) else x for x in polygon]
-    return polygon.tolist() if isinstance(polygon, np.ndarray) else polygon
+    found.is_rectangle[owners[is_rectangle]] = True
 
 
 def measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -261,27 +224,34 @@ def _covers(extents: np.ndarray, areas: np.ndarray, limits: object) -> np.ndarra
     return (areas > 0) & ~is_outside.any(axis=1)
 
 
-def _measure_rles(counts: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Pixels of the whole image and of the mask, int64, -1 where the runs cannot be read or one is
-    # negative; and whether a run that is not the first has length 0.
-    pixels, areas = np.full((2, len(counts)), -1, dtype=np.int64)
-    has_empty_run = np.zeros(len(counts), dtype=bool)
-    rows, strings = [], []
-    for i, runs in enumerate(counts):
-        if type(runs) in (str, bytes) and runs:
+def _measure_rles(found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray) -> None:
+    # -1 pixels where the runs cannot be read or one is negative.
+    pixels, areas = np.full((2, len(segmentations)), -1, dtype=np.int64)
+    rows = [i for i, x in enumerate(segmentations) if type(x) is dict]
+    strings = {}
+    for i in rows:
+        counts = segmentations[i].get("counts")
+        if type(counts) in (str, bytes) and counts:
             # Whatever is not ASCII becomes bytes that no RLE has.
-            strings.append(runs if type(runs) is bytes else runs.encode("utf-8", "surrogatepass"))
-            rows.append(i)
-        elif type(runs) is list and set(map(type, runs)) <= {int} and min(runs, default=-1) >= 0:
-            if sum(runs) < MAX_PIXELS:
-                pixels[i], areas[i] = sum(runs), sum(runs[1::2])
-                has_empty_run[i] = 0 in runs[1:]
-    chunk = np.cumsum([0, *map(len, strings)])[:-1] // _CHUNK_CHARACTERS
-    starts = np.flatnonzero(np.diff(chunk, prepend=-1)).tolist()
-    for start, end in zip(starts, [*starts[1:], len(strings)]):
-        index = rows[start:end]
-        pixels[index], areas[index], has_empty_run[index] = _measure_strings(strings[start:end])
-    return pixels, areas, has_empty_run
+            is_text = type(counts) is str
+            strings[i] = counts.encode("utf-8", "surrogatepass") if is_text else counts
+        elif type(counts) is list and set(map(type, counts)) == {int} and min(counts) >= 0:
+            if sum(counts) < MAX_PIXELS:
+                pixels[i], areas[i] = sum(counts), sum(counts[1::2])
+                found.has_empty_run[i] = 0 in counts[1:]
+    if strings:
+        index = list(strings)
+        measured = _measure_strings(list(strings.values()))
+        pixels[index], areas[index], found.has_empty_run[index] = measured
+    for i in rows:
+        size = segmentations[i].get("size")
+        is_known = not np.isnan(sizes[i]).any()
+        if is_known and (type(size) not in (list, tuple) or list(size) != sizes[i].tolist()):
+            found.state[i] = MaskState.WRONG_SIZE
+        elif pixels[i] < 0 or is_known and pixels[i] != sizes[i].prod():
+            found.state[i] = MaskState.BROKEN_RUNS
+        else:
+            found.state[i] = MaskState.MASK if areas[i] > 0 else MaskState.EMPTY
 
 
 def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """
-COCO jsons: read, and checked for training or for evaluation.
+COCO jsons: read, and checked for training or for evaluation, with the files of their images.
 
-Whatever reads a COCO json here, reads it with these functions. Types are checked by msgspec; what
-types cannot say is looked for in numpy, and ``coco_rules.RULES`` says what each problem means.
+Types are checked by msgspec; what types cannot say is looked for in numpy, and ``report.RULES``
+says what each problem means.
 """
 
 from __future__ import annotations
@@ -12,53 +12,31 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 from msgspec import Meta
+from tqdm import tqdm
 
-from .class_splits import AUTO, resolve_seen_classes
-from .coco_masks import (
+from ..class_splits import AUTO, choose_seen_classes, resolve_seen_classes
+from ..errors import InputError
+from .files import paused_gc, problem_of_image, read_json
+from .masks import (
     BOX_TOLERANCE,
-    HUMAN,
     MAX_PIXELS,
     MAX_PIXELS_OUTSIDE,
     MODEL,
     MaskState,
     MeasuredMasks,
-    has_mask,
     is_from_model,
     measure_masks,
-    valid_polygons,
 )
-from .coco_rules import Report, shorten
-from .errors import InputError
-from .image_files import missing_files, read_image_files
-from .json_files import decode_json, paused_gc, read_json, write_json
+from .report import ClassCounts, Report, shorten
 
-__all__ = [
-    "HUMAN",
-    "MIN_MASKS_PER_CLASS",
-    "MODEL",
-    "Box",
-    "Report",
-    "Whole",
-    "check_coco",
-    "check_types",
-    "classes_of",
-    "has_mask",
-    "is_from_model",
-    "read_coco",
-    "read_json",
-    "valid_polygons",
-    "write_json",
-]
-
-# The default of DATASETS.MIN_MASKS_PER_CLASS.
-MIN_MASKS_PER_CLASS = 10
+__all__ = ["Box", "Whole", "check_coco", "check_types", "classes_of", "read_coco"]
 
 # Detectron2's filter_empty_instances: boxes with a side up to this are empty.
 _EMPTY_SIDE = 1e-5
@@ -91,7 +69,6 @@ class _Annotation(TypedDict):
     id: NotRequired[Whole | str]
     iscrowd: NotRequired[bool | Annotated[float, Meta(multiple_of=1, ge=0, le=1)]]
     mask_source: NotRequired[Literal["human", "model"]]
-    keypoints: NotRequired[list[float] | None]
 
 
 class _EvaluatedAnnotation(_Annotation):
@@ -110,12 +87,9 @@ def read_coco(path: str | os.PathLike) -> dict:
     """
     data, report = read_json(path), Report(os.fspath(path))
     if _has_layout(report, data):
-        for key, unit, row_type in (
-            ("images", "image", _Image),
-            ("annotations", "annotation", _Annotation),
-            ("categories", "category", _Category),
-        ):
-            check_types(report, data[key], unit, row_type)
+        check_types(report, data["images"], "image", _Image)
+        check_types(report, data["annotations"], "annotation", _Annotation)
+        check_types(report, data["categories"], "category", _Category)
     for finding in report.errors:
         if finding.rule != "no objects":
             raise InputError(str(finding))
@@ -147,10 +121,9 @@ def check_coco(
     num_classes: int | None = None,
     use: str = "training",
     reads_masks: bool = True,
-    min_masks_per_class: int = MIN_MASKS_PER_CLASS,
+    min_masks_per_class: int = 10,
     check_images: bool = False,
     num_workers: int = 1,
-    progress: Callable[[Iterable, int], Iterable] | None = None,
 ) -> Report:
     """
     Check a COCO json that may have masks on any part of its objects.
@@ -169,28 +142,25 @@ def check_coco(
         use: "training" or "evaluation".
         reads_masks: whether training or evaluation needs the masks.
         min_masks_per_class: masks a class needs to be chosen by ``seen_classes`` "auto".
-        check_images: open every image and read all of it; needs ``image_root``.
+        check_images: open every image of ``image_root`` and read all of it.
         num_workers: processes that read images; 1: this one alone.
-        progress: ``progress(iterable, total)`` gives the items of the iterable and shows how many.
     """
-    if check_images and image_root is None:
-        raise ValueError("check_images needs image_root, the folder of the images.")
     report = Report(os.fspath(json_file), use)
     if data is None:
         try:
-            data = decode_json(json_file)
-        except (OSError, ValueError) as error:
+            data = read_json(json_file)
+        except InputError as error:
             report.add_to_file("content", f"unreadable ({error})")
+            return report
     if use == "evaluation" and isinstance(data, dict) and "annotations" not in data:
         return report
     with paused_gc():
-        if not report.findings and _has_layout(report, data):
+        if _has_layout(report, data):
             images, annotations = data["images"], data["annotations"]
             report.num_images, report.num_annotations = len(images), len(annotations)
-            read_files = partial(read_image_files, num_workers=num_workers, progress=progress)
-            row_of_image, sizes = _check_images(
-                report, images, image_root, read_files if check_images else None
-            )
+            row_of_image, sizes = _check_images(report, images)
+            if image_root is not None:
+                _check_files(report, images, image_root, sizes, check_images, num_workers)
             names = _check_categories(report, data["categories"], num_classes)
             _check_annotations(
                 report,
@@ -223,12 +193,11 @@ def _has_layout(report: Report, data: object) -> bool:
 
 def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> np.ndarray:
     """
-    Add a finding for each field that has values of another type than allowed.
+    Add a finding for each field that has values of another type than the TypedDict allows.
 
     Args:
         rows: n of them; not changed.
         unit: of the report's rules.
-        row_type: a TypedDict.
 
     Returns:
         Which rows have the types they should have, bool, shape (n,).
@@ -257,22 +226,22 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
     return is_good
 
 
-def _check_images(
-    report: Report,
-    images: list[dict],
-    image_root: str | os.PathLike | None,
-    read_files: Callable[[Collection[tuple]], list[dict]] | None,
-) -> tuple[dict[int, int], np.ndarray]:
+def _check_images(report: Report, images: list[dict]) -> tuple[dict[int, int], np.ndarray]:
     # Returns {image id: row}, and (height, width) of each row and of a last one that stands for
     # images that are not there, float64; nan where it is not known.
     is_good = check_types(report, images, "image", _Image)
     sizes = np.full((len(images) + 1, 2), np.nan)
     for i in np.flatnonzero(is_good).tolist():
         sizes[i] = images[i]["height"], images[i]["width"]
-    row_of, is_repeated = {}, np.zeros(len(images), dtype=bool)
+    row_of, row_of_name = {}, {}
+    is_repeated, is_name, is_same_file = np.zeros((3, len(images)), dtype=bool)
     for i, image in enumerate(images):
         if type(image.get("id")) in (int, float):
             is_repeated[i] = row_of.setdefault(image["id"], i) != i
+        name = image.get("file_name")
+        if type(name) is str and name:
+            is_name[i] = True
+            is_same_file[i] = row_of_name.setdefault(name, i) != i
     report.add("image id twice", images, is_repeated)
     report.add(
         "large image",
@@ -280,35 +249,55 @@ def _check_images(
         sizes[:-1].prod(axis=1) >= MAX_PIXELS,
         lambda i: " x ".join(str(int(x)) for x in sizes[i]),
     )
-    names = [x.get("file_name") for x in images]
-    is_name = np.array([type(x) is str and bool(x) for x in names], dtype=bool)
     report.add("image.file_name", images, ~is_name)
-    first = {}
-    is_repeated = [good and first.setdefault(names[i], i) != i for i, good in enumerate(is_name)]
-    report.add("file twice", images, is_repeated)
-    if image_root is None:
-        return row_of, sizes
+    report.add("file twice", images, is_same_file)
+    return row_of, sizes
+
+
+def _check_files(
+    report: Report,
+    images: list[dict],
+    image_root: str | os.PathLike,
+    sizes: np.ndarray,
+    reads_files: bool,
+    num_workers: int,
+) -> None:
     if not os.path.isdir(image_root):
         report.add_to_file("image root", repr(os.fspath(image_root)))
-        return row_of, sizes
-    paths = {i: os.path.join(image_root, names[i]) for i in np.flatnonzero(is_name).tolist()}
-    missing = missing_files(paths.values())
+        return
+    # One listing a folder, as folders may be far away.
+    files_in: dict[str, set[str]] = {}
+    is_missing, jobs = np.zeros(len(images), dtype=bool), {}
+    for i, image in enumerate(images):
+        if type(image.get("file_name")) is not str or not image["file_name"]:
+            continue
+        path = os.path.join(image_root, image["file_name"])
+        folder, name = os.path.split(path)
+        if folder not in files_in:
+            files_in[folder] = set()
+            # No such folder, or a name with characters that no folder has.
+            with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+                files_in[folder] = {entry.name for entry in entries if entry.is_file()}
+        is_missing[i] = name not in files_in[folder]
+        if not is_missing[i] and not np.isnan(sizes[i]).any():
+            jobs[i] = (path, *sizes[i].astype(int).tolist())
     where = f" (looked for in {os.fspath(image_root)!r})"
-    is_missing = [paths.get(i) in missing for i in range(len(images))]
-    report.add("missing file", images, is_missing, lambda i: shorten(names[i]) + where)
-    if read_files is not None:
-        # What has no size has been told already.
-        has_size = ~np.isnan(sizes).any(axis=1)
-        jobs = {
-            i: (path, *sizes[i].astype(int).tolist())
-            for i, path in paths.items()
-            if has_size[i] and path not in missing
-        }
-        problems = dict(zip(jobs, read_files(jobs.values())))
-        for kind in ("unreadable", "size", "depth", "orientation", "colour"):
-            is_bad = [kind in problems.get(i, ()) for i in range(len(images))]
-            report.add(kind, images, is_bad, lambda i, kind=kind: problems[i][kind])
-    return row_of, sizes
+    report.add(
+        "missing file", images, is_missing, lambda i: shorten(images[i]["file_name"]) + where
+    )
+    if not reads_files or not jobs:
+        return
+    with contextlib.ExitStack() as stack:
+        if num_workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
+            answers = pool.map(problem_of_image, *zip(*jobs.values()), chunksize=32)
+        else:
+            answers = map(problem_of_image, *zip(*jobs.values()))
+        progress = tqdm(answers, "Images", total=len(jobs), unit="image")
+        problems = {i: problem for problem, i in zip(progress, jobs) if problem is not None}
+    for kind in ("unreadable", "depth", "size", "colour", "orientation"):
+        is_bad = [i in problems and problems[i][0] == kind for i in range(len(images))]
+        report.add(kind, images, is_bad, lambda i: problems[i][1])
 
 
 def _check_categories(
@@ -354,13 +343,11 @@ def _check_annotations(
     category = np.array([class_of.get(x["category_id"], -1) for x in rows], dtype=int)
     find("unknown image", image < 0)
     find("annotation.category_id", category < 0)
-    ids = [x.get("id") for x in rows]
-    find("annotation without id", [x is None for x in ids])
-    if len(set(ids)) < len(ids):
-        counts = Counter(ids)
-        find("annotation id twice", [x is not None and counts[x] > 1 for x in ids])
+    counts = Counter(x["id"] for x in rows if x.get("id") is not None)
+    find("annotation without id", [x.get("id") is None for x in rows])
+    find("annotation id twice", [counts[x.get("id")] > 1 for x in rows])
     boxes = np.array([x["bbox"] for x in rows], dtype=np.float64).reshape(-1, 4)
-    left_out = _check_boxes(find, boxes, sizes[image])
+    is_left_out = _check_boxes(find, boxes, sizes[image])
 
     is_crowd = np.array([bool(x.get("iscrowd", 0)) for x in rows], dtype=bool)
     is_model = np.array([is_from_model(x) for x in rows], dtype=bool)
@@ -376,39 +363,41 @@ def _check_annotations(
             find("mask of a model", is_model & ~is_lacking, lambda i: num)
         return
     is_human = is_mask & ~is_crowd & ~is_model
-    is_known = is_human & (image >= 0) & (category >= 0)
-    num_masks = np.bincount(category[is_known], minlength=len(names))
-    is_seen = _resolve_seen(report, list(names.values()), seen_classes, num_masks, min_masks)
+
+    def count(is_counted: np.ndarray) -> list[int]:
+        # Of each class; the unknown class -1 comes first, and is left away.
+        return np.bincount(category[is_counted] + 1, minlength=len(names) + 1)[1:].tolist()
+
+    num_masks = dict(zip(names.values(), count(is_human & (image >= 0))))
+    is_seen = _resolve_seen(report, num_masks, seen_classes, min_masks)
     # Crowds are left out, and unseen classes lose their masks, unless a model made them.
     is_read = np.full(len(rows), reads_masks)
     if is_seen is not None:
         is_read &= (np.append(is_seen, False)[category] | is_model) & ~is_crowd
     _check_masks(find, masks, is_read)
-    left_out["all polygons too short"] = masks.state == MaskState.TOO_SHORT
-    left_out["mask without a pixel"] = masks.state == MaskState.EMPTY
-    columns = {
-        "masks": is_human,
-        "model_masks": is_mask & ~is_crowd & is_model,
-        "boxes_only": ~is_mask & ~is_crowd,
-        "crowd": is_crowd,
-        "rectangles": masks.is_rectangle & is_human,
+    numbers = {
+        "masks": count(is_human),
+        "model_masks": count(is_mask & ~is_crowd & is_model),
+        "boxes_only": count(~is_mask & ~is_crowd),
+        "crowd": count(is_crowd),
+        "rectangles": count(masks.is_rectangle & is_human),
+        "left_out": count(is_left_out & ~is_crowd),
     }
-    left_out = {reason: marked & ~is_crowd for reason, marked in left_out.items()}
-    report.count_classes(category, names, is_seen, columns, left_out)
+    for k, (category_id, name) in enumerate(names.items()):
+        seen = None if is_seen is None else bool(is_seen[k])
+        of_class = {key: x[k] for key, x in numbers.items()}
+        report.classes.append(ClassCounts(name, category_id, seen, **of_class))
+    _check_classes(report)
     if rows and is_crowd.all():
         report.add_to_file("no objects", "nothing but crowds")
-    counts = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
-    describe = "a list of {} objects".format
-    report.add("many objects", images, counts > _MANY_OBJECTS, lambda i: describe(counts[i]))
+    num_objects = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
+    is_many = num_objects > _MANY_OBJECTS
+    report.add("many objects", images, is_many, lambda i: f"a list of {num_objects[i]} objects")
 
 
-def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    # Returns the objects that training leaves out, by the reason, bool of shape (n,).
+def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    # Returns which objects training leaves out, bool of shape (n,).
     limits = sizes[:, ::-1]
-    is_bad = ~np.isfinite(boxes).all(axis=1)
-    find("annotation.bbox", is_bad)
-    is_negative = (boxes[:, 2:] < 0).any(axis=1) & ~is_bad
-    find("negative box", is_negative)
     # As Detectron2 computes them, in 32 bits.
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
@@ -416,54 +405,66 @@ def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> dict[s
         low32, high32 = low.astype(np.float32), high.astype(np.float32)
         is_empty = (high32 - low32 <= _EMPTY_SIDE).any(axis=1)
         inside = np.minimum(high32, limits) - np.maximum(low32, 0)
-    told = is_bad | is_negative
     found = {
+        "annotation.bbox": ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1),
         "far box": is_far,
         "box without area": is_empty,
         "box outside its image": (inside <= _EMPTY_SIDE).any(axis=1),
         "box reaches out": ((low < -BOX_TOLERANCE) | (high > limits + BOX_TOLERANCE)).any(axis=1),
     }
+    is_told = np.zeros(len(boxes), dtype=bool)
     for rule in found:
-        found[rule] = found[rule] & ~told
+        found[rule] &= ~is_told
         find(rule, found[rule])
-        told = told | found[rule]
-    return {rule: found[rule] for rule in ("box without area", "box outside its image")}
+        is_told |= found[rule]
+    return found["box without area"] | found["box outside its image"]
 
 
 def _check_masks(find: Callable, masks: MeasuredMasks, is_read: np.ndarray) -> None:
-    unread = "training does not read this mask, of a crowd or an unseen class"
-    for rule, state in (
-        ("not a mask", MaskState.NOT_A_MASK),
-        ("far polygon", MaskState.TOO_FAR),
-        ("RLE of another size", MaskState.WRONG_SIZE),
-        ("broken runs", MaskState.BROKEN_RUNS),
-    ):
-        is_bad = masks.state == state
-        find(rule, is_bad & is_read)
-        find(rule, is_bad & ~is_read, None, unread)
+    find("not a mask", (masks.state == MaskState.NOT_A_MASK) & is_read)
+    find("far polygon", (masks.state == MaskState.TOO_FAR) & is_read)
+    find("RLE of another size", (masks.state == MaskState.WRONG_SIZE) & is_read)
+    find("broken runs", (masks.state == MaskState.BROKEN_RUNS) & is_read)
+    find("unread mask", (masks.state >= MaskState.NOT_A_MASK) & ~is_read)
     find("short polygon", masks.has_short_polygon)
     find("mask without a pixel", masks.state == MaskState.EMPTY)
 
 
 def _resolve_seen(
-    report: Report, names: list[str], spec: str | None, num_masks: np.ndarray, min_masks: int
+    report: Report, num_masks: dict[str, int], spec: str | None, min_masks: int
 ) -> np.ndarray | None:
     # Bool of shape (number of classes,); None where all masks are to be taken for read.
     if spec is None or any(x.unit == "category" for x in report.errors):
         return None
-    if spec != AUTO:
-        try:
-            return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
-        except (ValueError, OSError) as error:
-            report.add_to_file("seen classes", repr(spec), str(error).rstrip("."))
-            return None
-    if (num_masks >= min_masks).any():
-        return num_masks >= min_masks
-    most = sorted(zip(num_masks.tolist(), names), reverse=True)[:5]
-    remedy = (
-        f"no class has {min_masks} masks, DATASETS.MIN_MASKS_PER_CLASS (crowds and masks of a "
-        f"model do not count; the most masks: {', '.join(f'{name} {num}' for num, name in most)})"
-        "; lower the number, or name the classes"
+    names = list(num_masks)
+    try:
+        if spec == AUTO:
+            return np.isin(names, choose_seen_classes(num_masks, min_masks))
+        return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
+    except (ValueError, OSError) as error:
+        report.add_to_file("seen classes", repr(spec), str(error).rstrip("."))
+        return None
+
+
+def _check_classes(report: Report) -> None:
+    classes = report.classes
+    rows = [{"id": x.category_id} for x in classes]
+    report.add(
+        "mostly rectangles",
+        rows,
+        [2 * x.rectangles > x.masks for x in classes],
+        lambda k: f"{classes[k].name!r}, a class with {classes[k].masks} masks, "
+        f"{classes[k].rectangles} of them the box itself",
     )
-    report.add_to_file("seen classes", repr(AUTO), remedy)
-    return None
+    if all(x.is_seen is None or not x.num_objects for x in classes):
+        return
+    if not any(x.masks for x in classes if x.is_seen):
+        report.add_to_file("no seen mask", "classes without any mask")
+        return
+    report.add(
+        "seen without mask",
+        rows,
+        [x.is_seen and not x.masks for x in classes],
+        lambda k: f"{classes[k].name!r}, a class with {classes[k].num_objects} objects and no "
+        "human mask",
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 from typing import Annotated, NotRequired, TypedDict
 
@@ -13,22 +12,13 @@ import pycocotools.mask as mask_util
 from msgspec import Meta
 from pycocotools.coco import COCO
 
-from .coco_json import Box, Whole, check_coco, check_types
-from .coco_masks import (
-    BOX_TOLERANCE,
-    MaskState,
-    compress_mask,
-    has_mask,
-    measure_masks,
-    valid_polygons,
-)
-from .coco_rules import Finding, Report
-from .errors import InputError
-from .json_files import paused_gc, read_json
+from ..errors import InputError
+from .checks import Box, Whole, check_coco, check_types
+from .files import read_json
+from .masks import MaskState, compress_mask, has_mask, measure_masks, valid_polygons
+from .report import Finding, Report
 
 __all__ = ["load_ground_truth", "load_results", "prepare_ground_truth"]
-
-logger = logging.getLogger(__name__)
 
 
 class _Entry(TypedDict):
@@ -65,7 +55,7 @@ def load_ground_truth(
     coco.annotation_file = os.fspath(json_file)
     if isinstance(coco.dataset, dict):
         coco.dataset.setdefault("annotations", None)  # an error here
-    report = _prepare(coco, coco.annotation_file, reads_masks)
+    report = prepare_ground_truth(coco, coco.annotation_file, reads_masks)
     annotations = coco.dataset["annotations"]
     if reads_masks and annotations and not any(map(has_mask, annotations)):
         raise InputError(f"{coco.annotation_file}: no annotation has a mask, which mask AP needs.")
@@ -74,7 +64,7 @@ def load_ground_truth(
     return coco
 
 
-def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> None:
+def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Report:
     """
     Check annotations and complete them in place.
 
@@ -86,14 +76,12 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> None:
         json_file: the name of the file, for messages.
         reads_masks: whether masks are evaluated.
 
+    Returns:
+        The findings of the checks, without errors.
+
     Raises:
         InputError: the sentence of the first error of the checks; all are logged.
     """
-    _prepare(coco, json_file, reads_masks)
-
-
-@paused_gc()
-def _prepare(coco: COCO, json_file: str, reads_masks: bool) -> Report:
     report = check_coco(json_file, data=coco.dataset, use="evaluation", reads_masks=reads_masks)
     report.raise_on_error()
     for image in coco.dataset["images"]:
@@ -112,7 +100,6 @@ def _prepare(coco: COCO, json_file: str, reads_masks: bool) -> Report:
     is_usable = all(type(x["id"]) is int and x["id"] > 0 for x in annotations)
     if not is_usable:
         # COCOeval stores the id of the matched object and reads 0 as "not matched".
-        logger.info("Annotation ids are not all positive integers; numbering them from 1.")
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
     if not is_usable or not coco.anns:
@@ -121,7 +108,6 @@ def _prepare(coco: COCO, json_file: str, reads_masks: bool) -> Report:
     return report
 
 
-@paused_gc()
 def load_results(
     path: str | os.PathLike, coco: COCO, warnings: list[Finding] | None = None
 ) -> list[dict]:
@@ -147,67 +133,51 @@ def load_results(
     report = Report(os.fspath(path), "evaluation")
     entries = read_json(path)
     if type(entries) is not list or not set(map(type, entries)) <= {dict}:
-        allowed = 'a list of {"image_id", "category_id", "segmentation", "score"}'
-        hint = (
-            "; this is a ground truth" if isinstance(entries, dict) and "images" in entries else ""
+        is_ground_truth = isinstance(entries, dict) and "images" in entries
+        raise InputError(
+            f"{report.file}: the content is a {type(entries).__name__}"
+            f"{'; this is a ground truth' if is_ground_truth else ''}; allowed: a list of "
+            '{"image_id", "category_id", "segmentation", "score"}.'
         )
-        kind = type(entries).__name__
-        raise InputError(f"{report.file}: the content is a {kind}{hint}; allowed: {allowed}.")
-    if not entries:
-        report.add_to_file("no entries", "empty")
     check_types(report, entries, "entry", _Entry)
-    _raise_first(report)
+    report.raise_on_error()
     image_ids = [int(x["image_id"]) for x in entries]
     category_ids = [int(x["category_id"]) for x in entries]
     report.add("entry.image_id", entries, [x not in coco.imgs for x in image_ids])
     is_unknown = [x not in coco.cats for x in category_ids]
-    hint = "they seem to be class numbers in place of category ids"
     is_numbers = any(is_unknown) and max(category_ids) <= len(coco.cats)
-    report.add(
-        "entry.category_id",
-        entries,
-        is_unknown,
-        lambda i: f"{category_ids[i]}{f' ({hint})' if is_numbers else ''}",
-    )
+    hint = " (they seem to be class numbers in place of category ids)" if is_numbers else ""
+    report.add("entry.category_id", entries, is_unknown, lambda i: f"{category_ids[i]}{hint}")
     scores = np.array([x["score"] for x in entries], dtype=np.float64)
     report.add("entry.score", entries, ~np.isfinite(scores))
-    _raise_first(report)
+    report.raise_on_error()
 
     sizes = [(coco.imgs[x]["height"], coco.imgs[x]["width"]) for x in image_ids]
     segmentations = [x.get("segmentation") for x in entries]
     masks = measure_masks(segmentations, np.array(sizes).reshape(-1, 2))
     is_usable = (masks.state == MaskState.MASK) | (masks.state == MaskState.EMPTY)
     report.add("entry.segmentation", entries, ~is_usable)
-    _raise_first(report)
+    report.raise_on_error()
     rles = [
         compress_mask(*of_one) for of_one in zip(segmentations, sizes, masks.has_empty_run.tolist())
     ]
     areas = np.array([mask_util.area(x) for x in rles], dtype=np.float64)
     boxes = [x.get("bbox") for x in entries]
-    is_without = [x is None for x in boxes]
     boxes = [mask_util.toBbox(rle).tolist() if x is None else x for x, rle in zip(boxes, rles)]
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     is_box = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
     report.add("entry.bbox", entries, ~is_box)
-    _raise_first(report)
+    report.raise_on_error()
 
+    if not entries:
+        report.add_to_file("no entries", "empty")
     report.add("empty entry", entries, areas == 0)
-    report.add("unusual score", entries, (scores < 0) | (scores > 1))
-    report.add("entry without box", entries, is_without)
-    limits = np.array(sizes, dtype=np.float64).reshape(-1, 2)[:, ::-1] + BOX_TOLERANCE
-    is_outside = (boxes[:, :2] < -BOX_TOLERANCE) | (boxes[:, :2] + boxes[:, 2:] > limits)
-    report.add("entry reaches out", entries, is_outside.any(axis=1))
     keys = zip(image_ids, category_ids, scores.tolist(), [x["counts"] for x in rles])
-    seen = set()
-    report.add("entry twice", entries, [x in seen or seen.add(x) is not None for x in keys])
+    known = set()
+    report.add("entry twice", entries, [x in known or known.add(x) is not None for x in keys])
     report.log()
     if warnings is not None:
         warnings.extend(report.warnings)
     names = ("image_id", "category_id", "score", "bbox", "segmentation", "area")
     columns = (image_ids, category_ids, scores.tolist(), boxes.tolist(), rles, areas.tolist())
     return [dict(zip(names, values)) for values in zip(*columns)]
-
-
-def _raise_first(report: Report) -> None:
-    for finding in report.errors:
-        raise InputError(str(finding))
