@@ -24,10 +24,6 @@ examples:
   8 GPUs, or 8 processes on a machine without a GPU:
     tsmask complete --num-gpus 8 ...
 
-  two machines with a common disk for the output:
-    tsmask complete --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://first:5000 ...
-    tsmask complete --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://first:5000 ...
-
   GrabCut's masks for the baseline Mask GrabCut, after those of unseen classes have been taken out:
     tsmask edit strip data/train.json output/stripped.json --seen-classes voc
     tsmask complete --grabcut --annotations output/stripped.json --image-root data/images \\
@@ -86,10 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--resume", action="store_true", help="go on with what an interrupted run has finished")
     add("--force", action="store_true", help="replace files that exist, and begin anew")
-    add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine")
-    add("--num-machines", type=int, default=1, metavar="N", help="machines in all")
-    add("--machine-rank", type=int, default=0, metavar="K", help="number of this one, from 0 on")
-    add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0")
+    text = "one a GPU, or on the CPU"
+    add("--num-gpus", dest="num_processes", type=int, default=1, metavar="PROCESSES", help=text)
     add(
         "--opts",
         nargs=argparse.REMAINDER,
@@ -107,17 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
     setup_logger(name="teacher_student_mask")
     names = [x.name for x in dataclasses.fields(CompletionSettings)]
-    settings = CompletionSettings(**{name: getattr(args, name) for name in names})
-    summary = complete_dataset(
-        settings,
-        num_processes=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-    )
-    if summary is None:
-        return
-    print(summary)
+    print(complete_dataset(CompletionSettings(**{name: getattr(args, name) for name in names})))
     print(f"Written: {args.output}")
     if args.ranking:
         print(f"What people should look at first: {args.ranking}")
