@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -124,6 +124,7 @@ def complete_dataset(settings: CompletionSettings) -> str:
     finished = _read_shards(shards, header)
     tasks = _image_tasks(data, settings)
     todo = [x for x in tasks if "objects" not in finished.get(x["number"], {})]
+    settings = replace(settings, num_processes=min(settings.num_processes, len(todo)))
     # A shard of an interrupted run may end with half a line, so each run has its own.
     args = settings, todo, header, data["categories"], len(shards)
     if todo and settings.num_processes == 1:
