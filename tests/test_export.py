@@ -1,6 +1,5 @@
 """The exported student finds the same, in other sizes and without this project."""
 
-import contextlib
 import json
 import re
 
@@ -244,12 +243,6 @@ def test_what_finds_something_else_is_not_written(tmp_path, monkeypatch, kind):
     assert not (tmp_path / "exported").exists()
 
 
-def test_nothing_found_is_said(tmp_path):
-    trained = trained_student("mask_rcnn.yaml", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
-    reports = export_student(trained, tmp_path, ["torchscript"])
-    assert "Nothing was found on them, so give images" in reports["model.ts"]
-
-
 def test_our_mask_head_with_one_deconvolution_is_detectron2s(tmp_path):
     head = ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
     write_small_student(tmp_path, "mask_rcnn.yaml", *head)
@@ -335,13 +328,3 @@ def test_comparing_by_hand(others, words):
         report = f"something else {error}"
     assert report.startswith("something else") == words.startswith("something else")
     assert re.search(f"2 objects on 1 images, {words.removeprefix('something else.* ')}", report)
-
-
-@pytest.mark.parametrize("others, is_good", [(99, True), (98, False)])
-def test_few_objects_may_lack_a_counterpart(others, is_good):
-    boxes = np.arange(400, dtype=np.float32).reshape(100, 4)
-    objects = (boxes, np.ones(100), np.ones(100), np.zeros((100, 4, 4)))
-    fewer = tuple(x[:others] for x in objects)
-    context = contextlib.nullcontext() if is_good else pytest.raises(export.InputError)
-    with context:
-        compare(lambda _: objects, lambda _: fewer, [torch.zeros(3, 8, 8)])

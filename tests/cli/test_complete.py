@@ -68,16 +68,11 @@ def run(dataset, tiny_cfg, tmp_path, capsys):
     return _run
 
 
-@pytest.fixture
 def write(dataset, tmp_path):
-    """Return ``write()``: the path of a json with what ``dataset.data`` holds now."""
-
-    def _write():
-        path = tmp_path / "changed.json"
-        path.write_text(json.dumps(dataset.data))
-        return path
-
-    return _write
+    """The path of a json with what ``dataset.data`` holds now."""
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(dataset.data))
+    return path
 
 
 def annotations_of(path):
@@ -227,12 +222,10 @@ def test_a_broken_image_stops_the_run_or_is_left_out(run, dataset, tmp_path):
     assert made_in(tmp_path / "out.json") == TARGETS
 
 
-def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(
-    run, dataset, write, tmp_path
-):
+def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(run, dataset, tmp_path):
     dataset.data["annotations"][3]["bbox"] = [5, 5, 0, 9]
     dataset.data["annotations"][8]["bbox"] = [500, 5, 5, 9]
-    code, text = run("--rank", tmp_path / "r.csv", annotations=write())
+    code, text = run("--rank", tmp_path / "r.csv", annotations=write(dataset, tmp_path))
     assert code == 0 and "2 objects have no mask: the box has no area inside the image" in text
     made = annotations_of(tmp_path / "out.json")
     assert made[104] == dataset.data["annotations"][3]
@@ -252,7 +245,7 @@ def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(
     assert {x["file_name"] for x in rows} == {"mixed.png", "unseen.png"}
 
 
-def test_classes_are_found_by_their_names(run, dataset, write, tmp_path):
+def test_classes_are_found_by_their_names(run, dataset, tmp_path):
     run(out="first.json")
     # The ids of ant and ship change places, in the categories and in the annotations.
     swapped = {3: 90, 90: 3}
@@ -260,11 +253,11 @@ def test_classes_are_found_by_their_names(run, dataset, write, tmp_path):
         x["id"] = swapped.get(x["id"], x["id"])
     for x in dataset.data["annotations"]:
         x["category_id"] = swapped.get(x["category_id"], x["category_id"])
-    assert run(annotations=write())[0] == 0
+    assert run(annotations=write(dataset, tmp_path))[0] == 0
     first, out = (annotations_of(tmp_path / x) for x in ("first.json", "out.json"))
     assert all(out[i]["segmentation"] == first[i]["segmentation"] for i in TARGETS)
     dataset.data["categories"].append({"id": 91, "name": "dog"})
-    code, text = run("--force", annotations=write())
+    code, text = run("--force", annotations=write(dataset, tmp_path))
     assert code == 1 and "categories dog, which are not classes of the model: ant, cat" in text
 
 

@@ -65,12 +65,9 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
     if not root.is_dir():
         root = Path(settings["path"])  # from the current folder
     entries = settings[split] if isinstance(settings[split], list) else [settings[split]]
-    places = [root / str(x) for x in entries]
     # Exports of Roboflow begin with "../" too much; Ultralytics does the same.
-    places = [
-        place if place.exists() else root / str(entry).removeprefix("../")
-        for place, entry in zip(places, entries)
-    ]
+    choices = [(root / str(x), root / str(x).removeprefix("../")) for x in entries]
+    places = [given if given.exists() else other for given, other in choices]
     images = sorted(x for place in places for x in _yolo_images(place, root))
     if not any(_yolo_labels(image).is_file() for image in images):
         what = f"{len(images)} images of {split!r}, {', '.join(map(str, places))}"
@@ -87,13 +84,13 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
         for number, line in enumerate(read_text(labels).splitlines(), start=1):
             if line.strip():
                 _add_yolo_line(dataset, line, f"{labels}, line {number}", size)
-    for place in filter(Path.is_dir, places):
-        found = set(files_in(_yolo_labels(place / "any.png").parent, (".txt",)))
-        # Programs for labelling leave a list of the class names beside the labels.
-        orphans = [x for x in found.difference(map(_yolo_labels, images)) if x.stem != "classes"]
-        if orphans:
-            note = f"txts with labels have no image and were left out, such as {min(orphans)}"
-            dataset.notes[note] = len(orphans)
+    folders = {_yolo_labels(x / "any.png").parent for x in places if x.is_dir()}
+    found = {x for folder in folders for x in files_in(folder, (".txt",))}
+    # Programs for labelling leave a list of the class names beside the labels.
+    orphans = [x for x in found.difference(map(_yolo_labels, images)) if x.stem != "classes"]
+    if orphans:
+        note = f"txts with labels have no image and were left out, such as {min(orphans)}"
+        dataset.notes[note] = len(orphans)
     return dataset
 
 
@@ -136,9 +133,8 @@ def _add_yolo_line(dataset: ImportedDataset, line: str, where: str, size: tuple[
     is_box = len(values) == 4
     if not is_box and (len(values) < 6 or len(values) % 2):
         raise InputError(
-            f"{where}: {len(values)} numbers behind the class; allowed: 4 of a box (center x, "
-            "center y, width, height), or x and y of at least 3 points of an outline. A confidence "
-            "at the end must be taken out."
+            f"{where}: {len(values)} numbers behind the class; allowed: 4 of a box, or x and y of "
+            "at least 3 points of an outline. A confidence at the end must be taken out."
         )
     if not all(-_TOLERANCE <= x <= 1 + _TOLERANCE for x in values):  # nan fails, too
         allowed = "coordinates in [0, 1], fractions of the width and height of the image"
@@ -381,7 +377,12 @@ def _import_cvat_xml(path: Path, image_root: Path | None) -> ImportedDataset:
         for number, shapes in enumerate(objects.values()):
             here = f"{where}, object {number}"
             category_id = dataset.category_id(shapes[0].get("label", "").strip(), here)
-            boxes = [_read_cvat_box(x, here, dataset.notes) for x in shapes if x.tag == "box"]
+            boxes = []
+            for shape in filter(lambda x: x.tag == "box", shapes):
+                texts = [shape.get(x) for x in ("xtl", "ytl", "xbr", "ybr")]
+                rotation = number_or_nan(shape.get("rotation", "0"))
+                corners = _read_corners(texts, here, "the box")
+                boxes.append(_box_around(corners, rotation, dataset.notes))
             outlines = [re.split("[,;]", x.get("points", "")) for x in shapes if x.tag == "polygon"]
             polygons = [to_outline(x, here) for x in outlines]
             masks = [_read_cvat_mask(x, size, here) for x in shapes if x.tag == "mask"]
@@ -389,15 +390,10 @@ def _import_cvat_xml(path: Path, image_root: Path | None) -> ImportedDataset:
     return dataset
 
 
-def _read_cvat_box(shape: Element, where: str, notes: Counter) -> np.ndarray:
-    texts = [shape.get(x) for x in ("xtl", "ytl", "xbr", "ybr")]
-    corners, rotation = _read_corners(texts, where, "the box"), shape.get("rotation", "0")
-    is_turned = number_or_nan(rotation) % 360 > 0
-    return _box_around(corners, float(rotation), notes) if is_turned else corners
-
-
 def _box_around(corners: np.ndarray, degrees: float, notes: Counter) -> np.ndarray:
     """The upright box around one, [[left, top], [right, bottom]], turned about its middle."""
+    if not degrees % 360 > 0:  # nan, too
+        return corners
     cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
     half = np.array([[cosine, sine], [sine, cosine]]) @ (corners[1] - corners[0]) / 2
     middle = corners.mean(axis=0)

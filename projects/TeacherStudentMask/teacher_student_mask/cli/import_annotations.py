@@ -11,8 +11,7 @@ examples:
   tsmask import cvat annotations/instances_default.json --output train.json
   tsmask import lvis lvis_v1_train.json --output train.json
 
-The COCO json of Label Studio needs no import, nor does that of CVAT without brush masks and turned
-boxes: name it in DATASETS.TRAIN.
+The COCO json of Label Studio needs no import: name it in DATASETS.TRAIN.
 
 labelme and voc name classes in each file: without --classes, the ids follow the alphabet of those
 that occur, so training and test data get the same ids only if both have objects of all classes.
@@ -47,20 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a parser for each format, with the options that it has."""
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
     for name, (metavar, text) in _FORMATS.items():
-        one = formats.add_parser(name, help=text, description=text)
-        one.add_argument("input", metavar=metavar, type=Path)
-        one.add_argument("--output", required=True, type=Path, metavar="OUT.json")
-        one.add_argument("--force", action="store_true", help="replace an OUT.json that exists")
+        add = formats.add_parser(name, help=text, description=text).add_argument
+        add("input", metavar=metavar, type=Path)
+        add("--output", required=True, type=Path, metavar="OUT.json")
+        add("--force", action="store_true", help="replace an OUT.json that exists")
         if name == "yolo":
-            one.add_argument("--split", default="train", metavar="KEY", help="of data.yaml")
+            add("--split", default="train", metavar="KEY", help="of data.yaml: train, val or test")
         if name in ("labelme", "voc"):
-            one.add_argument("--classes", type=Path, metavar="TXT", help="one class name a line")
+            add("--classes", type=Path, metavar="TXT", help="one class name a line")
         if name in ("voc", "cvat", "lvis"):
-            text = "folder of the images, to be checked" + (", too" if name == "voc" else "")
-            one.add_argument("--images", metavar="DIR", help=text)
+            add("--images", metavar="DIR", help="folder of the images, which are checked then")
         if name == "voc":
             text = "coordinates begin with 0, as some tools write them, not with VOC's 1"
-            one.add_argument("--zero-based", action="store_true", help=text)
+            add("--zero-based", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
