@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import io
@@ -50,8 +51,6 @@ RANDOM_SIZES = ((256, 320), (320, 192), (200, 200))
 # What is written last, so that a folder which has it is an export.
 _DESCRIPTION = "deployment.json"
 _FILES = ("config.yaml", "model.pth", "model.ts", "model.onnx", "run_onnx.py", "classes.json")
-# Returns OUTPUTS of an image, float32 (3, H, W).
-Detector = Callable[[torch.Tensor], tuple[np.ndarray, ...]]
 
 
 def export_student(
@@ -187,7 +186,7 @@ def _make_plain(
     # With the threshold of the config a model may find nothing in noise.
     for predictor in predictors:
         predictor.test_score_thresh = 0.0
-    report = compare(_run(model), _run(plain), images)
+    report = compare(*(functools.partial(_detect_arrays, x) for x in (model, plain)), images)
     predictors[0].test_score_thresh = threshold
     weights = io.BytesIO()
     torch.save({"model": plain.state_dict()}, weights)
@@ -212,13 +211,9 @@ def detect(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return found.pred_boxes.tensor, found.scores, found.pred_classes, found.pred_masks[:, 0]
 
 
-def _run(model: Callable) -> Detector:
-    @torch.no_grad()
-    def run(image: torch.Tensor) -> tuple[np.ndarray, ...]:
-        found = detect(model, image) if hasattr(model, "roi_heads") else model(image)
-        return tuple(x.numpy() for x in found)
-
-    return run
+@torch.no_grad()
+def _detect_arrays(model: nn.Module, image: torch.Tensor) -> list[np.ndarray]:
+    return [x.numpy() for x in detect(model, image)]
 
 
 class _TraceableDetector(nn.Module):
@@ -239,15 +234,15 @@ class _TraceableDetector(nn.Module):
             return detect(self.model, image)
 
 
-def _trace(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Detector]:
+def _trace(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Callable]:
     """The content of a file for ``torch.jit.load``, and what runs it."""
     buffer = io.BytesIO()
     traced = torch.jit.trace(detector, (image,), check_trace=False)
     torch.jit.save(traced, buffer)
-    return buffer.getvalue(), _run(traced)
+    return buffer.getvalue(), lambda x: [y.numpy() for y in traced(x)]
 
 
-def _to_onnx(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Detector]:
+def _to_onnx(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Callable]:
     """The content of an ONNX file, and what runs it in onnxruntime, on the CPU."""
     import onnxruntime
     import torchvision  # noqa: F401  Its operators are known to the exporter once it is imported.
@@ -267,7 +262,7 @@ def _to_onnx(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Detector]
         },
     )
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
-    return buffer.getvalue(), lambda x: tuple(session.run(list(OUTPUTS), {"image": x.numpy()}))
+    return buffer.getvalue(), lambda x: session.run(list(OUTPUTS), {"image": x.numpy()})
 
 
 def _make_graph(
@@ -282,10 +277,10 @@ def _make_graph(
             content, run = make(_TraceableDetector(model).eval(), images[0])
     except Exception as error:  # Whatever an operator that no graph has raises.
         raise InputError(f"The model cannot be exported as a graph: {error!r}") from error
-    return content, compare(_run(model), run, images)
+    return content, compare(functools.partial(_detect_arrays, model), run, images)
 
 
-def compare(expected: Detector, found: Detector, images: Iterable[torch.Tensor]) -> str:
+def compare(expected: Callable, found: Callable, images: Iterable[torch.Tensor]) -> str:
     """
     Compare what two runtimes find.
 
@@ -293,7 +288,7 @@ def compare(expected: Detector, found: Detector, images: Iterable[torch.Tensor])
     lie within :data:`TOLERANCES`; the nearest box counts.
 
     Args:
-        expected, found: return :data:`OUTPUTS` of an image.
+        expected, found: return :data:`OUTPUTS` of an image as arrays.
         images: float32, shape (3, H, W) each, in 0-255.
 
     Returns:

@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-__all__ = ["OnnxDetector", "draw", "main", "paste_masks"]
+__all__ = ["OnnxDetector", "main", "paste_masks"]
 
 
 class OnnxDetector:
@@ -52,33 +52,25 @@ class OnnxDetector:
             scores, float32 (N,), in [0, 1]; classes, int64 (N,), indices of ``names``; masks, bool
             (N, H, W).
         """
-        height, width = image.shape[:2]
-        new_height, new_width = self._size(height, width)
+        size = np.array(image.shape[:2])
+        scale = 1.0
+        if self._input["shortest_edge"] is not None:
+            scale = self._input["shortest_edge"] / size.min()
+            scale = min(scale, self._input["longest_edge_at_most"] / size.max())
+        new_height, new_width = (int(side * scale + 0.5) for side in size.tolist())
         resized = Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR)
-        pixels = np.asarray(resized)
+        pixels = np.asarray(resized, dtype=np.float32)
         if self._input["channels"] == "BGR":
             pixels = pixels[:, :, ::-1]
-        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
-        boxes, scores, classes, probabilities = self._session.run(
-            ["boxes", "scores", "classes", "masks"], {"image": pixels}
-        )
-        scale = np.array([width / new_width, height / new_height] * 2, np.float32)
-        boxes = np.clip(boxes * scale, 0, np.array([width, height] * 2, np.float32))
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        names = ["boxes", "scores", "classes", "masks"]
+        boxes, scores, classes, grids = self._session.run(names, {"image": pixels})
+        height, width = size.tolist()
+        boxes *= np.array([width / new_width, height / new_height] * 2, np.float32)
+        boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
         kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        boxes = boxes[kept]
-        masks = paste_masks(probabilities[kept], boxes, height, width)
-        return boxes, scores[kept], classes[kept], masks
-
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        shortest = self._input["shortest_edge"]
-        if shortest is None:
-            return height, width
-        scale = shortest / min(height, width)
-        sides = [scale * height, scale * width]
-        longest = self._input["longest_edge_at_most"]
-        if max(sides) > longest:
-            sides = [side * (longest / max(sides)) for side in sides]
-        return int(sides[0] + 0.5), int(sides[1] + 0.5)
+        masks = paste_masks(grids[kept], boxes[kept], height, width)
+        return boxes[kept], scores[kept], classes[kept], masks
 
 
 def paste_masks(
@@ -116,16 +108,6 @@ def _interpolation(start: float, end: float, length: int, side: int) -> tuple[sl
     return slice(first, last), np.maximum(0, 1 - distance)
 
 
-def draw(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Return a copy of an image (uint8, RGB) with a colour over each mask."""
-    picture = image.astype(np.float32)
-    for i, mask in enumerate(masks):
-        # Hues a golden ratio apart.
-        hue = 2 * np.pi * (0.618034 * i + np.array([0, 1 / 3, 2 / 3]))
-        picture[mask] = 0.5 * picture[mask] + 0.5 * (127.5 + 127.5 * np.cos(hue))
-    return picture.round().astype(np.uint8)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(
@@ -151,9 +133,13 @@ def main(argv: list[str] | None = None) -> None:
             }
             for box, score, label, mask in zip(boxes, scores, classes, masks)
         ]
-        picture = args.output_dir / f"{path.stem}.png"
-        Image.fromarray(draw(image, masks)).save(picture)
-        print(f"{path}: {len(scores)} objects, {picture}")
+        picture = image.astype(np.float32)
+        for i, mask in enumerate(masks):
+            # Hues a golden ratio apart.
+            hue = 2 * np.pi * (0.618034 * i + np.array([0, 1 / 3, 2 / 3]))
+            picture[mask] = 0.5 * picture[mask] + 0.5 * (127.5 + 127.5 * np.cos(hue))
+        Image.fromarray(picture.astype(np.uint8)).save(args.output_dir / f"{path.stem}.png")
+        print(f"{path}: {len(scores)} objects")
     (args.output_dir / "objects.json").write_text(json.dumps(found, indent=1))
 
 
