@@ -11,7 +11,7 @@ import io
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -89,7 +89,14 @@ def export_student(
     if hasattr(model.roi_heads, "teacher_mask_head"):
         model.roi_heads.teacher_mask_head = None
         model.roi_heads.test_mask_head = "student"
-    images = _check_images(trained, check_images)
+    # Float32, shape (3, H, W) each, as the model takes them.
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, *size, generator=generator) * 255 for size in RANDOM_SIZES]
+    for path in check_images:
+        try:
+            images.append(trained.make_inputs(utils.read_image(str(path), "BGR"))["image"])
+        except (OSError, ValueError) as error:
+            raise InputError(f"The image {path} cannot be read: {error}") from error
     files, reports = {}, {}
     if "plain" in formats:
         content, weights, reports["model.pth"] = _make_plain(trained.cfg, model, images)
@@ -108,18 +115,6 @@ def export_student(
     if "onnx" in formats:
         shutil.copy(Path(__file__).with_name("run_onnx.py"), output_dir)
     return reports
-
-
-def _check_images(trained: TrainedModel, paths: Sequence[str | Path]) -> list[torch.Tensor]:
-    """Random images, then files: float32, shape (3, H, W) each, as the model takes them."""
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(3, *size, generator=generator) * 255 for size in RANDOM_SIZES]
-    for path in paths:
-        try:
-            images.append(trained.make_inputs(utils.read_image(str(path), "BGR"))["image"])
-        except (OSError, ValueError) as error:
-            raise InputError(f"The image {path} cannot be read: {error}") from error
-    return images
 
 
 def plain_config(cfg: CfgNode) -> dict:
@@ -280,7 +275,7 @@ def _make_graph(
     return content, compare(functools.partial(_detect_arrays, model), run, images)
 
 
-def compare(expected: Callable, found: Callable, images: Iterable[torch.Tensor]) -> str:
+def compare(expected: Callable, found: Callable, images: Sequence[torch.Tensor]) -> str:
     """
     Compare what two runtimes find.
 
@@ -297,7 +292,7 @@ def compare(expected: Callable, found: Callable, images: Iterable[torch.Tensor])
     Raises:
         InputError: more than 1 % of the objects have no counterpart, or masks differ.
     """
-    num_images = objects = unmatched = 0
+    objects = unmatched = 0
     largest = dict.fromkeys(TOLERANCES, 0.0)
     for image in images:
         a, b = (dict(zip(OUTPUTS, run(image))) for run in (expected, found))
@@ -313,20 +308,15 @@ def compare(expected: Callable, found: Callable, images: Iterable[torch.Tensor])
             if is_same.any():
                 rows.append(i)
                 columns.append(int(np.where(is_same, distance, np.inf).argmin()))
-        num_images += 1
         objects += len(a["scores"])
         unmatched += len(a["scores"]) + len(b["scores"]) - 2 * len(rows)
         for name in largest:
             difference = np.abs(a[name][rows] - b[name][columns]).max(initial=0.0)
             # NaN is not an agreement.
             largest[name] = max(largest[name], float(np.nan_to_num(difference, nan=np.inf)))
-    differences = ", ".join(
-        f"{name} {x:.1e} of {TOLERANCES[name]:g} allowed" for name, x in largest.items()
-    )
-    report = (
-        f"{objects} objects on {num_images} images, {unmatched} without a counterpart; largest "
-        f"differences: {differences}"
-    )
+    report = f"{objects} objects on {len(images)} images, {unmatched} without a counterpart"
+    report += "; largest differences: "
+    report += ", ".join(f"{x} {largest[x]:.1e} of {TOLERANCES[x]:g} allowed" for x in largest)
     if unmatched > MAX_UNMATCHED * objects or any(largest[x] > TOLERANCES[x] for x in largest):
         raise InputError(f"The export finds something else than the model: {report}.")
     if not objects:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree  # nosec B405  # expat limits entities and reads none from files
-from xml.etree.ElementTree import Element  # nosec B405  # A type.
+from xml.etree.ElementTree import Element  # nosec B405  # As above.
 
 import msgspec
 import numpy as np
