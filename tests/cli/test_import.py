@@ -115,13 +115,14 @@ def test_yolo_keeps_boxes_and_outlines_apart(run, examples):
         "path: .\ntrain: list.txt\nnames: [person, dog]",
     ],
 )
-def test_yolo_names_and_splits_in_all_their_forms(yaml, inputs):
+def test_yolo_names_and_splits_in_all_their_forms(yaml, inputs, monkeypatch):
     (inputs / "yolo/data.yaml").write_text(yaml)
     (inputs / "yolo/list.txt").write_text("./images/train/street.png\nimages/train/empty.png\n")
     # Off by rounding alone.
     labels = inputs / "yolo/labels/train/street.txt"
     labels.write_text("0 0.5 0.5 1.000001 1\n1 -0.000001 0 1.000001 0 1 1\n")
-    dataset = import_yolo(inputs / "yolo/data.yaml")
+    monkeypatch.chdir(inputs / "yolo")
+    dataset = import_yolo("data.yaml")
     assert len(dataset.coco["images"]) == 2 and boxes_of(dataset) == [[0, 0, 80, 60]] * 2
     assert dataset.coco["annotations"][1]["segmentation"] == [[0, 0, 80, 0, 80, 60]]
 

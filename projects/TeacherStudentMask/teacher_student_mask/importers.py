@@ -119,8 +119,8 @@ def _yolo_images(place: Path, root: Path) -> list[Path]:
 
 def _yolo_labels(image: Path) -> Path:
     """The txt of an image: the last folder named images becomes labels, as in Ultralytics."""
-    before, folder, after = image.as_posix().rpartition("/images/")
-    path = f"{before}/labels/{after}" if folder else image
+    before, folder, after = f"/{image.as_posix()}".rpartition("/images/")
+    path = f"{before}/labels/{after}"[1:] if folder else image
     return Path(path).with_suffix(".txt")
 
 
