@@ -14,7 +14,7 @@ from small_students import run_without, small_config, small_model, write_noise, 
 
 from teacher_student_mask import export
 from teacher_student_mask.cli.main import main
-from teacher_student_mask.export import TOLERANCES, Agreement, compare, detect, export_student
+from teacher_student_mask.export import compare, detect, export_student
 from teacher_student_mask.trained_model import TrainedModel, load_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
@@ -80,10 +80,7 @@ np.savez("found.npz", **dict(zip(names, torch.jit.load("exported/model.ts")(imag
 ONNX = """
 import runpy, sys
 sys.argv = ["run_onnx.py", "--output-dir", "found", "photo.png"]
-try:
-    runpy.run_path("exported/run_onnx.py", run_name="__main__")
-except SystemExit as end:
-    assert end.code == 0, end.code
+runpy.run_path("exported/run_onnx.py", run_name="__main__")
 """
 
 
@@ -199,22 +196,6 @@ def test_what_is_written(exported):
 
 
 @pytest.mark.slow
-def test_the_onnx_graph_has_the_whole_last_layer_and_no_teacher(exported):
-    import onnx
-
-    model = onnx.load(exported / "exported/model.onnx")
-    onnx.checker.check_model(model)
-    tensors = {x.name: tuple(x.dims) for x in model.graph.initializer}
-    weights = torch.load(exported / "weights.pth", weights_only=True)["model"]
-    (name,) = [x for x in tensors if "mask_head.predictor.weight" in x]
-    assert tensors[name] == weights["roi_heads.mask_head.predictor.weight"].shape
-    assert tensors[name][0] > 1
-    assert not any("teacher" in x for x in tensors)
-    dims = [x.dim_param or x.dim_value for x in model.graph.input[0].type.tensor_type.shape.dim]
-    assert dims == [3, "height", "width"]
-
-
-@pytest.mark.slow
 def test_a_graph_of_a_mask_prior(tmp_path):
     trained = trained_student("opmask.yaml", "MODEL.ROI_BOX_HEAD.NORM", "")
     reports = export_student(trained, tmp_path, ["torchscript"])
@@ -229,17 +210,12 @@ def test_a_graph_of_a_mask_prior(tmp_path):
             "mask_rcnn.yaml",
             ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
             + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
-            "MODEL.ROI_MASK_HEAD.NUM_DECONV is 2",
+            "MODEL.ROI_MASK_HEAD is 'MaskRCNNConvMultiUpsampleHead', which",
         ),
         (
             "mask_rcnn.yaml",
             ["MODEL.ROI_MASK_HEAD.NAME", "HourglassMaskHead", "MODEL.ROI_MASK_HEAD.HOURGLASS", 20],
-            "MODEL.ROI_MASK_HEAD is 'HourglassMaskHead', of the package teacher_student_mask",
-        ),
-        (
-            "mask_rcnn.yaml",
-            ["MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
-            "MODEL.ROI_HEADS.NAME is 'StandardROIHeads'; what can be exported",
+            "MODEL.ROI_MASK_HEAD is 'HourglassMaskHead', which a plain Mask R-CNN does not have",
         ),
     ],
 )
@@ -265,12 +241,6 @@ def test_what_finds_something_else_is_not_written(tmp_path, monkeypatch, kind):
     with pytest.raises(export.InputError, match="finds something else.*masks .* of .* allowed"):
         export_student(trained_student("mask_rcnn.yaml"), tmp_path / "exported", [kind])
     assert not (tmp_path / "exported").exists()
-
-
-def test_nothing_found_is_said(tmp_path):
-    trained = trained_student("mask_rcnn.yaml", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
-    reports = export_student(trained, tmp_path, ["torchscript"])
-    assert "Nothing was found on them, so give images" in reports["model.ts"]
 
 
 def test_our_mask_head_with_one_deconvolution_is_detectron2s(tmp_path):
@@ -315,7 +285,7 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     assert "a.png cannot be read" in capsys.readouterr().err
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: None)
     assert export_to(tmp_path, "--formats", "onnx") == 1
-    assert "onnx and onnxruntime, not installed here: pip install" in capsys.readouterr().err
+    assert "The format onnx needs: pip install" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
 
 
@@ -334,31 +304,27 @@ def changed(index, value):
 
 
 @pytest.mark.parametrize(
-    "others, unmatched, differences",
+    "others, words",
     [
-        (OBJECTS, 0, (0, 0, 0)),
+        (OBJECTS, "0 without .* boxes 0.0e.00 .* masks 0.0e.00"),
         # The order is no matter where scores are the same up to rounding.
-        (tuple(x[::-1] for x in OBJECTS), 0, (0, 0, 0)),
-        (changed(0, [0.005, 0, 10, 10]), 0, (0.005, 0, 0)),
-        (changed(0, [1, 0, 10, 10]), 2, (0, 0, 0)),
-        (changed(1, 0.7), 2, (0, 0, 0)),
-        (changed(2, 2), 2, (0, 0, 0)),
-        (changed(3, 0.75), 0, (0, 0, 0.25)),
-        (changed(3, np.nan), 0, (0, 0, np.inf)),
-        (changed(0, np.nan), 2, (0, 0, 0)),
-        (tuple(x[:1] for x in OBJECTS), 1, (0, 0, 0)),
-        (tuple(x[:0] for x in OBJECTS), 2, (0, 0, 0)),
-        (tuple(x[[0, 0]] for x in OBJECTS), 2, (0, 0, 0)),
+        (tuple(x[::-1] for x in OBJECTS), "0 without .* boxes 0.0e.00 .* masks 0.0e.00"),
+        (changed(0, [0.005, 0, 10, 10]), "0 without .* boxes 5.0e-03"),
+        (changed(0, [1, 0, 10, 10]), "something else.* 2 without"),
+        (changed(1, 0.7), "something else.* 2 without"),
+        (changed(2, 2), "something else.* 2 without"),
+        (changed(3, 0.75), "something else.* 0 without .* masks 2.5e-01"),
+        (changed(3, np.nan), "something else.* 0 without .* masks inf"),
+        (changed(0, np.nan), "something else.* 2 without"),
+        (tuple(x[:1] for x in OBJECTS), "something else.* 1 without"),
+        (tuple(x[:0] for x in OBJECTS), "something else.* 2 without"),
+        (tuple(x[[0, 0]] for x in OBJECTS), "something else.* 2 without"),
     ],
 )
-def test_comparing_by_hand(others, unmatched, differences):
-    agreement = compare(lambda _: OBJECTS, lambda _: others, [torch.zeros(3, 8, 8)])
-    assert (agreement.images, agreement.objects, agreement.unmatched) == (1, 2, unmatched)
-    assert tuple(agreement.differences.values()) == pytest.approx(differences)
-    assert agreement.is_good() == (unmatched == 0 and max(differences) <= 0.005)
-
-
-def test_few_objects_may_lack_a_counterpart():
-    differences = dict.fromkeys(TOLERANCES, 0.0)
-    for objects, unmatched, is_good in ((100, 1, True), (100, 2, False), (0, 1, False)):
-        assert Agreement(TOLERANCES, 1, objects, unmatched, differences).is_good() == is_good
+def test_comparing_by_hand(others, words):
+    try:
+        report = compare(lambda _: OBJECTS, lambda _: others, [torch.zeros(3, 8, 8)])
+    except export.InputError as error:
+        report = f"something else {error}"
+    assert report.startswith("something else") == words.startswith("something else")
+    assert re.search(f"2 objects on 1 images, {words.removeprefix('something else.* ')}", report)

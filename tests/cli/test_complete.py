@@ -4,12 +4,7 @@ import contextlib
 import csv
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -73,16 +68,11 @@ def run(dataset, tiny_cfg, tmp_path, capsys):
     return _run
 
 
-@pytest.fixture
 def write(dataset, tmp_path):
-    """Return ``write()``: the path of a json with what ``dataset.data`` holds now."""
-
-    def _write():
-        path = tmp_path / "changed.json"
-        path.write_text(json.dumps(dataset.data))
-        return path
-
-    return _write
+    """The path of a json with what ``dataset.data`` holds now."""
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(dataset.data))
+    return path
 
 
 def annotations_of(path):
@@ -164,7 +154,7 @@ def test_masks_are_those_of_inference_on_ground_truth_boxes(run, dataset, tmp_pa
 
 def interrupt_after(monkeypatch, num_images):
     """KeyboardInterrupt where the next image would begin. Returns the images that were begun."""
-    make, begun = completion.model_masks, []
+    make, begun = completion._model_masks, []
 
     def interrupted(*args):
         begun.append(args[-1]["number"])
@@ -172,7 +162,7 @@ def interrupt_after(monkeypatch, num_images):
             raise KeyboardInterrupt
         return make(*args)
 
-    monkeypatch.setattr(completion, "model_masks", interrupted)
+    monkeypatch.setattr(completion, "_model_masks", interrupted)
     return begun
 
 
@@ -192,7 +182,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch
     code, text = run("--resume", "--masks-of", "teacher")
     assert code == 1 and "a run with other masks_of" in text
     code, text = run("--resume", "--opts", "INPUT.MIN_SIZE_TEST", "32")
-    assert code == 1 and "a run with other config" in text
+    assert code == 1 and "a run with other opts" in text
     with monkeypatch.context() as patch:
         begun = interrupt_after(patch, 9)
         assert run("--resume", "--rank", tmp_path / "out.csv")[0] == 0
@@ -201,16 +191,6 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch
         whole = tmp_path / name.replace("out", "whole")
         assert (tmp_path / name).read_text() == whole.read_text()
     assert not list(tmp_path.glob("*.part-*"))
-
-
-@pytest.mark.slow
-def test_begun_anew_by_force(run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            run()
-    assert run("--masks-of", "teacher", "--force")[0] == 0
-    assert made_in(tmp_path / "out.json") == TARGETS
 
 
 @pytest.mark.slow
@@ -242,12 +222,10 @@ def test_a_broken_image_stops_the_run_or_is_left_out(run, dataset, tmp_path):
     assert made_in(tmp_path / "out.json") == TARGETS
 
 
-def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(
-    run, dataset, write, tmp_path
-):
+def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(run, dataset, tmp_path):
     dataset.data["annotations"][3]["bbox"] = [5, 5, 0, 9]
     dataset.data["annotations"][8]["bbox"] = [500, 5, 5, 9]
-    code, text = run("--rank", tmp_path / "r.csv", annotations=write())
+    code, text = run("--rank", tmp_path / "r.csv", annotations=write(dataset, tmp_path))
     assert code == 0 and "2 objects have no mask: the box has no area inside the image" in text
     made = annotations_of(tmp_path / "out.json")
     assert made[104] == dataset.data["annotations"][3]
@@ -262,12 +240,12 @@ def test_boxes_without_area_keep_no_mask_and_are_counted_and_ranked_first(
         annotation = made[int(row["annotation_id"])]
         assert [float(row[x]) for x in ("x", "y", "width", "height")] == annotation["bbox"]
         score, agreement = float(row["score"]), float(row["agreement"])
-        assert score == annotation["score"] and 0 <= float(row["overlap"]) <= 1
+        assert score == annotation["score"]
         assert float(row["need"]) == pytest.approx(1 - score * agreement, abs=1e-4)
     assert {x["file_name"] for x in rows} == {"mixed.png", "unseen.png"}
 
 
-def test_classes_are_found_by_their_names(run, dataset, write, tmp_path):
+def test_classes_are_found_by_their_names(run, dataset, tmp_path):
     run(out="first.json")
     # The ids of ant and ship change places, in the categories and in the annotations.
     swapped = {3: 90, 90: 3}
@@ -275,11 +253,11 @@ def test_classes_are_found_by_their_names(run, dataset, write, tmp_path):
         x["id"] = swapped.get(x["id"], x["id"])
     for x in dataset.data["annotations"]:
         x["category_id"] = swapped.get(x["category_id"], x["category_id"])
-    assert run(annotations=write())[0] == 0
+    assert run(annotations=write(dataset, tmp_path))[0] == 0
     first, out = (annotations_of(tmp_path / x) for x in ("first.json", "out.json"))
     assert all(out[i]["segmentation"] == first[i]["segmentation"] for i in TARGETS)
     dataset.data["categories"].append({"id": 91, "name": "dog"})
-    code, text = run("--force", annotations=write())
+    code, text = run("--force", annotations=write(dataset, tmp_path))
     assert code == 1 and "categories dog, which are not classes of the model: ant, cat" in text
 
 
@@ -300,26 +278,15 @@ def test_wrong_command_lines_say_what_is_right(run, dataset, tmp_path):
     there.write_text("{}")
     for arguments, options, words in (
         ([], {"out": "there.json"}, "there.json exists; --force"),
-        ([], {"annotations": "nowhere.json"}, "nowhere.json do not exist"),
-        (["--num-gpus", "0"], {}, "1 or more processes"),
-        (["--num-machines", "2"], {}, "Several machines need GPUs"),
-        (["--machine-rank", "1"], {}, "machine 1 of 1"),
-        (["--rank", dataset.json_file], {}, "is another file of this run"),
-        (["--rank", tmp_path / "out.json"], {}, "is another file of this run"),
+        ([], {"annotations": "nowhere.json"}, "nowhere.json: cannot be read"),
+        (["--num-gpus", "0"], {}, "allowed: 1 or more"),
+        (["--rank", dataset.json_file], {}, "must be different files"),
         (["--rank", there], {}, "there.json exists; --force"),
         (["--grabcut"], {}, "either the config of a trained model or --grabcut"),
-        (["--grabcut", "--rank", "r.csv"], {"model": None}, "no score"),
     ):
         code, text = run(*arguments, **options)
         assert code == 1 and words in text, text
     assert there.read_text() == "{}"
-
-
-@pytest.mark.slow
-def test_two_heads_that_disagree_are_told_of(run, log):
-    """Of random weights the heads have nothing in common."""
-    run()
-    assert "Teacher and student agree little" in log.text
 
 
 @pytest.mark.slow
@@ -354,57 +321,16 @@ def test_grabcut_needs_no_model(run, dataset, tmp_path):
         assert coco.annToMask(coco.anns[i]).sum() == after[i]["area"] > 0
 
 
-def start(run, dataset, tmp_path, *arguments):
-    """The command in a process of its own."""
-    config_file, weights = run.model
-    command = [sys.executable, "-m", "teacher_student_mask", "complete"]
-    command += ["--config-file", config_file, "--weights", weights, "--image-root"]
-    command += [dataset.image_root, "--annotations", dataset.json_file, *arguments]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(run, dataset, tmp_path):
-    two = ["--output", str(tmp_path / "two.json"), "--rank", str(tmp_path / "two.csv")]
-    process = start(run, dataset, tmp_path, *two, "--num-gpus", "2")
-    assert run("--rank", tmp_path / "out.csv")[0] == 0
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    assert "of process 1 of 2" in text
-    for suffix in ("json", "csv"):
-        assert (tmp_path / f"two.{suffix}").read_text() == (tmp_path / f"out.{suffix}").read_text()
-
-
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_both_and_is_said(run, dataset, tmp_path):
+def test_two_processes_write_what_one_writes_and_one_error_is_said(run, dataset, tmp_path):
+    run("--rank", tmp_path / "one.csv", out="one.json")
     # The second process has this image.
-    open(f"{dataset.image_root}/unseen.png", "w").close()
-    arguments = ["--output", str(tmp_path / "out.json"), "--num-gpus", "2"]
-    process = start(run, dataset, tmp_path, *arguments)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "unseen.png" in text and "--resume" in text
-    assert "Traceback" not in text and not (tmp_path / "out.json").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(run, dataset, write, tmp_path):
-    """Of 40 images, so that there is time to kill it."""
-    image, annotations = dataset.data["images"][1], dataset.data["annotations"]
-    box = {"image_id": 2, "category_id": 17, "iscrowd": 0, "bbox": [6, 8, 30, 40], "area": 9}
-    for i in range(100, 140):
-        dataset.data["images"].append({**image, "id": i})
-        annotations.append({**box, "id": 1000 + i, "image_id": i})
-    write().replace(dataset.json_file)
-    process = start(run, dataset, tmp_path, "--output", str(tmp_path / "out.json"))
-    shard = tmp_path / "out.json.part-00000.jsonl"
-    while process.poll() is None and not (shard.is_file() and shard.stat().st_size > 2000):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out.json").exists()
-    assert 1 <= shard.read_text().count('"objects"') < 42
-    assert run("--resume")[0] == 0 and run(out="whole.json")[0] == 0
-    assert (tmp_path / "out.json").read_text() == (tmp_path / "whole.json").read_text()
+    image = tmp_path / "unseen.png"
+    shutil.move(f"{dataset.image_root}/unseen.png", image)
+    two = ["--rank", tmp_path / "two.csv", "--num-gpus", 2]
+    code, text = run(*two, out="two.json")
+    assert code == 1 and "unseen.png" in text and "--resume" in text and "Traceback" not in text
+    shutil.move(image, f"{dataset.image_root}/unseen.png")
+    assert run(*two, "--resume", out="two.json")[0] == 0
+    for suffix in ("json", "csv"):
+        assert (tmp_path / f"two.{suffix}").read_text() == (tmp_path / f"one.{suffix}").read_text()

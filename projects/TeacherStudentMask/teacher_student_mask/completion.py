@@ -9,49 +9,49 @@ import hashlib
 import json
 import logging
 import os
-import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import cv2
+import numpy as np
+import pycocotools.mask as mask_util
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import launch
-from detectron2.utils import comm
-from pycocotools.coco import COCO
+from detectron2.layers import paste_masks_in_image
 from tabulate import tabulate
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from .coco_json import check_coco, has_mask, is_from_model, read_json, write_json
+from .coco_json import MODEL, check_coco, has_mask, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
 from .errors import InputError
-from .evaluation import compute_overlaps
-from .masks_on_boxes import grabcut_masks, model_masks
-from .modeling import GrabCutRCNN
-from .trained_model import TrainedModel, load_config, load_model
+from .modeling import grab_cut
+from .modeling.inference import predict_masks_on_boxes
+from .modeling.pseudo_masks import fit_to_boxes
+from .trained_model import load_model
 
-__all__ = [
-    "CompletionSettings",
-    "CompletionSummary",
-    "complete_dataset",
-]
+__all__ = ["CompletionSettings", "complete_dataset", "make_mask", "mask_to_polygons"]
 
 logger = logging.getLogger(__name__)
 
-# What an object that is given a mask gets, always or sometimes.
+# Keys of an object that is given a mask, always or sometimes.
 _NEW_KEYS = ("segmentation", "area", "score", "mask_source", "teacher_student_agreement")
 _NEW_KEYS += ("mask_fallback",)
-
+# What must be the same for an interrupted run to go on, beside the annotations.
+_FIXED_SETTINGS = ("config_file", "weights", "opts", "grabcut", "masks_of", "mask_format")
+_FIXED_SETTINGS += ("redo_model_masks",)
 # Of teacher and student; below it the user is told. See docs/COMPLETE.md for what was measured.
 _LOW_AGREEMENT = 0.6
-# Every process waits for the slowest one.
-_TIMEOUT = timedelta(days=2)
+# From which probability on a pixel belongs to a mask, as in Detectron2.
+_THRESHOLD = 0.5
+# The lowest threshold that "box_fit" tries. Where no cell has as much, the head says nothing.
+_LEAST_PROBABILITY = 0.05
+# Polygons may be this far, in pixels, from the edges of a mask's pixels, the coarsest first, as
+# long as their IoU with the mask is high enough.
+_POLYGON_TOLERANCES, _MIN_POLYGON_IOU = (1.0, 0.5, 0.0), 0.98
+_NO_AREA = {"problem": "the box has no area inside the image"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class CompletionSettings:
             human first.
         resume: go on with what an interrupted run has left beside ``output``.
         force: replace ``output`` and ``ranking``, and throw away what an interrupted run has left.
+        num_processes: one per GPU, or on the CPU where the model runs there.
     """
 
     annotations: str
@@ -90,128 +91,68 @@ class CompletionSettings:
     ranking: str | None = None
     resume: bool = False
     force: bool = False
+    num_processes: int = 1
 
 
-@dataclass
-class CompletionSummary:
-    """
-    What a run has done; as text, a table.
-
-    Attributes:
-        classes: {class: numbers of its objects: "human" and "model" (masks that were kept), "made",
-            "missing" (left without a mask); of the made ones "fallback", the sums "score" and
-            "agreement", and "agreements", how many have one}.
-        no_mask: {why no mask was made: number of objects}.
-        broken_images: a sentence about each image that was left out.
-    """
-
-    classes: dict[str, Counter]
-    no_mask: Counter = field(default_factory=Counter)
-    broken_images: list[str] = field(default_factory=list)
-
-    @property
-    def mean_agreement(self) -> float | None:
-        """Mean IoU of the masks of teacher and student; None for a model with one head."""
-        total = sum(self.classes.values(), Counter())
-        return total["agreement"] / total["agreements"] if total["agreements"] else None
-
-    def __str__(self) -> str:
-        headers = ["class", "human masks kept", "model masks kept", "masks made", "with fallback"]
-        headers += ["without a mask", "mean score", "mean agreement"]
-        rows = [*self.classes.items(), ("all", sum(self.classes.values(), Counter()))]
-        table = [
-            [name, *(n[key] for key in ("human", "model", "made", "fallback", "missing"))]
-            + [n["score"] / n["made"] if n["score"] else None]
-            + [n["agreement"] / n["agreements"] if n["agreements"] else None]
-            for name, n in rows
-        ]
-        options = {"floatfmt": ".3f", "missingval": "-", "disable_numparse": [0]}
-        lines = [tabulate(table, headers=headers, **options)]
-        lines += [f"{n} objects have no mask: {why}" for why, n in self.no_mask.most_common()]
-        if self.broken_images:
-            lines += [f"{len(self.broken_images)} images were left out:", *self.broken_images]
-        return "\n".join(lines)
-
-
-def complete_dataset(
-    settings: CompletionSettings,
-    *,
-    num_processes: int = 1,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str = "auto",
-) -> CompletionSummary | None:
+def complete_dataset(settings: CompletionSettings) -> str:
     """
     Give every object of a COCO json that has a box only a mask, and write the json with them.
 
     A mask is made for objects that are not crowds and have none (``segmentation`` missing, null or
     empty). Everything else of the json keeps its value. Each process appends the images that it has
-    finished to OUTPUT.part-RANK.jsonl; at the end these files are merged and removed.
-
-    Args:
-        settings: what is completed, and how.
-        num_processes: on this machine; one per GPU, or on the CPU where the model runs there.
-        num_machines, machine_rank, dist_url: as of Detectron2's ``launch``, for GPUs. All machines
-            must share the disk of the output.
+    finished to an OUTPUT.part-NUMBER.jsonl; at the end these files are merged and removed.
 
     Returns:
-        What has been done; None on machines other than the first, which writes the output.
+        A table of the classes: the masks that were kept and made, their scores and agreement.
 
     Raises:
         InputError: a path, the json, the model, an image or a number cannot be used; what is
             finished is kept for ``resume``.
     """
     _check_paths(settings)
-    cfg, device = None, "cpu"
-    if not settings.grabcut:
-        cfg = load_config(settings.config_file, settings.opts, weights=settings.weights)
-        device = cfg.MODEL.DEVICE
     data = read_json(settings.annotations)
     check_coco(settings.annotations, data=data).raise_on_error()
-    header = _shard_header(settings, cfg)
-    if settings.force and not settings.resume and machine_rank == 0:
-        for path in _shard_paths(settings.output):
+    header = {name: str(getattr(settings, name)) for name in _FIXED_SETTINGS}
+    header["annotations"] = hashlib.sha256(Path(settings.annotations).read_bytes()).hexdigest()
+    shards = _shard_paths(settings.output)
+    if settings.force and not settings.resume:
+        for path in shards:
             os.unlink(path)
-    if _shard_paths(settings.output) and not settings.resume:
-        raise InputError(
-            f"An interrupted run has left {_shard_paths(settings.output)[0]}: --resume goes on "
-            "with it, --force begins anew."
-        )
-    finished = _read_shards(settings.output, header)
+        shards = []
+    if shards and not settings.resume:
+        raise InputError(f"{shards[0]} is left of another run: give --resume or --force.")
+    finished = _read_shards(shards, header)
     tasks = _image_tasks(data, settings)
     todo = [x for x in tasks if "objects" not in finished.get(x["number"], {})]
-    if len(todo) < len(tasks):
-        logger.info(f"Going on: {len(tasks) - len(todo)} of {len(tasks)} images are finished.")
-    if todo:
-        args = settings, todo, header, data["categories"]
-        _start_processes(args, device, num_processes, num_machines, machine_rank, dist_url)
-    if machine_rank > 0:
-        return None
-    return _finish(settings, data, _read_shards(settings.output, header))
+    settings = replace(settings, num_processes=min(settings.num_processes, len(todo)))
+    # A shard of an interrupted run may end with half a line, so each run has its own.
+    args = settings, todo, header, data["categories"], len(shards)
+    if todo and settings.num_processes == 1:
+        _complete_images(0, *args)
+    elif todo:
+        try:
+            torch.multiprocessing.spawn(_complete_images, args, settings.num_processes)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            _, is_ours, message = str(error).strip().rpartition("InputError: ")
+            raise InputError(message) if is_ours else error
+    return _finish(settings, data, _read_shards(_shard_paths(settings.output), header))
 
 
 def _check_paths(settings: CompletionSettings) -> None:
-    if not os.path.isfile(settings.annotations):
-        raise InputError(f"The annotations {settings.annotations} do not exist.")
     if not os.path.isdir(settings.image_root):
         raise InputError(f"The folder of the images {settings.image_root} does not exist.")
     if settings.grabcut == bool(settings.config_file):
         raise InputError("Give either the config of a trained model or --grabcut.")
-    if settings.grabcut and settings.ranking:
-        raise InputError("GrabCut's masks have no score to rank them by; leave the ranking out.")
-    taken = [os.path.realpath(settings.annotations)]
-    for path, may_replace in (
-        (settings.output, settings.force),
-        (settings.ranking, settings.force or settings.resume),
-    ):
-        if path is None:
-            continue
-        if os.path.realpath(path) in taken:
-            raise InputError(f"{path} is another file of this run; name a file of its own.")
-        if os.path.isdir(path) or (os.path.exists(path) and not may_replace):
-            raise InputError(f"{path} exists; --force replaces a file.")
+    if settings.num_processes < 1:
+        raise InputError(f"{settings.num_processes} processes; allowed: 1 or more.")
+    paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise InputError("Annotations, output and ranking must be different files.")
+    for path in paths[1:]:
+        may_replace = settings.force or (settings.resume and path == settings.ranking)
+        if os.path.exists(path) and not may_replace:
+            raise InputError(f"{path} exists; --force replaces it.")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        taken.append(os.path.realpath(path))
 
 
 def _kind(annotation: dict, redo_model_masks: bool) -> str:
@@ -226,11 +167,10 @@ def _kind(annotation: dict, redo_model_masks: bool) -> str:
 
 def _image_tasks(data: dict, settings: CompletionSettings) -> list[dict]:
     """
-    What processes need to know of each image with objects that are to be given a mask.
+    Detectron2's dicts of the images with objects that are to be given a mask.
 
-    Returns:
-        Detectron2's dicts of images (path, size and id), with "number", the place of the image in
-        the json, and "objects": (place of the annotation in the json, category id, XYWH box) each.
+    Each has "number", the place of the image in the json, and "objects": (place of the annotation
+    in the json, category id, XYWH box) each.
     """
     objects = defaultdict(list)
     for row, x in enumerate(data["annotations"]):
@@ -250,82 +190,40 @@ def _image_tasks(data: dict, settings: CompletionSettings) -> list[dict]:
     ]
 
 
-def _start_processes(
-    args: tuple,
-    device: str,
-    num_processes: int,
-    num_machines: int,
-    machine_rank: int,
-    dist_url: str,
-) -> None:
-    is_on_gpu = device.startswith("cuda")
-    most = torch.cuda.device_count() if is_on_gpu else num_processes
-    if not 1 <= num_processes <= most or not 0 <= machine_rank < num_machines:
-        raise InputError(
-            f"{num_processes} processes, machine {machine_rank} of {num_machines}: there must be 1 "
-            "or more processes, at most one per GPU, and machines count from 0."
-        )
-    if num_machines > 1 and (dist_url == "auto" or not is_on_gpu):
-        raise InputError("Several machines need GPUs, and --dist-url tcp://HOST:PORT of machine 0.")
-    try:
-        if is_on_gpu or num_processes == 1:
-            shape = num_processes, num_machines, machine_rank
-            launch(_complete_images, *shape, dist_url, args, _TIMEOUT)
-        else:  # Detectron2 0.6 launches processes on GPUs alone.
-            with tempfile.TemporaryDirectory() as folder:
-                spawn_args = f"file://{folder}/processes", num_processes, args
-                torch.multiprocessing.spawn(_join_on_cpu, spawn_args, nprocs=num_processes)
-    except torch.multiprocessing.ProcessExitedException as error:
-        raise InputError(
-            "A process stopped, for the reason above; what is finished is kept, and --resume goes "
-            "on with it."
-        ) from error
-
-
-def _join_on_cpu(rank: int, url: str, num_processes: int, args: tuple) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
-    cv2.setNumThreads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=url, timeout=_TIMEOUT, world_size=num_processes, rank=rank
-    )
-    _complete_images(*args)
-
-
 def _complete_images(
-    settings: CompletionSettings, tasks: list[dict], header: dict, categories: list[dict]
+    rank: int,
+    settings: CompletionSettings,
+    tasks: list[dict],
+    header: dict,
+    categories: list[dict],
+    num_shards: int,
 ) -> None:
     """Complete this process's share of the images, and write each to the process's shard."""
-    rank, world_size = comm.get_rank(), comm.get_world_size()
-    try:
-        mapper, make_masks, num_workers = _prepare(settings, categories)
-        loader = build_detection_test_loader(
-            tasks, mapper=functools.partial(_read_image, mapper), num_workers=num_workers
-        )
-        description = f"images of process 1 of {world_size}"
-        with (
-            _open_shard(f"{settings.output}.part-{rank:05}.jsonl", header) as shard,
-            tqdm(loader, desc=description, unit="image", disable=rank > 0) as progress,
-        ):
-            for (task,) in progress:
-                record = {"image": task["number"]}
-                if "problem" not in task:
-                    record["objects"] = make_masks(task)
-                elif settings.skip_broken_images:
-                    record["problem"] = task["problem"]
-                else:
-                    raise InputError(
-                        f"{task['problem']} What is finished is kept for --resume; "
-                        "--skip-broken-images leaves such images out."
-                    )
-                shard.write(json.dumps(record) + "\n")
-                shard.flush()
-    except InputError as error:
-        if world_size == 1:
-            raise
-        # An exception would reach the user as a traceback of processes.
-        logger.error(f"error: {error}")
-        sys.exit(1)
-    comm.synchronize()
+    tasks = tasks[rank :: settings.num_processes]
+    if settings.num_processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.num_processes))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+    mapper, make_masks, num_workers = _prepare(settings, categories)
+    loader = build_detection_test_loader(
+        tasks, mapper=functools.partial(_read_image, mapper), num_workers=num_workers
+    )
+    description = f"images of process 1 of {settings.num_processes}"
+    with open(f"{settings.output}.part-{num_shards + rank:05}.jsonl", "x") as shard:
+        shard.write(json.dumps(header) + "\n")
+        for (task,) in tqdm(loader, desc=description, unit="image", disable=rank > 0):
+            record = {"image": task["number"]}
+            if "problem" not in task:
+                record["objects"] = make_masks(task)
+            elif settings.skip_broken_images:
+                record["problem"] = task["problem"]
+            else:
+                raise InputError(
+                    f"{task['problem']} What is finished is kept for --resume; "
+                    "--skip-broken-images leaves such images out."
+                )
+            shard.write(json.dumps(record) + "\n")
+            shard.flush()
 
 
 def _read_image(mapper: TeacherStudentDatasetMapper, task: dict) -> dict:
@@ -340,123 +238,76 @@ def _prepare(
 ) -> tuple[TeacherStudentDatasetMapper, Callable[[dict], list[dict]], int]:
     """How images are read, how their masks are made, and the number of workers that read ahead."""
     if settings.grabcut:
-        mapper = TeacherStudentDatasetMapper(
-            False, augmentations=[], image_format="BGR", seen_classes=()
-        )
-        return mapper, grabcut_masks, 0
+        options = {"augmentations": [], "image_format": "BGR", "seen_classes": ()}
+        mapper = TeacherStudentDatasetMapper(False, **options)
+        return mapper, functools.partial(_grabcut_masks, settings.mask_format), 0
     trained = load_model(settings.config_file, weights=settings.weights, opts=settings.opts)
-    if isinstance(trained.model, GrabCutRCNN):
-        raise InputError("A GrabCutRCNN has no mask head; --grabcut makes its masks without it.")
     allowed = ("student", "teacher", "both") if len(trained.heads) > 1 else trained.heads
     masks_of = settings.masks_of or allowed[-1]
     if masks_of not in allowed:
-        raise InputError(
-            f"--masks-of {masks_of}: of a model with MODEL.ROI_HEADS.NAME "
-            f"{trained.cfg.MODEL.ROI_HEADS.NAME!r} it can be {', '.join(allowed)}."
-        )
+        raise InputError(f"--masks-of {masks_of}: of this model it can be {', '.join(allowed)}.")
     cfg = trained.cfg.clone()
     cfg.TEST.GT_BOXES = False  # The boxes are ours.
-    make_masks = functools.partial(
-        model_masks,
-        trained.model,
-        _class_ids(trained, categories, settings.annotations),
-        masks_of,
-        settings.mask_format,
-    )
-    # On the CPU the model has something to do for every core.
-    num_workers = 0 if cfg.MODEL.DEVICE == "cpu" else cfg.DATALOADER.NUM_WORKERS
-    return TeacherStudentDatasetMapper(cfg, is_train=False), make_masks, num_workers
-
-
-def _class_ids(trained: TrainedModel, categories: list[dict], path: str) -> dict[int, int]:
-    """{category id of the json: contiguous id of the model's class of this name}."""
-    categories = sorted(categories, key=lambda x: x["id"])
-    known, names = trained.class_names, [x["name"] for x in categories]
+    names = [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
+    known = trained.class_names
     if known == [f"class {i}" for i in range(len(names))]:
         logger.warning(f"Taken for the model's classes, in this order: {', '.join(names)}.")
         known = names
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(
-            f"{path} has the categories {', '.join(unknown[:8])}, which are not classes of the "
-            f"model: {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}."
+            f"{settings.annotations} has the categories {', '.join(unknown)}, which are not "
+            f"classes of the model: {', '.join(known)}."
         )
-    return {x["id"]: known.index(x["name"]) for x in categories}
+    class_ids = {x["id"]: known.index(x["name"]) for x in categories}
+    make_masks = functools.partial(
+        _model_masks, trained.model, class_ids, masks_of, settings.mask_format
+    )
+    # On the CPU the model has something to do for every core.
+    num_workers = 0 if cfg.MODEL.DEVICE == "cpu" else cfg.DATALOADER.NUM_WORKERS
+    return TeacherStudentDatasetMapper(cfg, is_train=False), make_masks, num_workers
 
 
 def _shard_paths(output: str) -> list[str]:
     return sorted(glob.glob(f"{glob.escape(output)}.part-*.jsonl"))
 
 
-def _shard_header(settings: CompletionSettings, cfg: CfgNode | None) -> dict:
-    """What must be the same for an interrupted run to go on."""
-    keys = ("grabcut", "masks_of", "mask_format", "redo_model_masks")
-    header = {key: getattr(settings, key) for key in keys}
-    files = {"annotations": settings.annotations}
-    if cfg is not None:
-        cfg, files["weights"] = cfg.clone(), cfg.MODEL.WEIGHTS
-        # Where it runs does not matter.
-        cfg.MODEL.DEVICE = cfg.MODEL.WEIGHTS = cfg.OUTPUT_DIR = ""
-        cfg.DATALOADER.NUM_WORKERS = 0
-        header["config"] = hashlib.sha256(cfg.dump().encode()).hexdigest()
-    for name, path in files.items():
-        if os.path.isfile(path):
-            header[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        else:
-            header[name] = path
-    return header
-
-
-def _open_shard(path: str, header: dict) -> TextIO:
-    if os.path.exists(path):
-        # A line that a kill has left half written is cut off.
-        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)
-    shard = open(path, "a", encoding="utf-8")
-    if shard.tell() == 0:
-        shard.write(json.dumps(header) + "\n")
-    return shard
-
-
-def _read_shards(output: str, header: dict) -> dict[int, dict]:
+def _read_shards(paths: list[str], header: dict) -> dict[int, dict]:
     """{number of an image: its record}; what was made goes before a problem of another try."""
     found: dict[int, dict] = {}
-    for path in _shard_paths(output):
+    for path in paths:
+        # A kill may have left a last line half written.
         lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
         first, *records = map(json.loads, lines or ["{}"])
         different = [key for key in header if lines and first.get(key) != header[key]]
         if different:
-            raise InputError(
-                f"{path} is of a run with other {', '.join(different)}; give those again, or begin "
-                "anew with --force."
-            )
+            raise InputError(f"{path} is of a run with other {', '.join(different)}; see --force.")
         for record in records:
             if "objects" in record or record["image"] not in found:
                 found[record["image"]] = record
     return found
 
 
-def _finish(
-    settings: CompletionSettings, data: dict, finished: dict[int, dict]
-) -> CompletionSummary:
+def _finish(settings: CompletionSettings, data: dict, finished: dict[int, dict]) -> str:
     """Fill the masks in, write the json and the ranking, and remove the shards."""
     names = {x["id"]: x["name"] for x in data["categories"]}
-    summary = CompletionSummary({x: Counter() for x in names.values()})
+    counts = {x: Counter() for x in names.values()}
     for x in data["annotations"]:
-        summary.classes[names[x["category_id"]]][_kind(x, settings.redo_model_masks)] += 1
-    candidates = []
+        counts[names[x["category_id"]]][_kind(x, settings.redo_model_masks)] += 1
+    candidates, problems = [], Counter()
     for _, record in sorted(finished.items()):
         if "problem" in record:
-            summary.broken_images.append(record["problem"])
+            problems[f"images were left out: {record['problem']}"] += 1
         for made in record.get("objects", ()):
             annotation = data["annotations"][made.pop("row")]
             candidates.append((annotation, made))
             if "problem" in made:
-                summary.no_mask[made["problem"]] += 1
+                problems[f"objects have no mask: {made['problem']}"] += 1
                 continue
             for key in _NEW_KEYS:
                 annotation.pop(key, None)
             annotation.update(made)
-            count = summary.classes[names[annotation["category_id"]]]
+            count = counts[names[annotation["category_id"]]]
             count.update(made=1, missing=-1, fallback=int("mask_fallback" in made))
             count.update(score=made.get("score", 0))
             if "teacher_student_agreement" in made:
@@ -466,14 +317,22 @@ def _finish(
     write_json(settings.output, data)
     for path in _shard_paths(settings.output):
         os.unlink(path)
-    agreement = summary.mean_agreement
-    if agreement is not None and agreement < _LOW_AGREEMENT:
+    total = sum(counts.values(), Counter())
+    if total["agreement"] < _LOW_AGREEMENT * total["agreements"]:
         logger.warning(
-            f"Teacher and student agree little (mean IoU {agreement:.2f}): one of them may be far "
-            "from the truth, and the mean of both then is, too. Look at pictures of both "
-            "(--masks-of teacher, --masks-of student) before these masks are used."
+            "Teacher and student agree little, so one of them may be far from the truth. Look at "
+            "pictures of both (--masks-of teacher, --masks-of student)."
         )
-    return summary
+    headers = ["class", "human masks kept", "model masks kept", "masks made", "with fallback"]
+    headers += ["without a mask", "mean score", "mean agreement"]
+    table = [
+        [name, *(n[key] for key in ("human", "model", "made", "fallback", "missing"))]
+        + [n["score"] / n["made"] if n["score"] else None]
+        + [n["agreement"] / n["agreements"] if n["agreements"] else None]
+        for name, n in [*counts.items(), ("all", total)]
+    ]
+    lines = [tabulate(table, headers, floatfmt=".3f", missingval="-", disable_numparse=[0])]
+    return "\n".join(lines + [f"{n} {problem}" for problem, n in problems.most_common()])
 
 
 def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -> None:
@@ -482,35 +341,180 @@ def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -
 
     The need is 1 - score * agreement, 1 - score without a second head, and 1 without a mask.
     """
-    images = {x["id"]: x for x in data["images"]}
+    file_names = {x["id"]: x["file_name"] for x in data["images"]}
     names = {x["id"]: x["name"] for x in data["categories"]}
-    coco = COCO()
-    coco.imgs = {x["image_id"]: images[x["image_id"]] for x, _ in candidates}
-    coco.imgToAnns = defaultdict(list)
-    for annotation in data["annotations"]:
-        coco.imgToAnns[annotation["image_id"]].append(annotation)
-    overlaps = compute_overlaps(coco)
     rows = []
     for annotation, made in candidates:
         score, agreement = made.get("score"), made.get("teacher_student_agreement")
-        need = 1.0 if score is None else 1 - score * (1 if agreement is None else agreement)
         row = {
-            "rank": 0,
-            "need": round(need, 4),
+            "need": round(1 - (score or 0) * (1 if agreement is None else agreement), 4),
             "annotation_id": annotation["id"],
             "image_id": annotation["image_id"],
-            "file_name": images[annotation["image_id"]]["file_name"],
-            "category_id": annotation["category_id"],
+            "file_name": file_names[annotation["image_id"]],
             "class": names[annotation["category_id"]],
             **dict(zip(("x", "y", "width", "height"), annotation["bbox"])),
             "score": score,
             "agreement": agreement,
-            "overlap": round(overlaps[annotation["id"]], 4),
             "remark": made.get("problem", "fallback to box_fit" * ("mask_fallback" in made)),
         }
         rows.append(row)
     rows.sort(key=lambda x: -x["need"])
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["rank", "need"], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0] if rows else ["need"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, "rank": k} for k, row in enumerate(rows, start=1))
+        writer.writerows(rows)
+
+
+def _grabcut_masks(mask_format: str, task: dict) -> list[dict]:
+    """What :func:`_model_masks` does, by GrabCut; the image is the original one, in BGR."""
+    image = np.ascontiguousarray(task["image"].permute(1, 2, 0).numpy())
+    made = []
+    for row, _, (x, y, width, height) in task["objects"]:
+        mask = grab_cut(image, (x, y, x + width, y + height))
+        made.append({"row": row, **(_encode(mask, mask_format) if mask.any() else _NO_AREA)})
+    return made
+
+
+def _model_masks(
+    model: torch.nn.Module, class_ids: dict[int, int], masks_of: str, mask_format: str, task: dict
+) -> list[dict]:
+    """For each object of an image "row" and what :func:`make_mask` returns, in any order."""
+    size = task["height"], task["width"]
+    made, todo = [], []
+    for row, category, (x, y, width, height) in task["objects"]:
+        x0, y0, x1, y1 = max(0, x), max(0, y), min(size[1], x + width), min(size[0], y + height)
+        # In the precision in which the model sees it.
+        if np.float32(x1) > np.float32(x0) and np.float32(y1) > np.float32(y0):
+            todo.append((row, class_ids[category], [float(v) for v in (x0, y0, x1, y1)]))
+        else:
+            made.append({"row": row, **_NO_AREA})
+    if not todo:
+        return made
+    rows, classes, boxes = zip(*todo)
+    # At test time the only transform is a resize.
+    height, width = task["image"].shape[-2:]
+    scale = torch.tensor([width / size[1], height / size[0]]).repeat(2)
+    probs = predict_masks_on_boxes(model, task, torch.tensor(boxes) * scale, torch.tensor(classes))
+    probs = {head: x.float().cpu() for head, x in probs.items()}
+    for k, (row, box) in enumerate(zip(rows, boxes)):
+        of_object = {head: x[k] for head, x in probs.items()}
+        mask = make_mask(of_object, box, size, masks_of=masks_of, mask_format=mask_format)
+        made.append({"row": row, **mask})
+    return made
+
+
+def make_mask(
+    probs: dict[str, torch.Tensor],
+    box: list[float],
+    image_size: tuple[int, int],
+    *,
+    masks_of: str = "student",
+    mask_format: str = "rle",
+) -> dict:
+    """
+    Make the mask of one object from mask probabilities over its box.
+
+    The probabilities p of the chosen head lie over the box in M x M cells; of "both" it is their
+    mean, the coarser grid brought to the finer one bilinearly. The mask is where p, brought to the
+    image's pixels as Detectron2 does it, is at least 0.5. Where that is nowhere, the mask is that
+    of the threshold that fills the box best (:func:`fit_to_boxes`), if any cell has p >= 0.05.
+    Pixels whose centre is outside of the box never belong to it.
+
+    Args:
+        probs: "student", and "teacher" if there is one: float, shape (M, M) each, on the CPU.
+        box: XYXY in pixels, inside the image.
+        image_size: (height, width).
+        masks_of: "student", "teacher" or "both", of heads in ``probs``.
+        mask_format: "rle" or "polygon"; a mask with a hole is an RLE in any case.
+
+    Returns:
+        Keys of a COCO annotation: "segmentation"; "area", its pixels; "score", the mean of p over
+        the cells that were taken for the mask, in [0, 1]; "mask_source"; of two heads
+        "teacher_student_agreement", the IoU, in pixels, of their masks, both at 0.5 and in the box,
+        0 if both are empty; "mask_fallback" where the threshold was not 0.5. Or "problem" alone:
+        why there is no mask.
+    """
+    if masks_of == "both":
+        side = max(x.shape[-1] for x in probs.values())
+        grids = [
+            F.interpolate(x[None, None], (side, side), mode="bilinear") for x in probs.values()
+        ]
+        chosen = torch.cat(grids)[:, 0].mean(dim=0)
+    else:
+        chosen = probs[masks_of]
+    cells = chosen >= _THRESHOLD
+    mask = _paste(chosen, box, image_size)
+    is_fallback = not mask.any()
+    if is_fallback:
+        if not float(chosen.max()) >= _LEAST_PROBABILITY:  # NaN is not, either.
+            return {"problem": "the model finds nothing in the box"}
+        cells = fit_to_boxes(chosen[None], torch.ones_like(cells)[None])[0]
+        mask = _paste(cells.float(), box, image_size)
+        if not mask.any():
+            return {"problem": "no pixel has its centre in the box, or the mask is too thin"}
+    made = _encode(mask, mask_format)
+    made["score"] = round(float(chosen[cells].mean()), 4)
+    if len(probs) > 1:
+        first, second = (_paste(x, box, image_size) for x in probs.values())
+        iou = (first & second).sum() / max(1, (first | second).sum())
+        made["teacher_student_agreement"] = round(float(iou), 4)
+    if is_fallback:
+        made["mask_fallback"] = "box_fit"
+    return made
+
+
+def _paste(probs: torch.Tensor, box: list[float], image_size: tuple[int, int]) -> np.ndarray:
+    # Bool, shape (H, W). One at a time: a thousand masks of a large image would not fit.
+    boxes = torch.tensor([box], dtype=torch.float32)
+    mask = paste_masks_in_image(probs[None], boxes, image_size, threshold=_THRESHOLD)[0].numpy()
+    x0, y0, x1, y1 = box
+    columns, rows = np.arange(image_size[1]) + 0.5, np.arange(image_size[0]) + 0.5
+    mask &= ((rows >= y0) & (rows <= y1))[:, None]
+    mask &= (columns >= x0) & (columns <= x1)
+    return mask
+
+
+def _encode(mask: np.ndarray, mask_format: str) -> dict:
+    """The keys "segmentation", "area" and "mask_source" of a COCO annotation."""
+    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+    segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+    if mask_format == "polygon" and (polygons := mask_to_polygons(mask)) is not None:
+        segmentation = polygons
+        rle = mask_util.merge(mask_util.frPyObjects(polygons, *mask.shape))
+    return {"segmentation": segmentation, "area": int(mask_util.area(rle)), "mask_source": MODEL}
+
+
+def mask_to_polygons(mask: np.ndarray) -> list[list[float]] | None:
+    """
+    Trace the outlines of a mask along the edges of its pixels; points that do not matter are left
+    out.
+
+    A pixel (x, y) is the square from (x, y) to (x + 1, y + 1), as in COCO; OpenCV's own contours
+    run through the centres of the pixels and would lose half a pixel on every side.
+
+    Args:
+        mask: bool or uint8, shape (H, W).
+
+    Returns:
+        COCO's polygons [[x, y, x, y, ...], ...], one for each part of the mask, whose mask (as
+        pycocotools fills it) has an IoU of at least 0.98 with the given one. None where polygons
+        cannot say it: the mask has a hole, or is empty.
+    """
+    # With two by two points a pixel, a point of an outline tells which corner of its pixel it
+    # stands for: the left or upper one if even, else the right or lower one. The margin keeps the
+    # outline from the border.
+    doubled = np.pad(mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1), 2)
+    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    # A contour with a parent is a hole.
+    if not contours or (hierarchy[0, :, 3] >= 0).any():
+        return None
+    for tolerance in _POLYGON_TOLERANCES:
+        outlines = [cv2.approxPolyDP((x - 1) // 2, tolerance, closed=True) for x in contours]
+        if any(len(x) < 3 for x in outlines):
+            continue
+        polygons = [x.astype(float).ravel().tolist() for x in outlines]
+        filled = mask_util.merge(mask_util.frPyObjects(polygons, *mask.shape))
+        rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+        if mask_util.iou([filled], [rle], [0])[0, 0] >= _MIN_POLYGON_IOU:
+            return polygons
+    return None

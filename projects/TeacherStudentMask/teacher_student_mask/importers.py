@@ -2,51 +2,43 @@
 Annotations of other tools as the content of a COCO json in which any object may lack its mask.
 
 An object without an outline stays one without a mask. Common converters make a rectangular mask of
-its box, which would teach a model that objects are rectangles.
+its box, which would teach a model that objects are rectangles. What was changed or left out is
+counted in the ``notes`` of the dataset. All raise InputError if a file is missing or broken; the
+message names it, and the line or object and its value.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated
-from urllib.parse import urlsplit
-from xml.etree.ElementTree import Element  # nosec B405  # A type; read_xml does the reading.
+from xml.etree import ElementTree  # nosec B405  # expat limits entities and reads none from files
+from xml.etree.ElementTree import Element  # nosec B405  # As above.
 
 import msgspec
 import numpy as np
-import pycocotools.mask as mask_util
 import yaml
 from PIL import Image
 
+from .coco_json import read_coco
 from .errors import InputError
 from .imported_dataset import (
     ImportedDataset,
-    box_around,
-    check_different,
     files_in,
     image_size,
     input_error,
     number_or_nan,
     paste_mask,
-    read_coco_lists,
-    read_json,
     read_text,
-    read_xml,
-    show_progress,
     to_outline,
-    xml_text,
 )
 
 __all__ = ["import_cvat", "import_labelme", "import_lvis", "import_voc", "import_yolo"]
-
-# With a character that is not blank.
-_Name = Annotated[str, msgspec.Meta(pattern=r"\S")]
 
 # What Ultralytics takes for images, where Pillow reads them.
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
@@ -55,8 +47,8 @@ _TOLERANCE = 0.01
 
 
 class _YoloSettings(msgspec.Struct):
-    # Without quotes, yaml takes yes, no, on and off for truth values, and ~ for nothing.
-    names: list[_Name | int | float] | dict[int, _Name | int | float]
+    # Without quotes, yaml takes yes, no, on and off for truth values.
+    names: list[str | int | float] | dict[int, str | int | float]
 
 
 def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedDataset:
@@ -66,27 +58,24 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
     Args:
         data_yaml: file with "names" and the splits.
         split: key of the yaml: "train", "val" or "test".
-
-    Raises:
-        InputError: a file is missing or broken; the message names it, the line and the value.
     """
     path = Path(data_yaml)
     settings, names = _read_yolo_settings(path, split)
-    folder = str(settings.get("path") or "")
-    root = next((x for x in (path.parent / folder, Path(folder)) if x.is_dir()), None)
-    if root is None:
-        raise input_error(path, "'path'", folder, "a folder, from the yaml or the current folder")
-    places = list(_yolo_places(path, root, settings[split], split))
+    root = path.parent / str(settings.get("path") or "")
+    if not root.is_dir():
+        root = Path(settings["path"])  # from the current folder
+    entries = settings[split] if isinstance(settings[split], list) else [settings[split]]
+    # Exports of Roboflow begin with "../" too much; Ultralytics does the same.
+    choices = [(root / str(x), root / str(x).removeprefix("../")) for x in entries]
+    places = [given if given.exists() else other for given, other in choices]
     images = sorted(x for place in places for x in _yolo_images(place, root))
     if not any(_yolo_labels(image).is_file() for image in images):
-        raise InputError(
-            f"{path}: none of the {len(images)} images of {split!r} has a txt with its labels, "
-            f"such as {', '.join(map(str, map(_yolo_labels, images[:1])))}."
-        )
+        what = f"{len(images)} images of {split!r}, {', '.join(map(str, places))}"
+        raise InputError(f"{path}: none of the {what}, has a txt with its labels.")
     common = Path(os.path.commonpath([x.parent.absolute() for x in images]))
-    dataset = ImportedDataset(names, common)
-    for image in show_progress(images):
-        size = image_size(image, str(path), dataset.notes)
+    dataset = ImportedDataset.of_classes(names, common)
+    for image in images:
+        size = image_size(image, str(path))
         dataset.add_image(image, size)
         labels = _yolo_labels(image)
         if not labels.is_file():
@@ -94,8 +83,14 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
             continue
         for number, line in enumerate(read_text(labels).splitlines(), start=1):
             if line.strip():
-                _add_yolo_line(dataset, names, line, f"{labels}, line {number}", size)
-    _note_orphans(dataset, places, images)
+                _add_yolo_line(dataset, line, f"{labels}, line {number}", size)
+    folders = {_yolo_labels(x / "any.png").parent for x in places if x.is_dir()}
+    found = {x for folder in folders for x in files_in(folder, (".txt",))}
+    # Programs for labelling leave a list of the class names beside the labels.
+    orphans = [x for x in found.difference(map(_yolo_labels, images)) if x.stem != "classes"]
+    if orphans:
+        note = f"txts with labels have no image and were left out, such as {min(orphans)}"
+        dataset.notes[note] = len(orphans)
     return dataset
 
 
@@ -104,102 +99,61 @@ def _read_yolo_settings(path: Path, split: str) -> tuple[dict, dict[int, str]]:
     try:
         settings = yaml.safe_load(read_text(path))
         names = msgspec.convert(settings, _YoloSettings).names
-    # The readers of dates and numbers raise ValueError; yaml takes several lines to say what it is.
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}.") from error
-    names = dict(enumerate(names)) if isinstance(names, list) else names
-    names = {i: str(name) for i, name in names.items()}
-    check_different(list(names.values()), str(path))
     if not settings.get(split):
         raise input_error(path, repr(split), "missing", f"one of {', '.join(map(str, settings))}")
-    if settings.get("nc") not in (None, len(names)):
-        raise input_error(path, "'nc'", settings["nc"], f"{len(names)}, as 'names' has")
     if "kpt_shape" in settings:
         raise InputError(f"{path}: 'kpt_shape' says that the labels are keypoints, not outlines.")
-    return settings, names
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    return settings, {i: str(name) for i, name in names.items()}
 
 
-def _yolo_places(path: Path, root: Path, entries: object, split: str) -> Iterator[Path]:
-    """What the split names: folders with images, and txts with lists of images."""
-    for entry in entries if isinstance(entries, list) else [entries]:
-        place = root / str(entry)
-        if not place.exists() and str(entry).startswith("../"):
-            place = root / str(entry)[3:]  # as in exports of Roboflow; Ultralytics does the same
-        if place.is_dir():
-            if next(files_in(place, _IMAGE_SUFFIXES), None) is None:
-                raise input_error(path, repr(split), place, "a folder with images")
-        elif place.suffix != ".txt":
-            raise input_error(path, repr(split), place, "a folder that exists, or a txt")
-        yield place
-
-
-def _yolo_images(place: Path, root: Path) -> Iterator[Path]:
+def _yolo_images(place: Path, root: Path) -> list[Path]:
     if place.is_dir():
-        yield from files_in(place, _IMAGE_SUFFIXES)
-        return
-    for line in filter(None, map(str.strip, read_text(place).splitlines())):
-        # In such a list "./" is the folder of the list.
-        yield (place.parent if line.startswith("./") else root) / line
+        return list(files_in(place, _IMAGE_SUFFIXES))
+    lines = filter(None, map(str.strip, read_text(place).splitlines()))
+    # In such a list "./" is the folder of the list.
+    return [(place.parent if line.startswith("./") else root) / line for line in lines]
 
 
 def _yolo_labels(image: Path) -> Path:
     """The txt of an image: the last folder named images becomes labels, as in Ultralytics."""
-    parts = list(image.parts)
-    for i in reversed(range(len(parts) - 1)):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    before, folder, after = f"/{image.as_posix()}".rpartition("/images/")
+    path = f"{before}/labels/{after}"[1:] if folder else image
+    return Path(path).with_suffix(".txt")
 
 
-def _add_yolo_line(
-    dataset: ImportedDataset, names: dict[int, str], line: str, where: str, size: tuple[int, int]
-) -> None:
+def _add_yolo_line(dataset: ImportedDataset, line: str, where: str, size: tuple[int, int]) -> None:
     class_index, *values = map(number_or_nan, line.split())
-    if class_index not in names:
-        allowed = f"{', '.join(map(str, sorted(names)))}, the numbers of 'names'"
+    numbers = [x["id"] for x in dataset.coco["categories"]]
+    if class_index not in numbers:
+        allowed = f"{', '.join(map(str, numbers))}, the numbers of 'names'"
         raise input_error(where, "the class", line.split()[0], allowed)
     is_box = len(values) == 4
     if not is_box and (len(values) < 6 or len(values) % 2):
         raise InputError(
-            f"{where}: {len(values)} numbers behind the class; allowed: 4 of a box (center x, "
-            "center y, width, height), or x and y of at least 3 points of an outline. A confidence "
-            "at the end must be taken out."
+            f"{where}: {len(values)} numbers behind the class; allowed: 4 of a box, or x and y of "
+            "at least 3 points of an outline. A confidence at the end must be taken out."
         )
     if not all(-_TOLERANCE <= x <= 1 + _TOLERANCE for x in values):  # nan fails, too
         allowed = "coordinates in [0, 1], fractions of the width and height of the image"
         raise input_error(where, "it", repr(line), allowed)
     points = np.reshape(values, (-1, 2)) * size
     if is_box:
-        center, sides = points
-        dataset.add_box(int(class_index), [*(center - sides / 2), *(center + sides / 2)])
+        center, half = points[0], points[1] / 2
+        dataset.add_object(int(class_index), boxes=[np.array([center - half, center + half])])
     else:
-        dataset.add_polygons(int(class_index), [points])
+        dataset.add_object(int(class_index), polygons=[points])
 
 
-def _note_orphans(dataset: ImportedDataset, places: list[Path], images: list[Path]) -> None:
-    """Count the txts whose image is not there; it need not be in the split to be there."""
-    folders = {x for x in places if x.is_dir()} | {x.parent for x in images}
-    found, known = set(), {_yolo_labels(x) for x in images}
-    for folder in folders:
-        if folders.isdisjoint(folder.parents):  # else seen with the folder that it is in
-            found.update(files_in(_yolo_labels(folder / "any.txt").parent, (".txt",)))
-            known.update(map(_yolo_labels, files_in(folder, _IMAGE_SUFFIXES)))
-    # Programs for labelling leave a list of the class names beside the labels.
-    orphans = [x for x in found.difference(known, places) if x.name != "classes.txt"]
-    if orphans:
-        note = f"txts with labels have no image and were left out, such as {min(orphans)}"
-        dataset.notes[note] = len(orphans)
-
-
-# Kind of a shape -> how many points it has; None: 3 or more.
-_LABELME_KINDS = {"polygon": None, "rectangle": (2, 4), "mask": (2,)}
+_LABELME_KINDS = ("polygon", "rectangle", "mask")
 # The first lines of LabelMe's own labels.txt; shapes of these names are no objects.
 _LABELME_RESERVED = ("__ignore__", "_background_")
 
 
 class _LabelMeShape(msgspec.Struct):
-    label: _Name
+    label: str
     points: list[tuple[float, float]]
     shape_type: str | None = None
     group_id: int | float | str | None = None
@@ -213,8 +167,8 @@ class _LabelMeShape(msgspec.Struct):
 class _LabelMeFile(msgspec.Struct):
     imagePath: str
     shapes: list[_LabelMeShape]
-    imageWidth: object = 0
-    imageHeight: object = 0
+    imageWidth: int | None = None
+    imageHeight: int | None = None
 
 
 def import_labelme(
@@ -226,26 +180,24 @@ def import_labelme(
     Args:
         folder: of the jsons; images are where ``imagePath`` says, relative to their json.
         class_names: in the order of their ids; None: the labels that occur, by the alphabet.
-
-    Raises:
-        InputError: a file is missing or broken; the message names it, the shape and the value.
     """
-    folder = Path(folder)
-    paths = sorted(files_in(folder, (".json",)))
-    contents = {x: read_json(x, _LabelMeFile) for x in show_progress(paths)}
+    contents: dict[Path, _LabelMeFile] = {}
+    for path in sorted(files_in(Path(folder), (".json",))):
+        try:
+            contents[path] = msgspec.json.decode(read_text(path), type=_LabelMeFile)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}.") from error
     if not contents:
         raise InputError(f"{folder}: there is no json in it.")
     if class_names is None:
         class_names = sorted({x.label for content in contents.values() for x in content.shapes})
     class_names = [x for x in class_names if x not in _LABELME_RESERVED]
-    dataset = ImportedDataset(dict(enumerate(class_names, start=1)), folder)
+    dataset = ImportedDataset.of_classes(dict(enumerate(class_names, start=1)), Path(folder))
     for path, content in contents.items():
         # LabelMe on Windows writes backslashes.
         image = path.parent / PurePosixPath(content.imagePath.replace("\\", "/"))
-        # LabelMe turns images by their EXIF, so this is the size of the turned one.
-        declared = (content.imageWidth, content.imageHeight)
-        fields = "'imageWidth' and 'imageHeight'"
-        size = image_size(image, str(path), dataset.notes, declared, fields)
+        size = content.imageWidth, content.imageHeight
+        size = size if all(size) else image_size(image, str(path))
         dataset.add_image(image, size)
         objects: dict[object, list[_LabelMeShape]] = {}
         for number, shape in enumerate(content.shapes):
@@ -258,38 +210,32 @@ def import_labelme(
                 objects.setdefault(key, []).append(shape)
         for shapes in objects.values():
             where = f"{path}, shape {content.shapes.index(shapes[0])} ({shapes[0].label})"
-            _add_labelme_object(dataset, shapes, size, where)
+            polygons, boxes, masks = (
+                [_read_labelme_shape(x, size, where) for x in shapes if x.kind == kind]
+                for kind in _LABELME_KINDS
+            )
+            category_id = dataset.category_id(shapes[0].label, where)
+            dataset.add_object(category_id, boxes, polygons, masks)
     return dataset
 
 
-def _add_labelme_object(
-    dataset: ImportedDataset, shapes: list[_LabelMeShape], size: tuple[int, int], where: str
-) -> None:
-    category_id = dataset.category_id(shapes[0].label, where)
-    kind, points = shapes[0].kind, [np.array(x.points, dtype=float) for x in shapes]
-    if len(shapes) > 1 and {x.kind for x in shapes} != {"polygon"}:
-        kinds = ", ".join(x.kind for x in shapes)
-        allowed = "polygons in a group, which is one object"
-        raise input_error(where, f"'group_id' {shapes[0].group_id}", kinds, allowed)
-    allowed = _LABELME_KINDS[kind]
-    for x in points:
-        if len(x) < 3 if allowed is None else len(x) not in allowed:
-            needed = "at least 3" if allowed is None else " or ".join(map(str, allowed))
-            raise input_error(where, "'points'", x.tolist(), f"{needed} points of a {kind}")
-    if kind == "polygon":
-        dataset.add_polygons(category_id, points)
-    elif kind == "rectangle":
-        dataset.add_box(category_id, [*points[0].min(axis=0), *points[0].max(axis=0)])
-    else:
-        try:
-            content = io.BytesIO(base64.b64decode(shapes[0].mask, validate=True))
-            with Image.open(content) as picture:
-                part = np.array(picture.convert("L")) > 0
-        # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, ...
-        except Exception as error:
-            raise InputError(f"{where}: 'mask' is no picture in base64: {error}.") from error
-        left, top = np.trunc(points[0].min(axis=0))
-        dataset.add_mask(category_id, paste_mask(part, left, top, size, where))
+def _read_labelme_shape(shape: _LabelMeShape, size: tuple[int, int], where: str) -> np.ndarray:
+    """The points of a polygon or of a box, or a mask of the whole image."""
+    points = np.array(shape.points, dtype=float)
+    if shape.kind == "polygon":
+        return to_outline(shape.points, where)
+    if len(points) < 2:
+        raise input_error(where, "'points'", shape.points, f"two corners of a {shape.kind}")
+    if shape.kind == "rectangle":
+        return points
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(shape.mask))) as picture:
+            part = np.array(picture.convert("L")) > 0
+    # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, ...
+    except Exception as error:
+        raise InputError(f"{where}: 'mask' is no picture in base64: {error}.") from error
+    left, top = np.trunc(points.min(axis=0))
+    return paste_mask(part, left, top, size, where)
 
 
 def import_voc(
@@ -308,49 +254,55 @@ def import_voc(
         zero_based: whether 0 is the left border of the image. In VOC 1 is the first pixel, and
             xmax the last pixel that belongs to the object. Outlines are not of VOC: the programs
             that write them count from 0.
-
-    Raises:
-        InputError: a file is missing or broken; the message names it, the object and the value.
     """
-    folder = Path(folder)
-    image_root = folder if image_root is None else Path(image_root)
-    roots = {x: read_xml(x) for x in show_progress(sorted(files_in(folder, (".xml",))))}
+    image_root = Path(folder if image_root is None else image_root)
+    roots = {x: _read_xml(x) for x in sorted(files_in(Path(folder), (".xml",)))}
     if not roots:
         raise InputError(f"{folder}: there is no xml in it.")
     if class_names is None:
-        objects = [(x, path) for path, root in roots.items() for x in root.iter("object")]
-        class_names = sorted({xml_text(x, "name", path) for x, path in objects})
-    dataset = ImportedDataset(dict(enumerate(class_names, start=1)), image_root)
+        found = {_text(x, "name") for root in roots.values() for x in root.findall("object")}
+        class_names = sorted(found - {""})
+    dataset = ImportedDataset.of_classes(dict(enumerate(class_names, start=1)), image_root)
     for path, root in roots.items():
-        image = image_root / xml_text(root, "filename", path)
-        # Programs differ in whether they turn images by their EXIF; the size tells.
-        declared = [(root.findtext(f"size/{x}") or "").strip() for x in ("width", "height")]
-        size = image_size(image, str(path), dataset.notes, declared, "<size>")
+        image = image_root / _text(root, "filename")
+        declared = [number_or_nan(_text(root, f"size/{x}") or 0) for x in ("width", "height")]
+        is_declared = all(x >= 1 for x in declared)
+        size = tuple(map(int, declared)) if is_declared else image_size(image, str(path))
         dataset.add_image(image, size)
-        if (root.findtext("segmented") or "").strip() == "1" and root.find(".//polygon") is None:
+        if _text(root, "segmented") == "1" and root.find(".//polygon") is None:
             dataset.notes["images have masks in SegmentationObject, which is not read"] += 1
         for number, element in enumerate(root.findall("object")):
             where = f"{path}, object {number}"
-            category_id = dataset.category_id(xml_text(element, "name", path), where)
-            outlines = map(_voc_points, element.findall("polygon"))
+            category_id = dataset.category_id(_text(element, "name"), where)
+            outlines = [_voc_points(x) for x in element.findall("polygon")]
             polygons = [to_outline(points, where) for points in outlines if points]
             if polygons:
-                dataset.add_polygons(category_id, polygons)
-            else:
-                dataset.add_box(category_id, _voc_corners(element, where, zero_based))
-            if (element.findtext("difficult") or "").strip() == "1":
-                dataset.notes["objects are marked as difficult; they are kept"] += 1
+                dataset.add_object(category_id, polygons=polygons)
+                continue
+            texts = [_text(element, f"bndbox/{x}") for x in ("xmin", "ymin", "xmax", "ymax")]
+            box = _read_corners(texts, where, "<bndbox>")
+            dataset.add_object(category_id, boxes=[box if zero_based else box - [[1], [0]]])
     return dataset
 
 
-def _voc_corners(element: Element, where: str, zero_based: bool) -> list[float]:
-    texts = [element.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
+def _read_xml(path: Path) -> Element:
+    try:
+        return ElementTree.parse(path).getroot()  # nosec B314  # As above.
+    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
+        raise InputError(f"{path}: no xml that can be read: {error}.") from error
+
+
+def _text(element: Element, name: str) -> str:
+    return (element.findtext(name) or "").strip()
+
+
+def _read_corners(texts: Sequence[str | None], where: str, field: str) -> np.ndarray:
+    """Float64 [[left, top], [right, bottom]]."""
     x0, y0, x1, y1 = map(number_or_nan, texts)
     if not (x0 <= x1 and y0 <= y1):  # nan fails, too
-        allowed = "xmin, ymin, xmax, ymax: finite numbers, the maxima not below the minima"
-        raise input_error(where, "<bndbox>", texts, allowed)
-    first = 0 if zero_based else 1
-    return [x0 - first, y0 - first, x1, y1]
+        allowed = "left, top, right, bottom: finite numbers, the latter not below the former"
+        raise input_error(where, field, texts, allowed)
+    return np.array([[x0, y0], [x1, y1]])
 
 
 def _voc_points(polygon: Element) -> list:
@@ -362,9 +314,7 @@ def _voc_points(polygon: Element) -> list:
 
 
 def import_cvat(
-    path: str | os.PathLike,
-    image_root: str | os.PathLike | None = None,
-    keep_crowds: bool = False,
+    path: str | os.PathLike, image_root: str | os.PathLike | None = None
 ) -> ImportedDataset:
     """
     Read what CVAT exports: "COCO 1.0" (a json) or "CVAT for images 1.1" (an xml).
@@ -374,58 +324,47 @@ def import_cvat(
 
     Args:
         path: of the json or xml.
-        image_root: folder of the images; None: the sizes are not compared.
-        keep_crowds: leave the marks in a json.
-
-    Raises:
-        InputError: a file is missing or broken, or has the tracks of a video.
+        image_root: folder of the images, if it is known.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".xml":
-        return _import_cvat_xml(path, image_root)
-    dataset = ImportedDataset.from_coco(read_coco_lists(path), image_root)
-    images = [x for x in dataset.coco["images"] if isinstance(x.get("id"), int)]
-    sizes = {x["id"]: (x.get("width"), x.get("height")) for x in images}
+    image_root = image_root and Path(image_root)
+    if str(path).lower().endswith(".xml"):
+        return _import_cvat_xml(Path(path), image_root)
+    dataset = ImportedDataset(read_coco(path), image_root)
+    sizes = {x["id"]: (x["width"], x["height"]) for x in dataset.coco["images"]}
     for annotation in dataset.coco["annotations"]:
-        segmentation, attributes = annotation.get("segmentation"), annotation.get("attributes")
-        if annotation.get("iscrowd") == 1 and isinstance(segmentation, dict) and not keep_crowds:
+        segmentation = annotation.get("segmentation")
+        if annotation.get("iscrowd") == 1 and isinstance(segmentation, dict):
             annotation["iscrowd"] = 0
             dataset.notes["masks drawn with the brush are no longer marked as crowds"] += 1
-        rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
-        if not segmentation and number_or_nan(rotation) % 360 > 0:
-            try:
-                x, y, w, h = map(float, annotation["bbox"])
-                width, height = map(float, sizes[annotation["image_id"]])
-            except (KeyError, TypeError, ValueError):
-                continue  # the checks of the whole json name it
-            corners = box_around([x, y, x + w, y + h], float(rotation), dataset.notes)
-            x0, y0, x1, y1 = np.clip(corners, 0, [width, height] * 2).tolist()
-            annotation.update(bbox=[x0, y0, x1 - x0, y1 - y0], area=(x1 - x0) * (y1 - y0))
-    dataset.check_image_sizes(path)
+        rotation = number_or_nan((annotation.get("attributes") or {}).get("rotation", 0))
+        size = sizes.get(annotation["image_id"])
+        if not segmentation and rotation % 360 > 0 and size:
+            x, y, w, h = annotation["bbox"]
+            corners = np.array([[x, y], [x + w, y + h]])
+            low, high = _box_around(corners, rotation, dataset.notes).clip(0, size)
+            sides = high - low
+            annotation.update(bbox=[*low.tolist(), *sides.tolist()], area=float(sides.prod()))
     return dataset
 
 
-def _import_cvat_xml(path: Path, image_root: str | os.PathLike | None) -> ImportedDataset:
-    root = read_xml(path)
+def _import_cvat_xml(path: Path, image_root: Path | None) -> ImportedDataset:
+    root = _read_xml(path)
     if root.find("track") is not None:
         raise InputError(
             f"{path}: it has the tracks of a video; export the task as 'COCO 1.0', which has the "
             "objects of each frame."
         )
-    images = root.findall("image")
     # A part of a skeleton names its <parent>.
     labels = [x for x in root.iterfind("meta//labels/label") if x.find("parent") is None]
-    names = [(x.findtext("name") or "").strip() for x in labels]
-    if not names:
-        names = sorted({x.get("label", "") for image in images for x in image})
-    dataset = ImportedDataset(dict(enumerate(names, start=1)), image_root)
-    for image in images:
+    names = [_text(x, "name") for x in labels]
+    dataset = ImportedDataset.of_classes(dict(enumerate(names, start=1)), image_root)
+    for image in root.findall("image"):
         name, declared = image.get("name", ""), (image.get("width"), image.get("height"))
         where = f"{path}: image {name!r}"
         if not all(number_or_nan(x) >= 1 for x in declared):
             raise input_error(where, "its size", declared, "'width' and 'height' in pixels")
         size = tuple(int(float(x)) for x in declared)
-        dataset.add_image(name if image_root is None else Path(image_root, name), size)
+        dataset.add_image(name if image_root is None else image_root / name, size)
         objects: dict[object, list[Element]] = {}
         for number, shape in enumerate(image):
             if shape.tag not in ("box", "polygon", "mask"):
@@ -436,44 +375,33 @@ def _import_cvat_xml(path: Path, image_root: str | os.PathLike | None) -> Import
             key = number if group == "0" else (shape.get("label"), group)
             objects.setdefault(key, []).append(shape)
         for number, shapes in enumerate(objects.values()):
-            _add_cvat_object(dataset, shapes, size, f"{where}, object {number}")
-    dataset.check_image_sizes(path)
+            here = f"{where}, object {number}"
+            category_id = dataset.category_id(shapes[0].get("label", "").strip(), here)
+            boxes = []
+            for shape in filter(lambda x: x.tag == "box", shapes):
+                texts = [shape.get(x) for x in ("xtl", "ytl", "xbr", "ybr")]
+                rotation = number_or_nan(shape.get("rotation", "0"))
+                corners = _read_corners(texts, here, "the box")
+                boxes.append(_box_around(corners, rotation, dataset.notes))
+            outlines = [re.split("[,;]", x.get("points", "")) for x in shapes if x.tag == "polygon"]
+            polygons = [to_outline(x, here) for x in outlines]
+            masks = [_read_cvat_mask(x, size, here) for x in shapes if x.tag == "mask"]
+            dataset.add_object(category_id, boxes, polygons, masks)
     return dataset
 
 
-def _add_cvat_object(
-    dataset: ImportedDataset, shapes: list[Element], size: tuple[int, int], where: str
-) -> None:
-    category_id = dataset.category_id((shapes[0].get("label") or "").strip(), where)
-    boxes = [_cvat_box(x, where, dataset.notes) for x in shapes if x.tag == "box"]
-    outlines = [x.get("points", "").split(";") for x in shapes if x.tag == "polygon"]
-    polygons = [to_outline([pair.split(",") for pair in x], where) for x in outlines]
-    masks = [_cvat_mask(x, size, where) for x in shapes if x.tag == "mask"]
-    if (polygons or masks) and boxes:
-        dataset.notes["boxes are in a group with an outline, which counts alone"] += len(boxes)
-    if masks:
-        for points in polygons:
-            rle = mask_util.frPyObjects([points.ravel().tolist()], size[1], size[0])[0]
-            masks.append(mask_util.decode(rle).astype(bool))
-        dataset.add_mask(category_id, np.any(masks, axis=0))
-    elif polygons:
-        dataset.add_polygons(category_id, polygons)
-    else:
-        corners = np.array(boxes)
-        dataset.add_box(category_id, [*corners[:, :2].min(axis=0), *corners[:, 2:].max(axis=0)])
+def _box_around(corners: np.ndarray, degrees: float, notes: Counter) -> np.ndarray:
+    """The upright box around one, [[left, top], [right, bottom]], turned about its middle."""
+    if not degrees % 360 > 0:  # nan, too
+        return corners
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    half = np.array([[cosine, sine], [sine, cosine]]) @ (corners[1] - corners[0]) / 2
+    middle = corners.mean(axis=0)
+    notes["turned boxes have become the upright boxes around them"] += 1
+    return np.round([middle - half, middle + half], 6)
 
 
-def _cvat_box(shape: Element, where: str, notes: Counter) -> list[float]:
-    texts = [shape.get(x) for x in ("xtl", "ytl", "xbr", "ybr")]
-    x0, y0, x1, y1 = corners = list(map(number_or_nan, texts))
-    if not (x0 <= x1 and y0 <= y1):  # nan fails, too
-        allowed = "xtl, ytl, xbr, ybr: finite numbers, the latter not below the former"
-        raise input_error(where, "the box", texts, allowed)
-    rotation = number_or_nan(shape.get("rotation", "0"))
-    return box_around(corners, rotation, notes) if rotation % 360 > 0 else corners
-
-
-def _cvat_mask(shape: Element, size: tuple[int, int], where: str) -> np.ndarray:
+def _read_cvat_mask(shape: Element, size: tuple[int, int], where: str) -> np.ndarray:
     # "rle" are lengths of runs, background first, by the rows of a part of the image.
     texts = [shape.get(x, "") for x in ("left", "top", "width", "height")]
     texts += shape.get("rle", "").split(",")
@@ -494,25 +422,16 @@ def import_lvis(
 
     Args:
         path: of the json.
-        image_root: folder of the images; None: the sizes are not compared.
-
-    Raises:
-        InputError: it is no json of LVIS, or an image is of another size.
+        image_root: folder of the images, if it is known.
     """
-    path = Path(path)
-    dataset = ImportedDataset.from_coco(read_coco_lists(path), image_root)
+    dataset = ImportedDataset(read_coco(path), image_root and Path(image_root))
     for image in dataset.coco["images"]:
-        if image.get("file_name"):
-            continue
-        url = image.get("coco_url")
-        try:
-            parts = PurePosixPath(urlsplit(str(url)).path).parts
-        except ValueError:  # such as a bracket without its other half
-            parts = ()
-        if len(parts) < 2:
-            where = f"{path}: image {image.get('id')} has no 'file_name'"
-            raise input_error(where, "'coco_url'", repr(url), "one that ends in folder and file")
-        image["file_name"] = "/".join(parts[-2:])
-        dataset.notes["images have got a 'file_name' from their 'coco_url'"] += 1
-    dataset.check_image_sizes(path)
+        if not image.get("file_name"):
+            parts = str(image.get("coco_url")).split("/")
+            if len(parts) < 2:
+                where = f"{path}: image {image['id']} has no 'file_name'"
+                url = repr(image.get("coco_url"))
+                raise input_error(where, "'coco_url'", url, "one that ends in folder and file")
+            image["file_name"] = "/".join(parts[-2:])
+            dataset.notes["images have got a 'file_name' from their 'coco_url'"] += 1
     return dataset

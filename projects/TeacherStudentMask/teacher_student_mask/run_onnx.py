@@ -11,41 +11,20 @@ score, box (x0, y0, x1, y1 in pixels of the image) and mask_area in pixels.
 In Python, with the folder on the path:
   from run_onnx import OnnxDetector
   detector = OnnxDetector("output/exported")
-  objects = detector(image)          # uint8 (H, W, 3), RGB
-  objects.boxes, objects.scores, objects.classes, objects.masks
+  boxes, scores, classes, masks = detector(image)          # uint8 (H, W, 3), RGB
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-__all__ = ["Objects", "OnnxDetector", "draw", "main", "paste_masks"]
-
-
-@dataclass
-class Objects:
-    """
-    What was found in an image of H x W pixels: N objects, best score first.
-
-    Attributes:
-        boxes: float32 (N, 4), x0 y0 x1 y1 in pixels of the image.
-        scores: float32 (N,), in [0, 1].
-        classes: int64 (N,), indices of ``OnnxDetector.names``.
-        masks: bool (N, H, W).
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-    masks: np.ndarray
+__all__ = ["OnnxDetector", "main", "paste_masks"]
 
 
 class OnnxDetector:
@@ -56,54 +35,42 @@ class OnnxDetector:
         Args:
             folder: with model.onnx and deployment.json.
             providers: of onnxruntime.
-
-        Raises:
-            FileNotFoundError: one of the files is not there.
         """
-        path = Path(folder, "model.onnx")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; write it with tsmask export --formats onnx."
-            )
         facts = json.loads(Path(folder, "deployment.json").read_text())
         self.names: list[str] = facts["classes"]
         self._input = facts["input"]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, list(providers))
+        path = str(Path(folder, "model.onnx"))
+        self._session = onnxruntime.InferenceSession(path, providers=list(providers))
 
-    def __call__(self, image: np.ndarray) -> Objects:
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
         """
         Args:
             image: uint8, shape (H, W, 3), RGB.
+
+        Returns:
+            N objects, best score first: boxes, float32 (N, 4), x0 y0 x1 y1 in pixels of the image;
+            scores, float32 (N,), in [0, 1]; classes, int64 (N,), indices of ``names``; masks, bool
+            (N, H, W).
         """
-        height, width = image.shape[:2]
-        new_height, new_width = self._size(height, width)
+        size = np.array(image.shape[:2])
+        scale = 1.0
+        if self._input["shortest_edge"] is not None:
+            scale = self._input["shortest_edge"] / size.min()
+            scale = min(scale, self._input["longest_edge_at_most"] / size.max())
+        new_height, new_width = (int(side * scale + 0.5) for side in size.tolist())
         resized = Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR)
-        pixels = np.asarray(resized)
+        pixels = np.asarray(resized, dtype=np.float32)
         if self._input["channels"] == "BGR":
             pixels = pixels[:, :, ::-1]
-        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
-        boxes, scores, classes, probabilities = self._session.run(
-            ["boxes", "scores", "classes", "masks"], {"image": pixels}
-        )
-        scale = np.array([width / new_width, height / new_height] * 2, np.float32)
-        boxes = np.clip(boxes * scale, 0, np.array([width, height] * 2, np.float32))
+        pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        names = ["boxes", "scores", "classes", "masks"]
+        boxes, scores, classes, grids = self._session.run(names, {"image": pixels})
+        height, width = size.tolist()
+        boxes *= np.array([width / new_width, height / new_height] * 2, np.float32)
+        boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
         kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        boxes = boxes[kept]
-        masks = paste_masks(probabilities[kept], boxes, height, width)
-        return Objects(boxes, scores[kept], classes[kept], masks)
-
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        shortest = self._input["shortest_edge"]
-        if shortest is None:
-            return height, width
-        scale = shortest / min(height, width)
-        sides = [scale * height, scale * width]
-        longest = self._input["longest_edge_at_most"]
-        if max(sides) > longest:
-            sides = [side * (longest / max(sides)) for side in sides]
-        return int(sides[0] + 0.5), int(sides[1] + 0.5)
+        masks = paste_masks(grids[kept], boxes[kept], height, width)
+        return boxes[kept], scores[kept], classes[kept], masks
 
 
 def paste_masks(
@@ -141,18 +108,8 @@ def _interpolation(start: float, end: float, length: int, side: int) -> tuple[sl
     return slice(first, last), np.maximum(0, 1 - distance)
 
 
-def draw(image: np.ndarray, objects: Objects) -> np.ndarray:
-    """Return a copy of an image (uint8, RGB) with a colour over each mask."""
-    picture = image.astype(np.float32)
-    for i, mask in enumerate(objects.masks):
-        # Hues a golden ratio apart.
-        hue = 2 * np.pi * (0.618034 * i + np.array([0, 1 / 3, 2 / 3]))
-        picture[mask] = 0.5 * picture[mask] + 0.5 * (127.5 + 127.5 * np.cos(hue))
-    return picture.round().astype(np.uint8)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the program; returns its exit code: 1 if an image could not be read."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,21 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-dir", default=here, metavar="DIR", help="default: of this file")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
     args = parser.parse_args(argv)
-    try:
-        detector = OnnxDetector(args.model_dir)
-    except OSError as error:
-        parser.error(str(error))
+    detector = OnnxDetector(args.model_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    found, failures = {}, 0
-    for number, path in enumerate(args.images):
-        try:
-            with Image.open(path) as file:
-                image = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            print(f"{path} cannot be read: {error}", file=sys.stderr)
-            failures += 1
-            continue
-        objects = detector(image)
+    found = {}
+    for path in args.images:
+        image = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        boxes, scores, classes, masks = detector(image)
         found[str(path)] = [
             {
                 "class": detector.names[label],
@@ -183,18 +131,17 @@ def main(argv: list[str] | None = None) -> int:
                 "box": [round(float(x), 2) for x in box],
                 "mask_area": int(mask.sum()),
             }
-            for label, score, box, mask in zip(
-                objects.classes, objects.scores, objects.boxes, objects.masks
-            )
+            for box, score, label, mask in zip(boxes, scores, classes, masks)
         ]
-        picture = args.output_dir / f"{path.stem}.png"
-        if picture.exists():  # Images of two folders may have one name.
-            picture = args.output_dir / f"{path.stem}_{number}.png"
-        Image.fromarray(draw(image, objects)).save(picture)
-        print(f"{path}: {len(objects.scores)} objects, {picture}")
-    (args.output_dir / "objects.json").write_text(json.dumps(found, indent=1) + "\n")
-    return 1 if failures else 0
+        picture = image.astype(np.float32)
+        for i, mask in enumerate(masks):
+            # Hues a golden ratio apart.
+            hue = 2 * np.pi * (0.618034 * i + np.array([0, 1 / 3, 2 / 3]))
+            picture[mask] = 0.5 * picture[mask] + 0.5 * (127.5 + 127.5 * np.cos(hue))
+        Image.fromarray(picture.astype(np.uint8)).save(args.output_dir / f"{path.stem}.png")
+        print(f"{path}: {len(scores)} objects")
+    (args.output_dir / "objects.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

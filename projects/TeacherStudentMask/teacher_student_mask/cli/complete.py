@@ -24,10 +24,6 @@ examples:
   8 GPUs, or 8 processes on a machine without a GPU:
     tsmask complete --num-gpus 8 ...
 
-  two machines with a common disk for the output:
-    tsmask complete --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://first:5000 ...
-    tsmask complete --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://first:5000 ...
-
   GrabCut's masks for the baseline Mask GrabCut, after those of unseen classes have been taken out:
     tsmask edit strip data/train.json output/stripped.json --seen-classes voc
     tsmask complete --grabcut --annotations output/stripped.json --image-root data/images \\
@@ -47,56 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", metavar="YAML", help="config of the model")
     add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
-    add(
-        "--grabcut",
-        action="store_true",
-        help="without a model, from boxes and colours; without score and agreement",
-    )
+    text = "without a model, from boxes and colours; without score and agreement"
+    add("--grabcut", action="store_true", help=text)
     add("--annotations", required=True, metavar="IN.json", help="COCO's format; not changed")
     add("--image-root", required=True, metavar="DIR", help="folder of the images")
     add("--output", required=True, metavar="OUT.json", help="see --force")
-    add(
-        "--masks-of",
-        choices=("student", "teacher", "both"),
-        help="whose masks; both: of the mean of the two heads' probabilities (default: both, or "
-        "student where the model has one head)",
-    )
-    add(
-        "--format",
-        dest="mask_format",
-        choices=("rle", "polygon"),
-        default="rle",
-        help="of the new masks; one with a hole is an RLE in any case (default: %(default)s)",
-    )
-    add(
-        "--rank",
-        dest="ranking",
-        metavar="CSV",
-        help="list the objects, those in need of a human first",
-    )
-    add(
-        "--redo-model-masks",
-        action="store_true",
-        help='make masks with "mask_source": "model" anew; they are kept otherwise',
-    )
-    add(
-        "--skip-broken-images",
-        action="store_true",
-        help="leave the objects of images that are missing or broken as they are",
-    )
+    text = "both: of the mean of the two heads' probabilities (default: both, if there are two)"
+    add("--masks-of", choices=("student", "teacher", "both"), help=text)
+    text = "of the new masks; one with a hole is an RLE in any case (default: %(default)s)"
+    formats = ("rle", "polygon")
+    add("--format", dest="mask_format", choices=formats, default="rle", help=text)
+    text = "list the objects, those in need of a human first"
+    add("--rank", dest="ranking", metavar="CSV", help=text)
+    text = 'make masks with "mask_source": "model" anew; they are kept otherwise'
+    add("--redo-model-masks", action="store_true", help=text)
+    text = "leave the objects of images that are missing or broken as they are"
+    add("--skip-broken-images", action="store_true", help=text)
     add("--resume", action="store_true", help="go on with what an interrupted run has finished")
     add("--force", action="store_true", help="replace files that exist, and begin anew")
-    add("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine")
-    add("--num-machines", type=int, default=1, metavar="N", help="machines in all")
-    add("--machine-rank", type=int, default=0, metavar="K", help="number of this one, from 0 on")
-    add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0")
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    text = "processes: one a GPU, or on the CPU (default: 1)"
+    add("--num-gpus", dest="num_processes", type=int, default=1, metavar="N", help=text)
+    text = "changes to the config; everything after --opts belongs to it"
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,24 +75,8 @@ def run(args: argparse.Namespace) -> None:
 
     setup_logger(name="teacher_student_mask")
     names = [x.name for x in dataclasses.fields(CompletionSettings)]
-    settings = CompletionSettings(**{name: getattr(args, name) for name in names})
-    summary = complete_dataset(
-        settings,
-        num_processes=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-    )
-    if summary is None:
-        return
-    print(summary)
+    print(complete_dataset(CompletionSettings(**{name: getattr(args, name) for name in names})))
     print(f"Written: {args.output}")
-    if args.ranking:
-        print(f"What people should look at first: {args.ranking}")
-    print(
-        f"Look at it: tsmask view {args.output} --image-root {args.image_root} --output-dir "
-        f"{args.output.removesuffix('.json')}_page"
-    )
     print(
         f"Train with it: tsmask train --config-file {args.config_file or 'CONFIG.yaml'} "
         f"DATASETS.TRAIN '(\"{args.output}\",)' DATASETS.TRAIN_IMAGE_ROOT {args.image_root}"

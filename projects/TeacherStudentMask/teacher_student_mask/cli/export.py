@@ -9,30 +9,16 @@ and of the --formats
   torchscript  model.ts: PyTorch and torchvision run it
   onnx         model.onnx: onnxruntime runs it, and run_onnx.py beside it is an example. Needs the
                extra "export": pip install -c constraints.txt onnx onnxruntime
-Before anything is written, every format runs on the same images as the model and must find the
-same: random ones, and those of --check-images. An earlier export in the folder is replaced; other
-files of these names, such as the config.yaml of a training, never are.
+Every format runs on the same images as the model first, random ones and those of --check-images,
+and must find the same; otherwise nothing is written.
 
-Both graphs take one image of any size, without a batch axis, and return any number of objects;
-masks are probabilities on a grid over each box and want pasting; thresholds are the config's and
-cannot be changed later. They are made on the CPU and for it. Models with parts that Detectron2 does
-not have (a mask prior such as OPMask's, hourglass heads, masks of 56x56) cannot be written as a
-plain one, and the message names the part; their graphs can.
+Both graphs take one image of any size and return any number of objects; thresholds are the config's
+and cannot be changed later. Models with parts that Detectron2 does not have (a mask prior such as
+OPMask's, hourglass heads, masks of 56x56) have no plain form, and the message names the part.
 
 examples:
   tsmask export --config-file output/mine/config.yaml --weights output/mine/model_final.pth \\
-      --output-dir output/exported
-
-  then, without this project:
-    from detectron2.config import get_cfg
-    from detectron2.engine import DefaultPredictor
-    cfg = get_cfg()
-    cfg.merge_from_file("output/exported/config.yaml")
-    instances = DefaultPredictor(cfg)(image)["instances"]
-
-  all formats, compared on photos, too:
-    tsmask export --config-file ... --weights ... --output-dir output/exported \\
-        --formats plain torchscript onnx --check-images data/images/a.jpg data/images/b.jpg
+      --output-dir output/exported --formats plain onnx --check-images data/images/*.jpg
 
   a graph that keeps what it is surer of:
     tsmask export ... --formats onnx --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5
@@ -53,20 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", required=True, metavar="DIR", help="made if new")
     formats = ("plain", "torchscript", "onnx")
     add("--formats", nargs="+", choices=formats, default=["plain"], help="default: plain")
-    add(
-        "--check-images",
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="images on which the formats are compared, beside random ones",
-    )
-    add(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
+    text = "images on which the formats are compared, beside random ones"
+    add("--check-images", nargs="+", default=[], metavar="IMAGE", help=text)
+    text = "changes to the config; everything after --opts belongs to it"
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,4 +57,3 @@ def run(args: argparse.Namespace) -> None:
     reports = export_student(trained, args.output_dir, args.formats, args.check_images)
     for name, report in reports.items():
         print(f"{args.output_dir}/{name}: {report}")
-    print(f"Exported to {args.output_dir}")

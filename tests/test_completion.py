@@ -5,8 +5,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 
-from teacher_student_mask.masks_on_boxes import grabcut_masks, make_mask, mask_to_polygons
-from teacher_student_mask.modeling import grab_cut
+from teacher_student_mask.completion import make_mask, mask_to_polygons
 
 SIZE = (40, 60)
 BOX = [10.0, 5.0, 38.0, 33.0]  # 28 x 28: a cell is a pixel
@@ -94,15 +93,6 @@ def test_no_pixel_has_its_centre_outside_of_the_box(mask_format):
         assert (ys + 0.5 >= box[1]).all() and (ys + 0.5 <= box[3]).all()
 
 
-def test_a_centre_outside_by_less_than_the_model_can_see_is_outside():
-    """In float32 the edges are at 20.5 and the pasted probability there is 0.5."""
-    probs = {"student": torch.ones(28, 28)}
-    inside = decode(make(probs, box=[10.0, 5.0, 20.5, 15.5])["segmentation"])
-    assert inside[10, 20] and inside[15, 15]
-    mask = decode(make(probs, box=[10.0, 5.0, 20.5 - 1e-9, 15.5 - 1e-9])["segmentation"])
-    assert mask[10, 19] and not mask[:, 20].any() and not mask[15].any()
-
-
 def test_polygons_are_the_edges_of_the_pixels():
     mask = np.zeros((9, 12), bool)
     mask[2:5, 3:7] = True
@@ -136,20 +126,3 @@ def test_a_hole_is_no_polygon():
     made = make({"student": probs}, mask_format="polygon")
     assert isinstance(made["segmentation"], dict)
     assert not decode(made["segmentation"])[19, 24] and decode(made["segmentation"])[7, 12]
-
-
-def test_grabcut_masks_are_those_of_the_box():
-    rng = np.random.default_rng(0)
-    image = np.full((40, 60, 3), 90, np.uint8)
-    image[10:30, 15:45] = (200, 40, 30)
-    image = np.clip(image + rng.integers(-8, 9, image.shape), 0, 255).astype(np.uint8)
-    task = {
-        "image": torch.from_numpy(image).permute(2, 0, 1),
-        "objects": [(7, 1, [10, 6, 40, 28]), (8, 1, [70, 5, 9, 9])],
-    }
-    found, outside = grabcut_masks(task)
-    expected = grab_cut(image, (10, 6, 50, 34))
-    assert found["row"] == 7 and found["mask_source"] == "model"
-    assert (decode(found["segmentation"]) == expected).all()
-    assert found["area"] == expected.sum() > 300
-    assert outside == {"row": 8, "problem": "the box has no area inside the image"}
