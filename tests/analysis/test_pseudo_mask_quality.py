@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 from saved_model import TEACHER_STUDENT, save_model
 
 from teacher_student_mask import VOC_CLASSES, InputError
-from teacher_student_mask.analysis import pseudo_mask_quality
-from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
+from teacher_student_mask.analysis import model_outputs
+from teacher_student_mask.analysis.model_outputs import measure_pseudo_masks
 from teacher_student_mask.modeling import DenseCRF, PseudoMaskGenerator
 
 ANT, CAT = 3, 17
@@ -35,7 +35,7 @@ def save(tiny_cfg, tmp_path):
 @pytest.fixture
 def stub_heads(monkeypatch):
     """Return ``stub(teacher, student)``: all ROIs of any model then have these probabilities."""
-    load_model = pseudo_mask_quality.load_model
+    load_model = model_outputs.load_model
 
     def stub(teacher, student):
         def load_stub(*args, **kwargs):
@@ -48,7 +48,7 @@ def stub_heads(monkeypatch):
             set_layers(heads.mask_head, student_logits)
             return trained
 
-        monkeypatch.setattr(pseudo_mask_quality, "load_model", load_stub)
+        monkeypatch.setattr(model_outputs, "load_model", load_stub)
 
     return stub
 
@@ -128,20 +128,6 @@ def test_iou_of_each_method_by_hand(make_tiny_coco, save, stub_heads, side):
     )
 
 
-def test_settings_are_the_configs(make_tiny_coco, save, stub_heads):
-    stub_heads(TEACHER, STUDENT)
-    config, weights = save(make_tiny_coco(one_cat))
-
-    def measure(*opts):
-        result = measure_pseudo_masks(config, weights, methods=["threshold"], opts=opts)
-        return result["methods"]["threshold"]["mask_iou"]
-
-    assert measure() == 6 / 8
-    assert measure("MODEL.PSEUDO_MASK.THRESHOLD", 0.7) == 3 / 8
-    assert measure("MODEL.PSEUDO_MASK.THRESHOLD", 0.3) == 6 / 11
-    assert measure("MODEL.PSEUDO_MASK.EXCLUDE_SEEN", False) == 1
-
-
 def test_masks_of_other_unseen_objects_are_not_cleared(make_tiny_coco, save, stub_heads):
     # A bug here would use masks that training does not have.
     def change(data):
@@ -183,19 +169,6 @@ def test_crf_gets_the_colours_of_the_roi(make_tiny_coco, save, stub_heads, monke
 def paint(dataset, file_name, colour):
     path = os.path.join(dataset.image_root, file_name)
     Image.new("RGB", Image.open(path).size, colour).save(path)
-
-
-@pytest.mark.parametrize("configured", ["crf", "interact"])
-def test_without_pydensecrf_crf_is_left_out(tiny_coco, save, log, monkeypatch, configured):
-    def missing(cfg):
-        raise ImportError("pip install pydensecrf2")
-
-    monkeypatch.setattr(DenseCRF, "from_config", missing)
-    config, weights = save(tiny_coco)
-    opts = ["MODEL.PSEUDO_MASK.METHOD", configured]
-    result = measure_pseudo_masks(config, weights, opts=opts)
-    assert list(result["methods"]) == list(METHODS)
-    assert "'crf' are left out: pip install pydensecrf2" in log.text
 
 
 def test_scrambled_unseen_masks_change_the_iou_but_no_pseudo_mask(
@@ -261,20 +234,6 @@ def test_model_without_a_teacher_is_refused(tiny_cfg, tiny_coco, tmp_path):
         measure_pseudo_masks(config, weights)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"methods": ["interacts"]}, "methods is .*allowed: .*none, threshold, interact"),
-        ({"methods": []}, "methods is"),
-        ({"overlap_bins": [0, 0.5, 0.5, 1]}, "edges .*must rise from 0 to 1"),
-        ({"max_images": 0}, "max_images is 0; it must be at least 1"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_anything_is_read(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        measure_pseudo_masks("no such file", None, **arguments)
-
-
 @pytest.mark.parametrize("kind", ["polygon", "compressed", "uncompressed", "bitmask"])
 def test_true_masks_of_any_form_are_read(make_tiny_coco, save, stub_heads, kind):
     left_half = np.zeros((64, 64), dtype=np.uint8, order="F")
@@ -310,13 +269,6 @@ def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, save, log):
     assert (result["num_objects"], result["mask_side"]) == (0, None)
     assert result["methods"]["none"]["mask_iou"] is None
     assert "the pseudo masks of 3 unseen objects are not measured" in log.text
-
-
-def test_no_unseen_class_is_said(tiny_coco, save, log):
-    opts = ["DATASETS.SEEN_CLASSES", "all"]
-    result = measure_pseudo_masks(*save(tiny_coco), methods=["none"], opts=opts)
-    assert result["num_objects"] == 0
-    assert "'all' are all classes: there is no unseen object" in log.text
 
 
 def test_real_coco(tiny_cfg, coco_root, tmp_path, capsys):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from teacher_student_mask.analysis.intervals import resample_images
+from teacher_student_mask.analysis.measure import resample_images
 from teacher_student_mask.evaluation import (
     AREA_RANGES,
     IOU_THRESHOLDS,

@@ -10,6 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .objects import PIXEL_COLORS
 from .tables import (
     bin_label,
     pseudo_mask_results,
@@ -21,15 +22,14 @@ from .tables import (
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["ERROR_COLORS", "GT_BOX_METRICS", "make_figures", "model_color"]
+__all__ = ["GT_BOX_METRICS", "make_figures", "model_color"]
 
 # Okabe and Ito's colours, as far as they have contrast on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
 # Colour is never the only sign of a model.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-# What lies under a false-positive pixel; the pictures have the same colours.
-ERROR_COLORS = {"background": "#009e73", "seen": "#e69f00", "unseen": "#cc79a7"}
+# Of bars, by what lies under the false-positive pixels.
 _PATTERNS = {"background": "", "seen": "/", "unseen": "."}
 # Of an overlap bin: title of the axis, digits.
 GT_BOX_METRICS = {
@@ -51,8 +51,8 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
 
     "results-PROTOCOL" has AP with intervals; "overlap-detections", "overlap-METRIC" (on
     ground-truth boxes) and "pseudo-masks" are curves over the overlap, Fig. 2 of the paper;
-    "false-positives" is Fig. 3; "classes-N" shows the N-th of the differences, class by class. A
-    figure that would have no data is left out.
+    "false-positives" is Fig. 3; "classes-N" is the N-th of the differences. Figures without data
+    are left out.
 
     Args:
         summary: of an :class:`Analysis`.
@@ -135,13 +135,13 @@ def _false_positive_shares(results: Mapping[str, Mapping]) -> go.Figure:
         for model, x in of_model.items()
     ]
     figure = go.Figure()
-    for kind, color in ERROR_COLORS.items():
+    for kind, pattern in _PATTERNS.items():
         figure.add_bar(
             x=[100 * x[kind] / x["total"] if x["total"] else None for _, _, x in rows],
             y=list(range(len(rows))),
             orientation="h",
             name="on the background" if kind == "background" else f"on {kind} objects",
-            marker={"color": color, "pattern": _pattern(_PATTERNS[kind])},
+            marker={"color": PIXEL_COLORS[kind], "pattern": _pattern(pattern)},
             customdata=[f"{x[kind]:,} pixels" for *_, x in rows],
             hovertemplate="%{x:.1f} %, %{customdata}",
         )
@@ -204,15 +204,14 @@ def _dodge(position: int, count: int) -> float:
     return 0.6 * ((position + 0.5) / count - 0.5)
 
 
-def _error_bars(values: Sequence, intervals: Sequence) -> dict | None:
-    """Intervals as plotly wants them, distances from the values; None if there is none at all."""
-    ends = [x if x is not None else (v, v) for v, x in zip(values, intervals)]
-    if all(x is None for x in intervals):
-        return None
+def _error_bars(values: Sequence, intervals: Sequence) -> dict:
+    """Intervals as plotly wants them: distances from the values."""
+    ends = [x or (v, v) for v, x in zip(values, intervals)]
     # A percentile interval can lie beside its value.
-    above = [0.0 if v is None else max(0.0, high - v) for v, (_, high) in zip(values, ends)]
-    below = [0.0 if v is None else max(0.0, v - low) for v, (low, _) in zip(values, ends)]
-    return {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
+    above = [0 if v is None else max(0, high - v) for v, (_, high) in zip(values, ends)]
+    below = [0 if v is None else max(0, v - low) for v, (low, _) in zip(values, ends)]
+    bars = {"symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
+    return {**bars, "visible": any(intervals)}
 
 
 def _finish(figure: go.Figure, x_title: str, y_title: str, height: int) -> None:

@@ -161,8 +161,7 @@ def run(args: argparse.Namespace) -> None:
     annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
     if args.config_file:
         # Only now: reading result files needs no model.
-        from ..analysis.model_results import run_model
-        from ..analysis.pseudo_mask_quality import measure_pseudo_masks
+        from ..analysis.model_outputs import measure_pseudo_masks, run_model
 
         folder = os.path.join(args.output_dir, "results")
         found = run_model(args.config_file, args.weights, folder, opts=args.opts)
