@@ -57,8 +57,6 @@ def test_settings_reach_the_measurement(files, tmp_path):
         (["--seen", "dgo"], ["dgo", "dog"]),
         (["--baseline", "c"], ["baseline", "'c'"]),
         (["--images", "no/such/folder"], ["no/such/folder"]),
-        (["--num-pictures", "-1"], ["0 or more"]),
-        (["--results", "a=x", "a=y"], ["stands twice"]),
         (["--results", "a=no.json"], ["no.json"]),
         (["--results"], None),
         (["--results", "no-equals-sign"], None),

@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from detectron2.utils.logger import setup_logger
 
-    from ..sweep import plan_sweep, run_sweep
-    from ..sweep_summary import write_report
+    from ..sweep import plan_sweep, run_sweep, write_sweep_report
 
     setup_logger(name="teacher_student_mask")
     opts = list(SHORT_OPTIONS) if args.short else []
@@ -82,14 +81,12 @@ def run(args: argparse.Namespace) -> int:
     }
     results_file = output / "results.md"
     if results_file.is_file() and all(run.is_done for run in runs.values()):
-        print(
-            f"{results_file.read_text()}\nThis was there already; remove {output} to do it again."
-        )
+        print(f"{results_file.read_text()}\nThis was there; remove {output} to do it again.")
         return 0
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
     _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in names}, output)
-    report = write_report({MODELS[name]: runs[name] for name in names}, output / "report")
+    report = write_sweep_report({MODELS[name]: runs[name] for name in names}, output / "report")
     text = _results_text(data, {name: runs[name].record["results"] for name in names})
     results_file.write_text(text, encoding="utf-8")
     print(f"{text}\nPictures: {output}/demo.png\nReport, to be opened in a browser: {report}")
@@ -97,13 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_dataset(root: Path, settings: dict) -> None:
-    """
-    Write the dataset unless one with these settings is there.
-
-    Args:
-        root: its folder.
-        settings: arguments of :func:`teacher_student_mask.data.shapes.generate_shapes`.
-    """
+    """Write the dataset unless one with these arguments of ``generate_shapes`` is there."""
     marker = root / "settings.json"
     if marker.is_file() and json.loads(marker.read_text()) == settings:
         print(f"Using the dataset in {root}")
@@ -117,30 +108,21 @@ def _write_dataset(root: Path, settings: dict) -> None:
 
 
 def _results_text(data: Path, results: dict[str, dict[str, dict]]) -> str:
-    """
-    Put the models side by side, whatever the outcome is.
-
-    Args:
-        data: folder of the dataset.
-        results: {model: {evaluation: {task: {metric: value}}}}.
-
-    Returns:
-        The text of results.md.
-    """
+    """results.md of {model: {evaluation: {task: {metric: value}}}}."""
     from ..data.shapes import SHAPES_SEEN_CLASSES
     from ..evaluation import comparison_table
 
     rows = ("segm_seen", "segm_unseen", "segm_unseen_overlap")
     coco = json.loads((data / "annotations" / "instances_val.json").read_text())
     classes = [category["name"] for category in coco["categories"]]
-    num_gt = {row: next(iter(results.values()))["detections"][row]["num_gt"] for row in rows}
     on_gt_boxes = {
-        f"{name}: {evaluation.removeprefix('gt_boxes_')}" if len(by_evaluation) > 2 else name: found
+        f"{name}: {evaluation.removeprefix('gt_boxes_')}": found
         for name, by_evaluation in results.items()
         for evaluation, found in by_evaluation.items()
         if evaluation.startswith("gt_boxes_")
     }
     on_detections = {name: found["detections"] for name, found in results.items()}
+    num_gt = {row: next(iter(on_detections.values()))[row]["num_gt"] for row in rows}
     return f"""# Results of the demo
 
 Classes with masks in training: {", ".join(SHAPES_SEEN_CLASSES)}; with boxes only: \
@@ -157,8 +139,7 @@ Masks alone, on the ground-truth boxes and classes:
 
 {comparison_table(on_gt_boxes, rows=rows)}
 
-One seed and no intervals: no difference here is established. Versions, hardware and the command of
-each training are in its run.json.
+One seed and no intervals: no difference here is established.
 """
 
 
@@ -184,26 +165,18 @@ def _draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
         path = folder / "inference" / "coco_instances_results.json"
         columns[title] = json.loads(path.read_text()) if path.is_file() else []
     pictures = []
-    for objects in columns.values():
+    for title, objects in columns.items():
         column = []
         for image in coco["images"][:NUM_PICTURES]:
-            of_image = [x for x in objects if x["image_id"] == image["id"]]
-            classes = [names[x["category_id"]] for x in of_image]
+            found = [x for x in objects if x["image_id"] == image["id"]]
+            classes = [names[x["category_id"]] for x in found]
             size = (image["height"], image["width"])
-            column.append(
-                draw_instances(
-                    cv2.imread(str(data / "val" / image["file_name"])),
-                    annotations_to_detections(of_image, size, range(len(of_image))),
-                    classes,
-                    colors=[
-                        SEEN_COLOR if x in SHAPES_SEEN_CLASSES else UNSEEN_COLOR for x in classes
-                    ],
-                    scale=3,
-                )
-            )
-        pictures.append(np.vstack(column))
-    header = np.full((36, sum(x.shape[1] for x in pictures), 3), 255, np.uint8)
-    for i, title in enumerate(columns):
-        place = (i * pictures[0].shape[1] + 4, 24)
-        cv2.putText(header, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.imwrite(str(output / "demo.png"), np.vstack([header, np.hstack(pictures)]))
+            colors = [SEEN_COLOR if x in SHAPES_SEEN_CLASSES else UNSEEN_COLOR for x in classes]
+            pixels = cv2.imread(str(data / "val" / image["file_name"]))
+            detections = annotations_to_detections(found, size, range(len(found)))
+            column.append(draw_instances(pixels, detections, classes, colors=colors, scale=3))
+        header = np.full((36, column[0].shape[1], 3), 255, np.uint8)
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(header, title, (4, 24), font, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+        pictures.append(np.vstack([header, *column]))
+    cv2.imwrite(str(output / "demo.png"), np.hstack(pictures))
