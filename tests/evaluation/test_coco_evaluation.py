@@ -421,7 +421,7 @@ def test_no_predictions_give_nan_and_object_counts(register, tasks):
     "seen, message",
     [
         ("cat, dgo", "dgo"),
-        ([0, 4, -1], r"ids \[-1, 4\].*0 to 3"),
+        ([0, 4, -1], r"\[0, 4, -1\].*0 to 3"),
         (["cat"], r"\['cat'\].*one string"),
     ],
 )
@@ -463,13 +463,6 @@ def test_dataset_without_json_is_converted(tmp_path):
         MetadataCatalog.remove(name)
     assert results["segm_unseen_overlap"]["num_gt"] == 1
     assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)
-
-
-@pytest.mark.parametrize("origin, expected", [("/x/_C.py", False), ("/x/_C.cpython.so", True)])
-def test_stand_in_module_is_not_compiled_code(monkeypatch, origin, expected):
-    spec = type("Spec", (), {"origin": origin})
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    assert has_compiled_cocoeval() is expected
 
 
 def test_results_print_like_the_parents_and_a_subset_without_objects_is_nan(register, caplog):

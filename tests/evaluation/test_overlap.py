@@ -109,17 +109,9 @@ def test_objects_without_a_mask_cover_nothing(segmentation, caplog):
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])
-def test_box_without_area_is_zero_and_logged(size, caplog):
+def test_box_without_area_is_zero(size):
     degenerate = {"bbox": [2, 2, *size], "segmentation": rectangle_mask(0, 0, 10, 5)}
-    with caplog.at_level(logging.WARNING, logger="teacher_student_mask"):
-        assert overlaps_of(degenerate, rectangle(0, 0, 10, 10)) == [0.0, 0.5]
-    assert "1 have a box without area" in caplog.text
-
-
-def test_mask_of_another_size_names_the_annotation():
-    wrong = {"bbox": [0, 0, 4, 4], "segmentation": mask_util.encode(np.ones((5, 7), np.uint8, "F"))}
-    with pytest.raises(ValueError, match=r"Annotation 2: .*\[5, 7\].*image 1 has \[20, 24\]"):
-        overlaps_of(rectangle(0, 0, 4, 4), wrong)
+    assert overlaps_of(degenerate, rectangle(0, 0, 10, 10)) == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -203,12 +195,3 @@ def test_agrees_with_supersampling(annotations):
     assert actual.keys() == expected.keys()
     for annotation_id, overlap in expected.items():
         assert actual[annotation_id] == pytest.approx(overlap, abs=1e-12)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(objects(), min_size=1, max_size=5), objects())
-def test_in_unit_range_and_adding_an_object_never_lowers(annotations, added):
-    before = compute_overlaps(make_coco(annotations))
-    after = compute_overlaps(make_coco([*annotations, added]))
-    assert all(0.0 <= x <= 1.0 for x in after.values())
-    assert all(after[annotation_id] >= x for annotation_id, x in before.items())

@@ -72,18 +72,6 @@ def test_object_on_a_crowd_is_an_object():
     assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (1, 1, 0, 1)
 
 
-def test_nothing_predicted_and_no_other_object():
-    counts = count("....", own="##..")
-    assert counts == count("....", own="##..", ties="smaller")
-    assert (counts.intersection, counts.union, counts.background) == (0, 2, 0)
-    assert count("####", own="##..").background == 2
-
-
-def test_unknown_rule_for_ties_names_the_allowed_ones():
-    with pytest.raises(ValueError, match="'random'.*seen, smaller"):
-        find_object_regions((1, 1), [], [], ties="random")
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(TIE_RULES))
 def test_equals_a_loop_over_the_pixels(seed, ties):

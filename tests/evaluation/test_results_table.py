@@ -67,15 +67,3 @@ def test_comparison_has_one_column_per_model():
         ["**segm_unseen AP**", "**1.00**", "**2.00**"],
         ["**segm_unseen AP50**", "**11.00**", "**12.00**"],
     ]
-
-
-def test_comparison_of_models_with_different_tasks():
-    results = {"boxes": {"bbox": {"AP": 1.0}}, "masks": make_results(2.0)}
-    table = comparison_table(results, rows=("bbox", "segm", "keypoints"), metrics=("AP", "num_gt"))
-    assert cells(table)[1:] == [
-        ["bbox AP", "1.00", "2.00"],
-        ["bbox num_gt", "-", "7"],
-        ["segm AP", "-", "2.00"],
-        ["segm num_gt", "-", "7"],
-    ]
-    assert comparison_table({}) == "no results"

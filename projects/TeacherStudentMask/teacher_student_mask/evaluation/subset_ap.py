@@ -203,8 +203,7 @@ class Matches:
 
     def match(self, ignored: np.ndarray) -> np.ndarray:
         """
-        Args:
-            ignored: bool, shape (G,); crowds are ignored in any case.
+        Match again where the ignored objects, bool, shape (G,), matter; crowds always are ignored.
 
         Returns:
             int, one per entry of ``threshold`` and ``position``: the number of the object, -1 for
