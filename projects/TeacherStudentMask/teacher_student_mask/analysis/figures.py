@@ -29,8 +29,6 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
 # Colour is never the only sign of a model.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-# Of bars, by what lies under the false-positive pixels.
-_PATTERNS = {"background": "", "seen": "/", "unseen": "."}
 # Of an overlap bin: title of the axis, digits.
 GT_BOX_METRICS = {
     "AP": ("AP on ground-truth boxes", 1),
@@ -135,13 +133,13 @@ def _false_positive_shares(results: Mapping[str, Mapping]) -> go.Figure:
         for model, x in of_model.items()
     ]
     figure = go.Figure()
-    for kind, pattern in _PATTERNS.items():
+    for kind in ("background", "seen", "unseen"):
         figure.add_bar(
             x=[100 * x[kind] / x["total"] if x["total"] else None for _, _, x in rows],
             y=list(range(len(rows))),
             orientation="h",
             name="on the background" if kind == "background" else f"on {kind} objects",
-            marker={"color": PIXEL_COLORS[kind], "pattern": _pattern(pattern)},
+            marker={"color": PIXEL_COLORS[kind]},
             customdata=[f"{x[kind]:,} pixels" for *_, x in rows],
             hovertemplate="%{x:.1f} %, %{customdata}",
         )
@@ -172,7 +170,7 @@ def _class_differences(difference: Mapping) -> go.Figure:
             orientation="h",
             name=name,
             error_x=_error_bars(values, [rows[i]["interval"] for i in chosen]),
-            marker={"color": color, "pattern": _pattern("/" if is_uncertain else "")},
+            marker={"color": color},
             customdata=[f"{rows[i]['num_gt']:,} objects" for i in chosen],
             hovertemplate="%{x:+.1f} AP, %{customdata}",
         )
@@ -193,10 +191,6 @@ def _style(index: int, name: str, mode: str = "lines+markers") -> dict:
         "marker": {"color": color, "symbol": _SYMBOLS[index % len(_SYMBOLS)], "size": 9},
         "line": {"color": color, "width": 2, "dash": _DASHES[index % len(_DASHES)]},
     }
-
-
-def _pattern(shape: str) -> dict:
-    return {"shape": shape, "fillmode": "overlay", "fgcolor": _TEXT, "fgopacity": 0.4, "size": 7}
 
 
 def _dodge(position: int, count: int) -> float:
@@ -245,8 +239,6 @@ def _name_rows(figure: go.Figure, labels: Sequence[str], reverse: bool = False) 
 
 def _label(text: str, limit: int = 30) -> str:
     """A name from the input as a short text of a figure."""
-    # A json may have half of a surrogate pair, which plotly does not take.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return html.escape(text if len(text) <= limit else text[: limit - 1] + "…", quote=False)
 
 

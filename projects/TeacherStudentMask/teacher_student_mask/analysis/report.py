@@ -73,9 +73,9 @@ def write_report(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(analysis.summary, indent=2, allow_nan=False, ensure_ascii=False)
-    _write_text(folder / "analysis.json", text + "\n")
+    (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
     for name, frame in tables.csv_tables(analysis).items():
-        _write_text(folder / name, frame.to_csv(index=False, lineterminator="\n"))
+        frame.to_csv(folder / name, index=False)
 
     # IoU on detected and on ground-truth boxes do not compare.
     protocol = next(iter(analysis.objects.values())).protocol
@@ -103,48 +103,33 @@ def write_report(
             data_files=DATA_FILES,
         )
     path = folder / "report.html"
-    _write_text(path, page)
+    path.write_text(page, encoding="utf-8")
     logger.info(f"Wrote {path} and its data files.")
     return path
 
 
 def headline_sentences(summary: Mapping) -> list[str]:
     """
-    A few plain sentences about the main numbers; not HTML.
+    AP on unseen and on overlapped unseen objects with the first differences, in plain sentences.
 
-    AP on unseen classes and on overlapped unseen objects with the first differences, and the share
-    of the false positives that lie on objects; on detected boxes, or on ground-truth boxes where
-    nothing else was given.
+    They are on detected boxes, or on ground-truth boxes where nothing else was given; not HTML.
     """
     protocol, results = next(iter(tables.results_by_protocol(summary).items()))
     differences = [x for x in summary["differences"] if x["protocol"] == protocol]
     labels = tables.task_labels(summary)
     sentences = []
     for task in ("segm_unseen", "segm_unseen_overlap"):
-        parts = [
-            f"{model} has {tables.format_number(x[task]['AP'])} AP "
-            + tables.format_interval(x["intervals"][task]["AP"])
-            for model, x in results.items()
-            if x[task]["AP"] is not None
-        ]
+        parts = []
+        for model, x in results.items():
+            interval = tables.format_interval(x["intervals"][task]["AP"])
+            parts.append(
+                f"{model} has {tables.format_number(x[task]['AP'])} AP {interval}".rstrip()
+            )
         for pair in differences[:_MAX_COMPARISONS]:
-            entry = pair["tasks"][task]["AP"]
-            if entry["difference"] is not None:
-                cell = tables.format_difference(entry).replace("contains 0", "which contains 0")
-                parts.append(f"{pair['model']} minus {pair['baseline']} is {cell}")
-        if parts:
-            objects = f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}"
-            sentences.append(f"{objects}: {'; '.join(x.rstrip() for x in parts)}.")
-    shares = [
-        f"{100 * (x['seen'] + x['unseen']) / x['total']:.0f} % for {model}"
-        for model, x in ((model, x["false_positives"]) for model, x in results.items())
-        if x["total"]
-    ]
-    if shares:
-        sentences.append(
-            "False-positive pixels of unseen objects that lie on other objects: "
-            f"{', '.join(shares)}; the rest lies on the background."
-        )
+            cell = tables.format_difference(pair["tasks"][task]["AP"])
+            parts.append(f"{pair['model']} minus {pair['baseline']} is {cell}")
+        objects = f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}"
+        sentences.append(f"{objects}: {'; '.join(parts)}.")
     return sentences
 
 
@@ -209,8 +194,3 @@ def _html(table: pd.DataFrame) -> str:
 def _read_template(name: str) -> str:
     file = importlib.resources.files(__package__) / "templates" / name
     return file.read_text(encoding="utf-8")
-
-
-def _write_text(path: Path, text: str) -> None:
-    # A json may have names with half of a surrogate pair, which UTF-8 cannot encode.
-    path.write_bytes(text.encode("utf-8", errors="backslashreplace"))
