@@ -36,15 +36,6 @@ def test_intervals_are_distances_from_the_values(analysis):
     assert traces[1].error_x.array[0] == pytest.approx(high - value)
 
 
-def test_shares_of_false_positives_and_class_differences(analysis):
-    figures = make_figures(analysis.summary)
-    shares = {trace.name: list(trace.x) for trace in figures["false-positives"].data}
-    assert shares["on seen objects"] == [None, 100, None, 100]
-    certain, uncertain = figures["classes-0"].data
-    assert len(certain.x) == 1 and certain.x[0] < 0  # kite
-    assert list(uncertain.x) == [0, 0]
-
-
 def test_figures_without_data_are_left_out(tmp_path):
     files = make_files(tmp_path)
     figures = make_figures(run(files, results={"a": files["exact"]}, seen_classes="all").summary)

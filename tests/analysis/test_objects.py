@@ -13,7 +13,6 @@ from report_example import example_analysis, make_files, run
 from teacher_student_mask.analysis.objects import (
     PIXEL_COLORS,
     draw_objects,
-    match_boxes,
     measure_objects,
     select_objects,
 )
@@ -111,16 +110,6 @@ def test_the_higher_score_chooses_first_on_detected_boxes():
     assert table.scores.tolist() == [0.9, 0.8]
     by_fit = measure(coco, [exact, loose], protocol="gt_boxes")
     assert by_fit.scores.tolist() == [0.8, 0.9]
-
-
-def test_boxes_are_matched_one_to_one_at_half_their_union():
-    box = [0, 0, 10, 10]
-    assert match_boxes(np.array([box]), np.array([[0, 0, 10, 5.0]])) == [(0, 0)]
-    assert match_boxes(np.array([box]), np.array([[0, 0, 10, 4.9]])) == []
-    assert match_boxes(np.array([box]), np.array([box, box])) == [(0, 0)]
-    assert match_boxes(np.array([box, box]), np.array([box, box])) == [(0, 0), (1, 1)]
-    assert match_boxes(np.zeros((0, 4)), np.array([box])) == []
-    assert match_boxes(np.array([box]), np.zeros((0, 4))) == []
 
 
 def test_boundary_iou_is_measured_on_ground_truth_boxes():

@@ -10,7 +10,7 @@ import pytest
 from report_example import HOSTILE, example_analysis, make_files, run
 
 from teacher_student_mask import InputError
-from teacher_student_mask.analysis import Settings, write_report
+from teacher_student_mask.analysis import write_report
 from teacher_student_mask.analysis.report import DATA_FILES, headline_sentences
 
 
@@ -98,20 +98,6 @@ def test_pictures_without_the_folder_of_images_are_said_to_be_grey(tmp_path):
     (tmp_path / "1.png").unlink()
     page = write(analysis, tmp_path, image_root=str(tmp_path), num_objects=2)
     assert "On grey: 1 objects" in page.words()
-
-
-def test_one_model_without_intervals_and_without_unseen_classes(tmp_path):
-    files = make_files(tmp_path)
-    analysis = run(
-        files,
-        results={"a": files["exact"]},
-        settings=Settings(num_resamples=0),
-        seen_classes="all",
-    )
-    page = write(analysis, tmp_path)
-    assert "None were computed" in page.words()
-    assert "figure-overlap-detections" not in [x.get("id") for _, x in page.tags]
-    assert page.all("img") == []
 
 
 def test_headline_sentences(tmp_path):

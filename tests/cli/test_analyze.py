@@ -73,23 +73,6 @@ def test_wrong_input_is_one_sentence(files, tmp_path, capsys, options, words):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda x: x[1].update(image_id=77), ["exact.json", "entry", "1", "image_id", "77"]),
-        (lambda x: x[0].pop("score"), ["exact.json", "entry", "0", "score"]),
-    ],
-)
-def test_wrong_result_files_name_entry_and_field(files, tmp_path, capsys, change, words):
-    entries = json.loads(open(files["exact"]).read())
-    change(entries)
-    with open(files["exact"], "w") as file:
-        json.dump(entries, file)
-    assert run(files, tmp_path) == 1
-    error = capsys.readouterr().err
-    assert all(word in error for word in words)
-
-
 def test_without_input_it_says_what_to_give(tmp_path, capsys):
     assert main(["analyze", "--output-dir", str(tmp_path)]) == 1
     assert "--annotations, --seen and --results" in capsys.readouterr().err

@@ -114,16 +114,6 @@ def test_finished_runs_are_not_repeated_and_more_can_be_added(run, out):
     assert len(calls_of(out / "runs/coco/mask_rcnn/seed_1")) == 1
 
 
-def test_changes_of_one_config_have_a_name(run, out):
-    deep = f"{OURS} MODEL.TEACHER_MASK_HEAD.NUM_CONV 12"
-    assert run(configs=(OURS, deep, f"wide={OURS} MODEL.TEACHER_MASK_HEAD.CONV_DIM 512")) == 0
-    names = [row["config"] for row in rows_of(out)]
-    ours = "coco/teacher_student"
-    assert names == [ours, f"{ours}_NUM_CONV_12", "wide"]
-    (call,) = calls_of(out / "runs/wide/seed_1")
-    assert "MODEL.TEACHER_MASK_HEAD.CONV_DIM 512 SOLVER.MAX_ITER 40" in " ".join(call["argv"])
-
-
 def test_a_run_that_fails_is_shown_and_the_others_go_on(run, out, monkeypatch, log):
     monkeypatch.setenv("FAIL", "teacher_student")
     assert run(configs=(OURS, BASELINE)) == 1

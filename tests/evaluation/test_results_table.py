@@ -1,5 +1,3 @@
-import math
-
 import pytest
 
 from teacher_student_mask.evaluation import comparison_table, results_table
@@ -33,16 +31,6 @@ def test_one_row_per_task_in_fixed_order_with_unseen_rows_bold():
     ]
     assert rows[1] == ["segm", "1.23", "11.23", "21.23", "31.23", "41.23", "51.23", "7"]
     assert rows[3][1:3] == ["**1.23**", "**11.23**"]
-
-
-def test_nan_and_absent_values_are_told_apart():
-    results = {"bbox": {"AP": math.nan, "num_gt": 0}}
-    assert cells(results_table(results, metrics=("AP", "AP50", "num_gt")))[1] == [
-        "bbox",
-        "nan",
-        "-",
-        "0",
-    ]
 
 
 @pytest.mark.parametrize("results", [{}, {"sem_seg": {"mIoU": 3.0}}, {"coco_val": {}}])

@@ -1,6 +1,4 @@
-"""
-Errors of a single mask: what lies under its false-positive pixels, and how well its outline fits.
-"""
+"""What lies under the false-positive pixels of a mask, and how well its outline fits."""
 
 from __future__ import annotations
 
