@@ -51,7 +51,7 @@ def test_the_demo_trains_its_configs_on_its_data_and_does_nothing_twice(
 
     monkeypatch.setattr(sweep, "run_sweep", run_sweep)
     monkeypatch.setattr(sweep, "write_sweep_report", lambda runs, folder: folder / "report.html")
-    command = ["demo", "--oracle", "--output-dir", str(tmp_path)]
+    command = ["demo", "--output-dir", str(tmp_path)]
     assert main(command) == 0 and main(command) == 0
     assert [run.config for run in trained] == list(demo.MODELS)
     run = trained[1]

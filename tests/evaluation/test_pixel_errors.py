@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_student_mask.evaluation import (
+from teacher_student_mask.evaluation.pixel_errors import (
     TIE_RULES,
     boundary_iou,
     boundary_region,

@@ -172,8 +172,19 @@ def analyze(
         detections = load_results(files[protocol][name], coco, warnings)
         title = f"{name} ({protocol}): intervals"
         with tqdm(desc=title, total=settings.num_resamples, disable=not show_progress) as bar:
-            found = dataset.compute_statistics(detections, bar.update)
-        table = dataset.measure_objects(detections, protocol)
+            pairs = find_candidate_pairs(coco, detections, max_detections=_MAX_DETECTIONS)
+            # Crowds have no overlap, and count nowhere.
+            overlaps = np.array([dataset.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
+            found = compute_statistics(pairs, overlaps, dataset.unseen, settings, bar.update)
+        table = measure_objects(
+            coco,
+            detections,
+            dataset.overlaps,
+            dataset.unseen_ids,
+            protocol=protocol,
+            score_threshold=settings.score_threshold,
+            ties=settings.ties,
+        )
         statistics[protocol][name], objects[protocol][name] = found, table
         numbers = dataset.summarize(found, table)
         if protocol == "gt_boxes":
@@ -236,23 +247,6 @@ class _Dataset:
         self.unseen_ids = {self.category_ids[k] for k in self.unseen}
         self.bins = overlap_bins(settings.overlap_bins)
         self.overlaps = compute_overlaps(coco)
-
-    def compute_statistics(self, detections: list[dict], progress: Callable) -> Statistics:
-        pairs = find_candidate_pairs(self.coco, detections, max_detections=_MAX_DETECTIONS)
-        # Crowds have no overlap, and count nowhere.
-        overlaps = np.array([self.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()], float)
-        return compute_statistics(pairs, overlaps, self.unseen, self.settings, progress)
-
-    def measure_objects(self, detections: list[dict], protocol: str) -> ObjectTable:
-        return measure_objects(
-            self.coco,
-            detections,
-            self.overlaps,
-            self.unseen_ids,
-            protocol=protocol,
-            score_threshold=self.settings.score_threshold,
-            ties=self.settings.ties,
-        )
 
     def summarize(self, statistics: Statistics, table: ObjectTable) -> dict:
         """All numbers of one model under one protocol."""

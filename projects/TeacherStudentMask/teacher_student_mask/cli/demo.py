@@ -6,7 +6,6 @@ The models, on the same data, schedule and seed, half of the classes without mas
   mask_rcnn                the baseline, one class-agnostic mask head
   teacher_student          the paper's method ("interact")
   teacher_student_box_fit  ours: pseudo masks that fit their boxes
-  oracle                   with --oracle: masks of all classes, the upper bound
 
 DIR then holds results.md, report/report.html, demo.png, the dataset in datasets/shapes, and a
 folder per model with config.yaml, log.txt, metrics.json and model_final.pth. What is there is used
@@ -33,7 +32,6 @@ MODELS = {
     "mask_rcnn": "baseline",
     "teacher_student_box_fit": "box_fit",
     "teacher_student": "interact",
-    "oracle": "oracle",
 }
 DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
 SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("output/demo"), metavar="DIR", help="%(default)s")
     add("--short", action="store_true", help="a few steps only, to see that everything runs")
-    add("--oracle", action="store_true", help="train the oracle as well")
     add("--data-only", action="store_true", help="write the dataset and stop")
 
 
@@ -71,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
         json_file = (data / "annotations" / f"instances_{split}.json").resolve()
         opts += [f"DATASETS.{key}", f"('{json_file}',)"]
         opts += [f"DATASETS.{key}_IMAGE_ROOT", str((data / split).resolve())]
-    names = [name for name in MODELS if args.oracle or name != "oracle"]
     planned = plan_sweep(
-        [f"{name}={CONFIGS / name}.yaml" for name in names], output, opts=opts, report=True
+        [f"{name}={CONFIGS / name}.yaml" for name in MODELS], output, opts=opts, report=True
     )
     runs = {
         run.config: dataclasses.replace(run, folder=(output / run.config).resolve())
@@ -85,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
-    _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in names}, output)
-    report = write_sweep_report({MODELS[name]: runs[name] for name in names}, output / "report")
-    text = _results_text(data, {name: runs[name].record["results"] for name in names})
+    _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in MODELS}, output)
+    report = write_sweep_report(
+        {label: runs[name] for name, label in MODELS.items()}, output / "report"
+    )
+    text = _results_text(data, {name: runs[name].record["results"] for name in MODELS})
     results_file.write_text(text, encoding="utf-8")
     print(f"{text}\nPictures: {output}/demo.png\nReport, to be opened in a browser: {report}")
     return 0
@@ -144,14 +142,7 @@ One seed and no intervals: no difference here is established.
 
 
 def _draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
-    """
-    Write demo.png: a column for each model, the masks on the ground-truth boxes of a few images.
-
-    Args:
-        data: folder of the dataset.
-        folders: {title: OUTPUT_DIR of an evaluation on ground-truth boxes}.
-        output: folder of the picture.
-    """
+    """Write demo.png: images, true masks, and the results of {title: evaluation's OUTPUT_DIR}."""
     import cv2
     import numpy as np
 
