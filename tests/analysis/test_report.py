@@ -56,9 +56,9 @@ def test_all_files_are_written_and_json_is_the_summary(tmp_path):
     ids = [x["id"] for _, x in page.tags if "id" in x]
     assert len(ids) == len(set(ids))
     assert len(page.all("img")) == 18
-    for name in ("results-detections", "results-gt_boxes", "overlap-detections", "overlap-AP"):
-        assert f"figure-{name}" in ids
-    for name in ("overlap-mask_iou", "overlap-boundary_iou", "pseudo-masks"):
+    for name in ("detections", "AP", "mask_iou", "boundary_iou"):
+        assert f"figure-overlap-{name}" in ids
+    for name in ("pseudo-masks", "false-positives"):
         assert f"figure-{name}" in ids
     assert {"figure-false-positives", "figure-classes-0", "figure-classes-1"} <= set(ids)
 

@@ -164,7 +164,7 @@ def _content(summary: Mapping) -> dict:
         "sentences": headline_sentences(summary),
         "figures": figures,
         "results": [
-            (protocol, labels[protocol], _html(tables.results_table(summary, protocol)))
+            (labels[protocol], _html(tables.results_table(summary, protocol)))
             for protocol in results
         ],
         "differences": [
