@@ -79,22 +79,15 @@ def make_programs(args: argparse.Namespace) -> Programs:
                 coco_eval.summarize()
         return 100 * float(coco_eval.stats[0])
 
-    def stock() -> COCOEvaluator:
-        return COCOEvaluator(DATASET, ("bbox", "segm"), distributed=False)
-
-    def ours() -> COCOEvaluator:
-        return PartiallySupervisedCOCOEvaluator(
-            DATASET,
-            ("bbox", "segm"),
-            distributed=False,
-            seen_classes=",".join(SEEN_CLASSES),
-            overlap_bin_edges=[k / 10 for k in range(11)],
-        )
-
+    settings = {"tasks": ("bbox", "segm"), "distributed": False}
+    subsets = {"seen_classes": ",".join(SEEN_CLASSES)}
+    subsets["overlap_bin_edges"] = [k / 10 for k in range(11)]
     programs = {
         "pycocotools": pycocotools,
-        "Detectron2": lambda: evaluate(stock),
-        "ours": lambda: evaluate(ours),
+        "Detectron2": lambda: evaluate(lambda: COCOEvaluator(DATASET, **settings)),
+        "ours": lambda: evaluate(
+            lambda: PartiallySupervisedCOCOEvaluator(DATASET, **settings, **subsets)
+        ),
     }
     if args.analysis:
         from teacher_student_mask.analysis import analyze

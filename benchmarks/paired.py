@@ -35,7 +35,6 @@ def main(
     make_programs: Callable[[argparse.Namespace], Programs],
     *,
     rounds: int,
-    argv: list[str] | None = None,
 ) -> int:
     """
     Run a benchmark from the command line.
@@ -47,7 +46,6 @@ def main(
             first program is what the others of the checkout are compared with. A program may return
             a number to be printed, such as an AP or bytes.
         rounds: default of ``--rounds``.
-        argv: the command line; None = that of this process.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,8 +56,7 @@ def main(
     parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="compare with this one")
     parser.add_argument("--checkout", type=Path, default=REPOSITORY, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.serve:
         _serve(make_programs, args)
         return 0
@@ -67,7 +64,7 @@ def main(
     checkouts = {HERE: args.checkout, **({BASELINE: args.baseline} if args.baseline else {})}
     with contextlib.ExitStack() as stack:
         workers = {
-            name: stack.enter_context(_worker(script, argv, checkout.resolve()))
+            name: stack.enter_context(_worker(script, checkout.resolve()))
             for name, checkout in checkouts.items()
         }
         names = [x for x in workers[HERE].names if all(x in w.names for w in workers.values())]
@@ -76,7 +73,7 @@ def main(
             for name in names
             for checkout, worker in workers.items()
         }
-        seconds = time_in_turns(programs, args.rounds, args.warmup, clock=lambda run: run())
+        seconds = time_in_turns(programs, max(1, args.rounds), args.warmup)
         values = {x: {name: w.values[name] for name in names} for x, w in workers.items()}
     for checkout in checkouts:
         print(f"\n{checkout}, ratio to {names[0]}")
@@ -116,10 +113,10 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _worker(script: str, argv: list[str], checkout: Path) -> Iterator[_Worker]:
+def _worker(script: str, checkout: Path) -> Iterator[_Worker]:
     paths = [checkout / "projects/TeacherStudentMask", checkout / "tools", os.getenv("PYTHONPATH")]
     process = subprocess.Popen(  # nosec B603  # This interpreter, a script of this folder.
-        [sys.executable, script, *argv, "--serve", "--checkout", str(checkout)],
+        [sys.executable, script, *sys.argv[1:], "--serve", "--checkout", str(checkout)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(str(x) for x in paths if x)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -148,42 +145,22 @@ def _serve(make_programs: Callable[[argparse.Namespace], Programs], args) -> Non
             print(json.dumps([seconds, value]), file=answers, flush=True)
 
 
-def _seconds_here(program: Callable[[], object]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    program()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def time_in_turns(
-    programs: dict,
-    rounds: int,
-    warmup: int = 1,
-    clock: Callable[[Callable], float] = _seconds_here,
-) -> dict:
+def time_in_turns(programs: dict, rounds: int, warmup: int = 1) -> dict:
     """
     Run every program once a round, in an order that turns round from one round to the next.
 
     Args:
-        programs: {name: what to call}.
+        programs: {name: what to call; it returns its seconds}.
         rounds: that count.
         warmup: rounds before them that do not.
-        clock: calls a program and returns its seconds; by default wall clock, including the work
-            that the call leaves on a GPU.
 
     Returns:
         {name: seconds of each round}.
-
-    Raises:
-        ValueError: fewer than one round.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
     seconds = {name: [] for name in programs}
     for k in range(warmup + rounds):
         for name in list(programs) if k % 2 == 0 else reversed(programs):
-            passed = clock(programs[name])
+            passed = programs[name]()
             if k >= warmup:
                 seconds[name].append(passed)
     return seconds

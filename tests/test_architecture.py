@@ -86,8 +86,7 @@ ALLOWED = {
     "analysis": DETECTOR,
     "completion": DETECTOR,
     "export": DETECTOR,
-    "sweep": DETECTOR,
-    "sweep_summary": DETECTOR | {"analysis", "sweep"},
+    "sweep": DETECTOR | {"analysis"},
     "run_onnx": set(),  # runs where this project is not installed
     "__main__": {"cli"},
 }

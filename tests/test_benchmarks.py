@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from teacher_student_mask.cli.main import COMMANDS
-
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY_MODEL = (
     "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.FPN.OUT_CHANNELS 16 "
@@ -19,6 +17,7 @@ TINY_MODEL = (
     "MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.POST_NMS_TOPK_TEST 20"
 )
 SMALL = {
+    "annotation_checks.py": "--images 20 --objects 120 --rounds 1 --warmup 0",
     "evaluation.py": "--images 20 --objects 120 --detections 600 --rounds 1 --warmup 0",
     "inference.py": f"--device cpu --size 64 --num-images 2 --stock --rounds 1 --opts {TINY_MODEL}",
     "mapper.py": "--images 3 --rounds 1",
@@ -42,8 +41,6 @@ def test_the_order_turns_round_each_round(paired):
     seconds = paired.time_in_turns(programs, rounds=2, warmup=1)
     assert "".join(calls) == "abc" + "cba" + "abc"
     assert [len(x) for x in seconds.values()] == [2, 2, 2]
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
-        paired.time_in_turns(programs, 0)
 
 
 def test_the_ratio_is_the_median_of_ratios_not_the_ratio_of_medians(paired, capsys):
@@ -56,10 +53,6 @@ def test_the_ratio_is_the_median_of_ratios_not_the_ratio_of_medians(paired, caps
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmark_runs(coco_root, name):
-    if name == "startup.py":
-        modules = [module for module, _ in COMMANDS.values()]
-        if not all(importlib.util.find_spec(f"teacher_student_mask.cli.{x}") for x in modules):
-            pytest.skip("not every subcommand is there yet")
     command = [sys.executable, str(BENCHMARKS / name), *SMALL[name].split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,7 @@ def analysis(tmp_path_factory):
     return example_analysis(tmp_path_factory.mktemp("files"))
 
 
-def test_curves_have_the_numbers_of_the_bins_and_hollow_markers_for_few_objects(analysis):
+def test_curves_have_the_numbers_of_the_bins_and_intervals_as_distances(analysis):
     figures = make_figures(analysis.summary)
     for name, protocol, metric in (
         ("overlap-detections", None, "AP"),
@@ -19,36 +19,29 @@ def test_curves_have_the_numbers_of_the_bins_and_hollow_markers_for_few_objects(
     ):
         for trace, (model, x) in zip(figures[name].data, analysis.summary["models"].items()):
             bins = (x[protocol] if protocol else x)["overlap_bins"]
+            bins = [one for one in bins if one[metric] is not None]
             assert trace.name == model
             assert list(trace.y) == [one[metric] for one in bins]
-            assert all(x.endswith("-open") for x in trace.marker.symbol)
+            if metric == "AP":
+                below = [one["AP"] - one["AP_interval"][0] for one in bins]
+                assert list(trace.error_y.arrayminus) == pytest.approx(below)
     colors = {trace.line.color for trace in figures["overlap-AP"].data}
     assert len(colors) == 2
-
-
-def test_intervals_are_distances_from_the_values(analysis):
-    traces = make_figures(analysis.summary)["results-detections"].data
-    model = analysis.summary["models"]["swollen"]
-    low, high = model["intervals"]["segm_unseen"]["AP"]
-    value = model["segm_unseen"]["AP"]
-    assert traces[1].x[0] == value
-    assert traces[1].error_x.arrayminus[0] == pytest.approx(value - low)
-    assert traces[1].error_x.array[0] == pytest.approx(high - value)
 
 
 def test_shares_of_false_positives_and_class_differences(analysis):
     figures = make_figures(analysis.summary)
     shares = {trace.name: list(trace.x) for trace in figures["false-positives"].data}
-    assert shares["on seen objects"] == [None, 100, None, 100]
-    certain, uncertain = figures["classes-0"].data
-    assert len(certain.x) == 1 and certain.x[0] < 0  # kite
-    assert list(uncertain.x) == [0, 0]
+    assert shares["on seen objects"] == [100, 100]
+    traces = {trace.name: trace for trace in figures["classes-0"].data}
+    (kite,) = traces["without 0"].x
+    assert kite < 0 and list(traces["contains 0, or too few images"].x) == [0, 0]
 
 
 def test_figures_without_data_are_left_out(tmp_path):
     files = make_files(tmp_path)
-    figures = make_figures(run(files, results={"a": files["exact"]}, seen_classes="all").summary)
-    assert list(figures) == ["results-detections"]
+    summary = run(files, results={"a": files["exact"]}, seen_classes="all").summary
+    assert make_figures(summary) == {}
 
 
 def test_names_are_escaped_and_shortened(tmp_path):

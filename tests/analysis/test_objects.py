@@ -1,11 +1,21 @@
-"""What each object's mask is like: hand-made images of one class or two."""
+"""What each object's mask is like, and that a picture of it shows what it says."""
+
+import base64
+import io
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
+from report_example import example_analysis, make_files, run
 
-from teacher_student_mask.analysis.objects import match_boxes, measure_objects
+from teacher_student_mask.analysis.objects import (
+    PIXEL_COLORS,
+    draw_objects,
+    measure_objects,
+    select_objects,
+)
 
 HEIGHT, WIDTH = 20, 30
 
@@ -102,16 +112,6 @@ def test_the_higher_score_chooses_first_on_detected_boxes():
     assert by_fit.scores.tolist() == [0.8, 0.9]
 
 
-def test_boxes_are_matched_one_to_one_at_half_their_union():
-    box = [0, 0, 10, 10]
-    assert match_boxes(np.array([box]), np.array([[0, 0, 10, 5.0]])) == [(0, 0)]
-    assert match_boxes(np.array([box]), np.array([[0, 0, 10, 4.9]])) == []
-    assert match_boxes(np.array([box]), np.array([box, box])) == [(0, 0)]
-    assert match_boxes(np.array([box, box]), np.array([box, box])) == [(0, 0), (1, 1)]
-    assert match_boxes(np.zeros((0, 4)), np.array([box])) == []
-    assert match_boxes(np.array([box]), np.zeros((0, 4))) == []
-
-
 def test_boundary_iou_is_measured_on_ground_truth_boxes():
     coco = make_coco((1, 2, (2, 2, 10, 10)), (3, 1, (2, 2, 10, 10)))
     results = [detection(2, (2, 2, 10, 10)), detection(1, (2, 2, 10, 10), image_id=3)]
@@ -119,3 +119,63 @@ def test_boundary_iou_is_measured_on_ground_truth_boxes():
     table = measure(coco, results, protocol="gt_boxes")
     assert table.boundary_ious.tolist() == [1, 0]
     assert table.ious.tolist() == [1, 0]
+
+
+@pytest.fixture
+def analysis(tmp_path):
+    return run(make_files(tmp_path))
+
+
+def pixels_of(picture):
+    data = base64.b64decode(picture.source.split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def test_of_two_models_the_largest_differences_of_unseen_objects_come_first(analysis):
+    rows = select_objects(list(analysis.objects.values()), 100)
+    # Objects 3, 9, 15 are the swollen kites; 1, 4, 7, ... the dogs.
+    ids = analysis.objects["exact"].annotation_ids[rows].tolist()
+    assert ids[:3] == [3, 9, 15] and ids[-6:] == [1, 4, 7, 10, 13, 16] and len(ids) == 18
+    assert select_objects(list(analysis.objects.values()), 2).tolist() == rows[:2].tolist()
+
+
+def test_of_one_model_objects_with_false_positives(analysis):
+    rows = select_objects([analysis.objects["swollen"]], 100)
+    assert analysis.objects["swollen"].annotation_ids[rows].tolist() == [3, 9, 15]
+    assert select_objects([analysis.objects["exact"]], 100).tolist() == []
+
+
+@pytest.mark.parametrize("image_root", [None, "images"])
+def test_pixels_have_the_colours_of_what_they_are(analysis, tmp_path, image_root):
+    root = image_root and str(tmp_path)
+    (picture,), num_grey = draw_objects(analysis, ["exact", "swollen"], root, 1)
+    assert num_grey == (image_root is None)
+    assert (picture.annotation_id, picture.class_name, picture.is_unseen) == (3, "kite", True)
+    assert picture.overlap == 0.5 and picture.ious == (1, pytest.approx(2 / 3))
+    pixels = pixels_of(picture)
+    assert pixels.shape == (picture.height, picture.width, 3)
+    panels = np.split(pixels[:, : 3 * (pixels.shape[1] // 3)], 3, axis=1)
+
+    def has(panel, kind):
+        # Blended with grey, so the order of the channels stays.
+        color = np.array([int(PIXEL_COLORS[kind][i : i + 2], 16) for i in (1, 3, 5)])
+        shift = panel.mean(axis=2, keepdims=True) - color.mean()
+        return (np.abs(panel - color - shift).max(axis=2) < 60).mean() > 0.05
+
+    assert [has(x, "correct") for x in panels] == [True] * 3
+    assert [has(x, "seen") for x in panels] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "file_name", ["../truth.png", "/etc/hostname", "no.png", "truth.json", "small.png"]
+)
+def test_images_that_cannot_be_used_are_grey(tmp_path, file_name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    images = tmp_path / "images"
+    images.mkdir()
+    analysis = example_analysis(images)
+    for image in analysis.coco.imgs.values():
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "truth.png")
+        image["file_name"] = file_name
+    pictures, num_grey = draw_objects(analysis, ["exact", "swollen"], str(images), 5)
+    assert num_grey == len(pictures) == 5

@@ -21,10 +21,6 @@ def coco(coco_root):
     return COCO(os.path.join(coco_root, "annotations", "instances_val2017.json"))
 
 
-def shift(mask, others):
-    return np.roll(mask, 4, axis=1)
-
-
 def merge_with_neighbour(mask, others):
     """The object and the other one that covers most of its box."""
     y, x = np.nonzero(mask)
@@ -65,7 +61,7 @@ def make_results(coco, change, path):
 def summary(coco, coco_root, tmp_path_factory):
     """Run the program as a user would, and read analysis.json."""
     folder = tmp_path_factory.mktemp("analysis")
-    changes = {"shifted": shift, "merged": merge_with_neighbour, "dilated": dilate}
+    changes = {"merged": merge_with_neighbour, "dilated": dilate}
     files = {
         name: make_results(coco, change, folder / f"{name}.json")
         for name, change in changes.items()
@@ -75,29 +71,12 @@ def summary(coco, coco_root, tmp_path_factory):
     arguments = ["analyze", "--annotations", annotations, "--seen", "voc"]
     arguments += ["--output-dir", str(folder / "out")]
     arguments += ["--images", os.path.join(coco_root, "val2017"), "--results", *named]
-    arguments += ["--gt-box-results", named[1], "--resamples", "50", "--num-pictures", "20"]
+    arguments += ["--resamples", "20", "--num-pictures", "20"]
     assert main(arguments) == 0
     assert (folder / "out" / "report.html").stat().st_size > 1e6
     result = json.loads((folder / "out" / "analysis.json").read_text())
     result["files"] = files
     return result
-
-
-def false_positives(summary, model):
-    counts = summary["models"][model]["false_positives"]
-    assert counts["background"] + counts["seen"] + counts["unseen"] == counts["total"] > 0
-    return {kind: counts[kind] / counts["total"] for kind in ("background", "seen", "unseen")}
-
-
-def test_merged_masks_are_wrong_on_other_objects(summary):
-    shares = false_positives(summary, "merged")
-    # All of the neighbour is an object.
-    assert shares["background"] == 0
-    assert shares["seen"] > 0.1 and shares["unseen"] > 0.1
-
-
-def test_dilated_masks_are_wrong_on_the_background(summary):
-    assert false_positives(summary, "dilated")["background"] > 0.5
 
 
 def test_attribution_equals_counting_pixels(coco, summary):
@@ -128,28 +107,6 @@ def test_attribution_equals_counting_pixels(coco, summary):
     for kind, value in expected.items():
         assert counts[kind] == pytest.approx(value, rel=0.01)
     assert counts["num_objects"] == summary["dataset"]["num_unseen"] == 332
-
-
-def test_overlapped_objects_suffer_from_merging_alone(summary):
-    """What Fig. 2 of the paper shows: a mask that swallows its neighbour fails with overlap."""
-    bins = summary["models"]["merged"]["overlap_bins"]
-    # Not 100: a merged mask that fits no object any more is a false positive in every bin.
-    assert bins[0]["AP"] > 70
-    crowded = [x for x in bins if x["low"] >= 0.5 and x["num_gt"]]
-    assert crowded and all(x["AP"] < 50 for x in crowded)
-    assert sum(x["num_gt"] for x in bins) == 332
-    assert [x["few"] for x in bins] == [x["num_gt"] < 100 for x in bins]
-    shifted = summary["models"]["shifted"]["overlap_bins"]
-    assert abs(shifted[0]["AP"] - shifted[5]["AP"]) < 30
-
-
-def test_mask_iou_on_ground_truth_boxes_falls_with_the_overlap(summary):
-    gt_boxes = summary["models"]["merged"]["gt_boxes"]
-    bins = gt_boxes["overlap_bins"]
-    assert bins[0]["mask_iou"] == 1 and bins[0]["boundary_iou"] == 1
-    ious = [x["mask_iou"] for x in bins if x["num_gt"] >= 10]
-    assert ious[0] > ious[len(ious) // 2] > ious[-1]
-    assert 0 < gt_boxes["boundary_iou"] < 1 and gt_boxes["mask_iou"] < 1
 
 
 def test_tasks_equal_the_evaluator(coco_root, summary):

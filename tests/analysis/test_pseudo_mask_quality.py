@@ -1,21 +1,15 @@
 """IoU of pseudo masks with the truth, worked out by hand on a grid of 4 x 4 cells."""
 
 import json
-import os
-from collections import Counter
 
-import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 import torch
-from PIL import Image
-from pycocotools.coco import COCO
 from saved_model import TEACHER_STUDENT, save_model
 
-from teacher_student_mask import VOC_CLASSES, InputError
-from teacher_student_mask.analysis import pseudo_mask_quality
-from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
-from teacher_student_mask.modeling import DenseCRF, PseudoMaskGenerator
+from teacher_student_mask import InputError
+from teacher_student_mask.analysis import model_outputs
+from teacher_student_mask.analysis.model_outputs import measure_pseudo_masks
+from teacher_student_mask.modeling import PseudoMaskGenerator
 
 ANT, CAT = 3, 17
 METHODS = ("none", "threshold", "interact", "box_fit")
@@ -35,7 +29,7 @@ def save(tiny_cfg, tmp_path):
 @pytest.fixture
 def stub_heads(monkeypatch):
     """Return ``stub(teacher, student)``: all ROIs of any model then have these probabilities."""
-    load_model = pseudo_mask_quality.load_model
+    load_model = model_outputs.load_model
 
     def stub(teacher, student):
         def load_stub(*args, **kwargs):
@@ -48,7 +42,7 @@ def stub_heads(monkeypatch):
             set_layers(heads.mask_head, student_logits)
             return trained
 
-        monkeypatch.setattr(pseudo_mask_quality, "load_model", load_stub)
+        monkeypatch.setattr(model_outputs, "load_model", load_stub)
 
     return stub
 
@@ -128,76 +122,6 @@ def test_iou_of_each_method_by_hand(make_tiny_coco, save, stub_heads, side):
     )
 
 
-def test_settings_are_the_configs(make_tiny_coco, save, stub_heads):
-    stub_heads(TEACHER, STUDENT)
-    config, weights = save(make_tiny_coco(one_cat))
-
-    def measure(*opts):
-        result = measure_pseudo_masks(config, weights, methods=["threshold"], opts=opts)
-        return result["methods"]["threshold"]["mask_iou"]
-
-    assert measure() == 6 / 8
-    assert measure("MODEL.PSEUDO_MASK.THRESHOLD", 0.7) == 3 / 8
-    assert measure("MODEL.PSEUDO_MASK.THRESHOLD", 0.3) == 6 / 11
-    assert measure("MODEL.PSEUDO_MASK.EXCLUDE_SEEN", False) == 1
-
-
-def test_masks_of_other_unseen_objects_are_not_cleared(make_tiny_coco, save, stub_heads):
-    # A bug here would use masks that training does not have.
-    def change(data):
-        one_cat(data)
-        data["annotations"][1]["category_id"] = CAT
-
-    stub_heads(TEACHER, STUDENT)
-    config, weights = save(make_tiny_coco(change))
-    result = measure_pseudo_masks(config, weights, methods=["threshold"])
-    assert result["num_objects"] == 2
-    # The first cat's mask is exact; the second fills its box, of which half is found.
-    assert result["methods"]["threshold"]["mask_iou"] == (1 + 0.5) / 2
-
-
-def test_crf_gets_the_colours_of_the_roi(make_tiny_coco, save, stub_heads, monkeypatch):
-    def change(data):
-        one_cat(data)
-        data["annotations"][1]["segmentation"] = None
-
-    calls = []
-
-    def crf(probs, roi_images):
-        calls.append(roi_images)
-        return probs + 0.15  # 0.55 in column 2
-
-    monkeypatch.setattr(DenseCRF, "from_config", lambda cfg: crf)
-    stub_heads(TEACHER, STUDENT)
-    dataset = make_tiny_coco(change)
-    config, weights = save(dataset)
-    paint(dataset, "mixed.png", (10, 100, 200))
-    result = measure_pseudo_masks(config, weights, methods=["crf"])
-    assert result["methods"]["crf"]["mask_iou"] == 8 / 12
-    (roi_images,) = calls
-    assert roi_images.shape == (1, 3, 4, 4)
-    expected = torch.tensor([10.0, 100.0, 200.0]).reshape(1, 3, 1, 1)  # RGB
-    assert (roi_images - expected).abs().max() < 0.01
-
-
-def paint(dataset, file_name, colour):
-    path = os.path.join(dataset.image_root, file_name)
-    Image.new("RGB", Image.open(path).size, colour).save(path)
-
-
-@pytest.mark.parametrize("configured", ["crf", "interact"])
-def test_without_pydensecrf_crf_is_left_out(tiny_coco, save, log, monkeypatch, configured):
-    def missing(cfg):
-        raise ImportError("pip install pydensecrf2")
-
-    monkeypatch.setattr(DenseCRF, "from_config", missing)
-    config, weights = save(tiny_coco)
-    opts = ["MODEL.PSEUDO_MASK.METHOD", configured]
-    result = measure_pseudo_masks(config, weights, opts=opts)
-    assert list(result["methods"]) == list(METHODS)
-    assert "'crf' are left out: pip install pydensecrf2" in log.text
-
-
 def test_scrambled_unseen_masks_change_the_iou_but_no_pseudo_mask(
     make_tiny_coco, save, seen_methods
 ):
@@ -261,44 +185,6 @@ def test_model_without_a_teacher_is_refused(tiny_cfg, tiny_coco, tmp_path):
         measure_pseudo_masks(config, weights)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"methods": ["interacts"]}, "methods is .*allowed: .*none, threshold, interact"),
-        ({"methods": []}, "methods is"),
-        ({"overlap_bins": [0, 0.5, 0.5, 1]}, "edges .*must rise from 0 to 1"),
-        ({"max_images": 0}, "max_images is 0; it must be at least 1"),
-    ],
-)
-def test_wrong_arguments_are_refused_before_anything_is_read(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        measure_pseudo_masks("no such file", None, **arguments)
-
-
-@pytest.mark.parametrize("kind", ["polygon", "compressed", "uncompressed", "bitmask"])
-def test_true_masks_of_any_form_are_read(make_tiny_coco, save, stub_heads, kind):
-    left_half = np.zeros((64, 64), dtype=np.uint8, order="F")
-    left_half[8:40, 8:24] = 1
-    rle = mask_util.encode(left_half)
-
-    def change(data):
-        one_cat(data)
-        if kind == "compressed":
-            segmentation = {"size": [64, 64], "counts": rle["counts"].decode()}
-        elif kind == "uncompressed":
-            counts = [8 * 64 + 8] + 15 * [32, 32] + [32, 24 + 40 * 64]
-            segmentation = {"size": [64, 64], "counts": counts}
-        else:
-            return
-        data["annotations"][0]["segmentation"] = segmentation
-
-    stub_heads(TEACHER, STUDENT)
-    mask_format = ["INPUT.MASK_FORMAT", "bitmask" if kind == "bitmask" else "polygon"]
-    config, weights = save(make_tiny_coco(change), mask_format)
-    result = measure_pseudo_masks(config, weights, methods=["threshold"])
-    assert result["methods"]["threshold"]["mask_iou"] == 6 / 8
-
-
 def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, save, log):
     def change(data):
         by_id = {x["id"]: x for x in data["annotations"]}
@@ -310,37 +196,3 @@ def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, save, log):
     assert (result["num_objects"], result["mask_side"]) == (0, None)
     assert result["methods"]["none"]["mask_iou"] is None
     assert "the pseudo masks of 3 unseen objects are not measured" in log.text
-
-
-def test_no_unseen_class_is_said(tiny_coco, save, log):
-    opts = ["DATASETS.SEEN_CLASSES", "all"]
-    result = measure_pseudo_masks(*save(tiny_coco), methods=["none"], opts=opts)
-    assert result["num_objects"] == 0
-    assert "'all' are all classes: there is no unseen object" in log.text
-
-
-def test_real_coco(tiny_cfg, coco_root, tmp_path, capsys):
-    opts = [*TEACHER_STUDENT, "DATASETS.TEST", ("coco_2017_val",)]
-    opts += ["DATASETS.SEEN_CLASSES", "voc", "INPUT.MIN_SIZE_TEST", 200]
-    opts += ["MODEL.PSEUDO_MASK.EXCLUDE_SEEN", False, "MODEL.PSEUDO_MASK.THRESHOLD", 0.0]
-    config, weights = save_model(tiny_cfg(80, opts), tmp_path / "model")
-    result = measure_pseudo_masks(config, weights, methods=METHODS, max_images=2)
-
-    coco = COCO(os.path.join(coco_root, "annotations", "instances_val2017.json"))
-    voc = coco.getCatIds(catNms=list(VOC_CLASSES))
-    ids = coco.getAnnIds(imgIds=sorted(coco.imgs)[:2], iscrowd=False)
-    objects = [x for x in coco.loadAnns(ids) if x["category_id"] not in voc]
-    assert result["num_objects"] == len(objects) > 2
-    assert result["mask_side"] == 20
-    # At threshold 0 the whole box is the mask, whose IoU is the share of the box that is object.
-    shares = [x["area"] / (x["bbox"][2] * x["bbox"][3]) for x in objects]
-    assert result["methods"]["threshold"]["mask_iou"] == pytest.approx(
-        sum(shares) / len(shares), abs=0.02
-    )
-    for values in result["methods"].values():
-        bins = values["overlap_bins"]
-        counts = Counter({i: x["num_gt"] for i, x in enumerate(bins)})
-        assert counts.total() == len(objects)
-        weighted = sum(x["num_gt"] * x["mask_iou"] for x in bins if x["num_gt"])
-        assert values["mask_iou"] == pytest.approx(weighted / len(objects))
-        assert 0 < values["mask_iou"] < 1

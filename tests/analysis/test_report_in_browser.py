@@ -22,7 +22,7 @@ def test_page_in_a_browser(tmp_path):
             # The page does not scroll sideways; wide tables do so by themselves.
             assert page.evaluate("document.documentElement.scrollWidth") == width
             figures = page.locator(".plotly-graph-div")
-            assert figures.count() == 10
+            assert figures.count() == 8
             for i in range(figures.count()):
                 if figures.nth(i).is_visible():
                     assert figures.nth(i).locator(".main-svg").first.is_visible()

@@ -57,8 +57,6 @@ def test_settings_reach_the_measurement(files, tmp_path):
         (["--seen", "dgo"], ["dgo", "dog"]),
         (["--baseline", "c"], ["baseline", "'c'"]),
         (["--images", "no/such/folder"], ["no/such/folder"]),
-        (["--num-pictures", "-1"], ["0 or more"]),
-        (["--results", "a=x", "a=y"], ["stands twice"]),
         (["--results", "a=no.json"], ["no.json"]),
         (["--results"], None),
         (["--results", "no-equals-sign"], None),
@@ -73,23 +71,6 @@ def test_wrong_input_is_one_sentence(files, tmp_path, capsys, options, words):
     error = capsys.readouterr().err
     assert "Traceback" not in error and all(word in error for word in words)
     assert not (tmp_path / "out" / "report.html").exists()
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda x: x[1].update(image_id=77), ["exact.json", "entry", "1", "image_id", "77"]),
-        (lambda x: x[0].pop("score"), ["exact.json", "entry", "0", "score"]),
-    ],
-)
-def test_wrong_result_files_name_entry_and_field(files, tmp_path, capsys, change, words):
-    entries = json.loads(open(files["exact"]).read())
-    change(entries)
-    with open(files["exact"], "w") as file:
-        json.dump(entries, file)
-    assert run(files, tmp_path) == 1
-    error = capsys.readouterr().err
-    assert all(word in error for word in words)
 
 
 def test_without_input_it_says_what_to_give(tmp_path, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_student_mask import NONVOC_CLASSES, VOC_CLASSES, sweep, sweep_summary
+from teacher_student_mask import NONVOC_CLASSES, VOC_CLASSES, sweep
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.data.shapes import generate_shapes
 
@@ -40,7 +40,7 @@ if "--eval-only" in argv:
     if "TEST.GT_BOXES" in argv:
         ap = 60 if keys["TEST.MASK_HEAD"] == "teacher" else 50
     else:
-        ap = len(json.loads(pathlib.Path(keys["TEST.SEEN_CLASSES"]).read_text()))
+        ap = len(keys["TEST.SEEN_CLASSES"].split(","))
 else:
     if os.environ.get("HANG", "no run") in str(out):
         (out / "hangs").write_text(str(os.getpid()))
@@ -94,7 +94,6 @@ def test_each_run_is_a_line_with_all_that_is_known_of_it(run, out, monkeypatch, 
     assert row["results"]["detections"]["segm_unseen"] == metrics
     assert row["seconds"] >= 0 and row["opts"] == OPTS and row["versions"]["torch"]
     threads = str(max(1, os.cpu_count() // 2))
-    assert row["hardware"]["OMP_NUM_THREADS"] == threads
     folder = out / "runs/coco/teacher_student/seed_2"
     (call,) = calls_of(folder)
     assert call["threads"] == threads
@@ -105,7 +104,6 @@ def test_each_run_is_a_line_with_all_that_is_known_of_it(run, out, monkeypatch, 
     summary = (out / "summary.md").read_text()
     (line,) = [x for x in summary.splitlines() if x.startswith("| coco/teacher_student ")]
     assert f"{mean:.2f} ± {spread:.2f}" in line
-    assert (out / "summary.png").stat().st_size > 5000
     assert line in capsys.readouterr().out
 
 
@@ -114,16 +112,6 @@ def test_finished_runs_are_not_repeated_and_more_can_be_added(run, out):
     assert run("--seeds", 1, 2, configs=(BASELINE, OURS)) == 0
     assert len(rows_of(out)) == 4
     assert len(calls_of(out / "runs/coco/mask_rcnn/seed_1")) == 1
-
-
-def test_changes_of_one_config_have_a_name(run, out):
-    deep = f"{OURS} MODEL.TEACHER_MASK_HEAD.NUM_CONV 12"
-    assert run(configs=(OURS, deep, f"wide={OURS} MODEL.TEACHER_MASK_HEAD.CONV_DIM 512")) == 0
-    names = [row["config"] for row in rows_of(out)]
-    ours = "coco/teacher_student"
-    assert names == [ours, f"{ours}_NUM_CONV_12", "wide"]
-    (call,) = calls_of(out / "runs/wide/seed_1")
-    assert "MODEL.TEACHER_MASK_HEAD.CONV_DIM 512 SOLVER.MAX_ITER 40" in " ".join(call["argv"])
 
 
 def test_a_run_that_fails_is_shown_and_the_others_go_on(run, out, monkeypatch, log):
@@ -151,6 +139,7 @@ def test_sets_replace_the_seen_classes_and_are_compared_on_what_all_leave_out(ru
     # The stub's AP is the number of classes that are seen in any set.
     assert row["results"][name]["segm_unseen"]["AP"] == 30
     assert "unseen in all sets" in (out / "summary.md").read_text()
+    assert (out / "summary.png").stat().st_size > 5000
     # With another set the classes that are unseen in all are others: evaluated anew.
     paths.append(tmp_path / "seen_40.json")
     paths[-1].write_text(json.dumps([*VOC_CLASSES, *NONVOC_CLASSES[:20]]))
@@ -161,9 +150,8 @@ def test_sets_replace_the_seen_classes_and_are_compared_on_what_all_leave_out(ru
 
 
 def test_a_report_evaluates_students_and_teachers_on_ground_truth_boxes(run, out, monkeypatch):
-    monkeypatch.setattr(sweep, "_truth", lambda *_: ("a.json", "images", ["a"]))
     pages = []
-    monkeypatch.setattr(sweep_summary, "write_report", lambda *args: pages.append(args))
+    monkeypatch.setattr(sweep, "write_sweep_report", lambda *args: pages.append(args))
     assert run("--report", configs=(BASELINE, OURS)) == 0
     aps = {
         row["config"]: {k: x["segm_unseen"]["AP"] for k, x in row["results"].items()}
@@ -211,7 +199,6 @@ sys.exit(main({["sweep", "--output-dir", str(tmp_path), "--num-gpus", "0", "--co
         ([], ["none.yaml"], [], "none.yaml"),
         ([], [BASELINE, BASELINE], [], "Several configs have the same name"),
         (["--seeds", 1, 1], [BASELINE], [], "Several seeds have the same name"),
-        (["--jobs", 0], [BASELINE], [], "at least 1"),
         ([], [BASELINE], ["SEED", "3"], "SEED cannot be changed"),
         ([], [BASELINE], ["SOLVER.MAX_ITERS", "3"], "SOLVER.MAX_ITERS"),
         ([], [f"{BASELINE} MODEL.NO_KEY 1"], [], "NO_KEY"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_student_mask.evaluation import (
+from teacher_student_mask.evaluation.pixel_errors import (
     TIE_RULES,
     boundary_iou,
     boundary_region,
@@ -44,13 +44,6 @@ def test_each_pixel_counts_once_by_hand():
     assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (2, 1, 2, 1)
 
 
-def test_pixels_of_the_own_mask_are_never_false():
-    # The own object is itself an unseen one, and a seen object lies on top of it.
-    counts = count("####", own="####", others=[("##..", True)])
-    assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (0, 0, 0, 0)
-    assert counts.intersection == counts.union == 4
-
-
 @pytest.mark.parametrize(
     "seen, unseen, ties, expected",
     [
@@ -65,23 +58,6 @@ def test_pixels_on_objects_of_both_kinds(seen, unseen, ties, expected):
     for others in ([(seen, True), (unseen, False)], [(unseen, False), (seen, True)]):
         counts = count("##....", own="....##", others=others, ties=ties)
         assert (counts.seen, counts.unseen) == expected
-
-
-def test_object_on_a_crowd_is_an_object():
-    counts = count("###.", own="...#", others=[("#...", True), (".#..", False)], crowds=["###."])
-    assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (1, 1, 0, 1)
-
-
-def test_nothing_predicted_and_no_other_object():
-    counts = count("....", own="##..")
-    assert counts == count("....", own="##..", ties="smaller")
-    assert (counts.intersection, counts.union, counts.background) == (0, 2, 0)
-    assert count("####", own="##..").background == 2
-
-
-def test_unknown_rule_for_ties_names_the_allowed_ones():
-    with pytest.raises(ValueError, match="'random'.*seen, smaller"):
-        find_object_regions((1, 1), [], [], ties="random")
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,13 +1,16 @@
-"""The measurements of a report on result files: where models fail, with intervals."""
+"""The measurements of a report on result files: where models fail, with bootstrap intervals."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import itertools
+import json
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -17,31 +20,58 @@ from tqdm import tqdm
 from ..class_splits import resolve_seen_classes
 from ..coco_json import Finding, load_ground_truth, load_results
 from ..errors import InputError
-from ..evaluation import METRICS, compute_overlaps, find_candidate_pairs, overlap_bins
-from .intervals import Statistics, compute_statistics
+from ..evaluation import (
+    AREA_RANGES,
+    METRICS,
+    CandidatePairs,
+    Matches,
+    PrecisionOfSubsets,
+    Subset,
+    at_iou,
+    compute_overlaps,
+    find_candidate_pairs,
+    mean_percent,
+    overlap_bins,
+    subset_metrics,
+)
 from .objects import ObjectTable, measure_objects
 
-__all__ = ["Analysis", "SCHEMA_VERSION", "Settings", "TASKS", "analyze"]
+__all__ = [
+    "Analysis",
+    "SCHEMA_VERSION",
+    "Settings",
+    "Statistics",
+    "TASKS",
+    "analyze",
+    "compute_statistics",
+    "percentile_interval",
+    "resample_images",
+]
 
 SCHEMA_VERSION = 1
 TASKS = ("segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
 # Per image and class, as in COCO.
 _MAX_DETECTIONS = 100
+# Detections times resamples that are processed at once: enough that numpy's calls cost little, and
+# small enough for the caches.
+_MAX_ELEMENTS = 300_000
+# A statistic: ("segm_unseen", "AP"), ("bin 3", "AP50"), ("class 17", "AP").
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Settings:
     """
     Args:
+        num_resamples: how often the bootstrap draws the images again; 0: no intervals.
+        confidence: of the intervals, in (0, 1).
+        seed: of the draws; with one seed all models are measured on the same draws.
         overlap_threshold: smallest overlap of an object in "segm_unseen_overlap", in [0, 1].
         overlap_bins: edges, rising from 0 to 1.
         score_threshold: smallest score of a detection whose false positives are attributed.
         min_objects_per_bin: bins with fewer are flagged.
         ties: whose a false-positive pixel is that seen and unseen objects cover: "seen" or
             "smaller".
-        num_resamples: how often the bootstrap draws the images again; 0: no intervals.
-        confidence: of the intervals, in (0, 1).
-        seed: of the draws; with one seed all models are measured on the same draws.
 
     Raises:
         InputError: a value is out of range.
@@ -57,11 +87,9 @@ class Settings:
     ties: str = "seen"
 
     def __post_init__(self):
-        for name in ("overlap_threshold", "score_threshold"):
+        for name in ("overlap_threshold", "score_threshold", "confidence"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be in [0, 1].")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence is {self.confidence}; it must lie between 0 and 1.")
         overlap_bins(self.overlap_bins)
 
 
@@ -115,11 +143,11 @@ def analyze(
         InputError: a file is not what it should be (the message names file, entry and field), or
             there are no results, or a name of a class or of the baseline is not known.
     """
-    results, gt_box_results = dict(results or {}), dict(gt_box_results or {})
-    names = list(dict.fromkeys([*results, *gt_box_results]))
+    files = {"detections": dict(results or {}), "gt_boxes": dict(gt_box_results or {})}
+    names = list(dict.fromkeys([*files["detections"], *files["gt_boxes"]]))
     if not names:
         raise InputError("There is nothing to analyse: give results, gt_box_results, or both.")
-    if baseline is not None and baseline not in names:
+    if baseline not in (None, *names):
         raise InputError(
             f"The baseline is {baseline!r}; it must be one of the models: {', '.join(names)}."
         )
@@ -129,39 +157,51 @@ def analyze(
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
     models: dict[str, dict] = {
-        name: {"results": results.get(name), "gt_box_results": gt_box_results.get(name)}
+        name: {
+            "results": files["detections"].get(name),
+            "gt_box_results": files["gt_boxes"].get(name),
+        }
         for name in names
     }
     objects: dict[str, dict[str, ObjectTable]] = {"detections": {}, "gt_boxes": {}}
     statistics: dict[str, dict[str, Statistics]] = {"detections": {}, "gt_boxes": {}}
-    for name, (protocol, files) in itertools.product(
-        names, (("detections", results), ("gt_boxes", gt_box_results))
-    ):
-        if name not in files:
+    for name, protocol in itertools.product(names, files):
+        if name not in files[protocol]:
             continue
-        detections = load_results(files[name], coco, warnings)
-        found = dataset.compute_statistics(detections, f"{name} ({protocol})", show_progress)
-        table = dataset.measure_objects(detections, protocol)
+        detections = load_results(files[protocol][name], coco, warnings)
+        title = f"{name} ({protocol}): intervals"
+        with tqdm(desc=title, total=settings.num_resamples, disable=not show_progress) as bar:
+            pairs = find_candidate_pairs(coco, detections, max_detections=_MAX_DETECTIONS)
+            # Crowds have no overlap, and count nowhere.
+            overlaps = np.array([dataset.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
+            found = compute_statistics(pairs, overlaps, dataset.unseen, settings, bar.update)
+        table = measure_objects(
+            coco,
+            detections,
+            dataset.overlaps,
+            dataset.unseen_ids,
+            protocol=protocol,
+            score_threshold=settings.score_threshold,
+            ties=settings.ties,
+        )
         statistics[protocol][name], objects[protocol][name] = found, table
+        numbers = dataset.summarize(found, table)
         if protocol == "gt_boxes":
-            models[name]["gt_boxes"] = dataset.summarize(found, table)
+            models[name]["gt_boxes"] = numbers
         else:
-            models[name]["num_detections"] = len(detections)
-            models[name].update(dataset.summarize(found, table))
-    for name in names:
-        if name in (pseudo_masks or {}):
-            models[name]["pseudo_masks"] = pseudo_masks[name]
+            models[name] |= {"num_detections": len(detections), **numbers}
+    for name, quality in (pseudo_masks or {}).items():
+        models[name]["pseudo_masks"] = quality
     summary = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": command or " ".join(sys.argv),
-        "versions": _versions(),
-        "dataset": dataset.describe(annotations),
-        "settings": {
-            **asdict(settings),
-            "overlap_bins": [float(x) for x in settings.overlap_bins],
-            "max_detections": _MAX_DETECTIONS,
+        "versions": {
+            "python": platform.python_version(),
+            **{x: importlib.metadata.version(x) for x in ("numpy", "pycocotools")},
         },
+        "dataset": dataset.describe(annotations),
+        "settings": {**asdict(settings), "max_detections": _MAX_DETECTIONS},
         "models": models,
         "differences": [
             dataset.compare(of_protocol, first, second, protocol)
@@ -173,9 +213,17 @@ def analyze(
             for x in warnings
         ],
     }
-    preferred = "gt_boxes" if set(names) == set(gt_box_results) else "detections"
+    # JSON has no nan.
+    summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    preferred = "gt_boxes" if len(objects["gt_boxes"]) == len(names) else "detections"
     shown = {name: objects[preferred].get(name) or objects["gt_boxes"][name] for name in names}
-    return Analysis(_without_nan(summary), coco, shown)
+    return Analysis(summary, coco, shown)
+
+
+def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
+    if baseline is None:
+        return list(itertools.combinations(names, 2))
+    return [(baseline, name) for name in names if name != baseline and baseline in names]
 
 
 class _Dataset:
@@ -185,128 +233,74 @@ class _Dataset:
         self.coco, self.settings = coco, settings
         self.category_ids = sorted(coco.cats)
         self.class_names = [coco.cats[i]["name"] for i in self.category_ids]
-        if not isinstance(seen_classes, str):
+        if isinstance(seen_classes, str):
+            self.seen = set(resolve_seen_classes(seen_classes, self.class_names))
+        else:
             unknown = sorted(set(seen_classes) - set(self.class_names))
             if unknown:
                 raise InputError(
                     f"Unknown seen classes {unknown}; the dataset has {self.class_names}."
                 )
-            seen_classes = [self.class_names.index(x) for x in seen_classes]
-        else:
-            seen_classes = resolve_seen_classes(seen_classes, self.class_names)
-        self.seen = set(seen_classes)
+            self.seen = {self.class_names.index(x) for x in seen_classes}
         self.unseen = [k for k in range(len(self.class_names)) if k not in self.seen]
         self.unseen_ids = {self.category_ids[k] for k in self.unseen}
         self.bins = overlap_bins(settings.overlap_bins)
         self.overlaps = compute_overlaps(coco)
 
-    def compute_statistics(self, detections: list[dict], title: str, progress: bool) -> Statistics:
-        pairs = find_candidate_pairs(self.coco, detections, max_detections=_MAX_DETECTIONS)
-        # Crowds have no overlap, and count nowhere.
-        overlaps = [self.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()]
-        settings = self.settings
-        total = settings.num_resamples
-        with tqdm(desc=f"{title}: intervals", total=total, disable=not progress) as bar:
-            return compute_statistics(
-                pairs,
-                np.array(overlaps, dtype=np.float64),
-                self.unseen,
-                overlap_threshold=settings.overlap_threshold,
-                bins=self.bins,
-                num_resamples=settings.num_resamples,
-                confidence=settings.confidence,
-                seed=settings.seed,
-                progress=bar.update,
-            )
-
-    def measure_objects(self, detections: list[dict], protocol: str) -> ObjectTable:
-        return measure_objects(
-            self.coco,
-            detections,
-            self.overlaps,
-            self.unseen_ids,
-            protocol=protocol,
-            score_threshold=self.settings.score_threshold,
-            ties=self.settings.ties,
-        )
-
     def summarize(self, statistics: Statistics, table: ObjectTable) -> dict:
         """All numbers of one model under one protocol."""
+        values, num_gt, interval = statistics.values, statistics.num_gt, statistics.interval
         is_on_gt_boxes = table.protocol == "gt_boxes"
-        tasks = {
-            task: {
-                **{metric: statistics.values[task, metric] for metric in METRICS},
-                "num_gt": statistics.num_gt[task],
-            }
+        numbers: dict = {
+            task: {**{m: values[task, m] for m in METRICS}, "num_gt": num_gt[task]}
             for task in TASKS
         }
-        tasks["intervals"] = {
-            task: {metric: statistics.interval((task, metric)) for metric in METRICS}
-            for task in TASKS
-        }
-        bins = self._bins(statistics)
+        numbers["intervals"] = {task: {m: interval((task, m)) for m in METRICS} for task in TASKS}
         if is_on_gt_boxes:
-            tasks.update(_mask_quality(table, table.is_unseen))
-            for row, one in zip(bins, self.bins):
-                row.update(_mask_quality(table, table.is_unseen & one.contains(table.overlaps)))
-        return {
-            **tasks,
-            "per_class": self._classes(statistics),
-            "overlap_bins": bins,
-            "false_positives": self._false_positives(table),
-        }
-
-    def _classes(self, statistics: Statistics) -> list[dict]:
-        return [
+            numbers |= _mask_quality(table, table.is_unseen)
+        numbers["per_class"] = [
             {
                 "name": name,
                 "category_id": self.category_ids[k],
                 "seen": k in self.seen,
-                "num_gt": statistics.num_gt[f"class {k}"],
-                **{m: statistics.values[f"class {k}", m] for m in ("AP", "AP50", "AP75")},
-                "interval": statistics.interval((f"class {k}", "AP")),
+                "num_gt": num_gt[f"class {k}"],
+                **{m: values[f"class {k}", m] for m in ("AP", "AP50", "AP75")},
+                "interval": interval((f"class {k}", "AP")),
             }
             for k, name in enumerate(self.class_names)
         ]
-
-    def _bins(self, statistics: Statistics) -> list[dict]:
-        return [
-            {
-                "low": x.low,
-                "high": x.high,
-                "num_gt": statistics.num_gt[f"bin {k}"],
-                "few": statistics.num_gt[f"bin {k}"] < self.settings.min_objects_per_bin,
-                "AP": statistics.values[f"bin {k}", "AP"],
-                "AP50": statistics.values[f"bin {k}", "AP50"],
-                "AP_interval": statistics.interval((f"bin {k}", "AP")),
-                "AP50_interval": statistics.interval((f"bin {k}", "AP50")),
-            }
-            for k, x in enumerate(self.bins)
-        ]
-
-    def _false_positives(self, table: ObjectTable) -> dict:
-        evaluated = table.is_unseen & table.is_matched
-        background, seen, unseen = table.false_positives[evaluated].sum(axis=0).tolist()
-        is_detected = table.protocol == "detections"
-        return {
+        numbers["overlap_bins"] = []
+        for k, x in enumerate(self.bins):
+            key = f"bin {k}"
+            row = {"low": x.low, "high": x.high, "num_gt": num_gt[key]}
+            row["few"] = num_gt[key] < self.settings.min_objects_per_bin
+            row |= {m: values[key, m] for m in ("AP", "AP50")}
+            row |= {f"{m}_interval": interval((key, m)) for m in ("AP", "AP50")}
+            if is_on_gt_boxes:
+                row |= _mask_quality(table, table.is_unseen & x.contains(table.overlaps))
+            numbers["overlap_bins"].append(row)
+        attributed = table.is_unseen & table.is_matched
+        background, seen, unseen = table.false_positives[attributed].sum(axis=0).tolist()
+        numbers["false_positives"] = {
             "protocol": table.protocol,
-            "score_threshold": self.settings.score_threshold if is_detected else None,
+            "score_threshold": None if is_on_gt_boxes else self.settings.score_threshold,
             "background": background,
             "seen": seen,
             "unseen": unseen,
             "total": background + seen + unseen,
-            "crowd": int(table.crowd_pixels[evaluated].sum()),
-            "num_objects": int(evaluated.sum()),
+            "crowd": int(table.crowd_pixels[attributed].sum()),
+            "num_objects": int(attributed.sum()),
             "num_unmatched_objects": int((table.is_unseen & ~table.is_matched).sum()),
             "num_unmatched_detections": table.num_unmatched_detections,
         }
+        return numbers
 
     def compare(
         self, statistics: Mapping[str, Statistics], baseline: str, model: str, protocol: str
     ) -> dict:
         """Model minus baseline, both measured on the same draws of the images."""
 
-        def difference(key: tuple[str, str]) -> dict:
+        def difference(key: Key) -> dict:
             value, interval = statistics[model].difference(statistics[baseline], key)
             # Without an interval nothing is established.
             includes_zero = interval is None or interval[0] <= 0 <= interval[1]
@@ -355,27 +349,134 @@ def _mask_quality(table: ObjectTable, chosen: np.ndarray) -> dict:
     }
 
 
-def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
-    if baseline is None:
-        return list(itertools.combinations(names, 2))
-    return [(baseline, name) for name in names if name != baseline and baseline in names]
+@dataclass(frozen=True)
+class Statistics:
+    """
+    All AP of one result file.
+
+    Args:
+        values: in 0-100, nan where there is no object.
+        samples: shape (resamples,) each, the values on resampled images.
+        num_gt: {the first part of the keys: number of objects that count}.
+        confidence: of the intervals.
+    """
+
+    values: dict[Key, float]
+    samples: dict[Key, np.ndarray]
+    num_gt: dict[str, int]
+    confidence: float
+
+    def interval(self, key: Key) -> list[float] | None:
+        """Low and high end of the confidence interval; None where it is undefined."""
+        return percentile_interval(self.samples[key], self.confidence)
+
+    def difference(self, baseline: Statistics, key: Key) -> tuple[float, list[float] | None]:
+        """Difference to another model, measured on the same draws, and its interval."""
+        samples = self.samples[key] - baseline.samples[key]
+        interval = percentile_interval(samples, self.confidence)
+        return self.values[key] - baseline.values[key], interval
 
 
-def _without_nan(value):
-    # JSON has no nan.
-    if isinstance(value, dict):
-        return {key: _without_nan(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(x) for x in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+def compute_statistics(
+    pairs: CandidatePairs,
+    overlaps: np.ndarray,
+    unseen: Collection[int],
+    settings: Settings,
+    progress: Callable[[int], object] = lambda num_done: None,
+) -> Statistics:
+    """
+    The tasks of :data:`TASKS` with six metrics each, "bin k" (unseen objects of the k-th bin; AP,
+    AP50) and "class k" (AP, AP50, AP75).
+
+    Args:
+        pairs: detections and objects.
+        overlaps: shape (G,), in [0, 1], of the objects of ``pairs``; any value for crowds.
+        unseen: positions of the unseen classes.
+        settings: of the overlap and of the bootstrap.
+        progress: called with the number of resamples done since the last call.
+    """
+    is_unseen = np.isin(pairs.gt_classes, list(unseen))
+    bins = overlap_bins(settings.overlap_bins)
+    counts = {
+        "segm": np.ones(len(overlaps), dtype=bool),
+        "segm_seen": ~is_unseen,
+        "segm_unseen": is_unseen,
+        "segm_unseen_overlap": is_unseen & (overlaps >= settings.overlap_threshold),
+        **{f"bin {k}": is_unseen & x.contains(overlaps) for k, x in enumerate(bins)},
+        **{f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))},
+    }
+    subsets = {f"bin {k}": Subset(counts[f"bin {k}"]) for k in range(len(bins))}
+    for name, area in itertools.product(("segm", "segm_unseen_overlap"), AREA_RANGES):
+        subsets[f"{name}/{area}"] = Subset(counts[name], area)
+    evaluate = PrecisionOfSubsets(Matches(pairs), subsets)
+    seen = set(range(len(pairs.category_ids))) - set(unseen)
+
+    def measure(weights: np.ndarray | None = None) -> dict[Key, np.ndarray]:
+        precision = evaluate(weights)
+        tasks = {
+            "segm": subset_metrics(precision, "segm"),
+            "segm_seen": subset_metrics(precision, "segm", seen),
+            "segm_unseen": subset_metrics(precision, "segm", unseen),
+            "segm_unseen_overlap": subset_metrics(precision, "segm_unseen_overlap"),
+        }
+        values = {(task, metric): x for task in tasks for metric, x in tasks[task].items()}
+        for k in range(len(bins)):
+            values[f"bin {k}", "AP"] = mean_percent(precision[f"bin {k}"])
+            values[f"bin {k}", "AP50"] = mean_percent(at_iou(precision[f"bin {k}"], 0.5))
+        of_classes = precision["segm/all"]
+        rows = {"AP": of_classes, "AP50": at_iou(of_classes, 0.5), "AP75": at_iou(of_classes, 0.75)}
+        for metric, x in rows.items():
+            # Of one class, all thresholds are defined or none.
+            per_class = 100 * x.mean(axis=-2)
+            values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}
+        return values
+
+    values = {key: float(x) for key, x in measure().items()}
+    size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
+    draws = resample_images(len(pairs.image_ids), settings.num_resamples, settings.seed, size)
+    sampled = []
+    # numpy lets other threads run while it computes.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in pool.map(measure, draws):
+            sampled.append(batch)
+            progress(len(batch["segm", "AP"]))
+    samples = {key: np.concatenate([np.zeros(0), *(x[key] for x in sampled)]) for key in values}
+    num_gt = {name: int((mask & ~pairs.gt_is_crowd).sum()) for name, mask in counts.items()}
+    return Statistics(values, samples, num_gt, settings.confidence)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("teacher-student-mask", "numpy", "pycocotools", "plotly"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            # Run from a checkout that is not installed.
-            continue
-    return versions
+def resample_images(
+    num_images: int, num_resamples: int, seed: int, batch_size: int = 1
+) -> Iterator[np.ndarray]:
+    """
+    Draw images with replacement, as many as there are (Efron's bootstrap).
+
+    The same seed draws the same images, whatever the batch size, so that models are compared on the
+    same resamples.
+
+    Yields:
+        int, shape (batch, num_images), how often each image was drawn; ``num_resamples`` rows in
+        all, ``batch_size`` at a time.
+    """
+    rng = np.random.default_rng(seed)
+    for start in range(0, num_resamples, batch_size):
+        size = min(batch_size, num_resamples - start)
+        drawn = rng.integers(num_images, size=(size, num_images))
+        yield np.stack([np.bincount(x, minlength=num_images) for x in drawn])
+
+
+def percentile_interval(samples: np.ndarray, confidence: float) -> list[float] | None:
+    """
+    Interval between the percentiles that leave out the same share of the samples on either side.
+
+    Args:
+        samples: shape (resamples,), values of the statistic; nan where a resample left it
+            undefined, which is left out.
+        confidence: share of the samples inside, in (0, 1).
+
+    Returns:
+        Low and high end, or None where no sample is defined.
+    """
+    samples = samples[~np.isnan(samples)]
+    tail = 50 * (1 - confidence)
+    return np.percentile(samples, [tail, 100 - tail]).tolist() if len(samples) else None

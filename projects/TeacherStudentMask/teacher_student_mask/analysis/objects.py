@@ -1,21 +1,47 @@
-"""What a model's masks are like on each annotated object."""
+"""Single objects: what each model's mask is like, and pictures of those that tell the most."""
 
 from __future__ import annotations
 
+import base64
+import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from ..evaluation import boundary_iou, count_pixels, find_object_regions
+from ..evaluation import ObjectRegions, boundary_iou, count_pixels, find_object_regions
 
-__all__ = ["ObjectTable", "match_boxes", "measure_objects"]
+if TYPE_CHECKING:
+    from .measure import Analysis
+
+__all__ = [
+    "ObjectPicture",
+    "ObjectTable",
+    "PIXEL_COLORS",
+    "draw_objects",
+    "match_boxes",
+    "measure_objects",
+    "select_objects",
+]
+
+# What the pixels of a picture are. False positives have the same colours in the figures.
+PIXEL_COLORS = {
+    "correct": "#0072b2",
+    "missed": "#ffffff",
+    "background": "#009e73",
+    "seen": "#e69f00",
+    "unseen": "#cc79a7",
+}
 
 # Of the box of a detection and the box of the object that it is taken for.
 _MIN_BOX_IOU = 0.5
+_PANEL_SIZE = 160  # of a picture, longer side in pixels
 
 
 @dataclass(frozen=True)
@@ -71,20 +97,15 @@ def match_boxes(
     """
     if len(gt_boxes) == 0 or len(dt_boxes) == 0:
         return []
-    ious = mask_util.iou(
-        np.asarray(dt_boxes, dtype=np.float64),
-        np.asarray(gt_boxes, dtype=np.float64),
-        [False] * len(gt_boxes),
-    )
+    gt_boxes, dt_boxes = np.asarray(gt_boxes, float), np.asarray(dt_boxes, float)
+    ious = mask_util.iou(dt_boxes, gt_boxes, [False] * len(gt_boxes))
     d, g = np.nonzero(ious >= _MIN_BOX_IOU)
     order = np.lexsort((g, d, -ious[d, g])) if by_iou else np.lexsort((g, -ious[d, g], d))
-    taken_d, taken_g, pairs = set(), set(), []
+    object_of: dict[int, int] = {}
     for i, j in zip(d[order].tolist(), g[order].tolist()):
-        if i not in taken_d and j not in taken_g:
-            taken_d.add(i)
-            taken_g.add(j)
-            pairs.append((j, i))
-    return pairs
+        if i not in object_of and j not in object_of.values():
+            object_of[i] = j
+    return [(j, i) for i, j in object_of.items()]
 
 
 def measure_objects(
@@ -112,7 +133,8 @@ def measure_objects(
         protocol, score_threshold: see above.
         ties: see :func:`find_object_regions`.
     """
-    if protocol == "detections":
+    is_on_gt_boxes = protocol == "gt_boxes"
+    if not is_on_gt_boxes:
         detections = [x for x in detections if x["score"] >= score_threshold]
     objects = [x for x in coco.dataset["annotations"] if not x["iscrowd"]]
     rows = {x["id"]: k for k, x in enumerate(objects)}
@@ -125,18 +147,9 @@ def measure_objects(
     for x in sorted(detections, key=lambda x: -x["score"]):
         detections_of[x["image_id"]].append(x)
     for image_id, found in detections_of.items():
-        image, annotations = coco.imgs[image_id], coco.imgToAnns.get(image_id, [])
-        in_image = [x for x in annotations if not x["iscrowd"]]
-        pairs = _match_image(in_image, found, by_iou=protocol == "gt_boxes")
-        if not pairs:
-            continue
-        regions = find_object_regions(
-            (image["height"], image["width"]),
-            [x["segmentation"] for x in in_image],
-            [x["category_id"] not in unseen_ids for x in in_image],
-            [x["segmentation"] for x in annotations if x["iscrowd"]],
-            ties=ties,
-        )
+        objects_of_image = [x for x in coco.imgToAnns.get(image_id, []) if not x["iscrowd"]]
+        pairs = _match_image(objects_of_image, found, by_iou=is_on_gt_boxes)
+        regions = _regions(coco, image_id, unseen_ids, ties) if pairs else None
         for annotation, detection in pairs:
             row = rows[annotation["id"]]
             rles[row], own = detection["segmentation"], annotation["segmentation"]
@@ -145,7 +158,7 @@ def measure_objects(
             ious[row] = counts.intersection / counts.union if counts.union else 0.0
             false_positives[row] = counts.background, counts.seen, counts.unseen
             crowd_pixels[row] = counts.crowd
-            if protocol == "gt_boxes":
+            if is_on_gt_boxes:
                 boundary_ious[row] = np.nan_to_num(boundary_iou(rles[row], own))
     return ObjectTable(
         annotation_ids=np.fromiter(rows, np.int64, len(rows)),
@@ -166,17 +179,170 @@ def _match_image(
     objects: list[dict], detections: list[dict], by_iou: bool
 ) -> list[tuple[dict, dict]]:
     """Pairs of an object and a detection of its class; detections by falling score."""
-    by_class = defaultdict(lambda: ([], []))
-    for x in objects:
-        by_class[x["category_id"]][0].append(x)
-    for x in detections:
-        by_class[x["category_id"]][1].append(x)
-    return [
-        (of_class[g], found[d])
-        for of_class, found in by_class.values()
-        for g, d in match_boxes(
-            np.array([x["bbox"] for x in of_class]),
-            np.array([x["bbox"] for x in found]),
-            by_iou=by_iou,
+    pairs = []
+    for category_id in {x["category_id"] for x in objects}:
+        gts, dts = (
+            [x for x in rows if x["category_id"] == category_id] for rows in (objects, detections)
         )
-    ]
+        gt_boxes, dt_boxes = (np.array([x["bbox"] for x in rows]) for rows in (gts, dts))
+        pairs += [(gts[g], dts[d]) for g, d in match_boxes(gt_boxes, dt_boxes, by_iou=by_iou)]
+    return pairs
+
+
+def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int], ties: str) -> ObjectRegions:
+    image, annotations = coco.imgs[image_id], coco.imgToAnns[image_id]
+    objects = [x for x in annotations if not x["iscrowd"]]
+    return find_object_regions(
+        (image["height"], image["width"]),
+        [x["segmentation"] for x in objects],
+        [x["category_id"] not in unseen_ids for x in objects],
+        [x["segmentation"] for x in annotations if x["iscrowd"]],
+        ties=ties,
+    )
+
+
+@dataclass(frozen=True)
+class ObjectPicture:
+    """One object as the report shows it: a panel for the true mask, and one for each model."""
+
+    annotation_id: int
+    file_name: str
+    class_name: str
+    is_unseen: bool
+    overlap: float
+    ious: tuple[float, ...]  # one per model
+    width: int
+    height: int
+    source: str  # data URI
+
+
+def select_objects(tables: Sequence[ObjectTable], num_objects: int) -> np.ndarray:
+    """
+    The objects to show: of unseen classes first, then of seen ones, within each the clearest first.
+
+    Args:
+        tables: of two models: objects that both have a mask for, by falling difference of the IoU.
+            Of one model: objects with false-positive pixels, by their falling share of the mask.
+        num_objects: how many at most.
+
+    Returns:
+        Rows of the tables; objects that are equal stand in the order of the tables.
+    """
+    if len(tables) == 1:
+        pixels = tables[0].false_positives.sum(axis=1)
+        areas = np.array([0 if x is None else mask_util.area(x) for x in tables[0].rles])
+        merit = pixels / np.maximum(areas, 1)
+        rows = np.flatnonzero(pixels > 0)
+    else:
+        merit = np.abs(tables[1].ious - tables[0].ious)
+        rows = np.flatnonzero(~np.isnan(merit))
+    order = np.lexsort((-merit[rows], ~tables[0].is_unseen[rows]))
+    return rows[order][:num_objects]
+
+
+def draw_objects(
+    analysis: Analysis, models: Sequence[str], image_root: str | None, num_objects: int
+) -> tuple[list[ObjectPicture], int]:
+    """
+    Draw the objects that :func:`select_objects` chooses.
+
+    Args:
+        analysis: not changed.
+        models: one or two of its models.
+        image_root: folder of the images; with None, and where an image is missing, broken, of
+            another size, or outside of the folder, the masks stand on grey.
+        num_objects: how many pictures at most.
+
+    Returns:
+        The pictures, and how many of them are grey.
+    """
+    coco, summary = analysis.coco, analysis.summary
+    unseen_names = set(summary["dataset"]["unseen_classes"])
+    unseen_ids = {i for i, x in coco.cats.items() if x["name"] in unseen_names}
+    tables = [analysis.objects[x] for x in models]
+    pictures, num_grey = [], 0
+    for row in select_objects(tables, num_objects).tolist():
+        annotation = coco.anns[int(tables[0].annotation_ids[row])]
+        image = coco.imgs[annotation["image_id"]]
+        pixels = _read_grey(image, image_root)
+        num_grey += pixels is None
+        if pixels is None:
+            pixels = np.full((image["height"], image["width"]), 150, np.uint8)
+        regions = _regions(coco, image["id"], unseen_ids, summary["settings"]["ties"])
+        panels = _draw_panels(pixels, annotation, [x.rles[row] for x in tables], regions)
+        _, data = cv2.imencode(".jpg", panels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
+        picture = ObjectPicture(
+            annotation_id=annotation["id"],
+            file_name=image.get("file_name", ""),
+            class_name=coco.cats[annotation["category_id"]]["name"],
+            is_unseen=bool(tables[0].is_unseen[row]),
+            overlap=float(tables[0].overlaps[row]),
+            ious=tuple(float(x.ious[row]) for x in tables),
+            width=panels.shape[1],
+            height=panels.shape[0],
+            source="data:image/jpeg;base64," + base64.b64encode(data).decode("ascii"),
+        )
+        pictures.append(picture)
+    return pictures, num_grey
+
+
+def _read_grey(image: Mapping, image_root: str | None) -> np.ndarray | None:
+    """uint8, shape (H, W); None where the image cannot be used."""
+    if image_root is None:
+        return None
+    # A report is passed on: a json of a stranger must not put a private picture into it.
+    root = os.path.abspath(image_root)
+    path = os.path.abspath(os.path.join(root, image.get("file_name", "")))
+    if os.path.commonpath([root, path]) != root:
+        return None
+    try:
+        with Image.open(path) as file:
+            # As Detectron2 reads images: the camera's orientation is applied.
+            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB").convert("L"))
+    # Pillow raises SyntaxError for some broken PNG files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return pixels if pixels.shape == (image["height"], image["width"]) else None
+
+
+def _draw_panels(
+    pixels: np.ndarray, annotation: Mapping, masks: Sequence[dict], regions: ObjectRegions
+) -> np.ndarray:
+    """The true mask and, for each predicted mask, what its pixels are; panels side by side, RGB."""
+    x0, y0, x1, y1 = _crop_window(annotation["bbox"], *pixels.shape)
+    scale = _PANEL_SIZE / max(y1 - y0, x1 - x0)
+    size = (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale)))
+    grey = 0.8 * cv2.resize(pixels[y0:y1, x0:x1], size, interpolation=cv2.INTER_AREA)[..., None]
+
+    def decode(rle: dict) -> np.ndarray:
+        mask = mask_util.decode(rle)[y0:y1, x0:x1].astype(np.float32)
+        return cv2.resize(mask, size, interpolation=cv2.INTER_LINEAR) >= 0.5
+
+    own, seen, objects, covered = (
+        decode(x) for x in (annotation["segmentation"], regions.seen, regions.objects, regions.all)
+    )
+    outlines, _ = cv2.findContours(own.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    colors = [[int(x[i : i + 2], 16) for i in (1, 3, 5)] for x in PIXEL_COLORS.values()]
+    gap = np.full((size[1], 3, 3), 255, np.uint8)
+    panels = []
+    for mask in (own, *(decode(x) for x in masks)):
+        # In the order of PIXEL_COLORS; of several, the first.
+        kinds = [mask & own, own, mask & ~covered, mask & seen, mask & objects]
+        tinted = [0.45 * grey + 0.55 * np.array(color) for color in colors]
+        panel = np.select([x[..., None] for x in kinds], tinted, np.repeat(grey, 3, axis=2))
+        panel = np.ascontiguousarray(panel.astype(np.uint8))
+        panels += [gap, cv2.drawContours(panel, outlines, -1, (255, 255, 255), 1)]
+    return np.hstack(panels[1:])
+
+
+def _crop_window(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """A window around a box XYWH: 30 % larger, not too small, inside the image; X0Y0X1Y1."""
+    x, y, w, h = box
+    # A ski would otherwise be a strip in which nothing can be recognised.
+    sides = max(1.3 * w, h, 24.0), max(1.3 * h, w, 24.0)
+    ends = []
+    for centre, side, limit in ((x + w / 2, sides[0], width), (y + h / 2, sides[1], height)):
+        side = min(round(side), limit)
+        start = min(max(0, round(centre - side / 2)), limit - side)
+        ends.append((start, start + side))
+    return ends[0][0], ends[1][0], ends[0][1], ends[1][1]

@@ -6,14 +6,14 @@ import importlib.resources
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from . import tables
 from .figures import GT_BOX_METRICS, make_figures, model_color
-from .pictures import PIXEL_COLORS, ObjectPicture, draw_objects, models_to_picture
+from .objects import PIXEL_COLORS, draw_objects
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,10 +28,7 @@ logger = logging.getLogger(__name__)
 DATA_FILES = {
     "analysis.json": "everything but the single objects",
     "models.csv": "one row per model, task and metric, with its interval",
-    "differences.csv": "one row per pair of models, task (or class) and metric",
-    "overlap_bins.csv": "one row per model and overlap bin",
     "per_class.csv": "one row per model and class",
-    "false_positives.csv": "one row per model: pixels by what lies under them",
     "objects.csv": "one row per object and model",
 }
 # More pairs than these are left to the table.
@@ -54,14 +51,13 @@ def write_report(
         analysis: of one or more models; not changed.
         output_dir: made if it is not there. Files of an earlier report are replaced.
         image_root: folder of the images. None: the pictures show the masks on grey.
-        num_objects: how many objects to picture at most, >= 0. 200 take about 5 MB.
+        num_objects: how many objects to picture at most. 200 take about 5 MB.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        InputError: pandas, jinja2 or plotly is not installed, image_root is not a folder, or
-            num_objects is negative.
+        InputError: pandas, jinja2 or plotly is not installed, or image_root is not a folder.
     """
     try:
         import jinja2
@@ -74,20 +70,19 @@ def write_report(
         ) from e
     if image_root is not None and not os.path.isdir(image_root):
         raise InputError(f"image_root is {str(image_root)!r}; it must be the folder of the images.")
-    if num_objects < 0:
-        raise InputError(f"num_objects is {num_objects}; it must be 0 or more.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(analysis.summary, indent=2, allow_nan=False, ensure_ascii=False)
-    _write_text(folder / "analysis.json", text + "\n")
+    (folder / "analysis.json").write_text(text + "\n", encoding="utf-8")
     for name, frame in tables.csv_tables(analysis).items():
-        _write_text(folder / name, frame.to_csv(index=False, lineterminator="\n"))
+        frame.to_csv(folder / name, index=False)
 
-    shown = models_to_picture(analysis)
-    pictures, problems = draw_objects(analysis, shown, image_root, num_objects)
-    if problems:
-        counts = ", ".join(f"{n} {why}" for why, n in problems.items())
-        logger.warning(f"{image_root}: images of shown objects are {counts}; they are grey.")
+    # IoU on detected and on ground-truth boxes do not compare.
+    protocol = next(iter(analysis.objects.values())).protocol
+    shown = [name for name, x in analysis.objects.items() if x.protocol == protocol][:2]
+    pictures, num_grey = draw_objects(analysis, shown, image_root, max(0, num_objects))
+    if num_grey and image_root is not None:
+        logger.warning(f"{image_root}: {num_grey} images of shown objects cannot be used.")
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -97,64 +92,50 @@ def write_report(
     )
     with pd.option_context("display.max_colwidth", None):
         page = environment.get_template("report.html.j2").render(
-            _content(analysis, shown, pictures),
+            _content(analysis.summary),
             css=_read_template("report.css"),
             plotly_js=plotly.offline.get_plotlyjs(),
-            picture_problems=problems,
-            has_images=image_root is not None,
+            shown=shown,
+            shown_protocol=tables.PROTOCOL_LABELS[protocol],
+            pictures=pictures,
+            num_grey=num_grey,
+            pixel_colors=PIXEL_COLORS,
+            data_files=DATA_FILES,
         )
     path = folder / "report.html"
-    _write_text(path, page)
-    size = path.stat().st_size / 1e6
-    logger.info(f"Wrote {path} ({size:.1f} MB, {len(pictures)} objects) and its data files.")
+    path.write_text(page, encoding="utf-8")
+    logger.info(f"Wrote {path} and its data files.")
     return path
 
 
 def headline_sentences(summary: Mapping) -> list[str]:
     """
-    A few plain sentences about the main numbers; not HTML.
+    AP on unseen and on overlapped unseen objects with the first differences, in plain sentences.
 
-    AP on unseen classes and on overlapped unseen objects with the first differences, and the share
-    of the false positives that lie on objects; on detected boxes, or on ground-truth boxes where
-    nothing else was given.
+    They are on detected boxes, or on ground-truth boxes where nothing else was given; not HTML.
     """
     protocol, results = next(iter(tables.results_by_protocol(summary).items()))
     differences = [x for x in summary["differences"] if x["protocol"] == protocol]
     labels = tables.task_labels(summary)
     sentences = []
     for task in ("segm_unseen", "segm_unseen_overlap"):
-        parts = [
-            f"{model} has {tables.format_number(x[task]['AP'])} AP "
-            + tables.format_interval(x["intervals"][task]["AP"])
-            for model, x in results.items()
-            if x[task]["AP"] is not None
-        ]
+        parts = []
+        for model, x in results.items():
+            interval = tables.format_interval(x["intervals"][task]["AP"])
+            parts.append(
+                f"{model} has {tables.format_number(x[task]['AP'])} AP {interval}".rstrip()
+            )
         for pair in differences[:_MAX_COMPARISONS]:
-            entry = pair["tasks"][task]["AP"]
-            if entry["difference"] is not None:
-                cell = tables.format_difference(entry).replace("contains 0", "which contains 0")
-                parts.append(f"{pair['model']} minus {pair['baseline']} is {cell}")
-        if parts:
-            objects = f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}"
-            sentences.append(f"{objects}: {'; '.join(x.rstrip() for x in parts)}.")
-    shares = [
-        f"{100 * (x['seen'] + x['unseen']) / x['total']:.0f} % for {model}"
-        for model, x in ((model, x["false_positives"]) for model, x in results.items())
-        if x["total"]
-    ]
-    if shares:
-        sentences.append(
-            "False-positive pixels of unseen objects that lie on other objects: "
-            f"{', '.join(shares)}; the rest lies on the background."
-        )
+            cell = tables.format_difference(pair["tasks"][task]["AP"])
+            parts.append(f"{pair['model']} minus {pair['baseline']} is {cell}")
+        objects = f"{labels[task].capitalize()}, {tables.PROTOCOL_LABELS[protocol]}"
+        sentences.append(f"{objects}: {'; '.join(parts)}.")
     return sentences
 
 
-def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[ObjectPicture]) -> dict:
-    """The variables of templates/report.html.j2."""
-    summary = analysis.summary
-    results = tables.results_by_protocol(summary)
-    labels = tables.PROTOCOL_LABELS
+def _content(summary: Mapping) -> dict:
+    """The variables of templates/report.html.j2, without the pictures."""
+    results, labels = tables.results_by_protocol(summary), tables.PROTOCOL_LABELS
     figures = {
         name: figure.to_html(
             full_html=False,
@@ -183,7 +164,7 @@ def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[Object
         "sentences": headline_sentences(summary),
         "figures": figures,
         "results": [
-            (protocol, labels[protocol], _html(tables.results_table(summary, protocol)))
+            (labels[protocol], _html(tables.results_table(summary, protocol)))
             for protocol in results
         ],
         "differences": [
@@ -203,11 +184,6 @@ def _content(analysis: Analysis, shown: Sequence[str], pictures: Sequence[Object
         "classes": [
             (labels[protocol], _html(tables.class_table(summary, protocol))) for protocol in results
         ],
-        "shown": shown,
-        "shown_protocol": labels[analysis.objects[shown[0]].protocol],
-        "pictures": pictures,
-        "pixel_colors": PIXEL_COLORS,
-        "data_files": DATA_FILES,
     }
 
 
@@ -218,8 +194,3 @@ def _html(table: pd.DataFrame) -> str:
 def _read_template(name: str) -> str:
     file = importlib.resources.files(__package__) / "templates" / name
     return file.read_text(encoding="utf-8")
-
-
-def _write_text(path: Path, text: str) -> None:
-    # A json may have names with half of a surrogate pair, which UTF-8 cannot encode.
-    path.write_bytes(text.encode("utf-8", errors="backslashreplace"))

@@ -33,10 +33,7 @@ __all__ = [
 ]
 
 PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
-_DIFFERENCE_COLUMNS = ["baseline", "model", "protocol", "task", "class", "metric"]
-_DIFFERENCE_COLUMNS += ["difference", "low", "high", "includes_zero"]
-_FALSE_POSITIVE_COUNTS = ("background", "seen", "unseen", "total", "crowd", "score_threshold")
-_FALSE_POSITIVE_COUNTS += ("num_objects", "num_unmatched_objects", "num_unmatched_detections")
+_CLASS_COLUMNS = ("category_id", "seen", "num_gt", "AP", "AP50", "AP75")
 
 
 def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
@@ -54,16 +51,11 @@ def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
 
 
 def pseudo_mask_results(summary: Mapping) -> dict[str, Mapping]:
-    """The quality of the pseudo masks of each method, {label of model and method: its numbers}."""
-    of_model = {
-        name: x["pseudo_masks"]["methods"]
-        for name, x in summary["models"].items()
-        if "pseudo_masks" in x
-    }
+    """The quality of the pseudo masks of each method, {"MODEL: METHOD": its numbers}."""
     return {
-        f"{name}: {method}" if len(of_model) > 1 else method: quality
-        for name, methods in of_model.items()
-        for method, quality in methods.items()
+        f"{name}: {method}": quality
+        for name, x in summary["models"].items()
+        for method, quality in x.get("pseudo_masks", {}).get("methods", {}).items()
     }
 
 
@@ -79,14 +71,7 @@ def task_labels(summary: Mapping) -> dict[str, str]:
 
 
 def format_number(value: float | None, digits: int = 1, sign: bool = False) -> str:
-    """
-    A number with a fixed count of digits; "-" where it is None or nan.
-
-    Args:
-        value: what to write.
-        digits: after the point.
-        sign: whether to write the plus of a positive number.
-    """
+    """A number with a fixed count of digits, "+" if asked for; "-" where it is None or nan."""
     if value is None or math.isnan(value):
         return "-"
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
@@ -132,7 +117,7 @@ def results_table(summary: Mapping, protocol: str) -> pd.DataFrame:
         {
             "objects": label,
             "model": model,
-            **{m: _cell(x[task].get(m), x["intervals"][task].get(m)) for m in METRICS},
+            **{m: _cell(x[task][m], x["intervals"][task][m]) for m in METRICS},
             "num_gt": f"{x[task]['num_gt']:,}",
         }
         for task, label in task_labels(summary).items()
@@ -143,28 +128,24 @@ def results_table(summary: Mapping, protocol: str) -> pd.DataFrame:
 def differences_table(summary: Mapping, difference: Mapping) -> pd.DataFrame:
     """Model minus baseline, one row per task, one column per metric."""
     return _frame(
-        {
-            "objects": label,
-            **{m: format_difference(difference["tasks"][task][m]) for m in METRICS},
-        }
+        {"objects": label} | {m: format_difference(difference["tasks"][task][m]) for m in METRICS}
         for task, label in task_labels(summary).items()
     )
 
 
 def bins_table(results: Mapping[str, Mapping], metric: str, digits: int = 1) -> pd.DataFrame:
     """A metric of each model in each overlap bin, and how many objects the bin has."""
-    bins = {model: x["overlap_bins"] for model, x in results.items()}
-    first = next(iter(bins.values()))
+    rows = zip(*(x["overlap_bins"] for x in results.values()))
     return _frame(
         {
-            "overlap": bin_label(one),
-            "objects": f"{one['num_gt']:,}" + (" (few)" if one.get("few") else ""),
+            "overlap": bin_label(row[0]),
+            "objects": f"{row[0]['num_gt']:,}" + (" (few)" if row[0].get("few") else ""),
             **{
-                model: _cell(x[k].get(metric), x[k].get(f"{metric}_interval"), digits)
-                for model, x in bins.items()
+                model: _cell(x[metric], x.get(f"{metric}_interval"), digits)
+                for model, x in zip(results, row)
             },
         }
-        for k, one in enumerate(first)
+        for row in rows
     )
 
 
@@ -193,32 +174,29 @@ def false_positives_table(summary: Mapping) -> pd.DataFrame:
 def class_table(summary: Mapping, protocol: str) -> pd.DataFrame:
     """AP of each model on each class, and the differences of the pairs that are compared."""
     results = results_by_protocol(summary)[protocol]
-    pairs = [x for x in summary["differences"] if x["protocol"] == protocol]
-    first = next(iter(results.values()))["per_class"]
+    columns = {name: x["per_class"] for name, x in results.items()}
+    pairs = {
+        f"{x['model']} − {x['baseline']}": x["per_class"]
+        for x in summary["differences"]
+        if x["protocol"] == protocol
+    }
     return _frame(
         {
             "class": one["name"],
             "masks": "seen" if one["seen"] else "unseen",
             "objects": f"{one['num_gt']:,}",
-            **{
-                model: _cell(x["per_class"][k]["AP"], x["per_class"][k]["interval"])
-                for model, x in results.items()
-            },
-            **{
-                f"{x['model']} − {x['baseline']}": format_difference(x["per_class"][k])
-                for x in pairs
-            },
+            **{name: _cell(x[k]["AP"], x[k]["interval"]) for name, x in columns.items()},
+            **{name: format_difference(x[k]) for name, x in pairs.items()},
         }
-        for k, one in enumerate(first)
+        for k, one in enumerate(next(iter(columns.values())))
     )
 
 
 def csv_tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
-    """The numbers of an analysis in long form, {file name: rows}."""
-    summary = analysis.summary
+    """AP of the tasks and of the classes in long form, and the objects: {file name: rows}."""
     results = [
         ({"model": model, "protocol": protocol}, x)
-        for protocol, of_model in results_by_protocol(summary).items()
+        for protocol, of_model in results_by_protocol(analysis.summary).items()
         for model, x in of_model.items()
     ]
     models = (
@@ -229,69 +207,32 @@ def csv_tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
         for metric, value in x[task].items()
     )
     classes = (
-        {**key, "class": one["name"], "category_id": one["category_id"], "seen": one["seen"]}
-        | {"num_gt": one["num_gt"], "AP": one["AP"], **_ends(one["interval"])}
-        | {"AP50": one["AP50"], "AP75": one["AP75"]}
+        {
+            **key,
+            "class": one["name"],
+            **{k: one[k] for k in _CLASS_COLUMNS},
+            **_ends(one["interval"]),
+        }
         for key, x in results
         for one in x["per_class"]
     )
-    false_positives = (
-        {**key, **{name: x["false_positives"][name] for name in _FALSE_POSITIVE_COUNTS}}
-        for key, x in results
-    )
-    bins = [({**key, "method": None}, x["overlap_bins"]) for key, x in results]
-    for model, x in summary["models"].items():
-        for method, quality in x.get("pseudo_masks", {}).get("methods", {}).items():
-            key = {"model": model, "protocol": "pseudo_masks", "method": method}
-            bins.append((key, quality["overlap_bins"]))
-    return {
-        "models.csv": _frame(models),
-        "differences.csv": _frame(_difference_rows(summary), _DIFFERENCE_COLUMNS),
-        "overlap_bins.csv": _frame({**key, **_bin_row(one)} for key, x in bins for one in x),
-        "per_class.csv": _frame(classes),
-        "false_positives.csv": _frame(false_positives),
-        "objects.csv": _frame(_object_rows(analysis)),
-    }
+    tables = {"models": models, "per_class": classes, "objects": _object_rows(analysis)}
+    return {f"{name}.csv": _frame(rows) for name, rows in tables.items()}
 
 
-def _frame(rows: Iterable[Mapping], columns: Sequence[str] | None = None) -> pd.DataFrame:
+def _frame(rows: Iterable[Mapping]) -> pd.DataFrame:
     import pandas as pd
 
-    rows = list(rows)
-    columns = list(rows[0]) if rows else columns
-    values = [[str(v).lower() if isinstance(v, bool) else v for v in x.values()] for x in rows]
     # object: whole numbers stay whole where others are undefined.
-    return pd.DataFrame(values, columns=columns, dtype=object)
+    return pd.DataFrame(list(rows), dtype=object)
 
 
 def _cell(value: float | None, interval: Sequence[float] | None, digits: int = 1) -> str:
     return f"{format_number(value, digits)} {format_interval(interval, digits)}".rstrip()
 
 
-def _ends(interval: Sequence[float] | None, prefix: str = "") -> dict:
-    return dict(zip((f"{prefix}low", f"{prefix}high"), interval or (None, None)))
-
-
-def _difference_rows(summary: Mapping) -> Iterator[dict]:
-    def numbers(entry: Mapping) -> dict:
-        ends = {"difference": entry["difference"], **_ends(entry["interval"])}
-        return {**ends, "includes_zero": entry["includes_zero"]}
-
-    for pair in summary["differences"]:
-        key = {name: pair[name] for name in ("baseline", "model", "protocol")}
-        for task, metrics in pair["tasks"].items():
-            for metric, entry in metrics.items():
-                yield {**key, "task": task, "class": None, "metric": metric, **numbers(entry)}
-        for entry in pair["per_class"]:
-            class_key = {"task": None, "class": entry["name"], "metric": "AP"}
-            yield {**key, **class_key, **numbers(entry)}
-
-
-def _bin_row(one: Mapping) -> dict:
-    row = {name: one.get(name) for name in ("low", "high", "num_gt", "few")}
-    for metric in ("AP", "AP50"):
-        row |= {metric: one.get(metric), **_ends(one.get(f"{metric}_interval"), f"{metric}_")}
-    return row | {name: one.get(name) for name in ("num_masks", "mask_iou", "boundary_iou")}
+def _ends(interval: Sequence[float] | None) -> dict:
+    return dict(zip(("low", "high"), interval or (None, None)))
 
 
 def _object_rows(analysis: Analysis) -> Iterator[dict]:

@@ -1,25 +1,20 @@
 """
 Measure one or several models on the same ground truth, and write a report that opens in a browser.
 
-What is measured, with bootstrap intervals over the images:
-  AP, AP50, AP75, APs, APm, APl of all, seen, unseen and overlapped unseen objects, and per class;
-  AP of the unseen objects per bin of the overlap O, the share of an object's box that another
-  object's mask covers; mask IoU and boundary IoU per bin, where masks on ground-truth boxes are
-  given; what the false-positive pixels of unseen objects lie on (seen object, unseen object,
-  background); differences between the models, per class and in all.
+What is measured, with bootstrap intervals over the images: AP of all, seen, unseen and overlapped
+unseen objects, per class, and per bin of the overlap O, the share of an object's box that another
+object's mask covers; mask IoU and boundary IoU, where masks on ground-truth boxes are given; what
+the false-positive pixels of unseen objects lie on; differences between the models.
 
 Inputs are a COCO ground truth with a mask on every object, and either
   result files   --annotations and --results, and --gt-box-results for masks that were made on the
                  ground-truth boxes (as TEST.GT_BOXES or box-prompted SAM gives them). A result file
-                 is a list of {"image_id", "category_id", "segmentation", "score", "bbox"}:
-                 Detectron2's coco_instances_results.json, MMDetection's *.segm.json, an export of
-                 Ultralytics, ...;
+                 is a list of {"image_id", "category_id", "segmentation", "score", "bbox"}, such as
+                 Detectron2's coco_instances_results.json or MMDetection's *.segm.json;
   a trained model  --config-file and --weights, which runs on its test dataset first. Student and
                  teacher become two models of the report; the quality of the pseudo masks is added.
-Both may be combined.
-
-DIR then holds report.html (one file, no network needed), analysis.json (docs/ANALYSIS.md says what
-is where), and CSV files.
+Both may be combined. DIR then holds report.html (one file, no network needed), analysis.json and
+CSV files; docs/ANALYSIS.md says what is where.
 
 examples:
   two result files, masks of the 20 VOC classes in training:
@@ -33,11 +28,6 @@ examples:
   SAM prompted with the boxes, against the mask head on the same boxes:
     tsmask analyze --annotations val.json --seen "dog, pole" --output-dir report \\
         --gt-box-results sam=sam.json student=student_gt_boxes.json
-
-in Python:
-    from teacher_student_mask.analysis import analyze, write_report
-    analysis = analyze("val.json", {"a": "a.json", "b": "b.json"}, seen_classes="voc")
-    write_report(analysis, "report", image_root="val2017")
 """
 
 from __future__ import annotations
@@ -55,10 +45,10 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``tsmask analyze``."""
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="made if new")
-    inputs = parser.add_argument_group("result files")
-    inputs.add_argument("--annotations", metavar="JSON", help="COCO ground truth")
+    add = parser.add_argument_group("result files").add_argument
+    add("--annotations", metavar="JSON", help="COCO ground truth")
     for option, boxes in (("results", "detected"), ("gt-box-results", "ground-truth")):
-        inputs.add_argument(
+        add(
             f"--{option}",
             nargs="+",
             default=[],
@@ -66,70 +56,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="NAME=FILE",
             help=f"COCO result files, masks on {boxes} boxes",
         )
-    inputs.add_argument(
+    add(
         "--seen",
         metavar="SPEC",
         help='classes with masks in training: "voc", "nonvoc", "all", names separated by commas, '
         "or the path of a list (default: that of the config)",
     )
-    inputs.add_argument(
-        "--baseline",
-        metavar="NAME",
-        help="the model that the others are compared with (default: each pair is compared)",
-    )
-    inputs.add_argument(
-        "--images", metavar="DIR", help="folder of the images, for the report's pictures"
-    )
-    model = parser.add_argument_group("a trained model")
-    model.add_argument("--config-file", metavar="YAML")
-    model.add_argument("--weights", metavar="PTH", help="default: the config's MODEL.WEIGHTS")
-    model.add_argument(
-        "--no-pseudo-masks", action="store_true", help="do not measure the pseudo masks"
-    )
-    group = parser.add_argument_group("what is measured")
-    group.add_argument(
-        "--threshold",
-        type=float,
-        default=0.3,
-        metavar="O",
-        help="smallest overlap of an overlapped object (default: %(default)s)",
-    )
-    group.add_argument(
+    add("--baseline", metavar="NAME", help="compare the others with it (default: each pair)")
+    add("--images", metavar="DIR", help="folder of the images, for the report's pictures")
+    add = parser.add_argument_group("a trained model").add_argument
+    add("--config-file", metavar="YAML")
+    add("--weights", metavar="PTH", help="default: the config's MODEL.WEIGHTS")
+    add("--no-pseudo-masks", action="store_true", help="do not measure the pseudo masks")
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--threshold", type=float, default=0.3, metavar="O", help="smallest overlap (%(default)s)")
+    add(
         "--bins",
         type=float,
         nargs="+",
         default=[k / 10 for k in range(11)],
         metavar="O",
-        help="edges of the overlap bins, from 0 to 1; objects with O = 0 have a bin of their own "
-        "(default: 0 0.1 ... 1)",
+        help="edges of the overlap bins; O = 0 has a bin of its own (default: 0 0.1 ... 1)",
     )
-    group.add_argument(
+    add(
         "--score-threshold",
         type=float,
         default=0.5,
         metavar="P",
-        help="smallest score of a detection whose false positives are attributed "
-        "(default: %(default)s)",
+        help="smallest score of a detection whose false positives are attributed (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--ties",
         choices=("seen", "smaller"),
         default="seen",
-        help="whose a false-positive pixel is that seen and unseen objects cover (default: "
-        '%(default)s; "smaller": that of the smaller object)',
+        help="whose a false-positive pixel is that seen and unseen objects cover (%(default)s; "
+        '"smaller": that of the smaller object)',
     )
-    group.add_argument(
-        "--resamples",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="of the bootstrap; 0: no intervals (default: %(default)s)",
-    )
-    group.add_argument("--confidence", type=float, default=0.95, help="default: %(default)s")
-    group.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument(
-        "--num-pictures", type=int, default=200, metavar="N", help="default: %(default)s"
-    )
+    add("--resamples", type=int, default=1000, metavar="N", help="0: no intervals (%(default)s)")
+    add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--num-pictures", type=int, default=200, metavar="N", help="(%(default)s)")
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
@@ -141,7 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the model if there is one, measure, and write the report."""
-    _check(args)
+    results, gt_box_results = dict(args.results), dict(args.gt_box_results)
+    if not args.config_file and not (args.annotations and args.seen and results | gt_box_results):
+        raise InputError(
+            "give --annotations, --seen and --results (or --gt-box-results), or --config-file."
+        )
+    if args.images and not os.path.isdir(args.images):
+        raise InputError(f"--images {args.images}: no such folder.")
     from detectron2.utils.logger import setup_logger
 
     from ..analysis import Settings, analyze, write_report
@@ -157,18 +129,13 @@ def run(args: argparse.Namespace) -> None:
         confidence=args.confidence,
         seed=args.seed,
     )
-    results, gt_box_results = dict(args.results), dict(args.gt_box_results)
     annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
     if args.config_file:
         # Only now: reading result files needs no model.
-        from ..analysis.model_results import run_model
-        from ..analysis.pseudo_mask_quality import measure_pseudo_masks
+        from ..analysis.model_outputs import measure_pseudo_masks, run_model
 
         folder = os.path.join(args.output_dir, "results")
         found = run_model(args.config_file, args.weights, folder, opts=args.opts)
-        clash = sorted({*found.results} & {*results, *gt_box_results})
-        if clash:
-            raise InputError(f"The model's own results are called {clash}; rename yours.")
         # The model first: it is the baseline of the differences.
         results, gt_box_results = found.results | results, found.gt_box_results | gt_box_results
         annotations, images = annotations or found.annotations, images or found.image_root
@@ -200,25 +167,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"Report: {report}")
 
 
-def _check(args: argparse.Namespace) -> None:
-    # Now rather than after the measurements.
-    if not args.config_file:
-        if not args.annotations or not args.seen or not (args.results or args.gt_box_results):
-            raise InputError(
-                "give --annotations, --seen and --results (or --gt-box-results), or --config-file."
-            )
-    if args.images and not os.path.isdir(args.images):
-        raise InputError(f"--images {args.images}: no such folder.")
-    if args.num_pictures < 0:
-        raise InputError(f"--num-pictures is {args.num_pictures}; it must be 0 or more.")
-    for option in ("results", "gt_box_results"):
-        names = [name for name, _ in getattr(args, option)]
-        if len(set(names)) < len(names):
-            raise InputError(f"--{option.replace('_', '-')}: a name stands twice in {names}.")
-
-
 def _named_file(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")
-    if not name or not separator or not path:
+    name, _, path = text.partition("=")
+    if not name or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
     return name, path

@@ -6,7 +6,6 @@ The models, on the same data, schedule and seed, half of the classes without mas
   mask_rcnn                the baseline, one class-agnostic mask head
   teacher_student          the paper's method ("interact")
   teacher_student_box_fit  ours: pseudo masks that fit their boxes
-  oracle                   with --oracle: masks of all classes, the upper bound
 
 DIR then holds results.md, report/report.html, demo.png, the dataset in datasets/shapes, and a
 folder per model with config.yaml, log.txt, metrics.json and model_final.pth. What is there is used
@@ -33,7 +32,6 @@ MODELS = {
     "mask_rcnn": "baseline",
     "teacher_student_box_fit": "box_fit",
     "teacher_student": "interact",
-    "oracle": "oracle",
 }
 DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
 SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("output/demo"), metavar="DIR", help="%(default)s")
     add("--short", action="store_true", help="a few steps only, to see that everything runs")
-    add("--oracle", action="store_true", help="train the oracle as well")
     add("--data-only", action="store_true", help="write the dataset and stop")
 
 
@@ -63,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     from detectron2.utils.logger import setup_logger
 
-    from ..sweep import plan_sweep, run_sweep
-    from ..sweep_summary import write_report
+    from ..sweep import plan_sweep, run_sweep, write_sweep_report
 
     setup_logger(name="teacher_student_mask")
     opts = list(SHORT_OPTIONS) if args.short else []
@@ -72,9 +68,8 @@ def run(args: argparse.Namespace) -> int:
         json_file = (data / "annotations" / f"instances_{split}.json").resolve()
         opts += [f"DATASETS.{key}", f"('{json_file}',)"]
         opts += [f"DATASETS.{key}_IMAGE_ROOT", str((data / split).resolve())]
-    names = [name for name in MODELS if args.oracle or name != "oracle"]
     planned = plan_sweep(
-        [f"{name}={CONFIGS / name}.yaml" for name in names], output, opts=opts, report=True
+        [f"{name}={CONFIGS / name}.yaml" for name in MODELS], output, opts=opts, report=True
     )
     runs = {
         run.config: dataclasses.replace(run, folder=(output / run.config).resolve())
@@ -82,28 +77,22 @@ def run(args: argparse.Namespace) -> int:
     }
     results_file = output / "results.md"
     if results_file.is_file() and all(run.is_done for run in runs.values()):
-        print(
-            f"{results_file.read_text()}\nThis was there already; remove {output} to do it again."
-        )
+        print(f"{results_file.read_text()}\nThis was there; remove {output} to do it again.")
         return 0
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
-    _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in names}, output)
-    report = write_report({MODELS[name]: runs[name] for name in names}, output / "report")
-    text = _results_text(data, {name: runs[name].record["results"] for name in names})
+    _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in MODELS}, output)
+    report = write_sweep_report(
+        {label: runs[name] for name, label in MODELS.items()}, output / "report"
+    )
+    text = _results_text(data, {name: runs[name].record["results"] for name in MODELS})
     results_file.write_text(text, encoding="utf-8")
     print(f"{text}\nPictures: {output}/demo.png\nReport, to be opened in a browser: {report}")
     return 0
 
 
 def _write_dataset(root: Path, settings: dict) -> None:
-    """
-    Write the dataset unless one with these settings is there.
-
-    Args:
-        root: its folder.
-        settings: arguments of :func:`teacher_student_mask.data.shapes.generate_shapes`.
-    """
+    """Write the dataset unless one with these arguments of ``generate_shapes`` is there."""
     marker = root / "settings.json"
     if marker.is_file() and json.loads(marker.read_text()) == settings:
         print(f"Using the dataset in {root}")
@@ -117,30 +106,21 @@ def _write_dataset(root: Path, settings: dict) -> None:
 
 
 def _results_text(data: Path, results: dict[str, dict[str, dict]]) -> str:
-    """
-    Put the models side by side, whatever the outcome is.
-
-    Args:
-        data: folder of the dataset.
-        results: {model: {evaluation: {task: {metric: value}}}}.
-
-    Returns:
-        The text of results.md.
-    """
+    """results.md of {model: {evaluation: {task: {metric: value}}}}."""
     from ..data.shapes import SHAPES_SEEN_CLASSES
     from ..evaluation import comparison_table
 
     rows = ("segm_seen", "segm_unseen", "segm_unseen_overlap")
     coco = json.loads((data / "annotations" / "instances_val.json").read_text())
     classes = [category["name"] for category in coco["categories"]]
-    num_gt = {row: next(iter(results.values()))["detections"][row]["num_gt"] for row in rows}
     on_gt_boxes = {
-        f"{name}: {evaluation.removeprefix('gt_boxes_')}" if len(by_evaluation) > 2 else name: found
+        f"{name}: {evaluation.removeprefix('gt_boxes_')}": found
         for name, by_evaluation in results.items()
         for evaluation, found in by_evaluation.items()
         if evaluation.startswith("gt_boxes_")
     }
     on_detections = {name: found["detections"] for name, found in results.items()}
+    num_gt = {row: next(iter(on_detections.values()))[row]["num_gt"] for row in rows}
     return f"""# Results of the demo
 
 Classes with masks in training: {", ".join(SHAPES_SEEN_CLASSES)}; with boxes only: \
@@ -157,20 +137,12 @@ Masks alone, on the ground-truth boxes and classes:
 
 {comparison_table(on_gt_boxes, rows=rows)}
 
-One seed and no intervals: no difference here is established. Versions, hardware and the command of
-each training are in its run.json.
+One seed and no intervals: no difference here is established.
 """
 
 
 def _draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
-    """
-    Write demo.png: a column for each model, the masks on the ground-truth boxes of a few images.
-
-    Args:
-        data: folder of the dataset.
-        folders: {title: OUTPUT_DIR of an evaluation on ground-truth boxes}.
-        output: folder of the picture.
-    """
+    """Write demo.png: images, true masks, and the results of {title: evaluation's OUTPUT_DIR}."""
     import cv2
     import numpy as np
 
@@ -184,26 +156,18 @@ def _draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
         path = folder / "inference" / "coco_instances_results.json"
         columns[title] = json.loads(path.read_text()) if path.is_file() else []
     pictures = []
-    for objects in columns.values():
+    for title, objects in columns.items():
         column = []
         for image in coco["images"][:NUM_PICTURES]:
-            of_image = [x for x in objects if x["image_id"] == image["id"]]
-            classes = [names[x["category_id"]] for x in of_image]
+            found = [x for x in objects if x["image_id"] == image["id"]]
+            classes = [names[x["category_id"]] for x in found]
             size = (image["height"], image["width"])
-            column.append(
-                draw_instances(
-                    cv2.imread(str(data / "val" / image["file_name"])),
-                    annotations_to_detections(of_image, size, range(len(of_image))),
-                    classes,
-                    colors=[
-                        SEEN_COLOR if x in SHAPES_SEEN_CLASSES else UNSEEN_COLOR for x in classes
-                    ],
-                    scale=3,
-                )
-            )
-        pictures.append(np.vstack(column))
-    header = np.full((36, sum(x.shape[1] for x in pictures), 3), 255, np.uint8)
-    for i, title in enumerate(columns):
-        place = (i * pictures[0].shape[1] + 4, 24)
-        cv2.putText(header, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.imwrite(str(output / "demo.png"), np.vstack([header, np.hstack(pictures)]))
+            colors = [SEEN_COLOR if x in SHAPES_SEEN_CLASSES else UNSEEN_COLOR for x in classes]
+            pixels = cv2.imread(str(data / "val" / image["file_name"]))
+            detections = annotations_to_detections(found, size, range(len(found)))
+            column.append(draw_instances(pixels, detections, classes, colors=colors, scale=3))
+        header = np.full((36, column[0].shape[1], 3), 255, np.uint8)
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        cv2.putText(header, title, (4, 24), font, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+        pictures.append(np.vstack([header, *column]))
+    cv2.imwrite(str(output / "demo.png"), np.hstack(pictures))

@@ -6,8 +6,8 @@ DIR then holds
   jobs/                    what the trainings printed
   results.jsonl, .csv      all that is known of each finished run; its results as a table
   summary.md               mean and standard deviation over the seeds
-  summary.png              AP of unseen classes over the number of seen classes (Fig. 8 of the
-                           paper); without --seen-sets, bars of all configs
+  summary.png              with --seen-sets of several sizes: AP of unseen classes over the number
+                           of seen classes (Fig. 8 of the paper)
   reports/SET/seed_N/      with --report: report.html, analysis.json, tables
 With several sets the unseen classes are others at each of them. So each model is also evaluated on
 the classes that are unseen in all sets, which can be compared.
@@ -31,9 +31,6 @@ examples:
   on Slurm, up to 20 runs at once; everything after --opts changes all configs:
     tsmask sweep --output-dir output/fig8 --cluster slurm --slurm partition=gpu time=1440 \\
         --jobs 20 --num-gpus 8 --configs ... --opts SOLVER.MAX_ITER 5000
-
-exit code: 0; 1 if a run failed (the end of its output is printed, the others are done) or nothing
-could be started; 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -84,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from detectron2.utils.logger import setup_logger
 
-    from ..sweep import plan_sweep, run_sweep
-    from ..sweep_summary import write_report, write_summary
+    from ..sweep import plan_sweep, run_sweep, write_summary, write_sweep_report
 
     setup_logger(name="teacher_student_mask")
     num_gpus = torch.cuda.device_count()
@@ -93,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
         args.num_gpus = min(1, num_gpus)
     if args.cluster == "local" and not 0 <= args.num_gpus <= num_gpus:
         raise InputError(f"--num-gpus is {args.num_gpus}; this machine has {num_gpus}.")
-    if args.jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {args.jobs}.")
     runs = plan_sweep(
         args.configs,
         args.output_dir,
@@ -121,12 +115,12 @@ def run(args: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, handler)
     print("\n" + write_summary(args.output_dir))
-    print(f"\nResults: {args.output_dir}/results.jsonl; summary.md and summary.png beside it")
+    print(f"\nResults: {args.output_dir}/results.jsonl; summary.md beside it")
     if args.report:
         groups: dict[str, dict] = {}
         for x in runs:
             if x.is_done:
                 groups.setdefault(x.name.removeprefix(f"{x.config}/"), {})[x.config] = x
         for folder, group in groups.items():
-            print(f"Report: {write_report(group, args.output_dir / 'reports' / folder)}")
+            print(f"Report: {write_sweep_report(group, args.output_dir / 'reports' / folder)}")
     return 1 if failed else 0

@@ -3,11 +3,8 @@
 from .coco_evaluation import PartiallySupervisedCOCOEvaluator
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
 from .pixel_errors import (
-    TIE_RULES,
     ObjectRegions,
-    PixelCounts,
     boundary_iou,
-    boundary_region,
     count_pixels,
     find_object_regions,
 )
@@ -35,13 +32,10 @@ __all__ = [
     "ObjectRegions",
     "OverlapBin",
     "PartiallySupervisedCOCOEvaluator",
-    "PixelCounts",
     "PrecisionOfSubsets",
     "Subset",
-    "TIE_RULES",
     "at_iou",
     "boundary_iou",
-    "boundary_region",
     "comparison_table",
     "compute_overlaps",
     "count_pixels",

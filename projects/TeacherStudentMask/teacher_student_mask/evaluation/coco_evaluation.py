@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -74,8 +73,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 `resolve_seen_classes` ("voc", "nonvoc", "all", names, a path), or contiguous ids.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
-            use_fast_impl: whether to match with Detectron2's compiled implementation; its AP
-                differs from the official one by rounding only. None: where it is available.
+            use_fast_impl: False: do not use Detectron2's compiled matching, whose AP differs from
+                the official one by rounding only.
 
         Raises:
             InputError: a wrong argument, or annotations that cannot be evaluated; the sentence
@@ -83,16 +82,13 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         """
         if not 0 <= overlap_threshold <= 1:
             raise InputError(f"overlap_threshold is {overlap_threshold}; it must be in [0, 1].")
-        is_compiled = has_compiled_cocoeval()
-        if use_fast_impl and not is_compiled:
-            logger.warning("This Detectron2 has no compiled COCO evaluation; taking pycocotools'.")
         try:
             super().__init__(
                 dataset_name,
                 tasks,
                 distributed,
                 output_dir,
-                use_fast_impl=is_compiled and use_fast_impl is not False,
+                use_fast_impl=has_compiled_cocoeval() and use_fast_impl is not False,
                 **kwargs,
             )
         except Exception:  # pycocotools takes a file for what it should be
@@ -196,10 +192,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         return results, {name: float(mean_percent(precision[name])) for name in bins}
 
     def _split_category_ids(self) -> tuple[set[int], set[int]]:
-        """
-        Returns:
-            The json's category ids of the seen and of the unseen classes.
-        """
+        """The json's category ids of the seen and of the unseen classes."""
         category_ids = set(self._coco_api.getCatIds())
         # Like the parent, take the ids as contiguous where the metadata has no mapping.
         to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
@@ -216,10 +209,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         return seen, category_ids - seen
 
     def _evaluated_objects(self, coco_eval: COCOeval | None) -> list[dict]:
-        """
-        Returns:
-            The non-crowd annotations of the evaluated images; of all images if there is no eval.
-        """
+        """The non-crowd annotations of the evaluated images; of all images without an eval."""
         coco = self._coco_api
         image_ids = set(coco.imgs if coco_eval is None else coco_eval.params.imgIds)
         return [
@@ -238,17 +228,10 @@ def has_compiled_cocoeval() -> bool:
 def _resolve_contiguous_ids(seen_classes: str | Iterable[int], class_names: list[str]) -> set[int]:
     if isinstance(seen_classes, str):
         return set(resolve_seen_classes(seen_classes, class_names))
-    try:
-        ids = {operator.index(x) for x in seen_classes}
-    except TypeError as e:
+    ids = set(seen_classes)
+    if not ids <= set(range(len(class_names))):
         raise InputError(
             f"seen_classes is {seen_classes!r}; it must be one string (class names separated by "
-            "commas) or hold contiguous ids."
-        ) from e
-    wrong = sorted(x for x in ids if not 0 <= x < len(class_names))
-    if wrong:
-        raise InputError(
-            f"seen_classes has the ids {wrong}; contiguous ids of {len(class_names)} classes are "
-            f"0 to {len(class_names) - 1}."
+            f"commas) or hold contiguous ids, 0 to {len(class_names) - 1}."
         )
     return ids

@@ -26,13 +26,7 @@ class OverlapBin:
     high: float
 
     def contains(self, overlaps: np.ndarray) -> np.ndarray:
-        """
-        Args:
-            overlaps: any shape, in [0, 1].
-
-        Returns:
-            bool, the same shape.
-        """
+        """Which overlaps, of any shape, in [0, 1], are in the bin: bool, the same shape."""
         if self.high == 0:
             return overlaps == 0
         return (overlaps > self.low) & (overlaps <= self.high)
@@ -66,8 +60,7 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
     range over all non-crowd annotations of the image, of any class. A pixel counts with the
     fraction of it that lies in b_i, so COCO's fractional boxes are measured exactly.
 
-    Objects without a mask cover nothing, and a box without area has overlap 0; how many there are
-    of either kind is logged.
+    Objects without a mask cover nothing, of which is warned; a box without area has overlap 0.
 
     Args:
         coco: the annotations; not changed.
@@ -76,45 +69,31 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
         {annotation id: overlap in [0, 1]} for all non-crowd annotations of the listed images.
     """
     overlaps = {}
-    num_without_mask = num_degenerate = 0
-    for image_id, image in coco.imgs.items():
+    num_without_mask = 0
+    for image_id in coco.imgs:
         annotations = [x for x in coco.imgToAnns.get(image_id, []) if not x.get("iscrowd", 0)]
         boxes = np.asarray([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
-        rles = [_to_rle(coco, x, image) if has_mask(x) else None for x in annotations]
+        rles = [_to_rle(coco, x) if has_mask(x) else None for x in annotations]
         values = _overlaps_of_image(boxes, rles)
         overlaps.update(zip((x["id"] for x in annotations), values.tolist()))
-        num_without_mask += sum(rle is None for rle in rles)
-        num_degenerate += int((boxes[:, 2:] <= 0).any(axis=1).sum())
-    if num_without_mask or num_degenerate:
+        num_without_mask += rles.count(None)
+    if num_without_mask:
         logger.warning(
-            f"Overlaps of {len(overlaps)} objects: {num_without_mask} have no mask and cover "
-            f"nothing; {num_degenerate} have a box without area and overlap 0."
+            f"Overlaps of {len(overlaps)} objects: {num_without_mask} have no mask, so they are "
+            "taken to cover nothing."
         )
     return overlaps
 
 
-def _to_rle(coco: COCO, annotation: dict, image: dict) -> dict:
+def _to_rle(coco: COCO, annotation: dict) -> dict:
     segmentation = annotation["segmentation"]
     if isinstance(segmentation, list):
         segmentation = valid_polygons(segmentation)
-    rle = coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
-    if list(rle["size"]) != [image["height"], image["width"]]:
-        raise InputError(
-            f"Annotation {annotation['id']}: the RLE's (height, width) is {list(rle['size'])}, "
-            f"its image {image['id']} has {[image['height'], image['width']]}."
-        )
-    return rle
+    return coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
 
 
 def _overlaps_of_image(boxes: np.ndarray, rles: list) -> np.ndarray:
-    """
-    Args:
-        boxes: shape (n, 4), XYWH absolute.
-        rles: the n masks as compressed RLE, None where an object has none.
-
-    Returns:
-        Shape (n,), the overlaps.
-    """
+    """Of n boxes, shape (n, 4), XYWH absolute, and n compressed RLEs or None; shape (n,)."""
     overlaps = np.zeros(len(boxes))
     x0, y0, widths, heights = boxes.T
     x1, y1 = x0 + widths, y0 + heights
@@ -142,12 +121,9 @@ def _overlaps_of_image(boxes: np.ndarray, rles: list) -> np.ndarray:
 
 def _pixel_coverage(starts: np.ndarray, ends: np.ndarray, first: int, length: int) -> np.ndarray:
     """
-    Args:
-        starts, ends: shape (n,), the intervals [start, end] along one axis.
-        first, length: the pixels first .. first + length - 1; pixel p is [p, p + 1].
+    The fraction of each pixel inside each of n intervals [start, end] along one axis.
 
-    Returns:
-        Shape (n, length), the fraction of each pixel inside each interval.
+    The pixels are first .. first + length - 1; pixel p is [p, p + 1]. Shape (n, length).
     """
     pixels = first + np.arange(length)
     inside = np.minimum(ends[:, None], pixels + 1) - np.maximum(starts[:, None], pixels)

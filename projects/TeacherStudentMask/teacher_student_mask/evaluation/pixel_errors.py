@@ -1,6 +1,4 @@
-"""
-Errors of a single mask: what lies under its false-positive pixels, and how well its outline fits.
-"""
+"""What lies under the false-positive pixels of a mask, and how well its outline fits."""
 
 from __future__ import annotations
 
@@ -48,8 +46,7 @@ class PixelCounts:
     A predicted mask against the mask of its object, in pixels.
 
     The false positives, predicted pixels outside the object's own mask, are each counted once:
-    ``background + seen + unseen + crowd``. Those in ``crowd`` lie under a crowd alone, of which no
-    one knows the objects; they are left out of attributions.
+    ``background + seen + unseen + crowd``. Those in ``crowd`` lie under a crowd alone.
     """
 
     intersection: int
@@ -69,6 +66,8 @@ def find_object_regions(
     ties: str = "seen",
 ) -> ObjectRegions:
     """
+    Find what lies under the pixels of an image.
+
     Args:
         size: height and width of the image.
         objects: compressed RLE of the non-crowd objects.
@@ -111,9 +110,8 @@ def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCou
     def count_outside_own(region: dict) -> int:
         return _area(_intersect(predicted, region)) - _area(_intersect(true_positive, region))
 
-    seen, objects, all_ = (
-        count_outside_own(x) for x in (regions.seen, regions.objects, regions.all)
-    )
+    regions = (regions.seen, regions.objects, regions.all)
+    seen, objects, all_ = (count_outside_own(x) for x in regions)
     return PixelCounts(
         intersection=num_tp,
         union=num_predicted + _area(own) - num_tp,
@@ -138,11 +136,11 @@ def boundary_iou(mask: dict, other: dict) -> float:
     """
     height, width = mask["size"]
     distance = max(1, round(_WIDTH_RATIO * float(np.hypot(height, width))))
-    # Decoded pixels outside both boxes say nothing.
-    window = _window(mask_util.toBbox([mask, other]))
-    first, second = (
-        boundary_region(mask_util.decode(x)[window].astype(bool), distance) for x in (mask, other)
-    )
+    masks = mask_util.decode([mask, other]).astype(bool)
+    # Pixels outside both boxes say nothing.
+    left, top, width, height = mask_util.toBbox(mask_util.merge([mask, other])).astype(int)
+    masks = masks[top : top + height, left : left + width]
+    first, second = (boundary_region(masks[..., i], distance) for i in (0, 1))
     union = np.count_nonzero(first | second)
     return np.count_nonzero(first & second) / union if union else float("nan")
 
@@ -180,12 +178,3 @@ def _intersect(first: dict, second: dict) -> dict:
 
 def _area(rle: dict) -> int:
     return int(mask_util.area(rle))
-
-
-def _window(boxes: np.ndarray) -> tuple[slice, slice]:
-    boxes = boxes[(boxes[:, 2:] > 0).all(axis=1)].astype(int)
-    if len(boxes) == 0:
-        return slice(0, 0), slice(0, 0)
-    left, top = boxes[:, :2].min(axis=0)
-    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(axis=0)
-    return slice(top, bottom), slice(left, right)

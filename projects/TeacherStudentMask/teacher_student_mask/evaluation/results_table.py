@@ -30,7 +30,8 @@ def results_table(
     Returns:
         The table, or "no results" if there is no row.
     """
-    if _is_per_dataset(results):
+    values = [x for of_task in results.values() for x in of_task.values()]
+    if values and isinstance(values[0], Mapping):
         tables = (f"{name}:\n{results_table(x, rows, metrics)}" for name, x in results.items())
         return "\n\n".join(tables)
     lines = [
@@ -57,21 +58,18 @@ def comparison_table(
     Returns:
         The table, or "no results" if there is no row.
     """
-    lines = []
-    for task in rows:
-        by_model = [x.get(task) for x in results_by_model.values()]
-        if all(x is None for x in by_model):
-            continue
-        for metric in metrics:
-            cells = [_format((x or {}).get(metric), metric) for x in by_model]
-            lines.append(_line(task, f"{task} {metric}", cells))
+    models = results_by_model.values()
+    lines = [
+        _line(
+            task,
+            f"{task} {metric}",
+            [_format(x.get(task, {}).get(metric), metric) for x in models],
+        )
+        for task in rows
+        for metric in metrics
+        if any(task in x for x in models)
+    ]
     return _to_text(("", *results_by_model), lines)
-
-
-def _is_per_dataset(results: Mapping) -> bool:
-    """Detectron2 nests the results once more where there are several test datasets."""
-    tasks = [task for x in results.values() if isinstance(x, Mapping) for task in x.values()]
-    return bool(tasks) and all(isinstance(task, Mapping) for task in tasks)
 
 
 def _format(value, metric: str) -> str:

@@ -109,29 +109,31 @@ def find_candidate_pairs(
     dt_images = np.searchsorted(image_ids, _column(detections, "image_id", np.int64))
     dt_classes = np.searchsorted(category_ids, _column(detections, "category_id", np.int64))
     scores = _column(detections, "score", np.float64)
-    # Of equal scores the first in the file comes first: lexsort is stable.
-    by_group = np.lexsort((-scores, dt_images, dt_classes))
-    rank = _rank_in_group(dt_classes[by_group] * len(image_ids) + dt_images[by_group])
-    by_group = by_group[rank < max_detections]
-    by_class = by_group[np.lexsort((-scores[by_group], dt_classes[by_group]))]
+    # Of equal scores the first in the file comes first.
+    by_score = np.argsort(-scores, kind="stable")
+    dt_groups = {
+        group: by_score[x[:max_detections]]
+        for group, x in _by_group((dt_classes * len(image_ids) + dt_images)[by_score]).items()
+    }
+    kept = np.concatenate([np.zeros(0, np.int64), *dt_groups.values()])
+    by_class = kept[np.lexsort((-scores[kept], dt_classes[kept]))]
     position = np.empty(len(detections), dtype=np.int64)
     position[by_class] = np.arange(len(by_class))
 
-    gt_groups = _split_by_group(gt_classes, gt_images, np.arange(len(objects)))
-    dt_groups = _split_by_group(dt_classes[by_group], dt_images[by_group], by_group)
     pairs = []
-    for group, gts in gt_groups.items():
+    for group, gts in _by_group(gt_classes * len(image_ids) + gt_images).items():
         dts = dt_groups.get(group)
         if dts is None:
             continue
         if ious is None:
             iou = mask_util.iou(
                 [detections[i]["segmentation"] for i in dts],
-                [_rle(coco, objects[j]) for j in gts],
+                [coco.annToRLE(objects[j]) for j in gts],
                 is_crowd[gts].tolist(),
             )
         else:
-            iou = np.asarray(ious[int(image_ids[group[1]]), int(category_ids[group[0]])])
+            category, image = divmod(group, len(image_ids))
+            iou = np.asarray(ious[int(image_ids[image]), int(category_ids[category])])
         d, g = np.nonzero(iou >= IOU_THRESHOLDS[0])
         pairs.append((position[dts[d]], gts[g], iou[d, g]))
     pair_dt, pair_gt, pair_iou = (
@@ -175,7 +177,8 @@ class Matches:
         group = pairs.dt_classes * len(pairs.image_ids) + pairs.dt_images
         in_choice_group = np.isin(group, group[has_choice])
         pair_has_choice = in_choice_group[pairs.pair_dt]
-        self._groups = _split_pairs(group[pairs.pair_dt], pair_has_choice)
+        chosen = np.flatnonzero(pair_has_choice)
+        self._groups = [chosen[x] for x in _by_group(group[pairs.pair_dt[chosen]]).values()]
 
         dt, gt = self._match_without_choice(~pair_has_choice & ~is_crowd_pair)
         only_crowd = np.flatnonzero((num_crowds > 0) & ~in_choice_group)
@@ -203,8 +206,7 @@ class Matches:
 
     def match(self, ignored: np.ndarray) -> np.ndarray:
         """
-        Args:
-            ignored: bool, shape (G,); crowds are ignored in any case.
+        Match again where the ignored objects, bool, shape (G,), matter; crowds always are ignored.
 
         Returns:
             int, one per entry of ``threshold`` and ``position``: the number of the object, -1 for
@@ -367,14 +369,10 @@ class _TruePositives:
         self, dts_before: np.ndarray, matched_before: np.ndarray, image_weights: np.ndarray
     ) -> np.ndarray:
         """
-        Args:
-            dts_before: int, shape (..., D + 1), weight of the detections before each, all classes.
-            matched_before: int, shape (..., entries + 1), weight of the matched ones before each
-                entry.
-            image_weights: int, shape (..., images).
+        AP of shape (..., IoU thresholds, classes).
 
-        Returns:
-            Shape (..., IoU thresholds, classes).
+        ``dts_before``, int, shape (..., D + 1), is the weight of the detections before each, and
+        ``matched_before``, shape (..., entries + 1), that of the matched ones before each entry.
         """
         num_gt = image_weights.astype(np.float32) @ self._num_gt
         sums = np.zeros((*num_gt.shape[:-1], len(IOU_THRESHOLDS) * self._num_classes))
@@ -482,35 +480,12 @@ def _reachable(thresholds: np.ndarray) -> np.ndarray:
     return np.minimum(thresholds, 1 - 1e-10)
 
 
-def _rle(coco: COCO, annotation: dict) -> dict:
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (bytes, str)):
-        return segmentation
-    return coco.annToRLE(annotation)
-
-
 def _column(rows: Sequence[dict], key: str, dtype) -> np.ndarray:
     return np.fromiter((x[key] for x in rows), dtype, len(rows))
 
 
-def _rank_in_group(sorted_groups: np.ndarray) -> np.ndarray:
-    starts = np.flatnonzero(np.diff(sorted_groups, prepend=-1))
-    sizes = np.diff(np.append(starts, len(sorted_groups)))
-    return np.arange(len(sorted_groups)) - np.repeat(starts, sizes)
-
-
-def _split_by_group(classes: np.ndarray, images: np.ndarray, values: np.ndarray) -> dict:
-    """{(class, image): its values in their order}."""
-    order = np.lexsort((images, classes))
-    keys = np.stack([classes[order], images[order]], axis=1)
-    starts = np.flatnonzero((np.diff(keys, axis=0, prepend=-1) != 0).any(axis=1))
-    parts = np.split(values[order], starts[1:])
-    return {(int(c), int(i)): part for (c, i), part in zip(keys[starts], parts)}
-
-
-def _split_pairs(groups: np.ndarray, is_selected: np.ndarray) -> list[np.ndarray]:
-    selected = np.flatnonzero(is_selected)
-    selected = selected[np.argsort(groups[selected], kind="stable")]
-    if len(selected) == 0:
-        return []
-    return np.split(selected, np.flatnonzero(np.diff(groups[selected])) + 1)
+def _by_group(groups: np.ndarray) -> dict[int, np.ndarray]:
+    """{group: its positions, rising}, groups rising."""
+    order = np.argsort(groups, kind="stable")
+    keys, starts = np.unique(groups[order], return_index=True)
+    return dict(zip(keys.tolist(), np.split(order, starts[1:])))

@@ -1,7 +1,6 @@
 """Result files of a tiny model with random weights, against Detectron2's own evaluation loop."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from saved_model import TEACHER_STUDENT, save_model
 
-from teacher_student_mask import GTBoxInference, InputError
-from teacher_student_mask.analysis.model_results import run_model
+from teacher_student_mask import GTBoxInference
+from teacher_student_mask.analysis.model_outputs import run_model
 from train_net import Trainer
 
 # Not the size of the images, so that boxes and masks must be scaled back.
@@ -65,17 +64,13 @@ def test_files_are_those_of_eval_only(save, tiny_cfg, tiny_coco, tmp_path, roi_h
 
 def test_where_the_ground_truth_is_and_which_classes_are_seen(save, tiny_coco, tmp_path):
     config, weights = save()
-    results = run_model(config, weights, tmp_path / "made" / "out", heads=["teacher"])
+    results = run_model(config, weights, tmp_path / "made" / "out")
     assert results.annotations == tiny_coco.json_file
     assert results.image_root == tiny_coco.image_root
     assert results.seen_classes == ["ant", "ship"]
-    assert results.results == {"teacher": str(tmp_path / "made" / "out" / "teacher.json")}
-    assert sorted(os.listdir(tmp_path / "made" / "out")) == [
-        "teacher.json",
-        "teacher_gt_boxes.json",
-    ]
+    assert results.results["teacher"] == str(tmp_path / "made" / "out" / "teacher.json")
     opts = ["TEST.SEEN_CLASSES", "cat"]
-    results = run_model(config, weights, tmp_path, heads=["teacher"], opts=opts)
+    results = run_model(config, weights, tmp_path, opts=opts)
     assert results.seen_classes == ["cat"]
 
 
@@ -100,20 +95,3 @@ def test_heads_have_the_same_boxes_and_other_masks(save, tiny_coco, tmp_path):
         masks = [[x.pop("segmentation") for x in found] for found in (student, teacher)]
         assert student == teacher
         assert masks[0] != masks[1]
-
-
-def test_objects_without_area_are_counted(save, make_tiny_coco, tmp_path, log):
-    def change(data):
-        data["annotations"][0]["bbox"] = [10.0, 10.0, 0.0, 5.0]
-        data["annotations"][1]["bbox"] = [100.0, 10.0, 5.0, 5.0]  # the image ends at 64
-
-    config, weights = save(dataset=make_tiny_coco(change))
-    results = run_model(config, weights, tmp_path)
-    assert len(read(results.gt_box_results["teacher"])) == 11 - 2
-    assert "2 objects have no result on ground-truth boxes" in log.text
-
-
-def test_a_baseline_has_no_teacher(save, tmp_path):
-    config, weights = save(["MODEL.ROI_HEADS.NAME", "PartiallySupervisedROIHeads"])
-    with pytest.raises(InputError, match="heads is .*'teacher'.*has: student"):
-        run_model(config, weights, tmp_path / "out", heads=["teacher"])
