@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, Instances
 from tqdm import tqdm
 
 from ..class_splits import AUTO, resolve_seen_classes
-from ..coco_results import load_ground_truth
+from ..coco_json import load_ground_truth
 from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
 from ..errors import InputError
 from ..evaluation import OverlapBin, compute_overlaps
