@@ -175,14 +175,6 @@ def test_a_56_cell_teacher_learns_at_56_and_teaches_at_28():
     assert losses["loss_mask"].isfinite()
 
 
-# More objects than the sampler of these heads, 8 foreground ROIs of an image at most, has room for.
-CROWD = [
-    [[4 + 14 * x, 4 + 18 * y, 14 + 14 * x, 18 + 18 * y] for x in range(4) for y in range(3)],
-    [k % 3 for k in range(12)],
-    [k % 3 == 0 for k in range(12)],
-]
-
-
 @pytest.mark.parametrize("test_mask_head", ["student", "teacher"])
 def test_inference_runs_the_chosen_head_only(test_mask_head):
     heads = make_heads(test_mask_head=test_mask_head).eval()

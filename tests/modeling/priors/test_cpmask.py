@@ -15,9 +15,9 @@ from roi_heads_factory import (
 )
 from torch import nn
 
-from teacher_student_mask.modeling.priors import CommonalityParsingPrior
 from teacher_student_mask.modeling.priors.cpmask import (
     AffinityBlock,
+    CommonalityParsingPrior,
     affinity_loss,
     boundary_loss,
     boundary_of,

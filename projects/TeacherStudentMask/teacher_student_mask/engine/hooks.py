@@ -16,8 +16,8 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..class_splits import resolve_seen_classes
-from ..data.train_loader import seed_generators
 from ..data.seen_classes import training_classes
+from ..data.train_loader import seed_generators
 
 __all__ = ["FiniteLoss", "PseudoMaskWatch", "SeedEveryIteration", "UnseenMaskGuard"]
 

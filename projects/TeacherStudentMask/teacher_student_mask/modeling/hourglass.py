@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ConvTranspose2d, NaiveSyncBatchNorm, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, BaseMaskRCNNHead
+from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,18 +71,19 @@ class HourglassMaskHead(BaseMaskRCNNHead):
                 f"{', '.join(map(str, _HOURGLASSES))}."
             )
         super().__init__(**kwargs)
+        norm = _ROI_NORMS.get(conv_norm, conv_norm)
         multiples, num_blocks = _HOURGLASSES[depth]
         channels = [width * multiple for multiple in multiples]
         self.stem = nn.Sequential(
-            _make_conv(input_shape.channels, width, conv_norm, activation=F.relu),
-            ResidualBlock(width, channels[0], conv_norm),
+            _make_conv(input_shape.channels, width, norm, activation=F.relu),
+            ResidualBlock(width, channels[0], norm),
         )
-        self.hourglass = Hourglass(channels, num_blocks, conv_norm)
-        self.output_conv = _make_conv(channels[0], channels[0], conv_norm, activation=F.relu)
+        self.hourglass = Hourglass(channels, num_blocks, norm)
+        self.output_conv = _make_conv(channels[0], channels[0], norm, activation=F.relu)
         self.deconv = ConvTranspose2d(
             channels[0], width, kernel_size=2, stride=2, bias=not conv_norm
         )
-        self.deconv_norm = get_norm(conv_norm, width) or nn.Identity()
+        self.deconv_norm = get_norm(norm, width) or nn.Identity()
         self.predictor = Conv2d(width, num_classes, kernel_size=1)
 
         weight_init.c2_msra_fill(self.deconv)
@@ -110,12 +113,8 @@ class HourglassMaskHead(BaseMaskRCNNHead):
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (R, K, 2S, 2S), of ROI features, (R, D, S, S); R may be 0."""
-        num_rois = len(x)
-        if self.training and num_rois == 1:
-            # On a map of one cell batch normalisation has no variance, and PyTorch raises.
-            x = torch.cat([x, x])
         x = self.output_conv(self.hourglass(self.stem(x)))
-        return self.predictor(F.relu(self.deconv_norm(self.deconv(x))))[:num_rois]
+        return self.predictor(F.relu(self.deconv_norm(self.deconv(x))))
 
 
 class Hourglass(nn.Module):
@@ -157,6 +156,33 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: shape (R, in_channels, S, S). Returns (R, out_channels, S', S')."""
         return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))
+
+
+class _OneValueIsEnough:
+    # One ROI on a map of one cell has no variance, and PyTorch raises. Here the running statistics
+    # are taken for it, unless other processes have values.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_synchronised = isinstance(self, NaiveSyncBatchNorm) and comm.get_world_size() > 1
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not is_synchronised:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+class _RoiBatchNorm2d(_OneValueIsEnough, nn.BatchNorm2d):
+    pass
+
+
+class _RoiSyncBatchNorm2d(_OneValueIsEnough, NaiveSyncBatchNorm):
+    pass
+
+
+_ROI_NORMS = {
+    "BN": _RoiBatchNorm2d,
+    "naiveSyncBN": _RoiSyncBatchNorm2d,
+    "naiveSyncBN_N": functools.partial(_RoiSyncBatchNorm2d, stats_mode="N"),
+}
 
 
 def _make_blocks(
