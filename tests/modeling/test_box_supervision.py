@@ -84,23 +84,6 @@ def pairwise_by_hand(logits, similarity, box_masks, threshold, dilation, is_smal
     return total / max(count, 1)
 
 
-@given(small_grids)
-@settings(max_examples=40, deadline=None)
-def test_projection_is_that_of_a_loop(grid):
-    logits, _, _, box_masks, _ = random_rois(*grid)
-    loss = projection_loss(*tensors(logits, box_masks))
-    assert loss.item() == pytest.approx(projection_by_hand(logits, box_masks), abs=1e-9)
-
-
-@given(small_grids, st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
-def test_similarity_is_that_of_a_loop(grid, dilation):
-    _, lab, valid, _, is_small = random_rois(*grid)
-    similarity = color_similarity(*tensors(lab, valid), dilation, *tensors(is_small))
-    expected = similarity_by_hand(lab, valid, dilation, is_small)
-    np.testing.assert_allclose(similarity, expected, atol=1e-9)
-
-
 @given(small_grids, st.integers(1, 3), st.sampled_from([0.1, 0.3, 1.0]))
 @settings(max_examples=60, deadline=None)
 def test_pairwise_is_that_of_a_loop(grid, dilation, threshold):

@@ -9,7 +9,6 @@ import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from test_base_methods import batch_of, step
 
 from teacher_student_mask import GTBoxInference, TeacherStudentDatasetMapper
 from teacher_student_mask.modeling import GrabCutRCNN, grab_cut
@@ -173,11 +172,3 @@ def test_a_given_box_gets_the_mask_of_the_function(tiny_cfg):
         assert np.array_equal(masks_of(pixels, 80, 96)[0], grab_cut(image, (26, 18, 70, 62)))
     # In a frame of twice the size the same, up to the outline.
     assert iou(masks_of(tensor, 160, 192)[0], disk.repeat(2, 0).repeat(2, 1)) > 0.9
-
-
-def test_training_without_a_mask_head_has_the_box_losses_alone(tiny_cfg, tiny_coco):
-    cfg = tiny_cfg(opts=[*OPTS, "MODEL.MASK_ON", False], dataset=tiny_coco)
-    model = build_model(cfg).train()
-    losses = step(model, batch_of(cfg, tiny_coco))
-    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
-    sum(losses.values()).backward()

@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from detectron2.utils.events import EventStorage
 from roi_heads_factory import MIXED, targets_of
 
 from teacher_student_mask.modeling.mask_targets import (
@@ -89,25 +87,6 @@ def test_loss_without_supervised_rois_is_zero_and_attached(function, num_rois):
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None and not logits.grad.any()
-
-
-@pytest.mark.parametrize("num_channels", [1, 3])
-@pytest.mark.parametrize("mask_type", ["polygon", "bitmask"])
-def test_loss_is_detectron2s_when_all_have_masks(num_channels, mask_type):
-    torch.manual_seed(0)
-    polygons = [rectangle(2, 3, 20, 14), rectangle(9, 4, 30, 31), rectangle(1, 1, 8, 25)]
-    masks = PolygonMasks(polygons)
-    if mask_type == "bitmask":
-        masks = BitMasks.from_polygon_masks(masks, 32, 32)
-    boxes = [[1, 2, 22, 16], [8, 8, 28, 30], [0, 0, 10, 20]]
-    rois = make_rois(masks, [True] * 3, boxes, classes=[2, 0, 1])
-    logits = torch.randn(3, num_channels, 28, 28)
-    with EventStorage():
-        expected = mask_rcnn_loss(logits, [rois])
-    selected = select_label_channel(logits, rois.gt_classes)
-    targets = crop_gt_masks([rois], 28, logits.device)
-    loss = masked_bce_loss(selected, targets, torch.ones(3, dtype=torch.bool))
-    assert torch.equal(loss, expected)
 
 
 def test_accuracy_counts_selected_pixels_only():

@@ -5,14 +5,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from roi_heads_factory import (
-    SIZE,
-    WITH_MODEL_MASKS,
-    add_model_masks,
-    make_proposals,
-    polygon_of,
-    targets_of,
-)
+from roi_heads_factory import WITH_MODEL_MASKS, add_model_masks, make_proposals, targets_of
 
 from teacher_student_mask import ImageMask
 from teacher_student_mask.modeling.mask_targets import cells_inside_boxes, has_model_mask_of
@@ -192,41 +185,6 @@ SIDE = 28
 def random_inputs(num_rois, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(num_rois, SIDE, SIDE, generator=generator) * 2 for _ in range(2)]
-
-
-def test_cleaning_applies_to_it():
-    # The mask is all of the image; the box and the masks of other objects limit it.
-    targets = targets_of(WITH_MODEL_MASKS)
-    add_model_masks(targets, shape=lambda box: polygon_of([0, 0, SIZE, SIZE]))
-    annotated = torch.zeros(SIZE, SIZE)
-    annotated[25:40, 22:34] = 1
-    targets[0].gt_exclusion_masks = ImageMask(annotated, 3)
-    rois = make_proposals(targets)
-    teacher, student = random_inputs(10)
-    for clip, exclude in ((True, True), (False, True), (True, False), (False, False)):
-        generator = PseudoMaskGenerator(clip_to_box=clip, exclude_seen=exclude)
-        made, has_target, _ = make_student_targets(
-            torch.zeros(10, SIDE, SIDE), rois, teacher, student, generator, has_pseudo_masks=False
-        )
-        full = generate_pseudo_masks(
-            torch.ones(2, SIDE, SIDE),
-            torch.ones(2, SIDE, SIDE),
-            method="threshold",
-            roi_boxes=rois[0][2:4].proposal_boxes.tensor,
-            gt_boxes=rois[0][2:4].gt_boxes.tensor,
-            clip_to_box=clip,
-            exclusion_masks=(
-                rois[0][2:4].gt_exclusion_masks.crop_and_resize(
-                    rois[0][2:4].proposal_boxes.tensor, SIDE
-                )
-                if exclude
-                else None
-            ),
-        )
-        assert torch.equal(made[2:4], full)
-        assert bool((full == 0).any()) == (clip or exclude)
-        assert has_target.tolist() == [True] * 4 + [False] * 4 + [True] * 2
-        assert not made[4:8].any()
 
 
 def test_mean_takes_the_place_of_the_teachers_probabilities():

@@ -207,15 +207,6 @@ def test_mean_of_the_map_is_the_classifiers_logit():
         assert torch.allclose(cams.mean(dim=(1, 2, 3)), scores[:, label], atol=1e-5)
 
 
-def test_normalisation_by_hand():
-    cam = torch.tensor([[[[1.0, 12], [3, 14]]], [[[-7, -5], [-2, -3]]]])
-    expected = [[[[0, 11 / 13], [2 / 13, 1]]], [[[0, 2 / 5], [1, 4 / 5]]]]
-    assert torch.allclose(normalize_per_roi(cam), torch.tensor(expected), atol=1e-4)
-    # The range 13 becomes 26, the range 5 becomes 18.
-    expected = [[[[0, 11 / 26], [2 / 26, 13 / 26]]], [[[0, 2 / 18], [5 / 18, 4 / 18]]]]
-    assert torch.allclose(normalize_per_roi(cam, eps=13), torch.tensor(expected))
-
-
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e6])
 def test_a_constant_map_becomes_zeros_with_a_finite_gradient(value):
     cam = torch.full((2, 1, 7, 7), value, requires_grad=True)

@@ -23,7 +23,6 @@ from torch import nn
 
 from teacher_student_mask.modeling.priors.shapeprop import (
     ShapePropagationPrior,
-    activation_loss,
     pass_messages,
     relative_activation,
 )
@@ -85,22 +84,6 @@ def test_relative_activation_by_hand():
     result.sum().backward()
     assert logits.grad.isfinite().all()
     assert logits[0, 0, 0, 0] == -1  # not changed in place
-
-
-def test_activation_loss_is_the_cross_entropy_of_the_mean_of_all_maps():
-    torch.manual_seed(0)
-    features, classifier = torch.randn(5, 4, 3, 3), nn.Linear(4, NUM_CLASSES + 1)
-    labels = torch.tensor([0, NUM_CLASSES, 2, 1, NUM_CLASSES])
-    loss = activation_loss(features, classifier, labels)
-    weight, bias = classifier.weight.detach().numpy(), classifier.bias.detach().numpy()
-    maps = np.einsum("rdhw,kd->rkhw", features.numpy(), weight) + bias[:, None, None]
-    scores = maps.mean(axis=(2, 3))
-    log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    assert loss.item() == pytest.approx(-log_probs[range(5), labels].mean(), rel=1e-5)
-    # Without a ROI.
-    loss = activation_loss(features[:0], classifier, labels[:0])
-    loss.backward()
-    assert loss == 0 and classifier.weight.grad is not None
 
 
 def test_losses_of_a_batch_by_numpy():
