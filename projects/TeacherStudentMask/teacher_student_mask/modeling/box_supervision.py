@@ -263,8 +263,7 @@ class BoxSupervision(nn.Module):
         Args:
             logits: shape (R, M, M), logits.
             rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
-                ``gt_has_mask``; those with a mask add nothing. An image without ROIs may lack the
-                last two.
+                ``gt_has_mask``; those with a mask add nothing.
             pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
             iteration: of the training, from 0.
 

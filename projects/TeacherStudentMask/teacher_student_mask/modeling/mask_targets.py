@@ -222,12 +222,8 @@ def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Dice loss of each row, D(a, b) = 1 - 2 sum(ab) / (sum(a^2) + sum(b^2) + 1e-5).
 
-    Args:
-        probs: shape (R, ...), probabilities.
-        targets: shape (R, ...), in [0, 1].
-
-    Returns:
-        shape (R,), in [0, 1]. An empty target gives 1 without gradient, whatever ``probs``.
+    Of probabilities and of targets in [0, 1], both of shape (R, ...). Returns shape (R,), in
+    [0, 1]; an empty target gives 1 without gradient.
     """
     probs, targets = probs.flatten(1), targets.to(probs.dtype).flatten(1)
     intersection = (probs * targets).sum(1)

@@ -49,12 +49,8 @@ def boundary_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean binary cross entropy plus the mean over the ROIs of the Dice loss, smoothed by 1.
 
-    Args:
-        logits: shape (R, M, M).
-        targets: shape (R, M, M), in {0, 1}.
-
-    Returns:
-        A scalar; without a ROI it is 0, but still attached to ``logits``.
+    Of logits and of targets in {0, 1}, both of shape (R, M, M). Without a ROI it is 0, but still
+    attached to ``logits``.
     """
     logits = at_least_float32(logits)
     if len(logits) == 0:

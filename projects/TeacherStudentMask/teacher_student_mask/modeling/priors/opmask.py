@@ -154,20 +154,15 @@ class ClassActivationPrior(nn.Module):
     """
     Adds the class activation map of each ROI to all channels of its mask features, as OPMask.
 
-    The class is the matched object's in training, the predicted one at inference. Which
-    boxes the maps are of is the caller's choice; OPMask's are the proposals, at inference too,
-    where the mask features are those of the refined boxes.
+    The class is the matched object's in training, the predicted one at inference. In
+    OPMask the maps are of the proposals, at inference too; the features are of refined boxes.
     """
 
     needs_class_maps = True
 
     @configurable
     def __init__(self, *, stop_gradient: bool = False):
-        """
-        Args:
-            stop_gradient: mask losses do not train the box head's convolutions through the maps.
-                They never train its classifier.
-        """
+        """``stop_gradient``: mask losses do not train the box head's convolutions by the maps."""
         super().__init__()
         self.stop_gradient = stop_gradient
 
