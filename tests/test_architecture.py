@@ -60,7 +60,7 @@ def test_relative_imports_are_resolved():
         PACKAGE / "data/dataset_mapper.py"
     )
     assert "teacher_student_mask.modeling.pseudo_masks.PseudoMaskGenerator" in imports_of(
-        PACKAGE / "modeling/teacher_student.py"
+        PACKAGE / "modeling/roi_heads.py"
     )
     assert own_imports_of(PACKAGE / "modeling/roi_heads.py") == {"modeling"}
 

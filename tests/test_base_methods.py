@@ -1,7 +1,6 @@
 """Every method of configs/: one step, inference, gradients, and no leak, on the whole model."""
 
 import copy
-import re
 from pathlib import Path
 
 import narrow_hourglass  # noqa: F401
@@ -207,39 +206,6 @@ def learns_unseen(method):
     return has_teacher(EVERY_METHOD[method]) or method in WITH_EXTERNAL_MASKS
 
 
-@pytest.mark.parametrize("method", WITH_EXTERNAL_MASKS)
-def test_external_masks_are_learned_where_the_objects_lack_a_human_mask(
-    tiny_cfg, make_tiny_coco, method
-):
-    """The loss is the BCE to a model's mask; the object beside it, with a box alone, has none."""
-    dataset = make_tiny_coco(mark_external)
-    opts = [*EVERY_METHOD[method], *ON_GT_BOXES, "INPUT.RANDOM_FLIP", "none"]
-    cfg = tiny_cfg(opts=opts, dataset=dataset)
-    # Before the gate opens pseudo masks play no part.
-    cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 10
-    model = build(cfg).train()
-    torch.nn.init.normal_(model.roi_heads.mask_head.predictor.weight, std=1.0)
-    (example,) = batch = batch_of(cfg, dataset, ["unseen.png"])
-    instances = example["instances"]
-    assert instances.gt_has_model_mask.tolist() == [True, False]
-    assert not instances.gt_has_mask.any()
-    loss = step(model, batch)["loss_mask"]
-
-    boxes = instances.gt_boxes[:1]
-    target = instances.gt_masks[:1].crop_and_resize(boxes.tensor, 20)[0]
-    assert 0.2 < target.float().mean() < 0.8  # a triangle
-    with torch.no_grad():
-        features = model.backbone(model.preprocess_image(batch).tensor)
-        heads = model.roi_heads
-        pooled = heads.mask_pooler([features[f] for f in heads.mask_in_features], [boxes])
-        channel = 1 if has_teacher(EVERY_METHOD[method]) else 0
-        probs = heads.mask_head.layers(pooled)[0, channel].sigmoid()
-    expected = -torch.where(target, probs, 1 - probs).log().mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    # It is another loss than that of the box.
-    assert abs(-probs.log().mean() - expected) > 0.01
-
-
 # The leak test has these as well: what else the configs can set to change what masks are used for.
 LEAK_METHODS = {
     **EVERY_METHOD,
@@ -404,13 +370,6 @@ def value_of(cfg, key):
     return cfg
 
 
-def allowed_names(tiny_cfg, key):
-    """Names that a key without a registry takes, from the message about one that it does not."""
-    with pytest.raises(ValueError, match="allowed: ") as error:
-        build(tiny_cfg(opts=[*OURS, *BOXINST, key, "?"]))
-    return set(re.findall(r"'(\w*)'", str(error.value).split("allowed:")[1]))
-
-
 def test_the_leak_test_has_every_registered_method(tiny_cfg):
     """A new ROI heads, mask head, prior, ... fails here until the leak test has it, too."""
     registries = {
@@ -426,13 +385,9 @@ def test_the_leak_test_has_every_registered_method(tiny_cfg):
         key: {name for name, x in registry if x.__module__.startswith("teacher_student_mask.")}
         for key, registry in registries.items()
     }
-    parts = ("ROI_HEADS", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_MASK_PRIOR")
-    expected = {"MODEL.META_ARCHITECTURE", *(f"MODEL.{x}.NAME" for x in parts)}
-    assert {key for key, names in ours.items() if names} == expected
     ours["MODEL.PSEUDO_MASK.METHOD"] = set(PSEUDO_MASK_METHODS)
-    for key in ("MODEL.BOX_SUPERVISION.NAME", "MODEL.BOX_SUPERVISION.MASK_LOSS"):
-        ours[key] = allowed_names(tiny_cfg, key)
-    assert "boxinst" in ours["MODEL.BOX_SUPERVISION.NAME"]
+    ours["MODEL.BOX_SUPERVISION.NAME"] = {"", "boxinst"}
+    ours["MODEL.BOX_SUPERVISION.MASK_LOSS"] = {"bce", "dice"}
     # Mask^X has a mask for each class, so it cannot be the teacher.
     ours["MODEL.TEACHER_MASK_HEAD.NAME"] = ours["MODEL.ROI_MASK_HEAD.NAME"] - {
         "WeightTransferMaskHead"
@@ -473,58 +428,6 @@ def test_inference_on_detected_and_on_given_boxes(tiny_cfg, tiny_coco, method):
             assert len(detected["instances"]) > 0
 
 
-def mask_loss_gradients(cfg, dataset):
-    model = build(cfg).train()
-    losses = step(model, batch_of(cfg, dataset))
-    sum(x for name, x in losses.items() if "mask" in name).backward()
-    return {
-        name: parameter.grad is not None and bool(parameter.grad.any())
-        for name, parameter in model.roi_heads.named_parameters()
-    }
-
-
-class RecordingStorage(EventStorage):
-    """An event storage that keeps its pictures where a test can see them."""
-
-    def put_image(self, img_name, img_tensor):
-        self.pictures = {**getattr(self, "pictures", {}), img_name: img_tensor}
-
-
-@pytest.mark.parametrize("method", ["opmask", "opmask + ours", "baseline"])
-@pytest.mark.parametrize("iteration, is_vis_iteration", [(3, False), (4, True)])
-def test_class_activation_maps_are_shown_in_tensorboard(
-    tiny_cfg, tiny_coco, method, iteration, is_vis_iteration
-):
-    cfg = tiny_cfg(opts=[*METHODS[method], "VIS_PERIOD", 4], dataset=tiny_coco)
-    model = build(cfg).train()
-    torch.manual_seed(1)
-    with RecordingStorage(iteration) as storage:
-        model(batch_of(cfg, tiny_coco))
-    pictures = getattr(storage, "pictures", {})
-    shown = [x for name, x in pictures.items() if "image | class activation" in name]
-    assert bool(shown) == (method != "baseline" and is_vis_iteration)
-    for picture in shown:
-        side = picture.shape[1]
-        assert picture.shape == (3, side, 2 * side)
-        assert 0 <= picture.min() and picture.max() <= 1
-        # Each map reaches from 0 to almost 1.
-        assert picture[:, :, side:].min() == 0 and picture[:, :, side:].max() > 0.9
-
-
-@pytest.mark.parametrize("method", ["opmask", "opmask + ours"])
-@pytest.mark.parametrize("stops", [False, True])
-def test_mask_losses_train_the_box_convolutions_but_never_the_classifier(
-    tiny_cfg, tiny_coco, method, stops
-):
-    opts = [*METHODS[method], "MODEL.ROI_MASK_PRIOR.STOP_GRADIENT", stops]
-    has_gradient = mask_loss_gradients(tiny_cfg(opts=opts, dataset=tiny_coco), tiny_coco)
-    for name, value in has_gradient.items():
-        if name.startswith("box_predictor"):
-            assert not value, name
-        elif name.startswith("box_head"):
-            assert value == (not stops), name
-
-
 @pytest.mark.parametrize("method, trains", [("ours", False), ("boxinst + ours", True)])
 def test_unseen_objects_train_the_teacher_by_their_boxes_alone(tiny_cfg, tiny_coco, method, trains):
     """Eq. (5) gives the teacher nothing; BoxInst's losses stay its own in "+ ours" (S10)."""
@@ -537,24 +440,6 @@ def test_unseen_objects_train_the_teacher_by_their_boxes_alone(tiny_cfg, tiny_co
     assert bool(teacher.any()) == trains
     # Class 1 is the unseen one, and the only one of the image.
     assert student[1].any() and not student[0].any() and not student[2].any()
-
-
-def test_prior_takes_the_rows_of_each_image(tiny_cfg, tiny_coco):
-    """A batch gives what its images give one by one (a known bug elsewhere)."""
-    opts = [*METHODS["opmask"], "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
-    cfg = tiny_cfg(opts=opts, dataset=tiny_coco)
-    model = build(cfg).eval()
-    images = [x["image"] for x in batch_of(cfg, tiny_coco, ["mixed.png", "empty.png"])]
-    assert images[0].shape == images[1].shape
-    inputs = [{"image": x, "height": 64, "width": 64} for x in images]
-    with torch.no_grad():
-        together = model(inputs)
-        alone = [model([x])[0] for x in inputs]
-    for a, b in zip(together, alone):
-        a, b = a["instances"], b["instances"]
-        assert len(a) == len(b) > 0
-        assert torch.equal(a.pred_classes, b.pred_classes)
-        assert (a.pred_masks == b.pred_masks).float().mean() > 0.999
 
 
 @pytest.mark.parametrize(

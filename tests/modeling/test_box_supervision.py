@@ -84,41 +84,6 @@ def pairwise_by_hand(logits, similarity, box_masks, threshold, dilation, is_smal
     return total / max(count, 1)
 
 
-@given(small_grids)
-@settings(max_examples=40, deadline=None)
-def test_projection_is_that_of_a_loop(grid):
-    logits, _, _, box_masks, _ = random_rois(*grid)
-    loss = projection_loss(*tensors(logits, box_masks))
-    assert loss.item() == pytest.approx(projection_by_hand(logits, box_masks), abs=1e-9)
-
-
-def rectangle(side, y0, y1, x0, x1):
-    mask = torch.zeros(1, side, side, dtype=torch.bool)
-    mask[:, y0:y1, x0:x1] = True
-    return mask
-
-
-@pytest.mark.parametrize("box", [(5, 20, 3, 9), (0, 28, 0, 28), (7, 8, 11, 12)])
-def test_projection_of_the_box_itself_is_zero(box):
-    box_masks = rectangle(28, *box)
-    logits = torch.where(box_masks, 50.0, -50.0)
-    assert 0 <= projection_loss(logits, box_masks).item() < 1e-4
-    # A cross that touches all four sides casts the same shadows.
-    y0, y1, x0, x1 = box
-    cross = rectangle(28, y0, y0 + 1, x0, x1) | rectangle(28, y0, y1, x0, x0 + 1)
-    assert projection_loss(torch.where(cross, 50.0, -50.0), box_masks).item() < 1e-4
-    assert projection_loss(-logits, box_masks).item() > 0.5
-
-
-@given(small_grids, st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
-def test_similarity_is_that_of_a_loop(grid, dilation):
-    _, lab, valid, _, is_small = random_rois(*grid)
-    similarity = color_similarity(*tensors(lab, valid), dilation, *tensors(is_small))
-    expected = similarity_by_hand(lab, valid, dilation, is_small)
-    np.testing.assert_allclose(similarity, expected, atol=1e-9)
-
-
 @given(small_grids, st.integers(1, 3), st.sampled_from([0.1, 0.3, 1.0]))
 @settings(max_examples=60, deadline=None)
 def test_pairwise_is_that_of_a_loop(grid, dilation, threshold):
@@ -130,19 +95,15 @@ def test_pairwise_is_that_of_a_loop(grid, dilation, threshold):
     assert loss.item() == pytest.approx(expected, abs=1e-9)
 
 
-def one_color(num_rois, side, dilation=2):
-    valid = torch.ones(num_rois, side, side, dtype=torch.bool)
-    return color_similarity(torch.zeros(num_rois, 3, side, side), valid, dilation), valid
-
-
 @given(st.integers(0, 2**32 - 1), st.sampled_from([50.0, 1e3]))
 @settings(max_examples=20, deadline=None)
 def test_saturated_logits_have_finite_losses_and_gradients(seed, size):
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.choice([-size, size], (2, 8, 8))).float().requires_grad_()
-    similarity, _ = one_color(2, 8)
+    valid, is_small = torch.ones(2, 8, 8).bool(), torch.zeros(2).bool()
+    similarity = color_similarity(torch.zeros(2, 3, 8, 8), valid, 2, is_small)
     box_masks = torch.from_numpy(rng.random((2, 8, 8)) < 0.5)
-    pairwise = pairwise_loss(logits, similarity, box_masks)
+    pairwise = pairwise_loss(logits, similarity, box_masks, 0.3, 2, is_small)
     loss = pairwise + projection_loss(logits, box_masks)
     loss = loss + masked_dice_loss(logits, box_masks.float(), torch.ones(2).bool())
     loss.backward()
@@ -166,25 +127,6 @@ def test_gradients_are_the_numerical_ones():
     for function in functions:
         assert function(logits).item() > 0
         assert torch.autograd.gradcheck(function, (logits,))
-
-
-@pytest.mark.parametrize(
-    "argument, value, message",
-    [
-        ("threshold", 0, "COLOR_THRESHOLD is 0; allowed: above 0, at most 1"),
-        ("threshold", 1.5, "COLOR_THRESHOLD is 1.5"),
-        ("threshold", float("nan"), "COLOR_THRESHOLD is nan"),
-        ("dilation", 0, "DILATION is 0; allowed: 1, 2, ..."),
-        ("dilation", 1.5, "DILATION is 1.5"),
-        ("projection_weight", -1, "PROJECTION_WEIGHT is -1; allowed: 0 or more"),
-        ("pairwise_weight", -1, "PAIRWISE_WEIGHT is -1"),
-        ("warmup_iters", -1, "WARMUP_ITERS is -1"),
-        ("bottom_rows", -1, "BOTTOM_ROWS is -1"),
-    ],
-)
-def test_settings_outside_their_range_are_named(argument, value, message):
-    with pytest.raises(ValueError, match=f"MODEL.BOX_SUPERVISION.{message}"):
-        BoxSupervision(**{argument: value})
 
 
 def lab_of(*colors, dtype=torch.float32):
@@ -250,15 +192,6 @@ def test_crops_are_the_colors_under_the_cells():
     torch.testing.assert_close(lab[1, :, :, 3], blue[:, None].expand(3, 4))
 
 
-def test_blocks_of_pixels_are_averaged_as_rgb():
-    # Two black columns, two red ones: their mean is a dark red, not the mean of both in Lab.
-    pixels = two_images()
-    pixels[:, :, :, ::4] = pixels[:, :, :, 1::4] = 0
-    lab, _ = crop(pixels, [[[0, 0, 16, 16]], []])
-    expected = lab_of((127.5, 0.0, 0.0))[0]
-    torch.testing.assert_close(lab[0], expected[:, None, None].expand(3, 4, 4))
-
-
 def test_sides_that_are_no_multiple_of_the_stride():
     pixels = two_images()[:, :, :30, :61]
     lab, valid = crop(pixels, [[[52, 20, 61, 30]], []], [(30, 61)] * 2, bottom_rows=0)
@@ -291,15 +224,6 @@ def test_cells_outside_the_image_and_in_its_bottom_rows_are_not_valid(box):
     lab, valid = crop(two_images(), [[], [box]], [(32, 64), (24, 50)], side=7, bottom_rows=5)
     np.testing.assert_array_equal(valid[0], valid_by_hand(box, 24 - 5, 50, 7))
     assert lab.isfinite().all()
-
-
-def test_bottom_rows_are_counted_in_the_original_image():
-    # Resized from 16 to 32 rows and from 64 to 32: 3 original rows are 6 and 1.5 rows.
-    boxes = [[[0, 0, 32, 32]], [[0, 0, 32, 32]]]
-    _, valid = crop(two_images(), boxes, side=32, bottom_rows=3, original_heights=[16, 64])
-    assert valid.all(dim=2).sum(dim=1).tolist() == [26, 30]
-    _, valid = crop(two_images(), boxes, side=32, bottom_rows=3)
-    assert valid.all(dim=2).sum(dim=1).tolist() == [29, 29]
 
 
 def make_call(seed=0, num_rois=3, side=8, size=(100, 100)):
@@ -381,22 +305,3 @@ def test_a_box_without_a_cell_has_no_pairs_and_no_gradient():
     assert [losses[f"loss_mask_{x}"].item() for x in ("projection", "pairwise")] == [2, 0]
     sum(losses.values()).backward()
     assert not call["logits"].grad.any()
-
-
-def test_from_pixels_to_losses():
-    # The object is the red left half of the ROI, whose box is the whole ROI: a mask that follows
-    # the colours is cheaper than one whose edge runs through the red.
-    pixels = torch.full((1, 3, 128, 128), 255.0)
-    pixels[:, 1:, :, :64] = 0
-    rois = Instances((128, 128), proposal_boxes=Boxes(torch.tensor([[0.0, 0.0, 128.0, 112.0]])))
-    rois.gt_boxes, rois.gt_has_mask = rois.proposal_boxes, torch.tensor([False])
-
-    def loss_of(num_columns, **options):
-        logits = torch.full((1, 28, 28), -9.0)
-        logits[:, :, :num_columns] = 9
-        supervision = BoxSupervision(warmup_iters=0, **options)
-        return supervision(logits, [rois], pixels, iteration=0)["loss_mask_pairwise"].item()
-
-    assert loss_of(14) < 0.05 < 0.2 < loss_of(8)
-    # Where all rows are at the bottom of the image, no pair counts.
-    assert loss_of(8, bottom_rows=128) == 0

@@ -1,14 +1,11 @@
 """The CRF against its equations in float64, and how far its two backends agree."""
 
-import dataclasses
 import sys
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from teacher_student_mask import add_teacher_student_mask_config
@@ -72,31 +69,6 @@ def test_unknown_backend_is_named():
         DenseCRF.from_config(crf_settings(BACKEND="cuda"))
 
 
-@pytest.mark.parametrize("name", ["GAUSSIAN_SXY", "BILATERAL_SXY", "BILATERAL_SRGB"])
-@pytest.mark.parametrize("value", [0.0, -3.0, float("nan")])
-def test_widths_are_positive(name, value):
-    with pytest.raises(ValueError, match=f"CRF.{name} is {value}; it must be above 0"):
-        DenseCRF.from_config(crf_settings(BACKEND="torch", **{name: value}))
-
-
-def test_every_key_arrives():
-    values = dict(
-        NUM_ITERS=2,
-        GAUSSIAN_SXY=1.5,
-        GAUSSIAN_COMPAT=2.5,
-        BILATERAL_SXY=4.5,
-        BILATERAL_SRGB=5.5,
-        BILATERAL_COMPAT=6.5,
-        BACKEND="torch",
-    )
-    dense_crf = DenseCRF.from_config(crf_settings(**values))
-    assert dataclasses.astuple(dense_crf) == tuple(values.values())
-    probs, rois = smooth(2, 2, 14)
-    arguments = {key.lower(): value for key, value in values.items() if key != "BACKEND"}
-    expected = mean_field(probs, rois.round().clamp(0, 255), **arguments)
-    assert torch.equal(dense_crf(probs, rois), expected)
-
-
 def test_a_noisy_mask_snaps_to_the_colours(dense_crf):
     truth = torch.zeros(1, 28, 28)
     truth[:, :, :14] = 1
@@ -113,21 +85,6 @@ def test_output_has_the_type_of_the_probabilities(dense_crf, dtype):
     refined = dense_crf(probs, rois)
     assert refined.dtype == dtype
     torch.testing.assert_close(refined, dense_crf(probs.float(), rois.float()).to(dtype))
-
-
-def test_colors_are_rounded_to_the_values_of_an_image(dense_crf):
-    probs, rois = smooth(4, 2, 14)
-    rois = rois.round()
-    rois[:, :, 0, 0], rois[:, :, 1, 1] = 0, 255
-    rois = rois.clamp(0, 255)
-    shifted = rois + 0.3
-    shifted[:, :, 0, 0], shifted[:, :, 1, 1] = -20, 300
-    assert torch.equal(dense_crf(probs, shifted), dense_crf(probs, rois))
-
-
-def test_shapes_that_do_not_belong_together(dense_crf):
-    with pytest.raises(ValueError, match=r"\(2, 3, 28, 28\), got \(1, 3, 28, 28\)"):
-        dense_crf(torch.rand(2, 28, 28), torch.rand(1, 3, 28, 28))
 
 
 @pytest.mark.parametrize("side", [8, 14, 28])
@@ -213,15 +170,13 @@ def test_equations(height, width, iters):
 
 def test_every_setting_reaches_its_place():
     probs, rois = draw(1, 2, 6, 7)
-    refined = mean_field(
-        probs,
-        rois,
-        num_iters=3,
-        gaussian_sxy=1.3,
-        gaussian_compat=0.7,
-        bilateral_sxy=2.1,
-        bilateral_srgb=31.0,
-        bilateral_compat=1.9,
+    keys = dict(NUM_ITERS=3, GAUSSIAN_SXY=1.3, GAUSSIAN_COMPAT=0.7, BILATERAL_SXY=2.1)
+    keys |= dict(BILATERAL_SRGB=31.0, BILATERAL_COMPAT=1.9, BACKEND="torch")
+    dense_crf = DenseCRF.from_config(crf_settings(**keys))
+    refined = dense_crf(probs, rois)
+    # Colours count in whole values, as an image has them.
+    assert torch.equal(
+        dense_crf(probs, rois.clamp(1, 254) + 0.3), dense_crf(probs, rois.clamp(1, 254))
     )
     expected = [reference(p, rgb, 3, (1.3, 0.7), 2.1, (31.0, 1.9)) for p, rgb in zip(probs, rois)]
     assert_close(refined, expected)
@@ -238,24 +193,6 @@ def test_probabilities_of_exactly_zero_and_one():
     assert refined[0].max() < 1e-5 and refined[1].min() > 1 - 1e-5
     # Eq. of the unary: clipped at 1e-5.
     np.testing.assert_allclose(mean_field(probs, rois, num_iters=0)[0], 1e-5, rtol=1e-3)
-
-
-inputs = st.tuples(
-    st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 7), st.integers(1, 7)
-).map(lambda x: draw(*x))
-fast = settings(max_examples=30, deadline=None)
-
-
-@fast
-@given(inputs)
-def test_labels_are_treated_alike(inputs):
-    probs, rois = inputs
-    # Rounding, which some inputs multiply: of 11,735 random ones the worst was 2.4e-3, one other
-    # above 1.2e-3.
-    assert_close(mean_field(1 - probs, rois), 1 - mean_field(probs, rois), 1e-2)
-    # And so are the three channels, and light and dark.
-    assert_close(mean_field(probs, rois.flip(1)), mean_field(probs, rois), 1e-2)
-    assert_close(mean_field(probs, 255 - rois), mean_field(probs, rois), 1e-2)
 
 
 def test_float32_under_autocast():

@@ -9,7 +9,6 @@ import torch
 from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from test_base_methods import batch_of, step
 
 from teacher_student_mask import GTBoxInference, TeacherStudentDatasetMapper
 from teacher_student_mask.modeling import GrabCutRCNN, grab_cut
@@ -47,15 +46,6 @@ def test_the_disk_is_found(scale):
     assert iou(mask, disk) > 0.97
 
 
-def test_nothing_outside_the_box_is_found():
-    image, disk = picture()
-    box = (40, 18, 70, 62)
-    mask = grab_cut(image, box)
-    assert not (mask & ~full(image.shape, *box)).any()
-    # The disk goes on outside the box, so it is background there.
-    assert mask.any()
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """The arguments of all calls of cv2.grabCut, as they were given; GrabCut itself runs."""
@@ -69,7 +59,6 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(
     "left, right, runs",
     [
@@ -80,20 +69,16 @@ def calls(monkeypatch):
         (np.float32(30.01), np.float32(38.01), True),  # 7.999998
         (88.5, 400, False),  # 7.5 pixels in the image, 8 touched
         (88, 400, True),
-        (-300, 7.5, False),
-        (-300, 8, True),
     ],
 )
-def test_boxes_under_8_pixels_are_their_own_masks(calls, left, right, runs, flip):
+def test_boxes_under_8_pixels_are_their_own_masks(calls, left, right, runs):
     """Bug: the rule looked at the box rounded outwards, which let GrabCut into boxes of 6.5."""
     image, _ = picture(96, 96, (40, 34))
-    box = [30, left, 66, right] if flip else [left, 30, right, 66]
-    mask = grab_cut(image, box)
+    mask = grab_cut(image, [left, 30, right, 66])
     assert len(calls) == runs
     if not runs:
         x0, x1 = max(0, int(left)), min(96, int(np.ceil(right)))
-        expected = full(image.shape, *((30, x0, 66, x1) if flip else (x0, 30, x1, 66)))
-        assert np.array_equal(mask, expected)
+        assert np.array_equal(mask, full(image.shape, x0, 30, x1, 66))
 
 
 @pytest.mark.parametrize(
@@ -146,16 +131,6 @@ def test_the_same_mask_whatever_came_before_and_in_whichever_thread():
     assert all(np.array_equal(a, b) for a, b in zip(found, expected))
 
 
-def test_images_and_boxes_that_it_cannot_take_are_named():
-    image, _ = picture()
-    for wrong in (image.astype(np.float32), image[..., 0], image[..., :2], image.astype(np.int64)):
-        with pytest.raises(ValueError, match="uint8 and shape .H, W, 3., not normalised, got"):
-            grab_cut(wrong, (0, 0, 20, 20))
-    for wrong in ((0, 0, 20), (0, 0, 20, float("nan")), (0, 0, float("inf"), 20)):
-        with pytest.raises(ValueError, match="box x0, y0, x1, y1 of finite numbers"):
-            grab_cut(image, wrong)
-
-
 def test_masks_on_detected_and_on_given_boxes(tiny_cfg, tiny_coco):
     opts = [*OPTS, "MODEL.MASK_ON", False, "TEST.GT_BOXES", True, "INPUT.MIN_SIZE_TEST", 96]
     opts += ["TEST.DETECTIONS_PER_IMAGE", 3]
@@ -197,20 +172,3 @@ def test_a_given_box_gets_the_mask_of_the_function(tiny_cfg):
         assert np.array_equal(masks_of(pixels, 80, 96)[0], grab_cut(image, (26, 18, 70, 62)))
     # In a frame of twice the size the same, up to the outline.
     assert iou(masks_of(tensor, 160, 192)[0], disk.repeat(2, 0).repeat(2, 1)) > 0.9
-    for wrong in (tensor.float() / 60 - 2, tensor[:1], tensor.float() + 100):
-        with pytest.raises(ValueError, match="a.png: .*3 channels .*0-255, not normalised ones"):
-            masks_of(wrong, 80, 96)
-    # Bug: of an image in 0-1 the whole numbers are 0, and every mask became the full box.
-    with pytest.raises(ValueError, match="nor ones scaled to 0-1, got .* from 0.078.* to 0.858"):
-        masks_of(tensor.float() / 255, 80, 96)
-    # Almost black, but pixels.
-    for dark in (tensor * 0, tensor.float() * 0, (tensor > 100).float()):
-        assert masks_of(dark, 80, 96).shape == (2, 80, 96)
-
-
-def test_training_without_a_mask_head_has_the_box_losses_alone(tiny_cfg, tiny_coco):
-    cfg = tiny_cfg(opts=[*OPTS, "MODEL.MASK_ON", False], dataset=tiny_coco)
-    model = build_model(cfg).train()
-    losses = step(model, batch_of(cfg, tiny_coco))
-    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
-    sum(losses.values()).backward()

@@ -78,8 +78,3 @@ def test_every_object_becomes_a_detection_with_score_one():
     assert torch.equal(detections.pred_boxes.tensor, targets.gt_boxes.tensor)
     assert detections.pred_classes.tolist() == [4, 0]
     assert detections.scores.tolist() == [1, 1]
-
-
-def test_inputs_without_ground_truth_are_refused_by_name():
-    with pytest.raises(ValueError, match="a.jpg: TEST.GT_BOXES needs ground-truth boxes"):
-        GTBoxInference(RecordingModel())([{"file_name": "a.jpg"}])

@@ -1,7 +1,6 @@
 """Mask^X R-CNN's head against numpy loops, and where its box weights are and are not."""
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
@@ -135,14 +134,9 @@ def test_each_box_parameter_is_registered_once():
     )
 
 
-def by_pickle(heads):
-    return pickle.loads(pickle.dumps(heads))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle])
-def test_a_copy_uses_the_box_weights_of_the_copy(duplicate):
+def test_a_copy_uses_the_box_weights_of_the_copy():
     heads = make_heads()
-    other = duplicate(heads)
+    other = copy.deepcopy(heads)
     x = torch.randn(2, factory.CHANNELS, 14, 14)
     before = heads.mask_head.layers(x)
     assert torch.equal(other.mask_head.layers(x), before)
@@ -156,19 +150,9 @@ def test_a_copy_uses_the_box_weights_of_the_copy(duplicate):
     assert heads.double().mask_head.layers(x.double()).dtype == torch.float64
 
 
-def test_wrong_box_predictors_are_named():
-    head = make_head(bound=False)
-    with pytest.raises(RuntimeError, match="no box predictor.*use_box_predictor"):
-        head.layers(torch.zeros(1, CHANNELS, 4, 4))
-    with pytest.raises(ValueError, match="CLS_AGNOSTIC_BBOX_REG must be False"):
-        head.use_box_predictor(make_predictor(agnostic=True))
-    with pytest.raises(ValueError, match="3 classes needs .*4 scores and 12 .*got 5 and 16"):
-        head.use_box_predictor(make_predictor(num_classes=4))
-    with pytest.raises(ValueError, match="cls_score and bbox_pred.*got Linear"):
-        head.use_box_predictor(nn.Linear(2, 2))
-
-
-def test_a_class_agnostic_head_is_refused():
+def test_class_agnostic_heads_are_refused():
+    with pytest.raises(ValueError, match="CLS_AGNOSTIC_BBOX_REG to False"):
+        make_head(bound=False).use_box_predictor(make_predictor(agnostic=True))
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
     cfg.MODEL.TEACHER_MASK_HEAD.NAME = "WeightTransferMaskHead"

@@ -4,17 +4,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import PolygonMasks
 from detectron2.utils.events import EventStorage
 from roi_heads_factory import (
-    CHANNELS,
     HALF_EMPTY,
     MIXED,
     NO_OBJECT,
     NONE_SEEN,
     NONE_UNSEEN,
-    SIZE,
-    STRIDE,
     WITH_MODEL_MASKS,
     add_model_masks,
     make_features,
@@ -29,7 +26,6 @@ from roi_heads_factory import (
     whole_step,
 )
 
-from teacher_student_mask import ImageMask
 from teacher_student_mask.modeling.mask_targets import select_label_channel
 from teacher_student_mask.modeling.pseudo_masks import PseudoMaskGenerator
 
@@ -175,14 +171,6 @@ def test_a_56_cell_teacher_learns_at_56_and_teaches_at_28():
     assert losses["loss_mask"].isfinite()
 
 
-# More objects than the sampler of these heads, 8 foreground ROIs of an image at most, has room for.
-CROWD = [
-    [[4 + 14 * x, 4 + 18 * y, 14 + 14 * x, 18 + 18 * y] for x in range(4) for y in range(3)],
-    [k % 3 for k in range(12)],
-    [k % 3 == 0 for k in range(12)],
-]
-
-
 @pytest.mark.parametrize("test_mask_head", ["student", "teacher"])
 def test_inference_runs_the_chosen_head_only(test_mask_head):
     heads = make_heads(test_mask_head=test_mask_head).eval()
@@ -284,74 +272,3 @@ def test_batches_with_masks_of_a_model_give_all_parameters_a_gradient(use, batch
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask", "loss_mask_teacher"}
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
-
-
-# Of a small training.
-NUM_ITERS = 300
-
-
-def make_weak_batch(generator):
-    """
-    Two objects an image, class 0 with a mask and class 1 without, a sparse quarter of the box each.
-
-    The features show the foreground weakly in one channel among noise, so a head first learns how
-    rare foreground is, p < 0.5 everywhere, and only then where it is.
-    """
-    side = SIZE // STRIDE
-    features = torch.randn(2, CHANNELS, side, side, generator=generator) * 0.3
-    rois = []
-    for image in range(2):
-        masks = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
-        boxes = torch.tensor([[0.0, 0.0, 32.0, 32.0], [32.0, 32.0, 64.0, 64.0]])
-        for k, (x0, y0, _, _) in enumerate(boxes.long().tolist()):
-            dx, dy = torch.randint(0, 5, (2,), generator=generator).tolist()
-            masks[k, y0 + 4 * dy : y0 + 4 * dy + 16, x0 + 4 * dx : x0 + 4 * dx + 16] = True
-        features[image, 0] += 0.7 * masks.any(dim=0)[::STRIDE, ::STRIDE]
-        x = Instances((SIZE, SIZE))
-        x.proposal_boxes = x.gt_boxes = Boxes(boxes)
-        x.gt_classes = torch.tensor([0, 1])
-        x.gt_has_mask = torch.tensor([True, False])
-        x.gt_masks = BitMasks(masks)
-        x.gt_exclusion_masks = ImageMask(masks[0], 2)
-        rois.append(x)
-    return {"p2": features}, rois
-
-
-def iou_after_training(warmup_iters):
-    """IoU of the pseudo masks with the hidden truth over the last iterations."""
-    heads = make_heads(method="interact", warmup_iters=warmup_iters).train()
-    for head in (heads.teacher_mask_head, heads.mask_head):
-        torch.nn.init.normal_(head.predictor.weight, std=0.001)
-    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1, momentum=0.9)
-    generator = torch.Generator().manual_seed(0)
-    generator_of, pseudo_masks, ious = heads.pseudo_masks, [], []
-
-    class Recorder:
-        needs_images = False
-
-        def __call__(self, *args):
-            pseudo_masks.append(generator_of(*args))
-            return pseudo_masks[-1]
-
-    heads.pseudo_masks = Recorder()
-    for iteration in range(NUM_ITERS):
-        features, rois = make_weak_batch(generator)
-        with EventStorage(iteration):
-            losses = heads.compute_mask_losses(features, rois, rois)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        if iteration >= NUM_ITERS - 20:
-            truth = torch.cat([x.gt_masks[~x.gt_has_mask].tensor for x in rois])
-            truth = torch.stack([truth[0, 32:, 32:], truth[1, 32:, 32:]]).float()
-            truth = torch.nn.functional.interpolate(truth[:, None], size=28)[:, 0] > 0.5
-            pseudo = pseudo_masks[-1] > 0.5
-            ious.append(((pseudo & truth).sum() / (pseudo | truth).sum()).item())
-    return sum(ious) / len(ious)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("warmup_iters, survives", [(0, False), (225, True)])
-def test_pseudo_masks_collapse_without_the_gate_and_not_with_it(warmup_iters, survives):
-    iou = iou_after_training(warmup_iters)
-    assert (iou > 0.6) if survives else (iou < 0.05), iou

@@ -12,11 +12,9 @@ class ImageMask:
     """
     One (H, W) bool map that stands in an :class:`Instances` as if every instance had its own.
 
-    :class:`Instances` only carries fields that can be indexed like a list of instances, and
-    Detectron2's samplers copy each ``gt_*`` field to every proposal. A map of the image would have
-    to be repeated for each of them; this class repeats a reference instead, so a field costs H * W
-    bytes an image whatever the number of proposals is. It offers the part of the interface of
-    :class:`BitMasks` that training needs.
+    Detectron2's samplers copy each ``gt_*`` field to every proposal. This field is a reference to
+    the map of the image, so it costs H * W bytes an image whatever the number of proposals. It
+    offers the part of the interface of :class:`BitMasks` that training needs.
 
     Attributes:
         tensor: bool, shape (H, W), in the frame of the (augmented) image.
@@ -29,13 +27,10 @@ class ImageMask:
             length: the number of instances that share the map.
 
         Raises:
-            ValueError: ``tensor`` is not two-dimensional or ``length`` is negative.
+            ValueError: ``tensor`` is not two-dimensional.
         """
-        if tensor.dim() != 2 or length < 0:
-            raise ValueError(
-                "ImageMask needs a map of shape (H, W) and a length >= 0, got "
-                f"{tuple(tensor.shape)} and {length}."
-            )
+        if tensor.dim() != 2:
+            raise ValueError(f"ImageMask needs a map of shape (H, W), got {tuple(tensor.shape)}.")
         self.tensor = tensor.to(torch.bool)
         self._length = int(length)
 
@@ -65,9 +60,6 @@ class ImageMask:
 
         Returns:
             An ImageMask of as many instances as were selected (1 for a single index).
-
-        Raises:
-            IndexError: an index outside the instances.
         """
         if isinstance(item, int):
             item = [item]
@@ -87,12 +79,7 @@ class ImageMask:
 
         Returns:
             bool, shape (N, M, M), on the device of ``boxes``.
-
-        Raises:
-            ValueError: another number of boxes than instances.
         """
-        if len(boxes) != self._length:
-            raise ValueError(f"{len(boxes)} boxes were given for {self._length} instances.")
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1).to(torch.float32)
         image = self.tensor.to(device=boxes.device, dtype=torch.float32)[None, None]
         crops = ROIAlign((mask_side_len, mask_side_len), 1.0, 0, aligned=True)(image, rois)
@@ -100,17 +87,8 @@ class ImageMask:
 
     @staticmethod
     def cat(image_masks: list[ImageMask]) -> ImageMask:
-        """
-        Join instances of one image.
-
-        Raises:
-            ValueError: the parts have different maps, hence come from different images.
-        """
-        first = image_masks[0]
-        for other in image_masks[1:]:
-            if other.tensor is not first.tensor and not torch.equal(other.tensor, first.tensor):
-                raise ValueError("Instances of different images cannot share one ImageMask.")
-        return ImageMask(first.tensor, sum(len(m) for m in image_masks))
+        """Join instances of one image, which have the same map."""
+        return ImageMask(image_masks[0].tensor, sum(len(m) for m in image_masks))
 
     def __repr__(self) -> str:
         height, width = self.image_size

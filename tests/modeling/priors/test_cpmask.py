@@ -15,11 +15,10 @@ from roi_heads_factory import (
 )
 from torch import nn
 
-from teacher_student_mask.modeling.priors import CommonalityParsingPrior
 from teacher_student_mask.modeling.priors.cpmask import (
     AffinityBlock,
+    CommonalityParsingPrior,
     affinity_loss,
-    boundary_loss,
     boundary_of,
 )
 
@@ -100,18 +99,6 @@ def test_boundary_by_hand():
     result = boundary_of(masks)
     assert result[0].tolist() == expected and not result[1].any()
     assert boundary_of(masks[:0]).shape == (0, 6, 6)
-
-
-def test_boundary_loss_by_numpy():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(3, 4, 4)) * 2
-    targets = (rng.random((3, 4, 4)) < 0.4).astype(float)
-    loss = boundary_loss(torch.tensor(logits), torch.tensor(targets))
-    assert loss.item() == pytest.approx(boundary_loss_in_numpy(logits, targets), rel=1e-9)
-    # As targets say; also where there is no boundary at all.
-    targets[2] = 0
-    sure = torch.tensor(40 * (2 * targets - 1))
-    assert boundary_loss(sure, torch.tensor(targets)) < 1e-9
 
 
 def test_affinity_loss_by_a_loop_over_pairs():

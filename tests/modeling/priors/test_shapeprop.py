@@ -21,9 +21,8 @@ from roi_heads_factory import (
 )
 from torch import nn
 
-from teacher_student_mask.modeling.priors import ShapePropagationPrior
 from teacher_student_mask.modeling.priors.shapeprop import (
-    activation_loss,
+    ShapePropagationPrior,
     pass_messages,
     relative_activation,
 )
@@ -77,15 +76,6 @@ def test_message_passing_is_that_of_a_loop_over_cells(num_steps):
     assert np.allclose(result, states, rtol=1e-12)
 
 
-def test_gradients_of_message_passing_and_relative_activation():
-    torch.manual_seed(0)
-    states = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(2, 2, 9, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: pass_messages(h, w, 2), (states, weights))
-    logits = torch.randn(3, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(relative_activation, (logits,))
-
-
 def test_relative_activation_by_hand():
     logits = torch.tensor([[[[-1.0, 2], [4, 0]]], [[[-3, -1], [-2, -9]]]], requires_grad=True)
     result = relative_activation(logits)
@@ -94,22 +84,6 @@ def test_relative_activation_by_hand():
     result.sum().backward()
     assert logits.grad.isfinite().all()
     assert logits[0, 0, 0, 0] == -1  # not changed in place
-
-
-def test_activation_loss_is_the_cross_entropy_of_the_mean_of_all_maps():
-    torch.manual_seed(0)
-    features, classifier = torch.randn(5, 4, 3, 3), nn.Linear(4, NUM_CLASSES + 1)
-    labels = torch.tensor([0, NUM_CLASSES, 2, 1, NUM_CLASSES])
-    loss = activation_loss(features, classifier, labels)
-    weight, bias = classifier.weight.detach().numpy(), classifier.bias.detach().numpy()
-    maps = np.einsum("rdhw,kd->rkhw", features.numpy(), weight) + bias[:, None, None]
-    scores = maps.mean(axis=(2, 3))
-    log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    assert loss.item() == pytest.approx(-log_probs[range(5), labels].mean(), rel=1e-5)
-    # Without a ROI.
-    loss = activation_loss(features[:0], classifier, labels[:0])
-    loss.backward()
-    assert loss == 0 and classifier.weight.grad is not None
 
 
 def test_losses_of_a_batch_by_numpy():
@@ -208,14 +182,6 @@ def test_batches_without_masks_rois_or_anything_sampled(batch, num_background):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     prior.eval()
     assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape
-
-
-def test_missing_proposals_and_wrong_steps_are_named():
-    context = dataclasses.replace(make_context(MIXED), sampled=None)
-    with pytest.raises(ValueError, match="all sampled ROIs.*give ROIContext.sampled"):
-        make_prior().train()(mask_features_of(context, SIDE), context)
-    with pytest.raises(ValueError, match="NUM_STEPS must be 0 .* or more, got -1"):
-        make_prior(num_steps=-1)
 
 
 @pytest.mark.parametrize("name", ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"])

@@ -12,12 +12,18 @@ from .hourglass import HourglassMaskHead
 from .inference import GTBoxInference, predict_masks_on_boxes
 from .mask_heads import MaskRCNNConvMultiUpsampleHead, build_teacher_mask_head
 from .mask_x_rcnn import WeightTransferMaskHead
-from .priors import ROI_MASK_PRIOR_REGISTRY, FeatureMapBoxHead, TwoBranchBoxHead
+from .priors import ROI_MASK_PRIOR_REGISTRY
+from .priors.contrastmask import ContrastivePrior, TwoBranchBoxHead
+from .priors.cpmask import CommonalityParsingPrior
+from .priors.opmask import ClassActivationPrior, FeatureMapBoxHead
+from .priors.shapeprop import ShapePropagationPrior
 from .pseudo_masks import PSEUDO_MASK_METHODS, PseudoMaskGenerator, generate_pseudo_masks
-from .roi_heads import PartiallySupervisedROIHeads
-from .teacher_student import TeacherStudentROIHeads
+from .roi_heads import PartiallySupervisedROIHeads, TeacherStudentROIHeads
 
 __all__ = [
+    "ClassActivationPrior",
+    "CommonalityParsingPrior",
+    "ContrastivePrior",
     "DenseCRF",
     "FeatureMapBoxHead",
     "GTBoxInference",
@@ -28,6 +34,7 @@ __all__ = [
     "PartiallySupervisedROIHeads",
     "PseudoMaskGenerator",
     "ROI_MASK_PRIOR_REGISTRY",
+    "ShapePropagationPrior",
     "TeacherStudentROIHeads",
     "TwoBranchBoxHead",
     "WeightTransferMaskHead",

@@ -36,7 +36,7 @@ __all__ = [
 # ROIs with a shorter side have neighbours at distance 1: cells of less than 2 pixels for M = 28.
 _SMALL_ROI_SIDE = 56
 
-# Linear sRGB -> CIE XYZ and the white point, both for the illuminant D65 and the 2 degree observer.
+# Linear sRGB -> CIE XYZ and the white point, for the illuminant D65 and the 2 degree observer.
 _RGB_TO_XYZ = (
     (0.412453, 0.357580, 0.180423),
     (0.212671, 0.715160, 0.072169),
@@ -77,8 +77,8 @@ def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tens
 def color_similarity(
     lab: torch.Tensor,
     valid: torch.Tensor,
-    dilation: int = 2,
-    is_small: torch.Tensor | None = None,
+    dilation: int,
+    is_small: torch.Tensor,
 ) -> torch.Tensor:
     """
     Compare the colour of each cell with those of its 8 neighbours.
@@ -90,11 +90,10 @@ def color_similarity(
         lab: shape (R, 3, M, M), CIE Lab.
         valid: bool, shape (R, M, M), see :func:`crop_lab`.
         dilation: distance of the neighbours in cells along each axis.
-        is_small: bool, shape (R,); in these ROIs the distance is 1. None = in no ROI.
+        is_small: bool, shape (R,); in these ROIs the distance is 1.
 
     Returns:
-        shape (R, 8, M, M), in [0, 1]; the neighbours row by row from the upper left one; without
-        gradient.
+        shape (R, 8, M, M), in [0, 1]; the neighbours row by row from the upper left one.
     """
 
     def similarity(distance: int) -> torch.Tensor:
@@ -109,9 +108,9 @@ def pairwise_loss(
     logits: torch.Tensor,
     similarity: torch.Tensor,
     box_masks: torch.Tensor,
-    threshold: float = 0.3,
-    dilation: int = 2,
-    is_small: torch.Tensor | None = None,
+    threshold: float,
+    dilation: int,
+    is_small: torch.Tensor,
 ) -> torch.Tensor:
     """
     Ask neighbours of similar colour for the same label, whichever it is.
@@ -122,9 +121,8 @@ def pairwise_loss(
 
     Args:
         logits: shape (R, M, M), logits.
-        similarity: shape (R, 8, M, M), c_ij of :func:`color_similarity` for the same ``dilation``
-            and ``is_small``.
-        box_masks: bool, shape (R, M, M), the cells whose centre lies in the object's box.
+        similarity: shape (R, 8, M, M), of :func:`color_similarity`.
+        box_masks: see :func:`projection_loss`.
         threshold: similarity from which on (inclusive) a pair counts; above 0, because 0 stands
             for a neighbour that does not exist.
         dilation, is_small: see :func:`color_similarity`.
@@ -132,8 +130,6 @@ def pairwise_loss(
     Returns:
         A scalar >= 0; without a pair, or without ROIs, it is 0, but still attached to ``logits``.
     """
-    if len(logits) == 0:
-        return logits.sum() * 0
     logits = at_least_float32(logits)
     # Probabilities would round to 0 or 1 and their logarithm to infinity.
     log_probs = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
@@ -153,12 +149,10 @@ def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
     Convert sRGB images to CIE Lab, D65, as ``skimage.color.rgb2lab`` does on the CPU.
 
     Args:
-        images: shape (N, 3, H, W), RGB in 0-255; values outside, such as rounding leaves behind
-            when the input normalisation is undone, count as the nearest end.
+        images: shape (N, 3, H, W), RGB; clamped to 0-255, which rounding may leave.
 
     Returns:
-        shape (N, 3, H, W), L in [0, 100], a and b roughly in [-110, 110]; float32, or float64 for
-        float64 images; without gradient.
+        shape (N, 3, H, W), L in [0, 100], a and b roughly in [-110, 110]; without gradient.
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 255) / 255
     linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
@@ -179,37 +173,28 @@ def crop_lab(
     roi_boxes: list[Boxes],
     mask_side_len: int,
     bottom_rows: float = 10,
-    original_heights: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cut the colours of each ROI's cells out of the images.
 
-    The RGB image is averaged over 4 x 4 pixels and then converted, as in BoxInst; ROIAlign comes
-    last. It averages and interpolates, which in Lab, but not in RGB, leads evenly from one colour
-    to the next, and the cost of the conversion does not grow with R.
+    The RGB image is averaged over 4 x 4 pixels and then converted, as in BoxInst; ROIAlign, which
+    averages and interpolates, comes last.
 
     Args:
         pixels: shape (N, 3, H, W), RGB in 0-255, padded at the right and at the bottom.
         image_sizes: (height, width) of each image without padding.
         roi_boxes: XYXY in the frame of ``pixels``, one :class:`Boxes` per image, R boxes in all.
         mask_side_len: M.
-        bottom_rows: so many rows at the bottom of each image are not valid; BoxInst's authors
-            found COCO's annotations there unreliable.
-        original_heights: of the images before they were resized; then ``bottom_rows`` counts
-            their rows, as in BoxInst. None = it counts rows of ``pixels``.
+        bottom_rows: so many rows of ``pixels`` at the bottom of each image are not valid; BoxInst's
+            authors found COCO's annotations there unreliable, and count rows before resizing.
 
     Returns:
         The colours, shape (R, 3, M, M), CIE Lab, and whether they are valid, bool, shape
-        (R, M, M): the cell's centre lies inside the image and not in its bottom rows. Both
-        without gradient.
+        (R, M, M): the cell's centre lies inside the image and not in its bottom rows.
     """
-    if original_heights is None:
-        original_heights = [height for height, _ in image_sizes]
     limits = [
-        boxes.tensor.new_tensor([width, height - bottom_rows * height / original_height])
-        for (height, width), original_height, boxes in zip(
-            image_sizes, original_heights, roi_boxes, strict=True
-        )
+        boxes.tensor.new_tensor([width, height - bottom_rows])
+        for (height, width), boxes in zip(image_sizes, roi_boxes)
     ]
     limits = torch.cat([limit.expand(len(boxes), 2) for limit, boxes in zip(limits, roi_boxes)])
     corners = Boxes.cat(roi_boxes).tensor
@@ -229,9 +214,7 @@ def crop_lab(
 
 
 class BoxSupervision(nn.Module):
-    """
-    BoxInst's two losses of ROIs whose object has a box but no mask. Has no parameters.
-    """
+    """BoxInst's two losses of ROIs whose object has a box but no mask. Has no parameters."""
 
     @configurable
     def __init__(
@@ -249,23 +232,13 @@ class BoxSupervision(nn.Module):
             threshold, dilation: see :func:`pairwise_loss`. ROIs whose short side is below 56
                 pixels have neighbours at distance 1, whatever the dilation.
             projection_weight, pairwise_weight: of the two losses.
-            warmup_iters: the pairwise loss grows linearly from 0 at iteration 0 to its full weight
-                at this one; 0 = full weight from the start. An empty mask has no pairwise loss, so
-                the projection gets a head start.
+            warmup_iters: the pairwise loss, which an empty mask does not have, grows linearly from
+                0 at iteration 0 to its full weight at this one; 0 = full weight from the start.
             bottom_rows: see :func:`crop_lab`.
-
-        Raises:
-            ValueError: a value outside its range.
         """
         super().__init__()
-        _check("COLOR_THRESHOLD", threshold, 0 < threshold <= 1, "above 0, at most 1")
-        _check("DILATION", dilation, dilation >= 1 and dilation == int(dilation), "1, 2, ...")
-        _check("PROJECTION_WEIGHT", projection_weight, projection_weight >= 0, "0 or more")
-        _check("PAIRWISE_WEIGHT", pairwise_weight, pairwise_weight >= 0, "0 or more")
-        _check("WARMUP_ITERS", warmup_iters, warmup_iters >= 0, "0 or more")
-        _check("BOTTOM_ROWS", bottom_rows, bottom_rows >= 0, "0 or more")
         self.threshold = threshold
-        self.dilation = int(dilation)
+        self.dilation = dilation
         self.projection_weight = projection_weight
         self.pairwise_weight = pairwise_weight
         self.warmup_iters = warmup_iters
@@ -290,8 +263,7 @@ class BoxSupervision(nn.Module):
         Args:
             logits: shape (R, M, M), logits.
             rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
-                ``gt_has_mask``; those with a mask add nothing. An image without ROIs may lack the
-                last two.
+                ``gt_has_mask``; those with a mask add nothing.
             pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
             iteration: of the training, from 0.
 
@@ -318,11 +290,6 @@ class BoxSupervision(nn.Module):
         }
 
 
-def _check(key: str, value: float, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ValueError(f"MODEL.BOX_SUPERVISION.{key} is {value!r}; allowed: {allowed}.")
-
-
 def _neighbours(values: torch.Tensor, distance: int) -> torch.Tensor:
     # (R, K, M, M) -> (R, K, 8, M, M), 0 outside the grid.
     height, width = values.shape[-2:]
@@ -332,10 +299,7 @@ def _neighbours(values: torch.Tensor, distance: int) -> torch.Tensor:
 
 
 def _at_distances(
-    function: Callable[[int], torch.Tensor], dilation: int, is_small: torch.Tensor | None
+    function: Callable[[int], torch.Tensor], dilation: int, is_small: torch.Tensor
 ) -> torch.Tensor:
     # function(1) in the small ROIs, function(dilation) in the others: both for all, no loop.
-    values = function(dilation)
-    if is_small is None or dilation == 1:
-        return values
-    return torch.where(is_small[:, None, None, None], function(1), values)
+    return torch.where(is_small[:, None, None, None], function(1), function(dilation))

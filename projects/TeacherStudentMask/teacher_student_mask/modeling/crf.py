@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 
-__all__ = ["CRF_BACKENDS", "DenseCRF", "mean_field"]
-
-CRF_BACKENDS = ("torch", "pydensecrf")
+__all__ = ["DenseCRF", "mean_field"]
 
 # Of the kernels of the ROIs that are computed together; one of 28 x 28 cells takes 2.5 MB.
 _MAX_KERNEL_BYTES = 256e6
-# A kernel value below e^-50 vanishes beside the 1 that every cell has with itself. Left as it is,
-# it can be a denormal number, with which a CPU computes twenty times more slowly.
+# A kernel value below e^-50 vanishes beside the 1 that every cell has with itself, but may be a
+# denormal number, with which a CPU computes twenty times more slowly.
 _MIN_EXPONENT = -50.0
 
 
@@ -24,26 +22,22 @@ class DenseCRF:
     """
     Mean-field inference in a fully connected CRF (Kraehenbuehl and Koltun, 2011) on each ROI.
 
-    Two labels; the unary is -log of the clipped probability, the pairwise terms are a Gaussian
-    over positions and a bilateral one over positions and colours, both Potts, with symmetric
-    normalisation. "CRF" in Sec. 4.2 of the paper, which runs it with "default parameters"; the
-    package pydensecrf has none, so these are the values of its README.
+    The model is that of :func:`mean_field`, which is the backend "torch": exact, all ROIs together,
+    on the device of the input. "pydensecrf" is the reference implementation, which approximates the
+    kernels on a permutohedral lattice; on the CPU, a ROI at a time.
 
-    The backends:
-
-    * ``"torch"``: :func:`mean_field`, exact, all ROIs together, on the device of the input.
-    * ``"pydensecrf"``: the reference implementation, which approximates the kernels on a
-      permutohedral lattice; on the CPU, a ROI at a time.
+    "CRF" in Sec. 4.2 of the paper, which runs it with "default parameters"; the package pydensecrf
+    has none, so these are the values of its README.
 
     Attributes:
         num_iters: mean-field iterations.
         gaussian_sxy, gaussian_compat: width in ROI cells, and weight, of the position term.
         bilateral_sxy, bilateral_srgb, bilateral_compat: widths in ROI cells and in 0-255 colour
             values, and weight, of the colour term.
-        backend: one of :data:`CRF_BACKENDS`.
+        backend: "torch" or "pydensecrf".
 
     Raises:
-        ValueError: an unknown backend, a width that is not positive.
+        ValueError: an unknown backend.
         ImportError: the backend is "pydensecrf", which is not installed.
     """
 
@@ -56,26 +50,17 @@ class DenseCRF:
     backend: str = "torch"
 
     def __post_init__(self) -> None:
-        if self.backend not in CRF_BACKENDS:
+        if self.backend not in ("torch", "pydensecrf"):
             raise ValueError(
-                f"MODEL.PSEUDO_MASK.CRF.BACKEND is {self.backend!r}; allowed: "
-                f"{', '.join(map(repr, CRF_BACKENDS))}."
+                f"MODEL.PSEUDO_MASK.CRF.BACKEND is {self.backend!r}; allowed: 'torch', "
+                "'pydensecrf'."
             )
-        for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"MODEL.PSEUDO_MASK.CRF.{name.upper()} is {getattr(self, name)!r}; it must be "
-                    "above 0."
-                )
         if self.backend == "pydensecrf":
             _import_pydensecrf()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> DenseCRF:
-        """
-        Args:
-            cfg: ``cfg.MODEL.PSEUDO_MASK.CRF``, whose keys are the attributes.
-        """
+        """The CRF of ``cfg.MODEL.PSEUDO_MASK.CRF``, whose keys are the attributes."""
         return cls(**{key.lower(): value for key, value in cfg.items()})
 
     def __call__(self, probs: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
@@ -88,16 +73,7 @@ class DenseCRF:
         Returns:
             shape (R, M, M): foreground probabilities after the CRF, in the type and on the device
             of ``probs``, without gradient.
-
-        Raises:
-            ValueError: the two shapes do not belong together.
         """
-        num_rois, height, width = probs.shape
-        if rois.shape != (num_rois, 3, height, width):
-            raise ValueError(
-                f"Probabilities of shape {tuple(probs.shape)} need colours of shape "
-                f"{(num_rois, 3, height, width)}, got {tuple(rois.shape)}."
-            )
         probs, rois = probs.detach(), rois.detach().round().clamp(0, 255)
         if self.backend == "torch":
             settings = {name: x for name, x in vars(self).items() if name != "backend"}
@@ -165,10 +141,7 @@ def mean_field(
     Args:
         probs: shape (R, H, W), probabilities of label 1.
         rois: shape (R, 3, H, W), RGB in 0-255.
-        num_iters: mean-field iterations.
-        gaussian_sxy, gaussian_compat: width in cells, and weight, of the position kernel.
-        bilateral_sxy, bilateral_srgb, bilateral_compat: widths in cells and in colour values, and
-            weight, of the bilateral kernel.
+        num_iters, gaussian_sxy, ...: see :class:`DenseCRF`.
 
     Returns:
         float32 whatever the input and autocast are, shape (R, H, W), probabilities of label 1, on
@@ -187,7 +160,7 @@ def mean_field(
         points = torch.cat([grid.expand(num_rois, -1, -1, -1), rois / bilateral_srgb], dim=1)
         points = points.flatten(2).transpose(1, 2)
 
-        chunk = max(1, int(_MAX_KERNEL_BYTES / (4 * max(1, height * width) ** 2)))
+        chunk = max(1, int(_MAX_KERNEL_BYTES / (4 * (height * width) ** 2)))
         if probs.device.type == "cpu":
             # The kernels should stay in the caches.
             chunk = min(chunk, torch.get_num_threads())

@@ -23,8 +23,6 @@ _NUM_ITERS = 5
 _MAX_SIDE = 256
 # Smaller boxes have too few colours.
 _MIN_BOX_SIDE = 8
-# Of corners in float32, which make a side of 8 one of 7.99999.
-_TOLERANCE = 1e-3
 # Background beside the box, on each side: a share of the box, and in pixels.
 _MARGIN, _MIN_MARGIN = 0.2, 5
 
@@ -43,29 +41,17 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
 
     Returns:
         bool, shape (H, W), False outside the box; False everywhere if that is not in the image.
-
-    Raises:
-        ValueError: an image of another type, a normalised one for instance, or a box that is not
-            four finite numbers.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            "GrabCut needs an image of type uint8 and shape (H, W, 3), not normalised, got "
-            f"{image.dtype} of shape {image.shape}."
-        )
-    box = np.asarray(box, dtype=np.float64)
-    if box.shape != (4,) or not np.isfinite(box).all():
-        raise ValueError(f"GrabCut needs a box x0, y0, x1, y1 of finite numbers, got {box}.")
     mask = np.zeros(image.shape[:2], dtype=bool)
-    box = np.clip(box, 0, np.array(image.shape[1::-1] * 2))
+    box = np.clip(np.asarray(box, dtype=np.float64), 0, np.array(image.shape[1::-1] * 2))
     # Every pixel that the box touches.
     x0, y0, x1, y1 = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
     if x0 >= x1 or y0 >= y1:
         return mask
     inside = mask[y0:y1, x0:x1]
     found = None
-    # Of the box itself: whole pixels make 6.5 up to 8.
-    if (box[2:] - box[:2]).min() >= _MIN_BOX_SIDE - _TOLERANCE:
+    # Of the box itself, whose corners in float32 may make a side of 8 one of 7.99999.
+    if (box[2:] - box[:2]).min() >= _MIN_BOX_SIDE - 1e-3:
         found = _find_inside(image, (x0, y0, x1, y1))
     inside[:] = True if found is None or not found.any() else found
     return mask
@@ -119,47 +105,20 @@ class GrabCutRCNN(GeneralizedRCNN):
         """
         As in :class:`GeneralizedRCNN`; with ``do_postprocess`` ``pred_masks`` are GrabCut's, bool,
         shape (n, height, width), in the frame of the output.
-
-        Raises:
-            ValueError: an input image that is not 3 channels in 0-255, but normalised, or in 0-1.
         """
         results = super().inference(batched_inputs, detected_instances, do_postprocess)
         if do_postprocess:
             for inputs, result in zip(batched_inputs, results):
                 instances = result["instances"]
-                image = _image_of(inputs, instances.image_size)
+                height, width = instances.image_size
+                image = inputs["image"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+                image = cv2.resize(np.ascontiguousarray(image), (width, height))
                 boxes = instances.pred_boxes.tensor
-                instances.pred_masks = _grab_cut_all(image, boxes.cpu().numpy()).to(boxes.device)
+                masks = np.zeros((len(boxes), height, width), dtype=bool)
+                # OpenCV works outside of Python's lock.
+                with ThreadPoolExecutor() as pool:
+                    found = pool.map(lambda box: grab_cut(image, box), boxes.cpu().numpy())
+                    for row, mask in enumerate(found):
+                        masks[row] = mask
+                instances.pred_masks = torch.from_numpy(masks).to(boxes.device)
         return results
-
-
-def _image_of(inputs: dict, size: tuple[int, int]) -> np.ndarray:
-    # uint8, shape (H, W, 3), of the size of the output, whose boxes GrabCut gets.
-    tensor = inputs["image"]
-    if tensor.shape[0] != 3 or not _has_pixel_values(tensor):
-        raise ValueError(
-            f"{inputs.get('file_name')}: GrabCutRCNN needs images of 3 channels with values in "
-            "0-255, not normalised ones nor ones scaled to 0-1, got shape "
-            f"{tuple(tensor.shape)} with values from {tensor.min():.4g} to {tensor.max():.4g}."
-        )
-    image = np.ascontiguousarray(tensor.permute(1, 2, 0).cpu().to(torch.uint8).numpy())
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-
-
-def _has_pixel_values(tensor: torch.Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    if tensor.min() < 0 or tensor.max() > 255:
-        return False
-    # Fractions up to 1 are an image scaled to 0-1, of which the whole numbers are almost all 0.
-    return bool(tensor.max() > 1 or (tensor == tensor.round()).all())
-
-
-def _grab_cut_all(image: np.ndarray, boxes: np.ndarray) -> torch.Tensor:
-    masks = torch.zeros(len(boxes), *image.shape[:2], dtype=torch.bool)
-    if len(boxes) > 0:
-        # OpenCV works outside of Python's lock.
-        with ThreadPoolExecutor() as pool:
-            for row, mask in enumerate(pool.map(lambda box: grab_cut(image, box), boxes)):
-                masks[row] = torch.from_numpy(mask)
-    return masks

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import (
-    Conv2d,
-    ConvTranspose2d,
-    NaiveSyncBatchNorm,
-    ShapeSpec,
-    get_norm,
-)
+from detectron2.layers import Conv2d, ConvTranspose2d, NaiveSyncBatchNorm, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, BaseMaskRCNNHead
 from detectron2.utils import comm
 from torch import nn
@@ -39,18 +33,13 @@ class HourglassMaskHead(BaseMaskRCNNHead):
     ROI features (R, D, S, S) -> 3x3 convolution to ``width`` channels and a residual block to twice
     as many -> hourglass -> 3x3 convolution -> 2x2 deconvolution to ``width`` channels -> 1x1
     convolution -> logits (R, K, 2S, 2S). The depth counts the 3x3 convolutions on the longest way
-    to the deconvolution.
+    to the deconvolution. Every level of the hourglass halves the map, rounding up: 2 levels for a
+    depth of 20, else 5.
 
-    Every level of the hourglass halves the map, rounding up: 2 levels for a depth of 20, else 5,
-    so that the smallest map of S = 14, 28 and 32 (the original's) has 4, 7 and 8 cells a side with
-    2 levels, and 1 with 5. S need not be even, because a level returns to the size it was given.
-
-    The original normalises with "BN". "GN" does not depend on how many ROIs a GPU has, of which
-    the smallest maps have one value each. Without a norm, MODEL.ROI_MASK_HEAD.NORM's default, the
-    residual branches start scaled down; otherwise 49 blocks would multiply the features by 10^4.
-
-    The gain of depth over 4 convolutions was reported for training on ground-truth boxes
-    (MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES); with proposals expect less.
+    The original normalises with "BN"; "GN" does not depend on how many ROIs a GPU has. Without a
+    norm, the default, the residual branches start scaled down; otherwise 49 blocks would multiply
+    the features by 10^4. The gain of depth over 4 convolutions was reported for training on
+    ground-truth boxes (MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES); with proposals expect less.
     """
 
     @configurable
@@ -60,13 +49,13 @@ class HourglassMaskHead(BaseMaskRCNNHead):
         *,
         num_classes: int,
         depth: int = 52,
-        conv_norm: str | Callable[[int], nn.Module] = "",
+        conv_norm: str = "",
         width: int = 64,
         **kwargs,
     ):
         """
         Args:
-            input_shape: of the ROI features; of any size.
+            input_shape: of the ROI features.
             num_classes: K, the number of foreground classes; 1 = class-agnostic.
             depth: 20, 52 or 100.
             conv_norm: of :func:`detectron2.layers.get_norm`. "GN" needs a width of 32 or 64.
@@ -102,8 +91,13 @@ class HourglassMaskHead(BaseMaskRCNNHead):
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
         if not conv_norm:
-            # On the longest way there is a block for every two convolutions but the first and last.
-            self._scale_residual_branches(num_blocks_on_way=(depth - 2) // 2)
+            # A branch adds a variance of its input's size: each block would double it. Divided by
+            # the number n of blocks on the longest way, all of them make it (1 + 1/n)^n < e times
+            # as large. There is one for every two convolutions but the first and last.
+            for block in self.modules():
+                if isinstance(block, ResidualBlock):
+                    with torch.no_grad():
+                        block.conv2.weight.mul_(((depth - 2) // 2) ** -0.5)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -118,35 +112,16 @@ class HourglassMaskHead(BaseMaskRCNNHead):
         return ret
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: shape (R, D, S, S), ROI features; R may be 0.
-
-        Returns:
-            Logits, shape (R, K, 2S, 2S).
-        """
+        """Logits, shape (R, K, 2S, 2S), of ROI features, (R, D, S, S); R may be 0."""
         x = self.output_conv(self.hourglass(self.stem(x)))
         return self.predictor(F.relu(self.deconv_norm(self.deconv(x))))
-
-    def _scale_residual_branches(self, num_blocks_on_way: int) -> None:
-        # A branch adds a variance of its input's size: each block would double it. Divided by the
-        # number of blocks n, all of them make it (1 + 1/n)^n < e times as large.
-        for block in self.modules():
-            if isinstance(block, ResidualBlock):
-                with torch.no_grad():
-                    block.conv2.weight.mul_(num_blocks_on_way**-0.5)
 
 
 class Hourglass(nn.Module):
     """One level, around the next smaller one: skip path + upsampled (down, inner level, up)."""
 
     def __init__(self, channels: Sequence[int], num_blocks: Sequence[int], norm) -> None:
-        """
-        Args:
-            channels: c_k of this level and all inner ones, and of the smallest map.
-            num_blocks: n_k of the same, in residual blocks.
-            norm: see :class:`HourglassMaskHead`.
-        """
+        """Of this level, all inner ones and the smallest map, channels and residual blocks."""
         super().__init__()
         outer, inner = channels[:2]
         n = num_blocks[0]
@@ -162,32 +137,21 @@ class Hourglass(nn.Module):
         """Args: x: shape (R, c_k, S, S). Returns the same shape."""
         skip = self.skip(x)
         up = self.up(self.inner(self.down(x)))
-        # Cell i of the large map gets cell i // 2, which the stride of 2 put on cell 2 (i // 2);
-        # so it is for odd sizes, too.
+        # Cell i gets cell i // 2, which the stride put on cell 2 (i // 2), for odd sizes, too.
         return skip + F.interpolate(up, size=skip.shape[-2:], mode="nearest")
 
 
 class ResidualBlock(nn.Module):
-    """
-    Two 3x3 convolutions around which the input goes, through a 1x1 convolution where it changes.
-    """
+    """Two 3x3 convolutions and a skip path, a 1x1 convolution where shapes change."""
 
     def __init__(self, in_channels: int, out_channels: int, norm, stride: int = 1) -> None:
-        """
-        Args:
-            in_channels, out_channels: number of channels.
-            norm: see :class:`HourglassMaskHead`.
-            stride: of the first convolution.
-        """
+        """``stride`` is that of the first convolution."""
         super().__init__()
         self.conv1 = _make_conv(in_channels, out_channels, norm, stride, activation=F.relu)
         self.conv2 = _make_conv(out_channels, out_channels, norm)
-        is_changed = stride > 1 or in_channels != out_channels
-        self.shortcut = (
-            _make_conv(in_channels, out_channels, norm, stride, kernel_size=1)
-            if is_changed
-            else nn.Identity()
-        )
+        self.shortcut = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            self.shortcut = _make_conv(in_channels, out_channels, norm, stride, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: shape (R, in_channels, S, S). Returns (R, out_channels, S', S')."""
@@ -196,18 +160,14 @@ class ResidualBlock(nn.Module):
 
 class _OneValueIsEnough:
     # One ROI on a map of one cell has no variance, and PyTorch raises. Here the running statistics
-    # are taken for it.
-
+    # are taken for it, unless other processes have values.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        has_one_value = x.shape[0] * x.shape[2] * x.shape[3] == 1
-        if has_one_value and not self._has_values_elsewhere():
+        is_synchronised = isinstance(self, NaiveSyncBatchNorm) and comm.get_world_size() > 1
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not is_synchronised:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(x)
-
-    def _has_values_elsewhere(self) -> bool:
-        return isinstance(self, NaiveSyncBatchNorm) and comm.get_world_size() > 1
 
 
 class _RoiBatchNorm2d(_OneValueIsEnough, nn.BatchNorm2d):

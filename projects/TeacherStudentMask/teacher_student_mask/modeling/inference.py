@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .grabcut import GrabCutRCNN
-from .teacher_student import TeacherStudentROIHeads
+from .roi_heads import TeacherStudentROIHeads
 
 __all__ = ["GTBoxInference", "predict_masks_on_boxes"]
 
@@ -27,32 +27,14 @@ class GTBoxInference(nn.Module):
     """
 
     def __init__(self, model: nn.Module):
-        """
-        Args:
-            model: a :class:`GeneralizedRCNN`, alone or in a :class:`DistributedDataParallel`.
-        """
+        """``model`` is a :class:`GeneralizedRCNN`, also in a :class:`DistributedDataParallel`."""
         super().__init__()
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """
-        Args:
-            batched_inputs: as for :class:`GeneralizedRCNN`, with ``instances``.
-
-        Returns:
-            As :meth:`GeneralizedRCNN.forward` in inference: ``instances`` in the frame of the
-            original image.
-
-        Raises:
-            ValueError: an input without ``instances``.
-        """
+        """As :meth:`GeneralizedRCNN.forward` in inference, in the frame of the original image."""
         detected = []
         for inputs in batched_inputs:
-            if "instances" not in inputs:
-                raise ValueError(
-                    f"{inputs.get('file_name')}: TEST.GT_BOXES needs ground-truth boxes in the "
-                    "inputs; build the test loader with TeacherStudentDatasetMapper."
-                )
             targets = inputs["instances"]
             boxes = targets.gt_boxes.tensor.clone()
             detected.append(_detections(targets.image_size, boxes, targets.gt_classes))

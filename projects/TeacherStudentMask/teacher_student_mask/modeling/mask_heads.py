@@ -30,12 +30,7 @@ class MaskRCNNConvMultiUpsampleHead(MaskRCNNConvUpsampleHead):
             input_shape: of the ROI features.
             num_deconv: number of 2x deconvolutions, at least 1.
             **kwargs: of :class:`MaskRCNNConvUpsampleHead`.
-
-        Raises:
-            ValueError: ``num_deconv`` below 1.
         """
-        if num_deconv < 1:
-            raise ValueError(f"NUM_DECONV must be at least 1, got {num_deconv}.")
         super().__init__(input_shape, **kwargs)
         # The head is an nn.Sequential: what runs before the predictor must stand before it.
         predictor = self.predictor
@@ -60,14 +55,8 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
     Build the class-agnostic teacher F_t of Eq. (2) from the mask-head registry.
 
     Registered heads read ``cfg.MODEL.ROI_MASK_HEAD``; the teacher's sees there the values of
-    ``cfg.MODEL.TEACHER_MASK_HEAD``, so any registered head can teach.
-
-    Args:
-        cfg: the whole config; not changed.
-        input_shape: of the ROI features, the same as the student's.
-
-    Returns:
-        A mask head whose ``layers`` give logits of shape (R, 1, M, M).
+    ``cfg.MODEL.TEACHER_MASK_HEAD``, so any registered head can teach. Its ``layers`` give logits of
+    shape (R, 1, M, M).
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -31,28 +31,13 @@ __all__ = [
 
 
 def has_mask_of(rois: Instances) -> torch.Tensor:
-    """
-    Which ROIs have an object with a human mask.
-
-    Args:
-        rois: of one image, with ``gt_has_mask``; an image without ROIs may lack it.
-
-    Returns:
-        bool, shape (R_i,).
-    """
+    """bool, shape (R_i,): which ROIs of an image have an object with a human mask."""
+    # An image without ROIs may lack the field.
     return rois.gt_has_mask if len(rois) > 0 else rois.gt_classes.to(torch.bool)
 
 
 def has_model_mask_of(rois: Instances) -> torch.Tensor:
-    """
-    Which ROIs have an object with a mask that a model made, and none of a human.
-
-    Args:
-        rois: of one image, with ``gt_classes``; without ``gt_has_model_mask`` there is none.
-
-    Returns:
-        bool, shape (R_i,).
-    """
+    """bool, shape (R_i,): which have a mask that a model made, and none of a human."""
     if len(rois) == 0 or not rois.has("gt_has_model_mask"):
         return torch.zeros_like(rois.gt_classes, dtype=torch.bool)
     return rois.gt_has_model_mask & ~rois.gt_has_mask
@@ -65,16 +50,7 @@ def select_rois(rois: Instances, selected: torch.Tensor) -> Instances:
 
 
 def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
-    """
-    Keep all ROIs with a human mask, and of the others a random choice.
-
-    Args:
-        rois: of one image.
-        limit: how many ROIs without a mask to keep at most, > 0.
-
-    Returns:
-        The kept ROIs, in their order.
-    """
+    """Keep an image's ROIs with a human mask, and a random choice of ``limit`` of the others."""
     has_mask = has_mask_of(rois)
     candidates = (~has_mask).nonzero().squeeze(1)
     if len(candidates) <= limit:
@@ -86,16 +62,7 @@ def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
 
 
 def rois_of_objects(targets: Instances) -> Instances:
-    """
-    All objects of an image as ROIs, each once and at its own box, whatever was sampled.
-
-    Args:
-        targets: with ``gt_boxes`` and the other ``gt_*`` fields; not changed; may be empty.
-
-    Returns:
-        ROIs in the order of the targets, with all their ``gt_*`` fields, and as ``proposal_boxes``
-        a copy of ``gt_boxes``.
-    """
+    """The objects of an image as ROIs, each once and at its own box, with their ``gt_*`` fields."""
     rois = Instances(targets.image_size)
     rois.proposal_boxes = Boxes(targets.gt_boxes.tensor.clone())
     for name, value in targets.get_fields().items():
@@ -110,7 +77,7 @@ def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor |
 
     Args:
         rois: one per image, R rows in all, with ``proposal_boxes``.
-        sampled: one per image, in the same order.
+        sampled: likewise, in the same order of the images.
 
     Returns:
         int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
@@ -155,8 +122,8 @@ def crop_gt_masks(
             ``gt_has_mask``; an image without ROIs may lack the last two.
         mask_side_len: side M of the targets.
         device: of the result.
-        has_mask: says of the ROIs of an image which have one, bool of shape (R_i,): those with a
-            human mask, or :func:`has_model_mask_of`.
+        has_mask: which ROIs of an image have one, :func:`has_mask_of` or
+            :func:`has_model_mask_of`.
 
     Returns:
         float32, shape (R, M, M), in {0, 1}; zeros where ``has_mask`` is False, whatever
@@ -177,12 +144,7 @@ def crop_gt_masks(
 
 def crop_pixels(images: torch.Tensor, boxes: list[Boxes], side: int) -> torch.Tensor:
     """
-    Cut a square crop out of the images for each box.
-
-    Args:
-        images: shape (N, 3, H, W).
-        boxes: one :class:`Boxes` per image, R boxes in all, in the frame of ``images``.
-        side: of the crops.
+    Crop the images, shape (N, 3, H, W), with R boxes in their frame, one :class:`Boxes` per image.
 
     Returns:
         shape (R, 3, side, side).
@@ -237,10 +199,8 @@ def masked_bce_loss(
     """
     Mean binary cross entropy over the pixels of the supervised ROIs, Eq. (5) and (6) of the paper.
 
-    The mean is over the ROIs of this process, as in all losses of Detectron2. In training with W
-    processes DistributedDataParallel averages their gradients, so each of the n_r supervised ROIs
-    of process r weighs 1 / (W * n_r): as in one process with all images where all n_r are equal,
-    else not, and a process without one still counts in W.
+    The mean is over the ROIs of this process, as in all losses of Detectron2. With W processes,
+    whose gradients are averaged, each of the n_r supervised ROIs of process r weighs 1 / (W * n_r).
 
     Args:
         pred_mask_logits: shape (R, M, M), logits.
@@ -262,12 +222,8 @@ def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Dice loss of each row, D(a, b) = 1 - 2 sum(ab) / (sum(a^2) + sum(b^2) + 1e-5).
 
-    Args:
-        probs: shape (R, ...), probabilities.
-        targets: shape (R, ...), in [0, 1].
-
-    Returns:
-        shape (R,), in [0, 1]. An empty target gives 1 without gradient, whatever ``probs``.
+    Of probabilities and of targets in [0, 1], both of shape (R, ...). Returns shape (R,), in
+    [0, 1]; an empty target gives 1 without gradient.
     """
     probs, targets = probs.flatten(1), targets.to(probs.dtype).flatten(1)
     intersection = (probs * targets).sum(1)
@@ -277,11 +233,7 @@ def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def masked_dice_loss(
     pred_mask_logits: torch.Tensor, targets: torch.Tensor, is_supervised: torch.Tensor
 ) -> torch.Tensor:
-    """
-    Mean Dice loss of the supervised ROIs, BoxInst's loss where there is a mask.
-
-    Arguments and result are those of :func:`masked_bce_loss`.
-    """
+    """Mean :func:`dice_loss` of the supervised ROIs, in the form of :func:`masked_bce_loss`."""
     if not is_supervised.any():
         return pred_mask_logits.sum() * 0
     probs = at_least_float32(pred_mask_logits[is_supervised]).sigmoid()
@@ -294,13 +246,7 @@ def mask_accuracy(
     """
     The share of the selected ROIs' pixels that are on the right side of 0.5.
 
-    Args:
-        pred_mask_logits: shape (R, M, M), logits.
-        targets: shape (R, M, M), in [0, 1].
-        selected: bool, shape (R,).
-
-    Returns:
-        A scalar without gradient, NaN without a selected ROI.
+    Arguments are those of :func:`masked_bce_loss`. NaN without a selected ROI; no gradient.
     """
     is_right = (pred_mask_logits.detach() > 0) == (targets > 0.5)
     num_right = (is_right.flatten(1).sum(1) * selected).sum()

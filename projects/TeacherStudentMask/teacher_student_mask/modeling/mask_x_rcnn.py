@@ -6,7 +6,6 @@ import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from torch import nn
 from torch.nn import functional as F
@@ -48,7 +47,7 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
         Args:
             input_shape: of the ROI features.
             num_classes: foreground classes C; those of the box predictor.
-            num_deconv: number of 2x deconvolutions, at least 1.
+            num_deconv: number of 2x deconvolutions.
             mlp_branch: add class-agnostic logits of a layer from D * M * M features to M * M cells:
                 157 million weights for D = 256 and M = 28, four times the rest of a Mask R-CNN.
             **kwargs: of :class:`MaskRCNNConvMultiUpsampleHead`.
@@ -89,25 +88,16 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
 
         Args:
             box_predictor: with linear layers ``cls_score``, C + 1 rows, and ``bbox_pred``, 4 C
-                rows by class, of the same number of inputs; Detectron2's, and subclasses of it.
+                rows by class, of the same number of inputs.
 
         Raises:
-            ValueError: it is of another kind, of another number of classes, or its box regression
-                is class-agnostic.
+            ValueError: its box regression is class-agnostic.
         """
-        if not isinstance(box_predictor, FastRCNNOutputLayers):
+        num_inputs = box_predictor.cls_score.in_features
+        if len(box_predictor.bbox_pred.weight) != 4 * self.num_classes:
             raise ValueError(
-                "WeightTransferMaskHead needs a box predictor with linear layers cls_score and "
-                f"bbox_pred, as FastRCNNOutputLayers has them, got {type(box_predictor).__name__}."
-            )
-        num_scores, num_inputs = box_predictor.cls_score.weight.shape
-        num_deltas = len(box_predictor.bbox_pred.weight)
-        if (num_scores, num_deltas) != (self.num_classes + 1, 4 * self.num_classes):
-            raise ValueError(
-                f"WeightTransferMaskHead for {self.num_classes} classes needs a box predictor with "
-                f"{self.num_classes + 1} scores and {4 * self.num_classes} box deltas, got "
-                f"{num_scores} and {num_deltas}; MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be "
-                "False, for its deltas say nothing about a class."
+                "WeightTransferMaskHead needs box weights of each class: set "
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG to False."
             )
         # In a tuple a module is not a submodule. A copy of both has this refer to the copy.
         self._box_predictor = (box_predictor,)
@@ -120,32 +110,17 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
 
     def class_weights(self) -> torch.Tensor:
         """
-        The weights w_c of the last layer.
+        The weights w_c of the last layer, shape (C, D).
 
-        Returns:
-            shape (C, D); gradient flows to A1 and A2, not to the box predictor.
-
-        Raises:
-            RuntimeError: :meth:`use_box_predictor` has not been called.
+        Gradient flows to A1 and A2, not to the box predictor.
         """
-        if not self._box_predictor:
-            raise RuntimeError(
-                "WeightTransferMaskHead has no box predictor: its ROI heads must call "
-                "use_box_predictor, as PartiallySupervisedROIHeads and TeacherStudentROIHeads do."
-            )
         (box_predictor,) = self._box_predictor
         scores = box_predictor.cls_score.weight.detach()[: self.num_classes]  # without background
         deltas = box_predictor.bbox_pred.weight.detach().reshape(self.num_classes, -1)
         return self.transfer(torch.cat([scores, deltas], dim=1))
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: shape (R, D_in, S, S), ROI features.
-
-        Returns:
-            shape (R, C, M, M), logits.
-        """
+        """Logits, shape (R, C, M, M), of ROI features, (R, D_in, S, S)."""
         for name in self._trunk:
             x = getattr(self, name)(x)
         weights = self.class_weights().to(x.dtype)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
 from .crf import DenseCRF
@@ -82,8 +82,7 @@ def generate_pseudo_masks(
         float, shape (R, M, M), in {0, 1}, or in [0, 1] for ``"none"``; without gradient.
 
     Raises:
-        ValueError: an unknown method, an argument that the method needs is missing, or M_t is not
-            a multiple of M.
+        ValueError: an unknown method, or M_t is not a multiple of M.
     """
     _check_method(method)
     side = student_probs.shape[-1]
@@ -96,15 +95,15 @@ def generate_pseudo_masks(
     elif method == "interact":
         masks = (probs + student_probs) / 2 >= threshold
     elif method == "crf":
-        if crf is None or roi_images is None:
-            raise ValueError("Method 'crf' needs 'crf' and 'roi_images'.")
         masks = crf(probs, roi_images) >= threshold
     else:
-        if not has_boxes:
-            raise ValueError("Method 'box_fit' needs 'roi_boxes' and 'gt_boxes'.")
         masks = fit_to_boxes(probs, cells_inside_boxes(roi_boxes, gt_boxes, side))
-    boxes = (roi_boxes, gt_boxes) if has_boxes and clip_to_box else None
-    return _clean(masks.to(teacher_probs.dtype), boxes, exclusion_masks)
+    masks = masks.to(teacher_probs.dtype)
+    if has_boxes and clip_to_box:
+        masks = masks * cells_inside_boxes(roi_boxes, gt_boxes, side)
+    if exclusion_masks is not None:
+        masks = masks * ~exclusion_masks
+    return masks
 
 
 def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
@@ -153,7 +152,7 @@ class PseudoMaskGenerator:
         exclude_seen: cells inside the image's ``gt_exclusion_masks`` become background.
 
     Raises:
-        ValueError: an unknown method, or ``"crf"`` without ``crf``.
+        ValueError: an unknown method.
     """
 
     method: str = "interact"
@@ -164,8 +163,6 @@ class PseudoMaskGenerator:
 
     def __post_init__(self) -> None:
         _check_method(self.method)
-        if self.method == "crf" and self.crf is None:
-            raise ValueError("Pseudo-mask method 'crf' needs the argument 'crf'.")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> PseudoMaskGenerator:
@@ -200,38 +197,31 @@ class PseudoMaskGenerator:
         Returns:
             The pseudo masks, shape (R, M, M), without gradient.
         """
-        roi_boxes, gt_boxes = _boxes_of(rois, teacher_probs)
+        rois = [x for x in rois if len(x) > 0]
+        if not rois:
+            return student_probs
+        roi_boxes, exclusion_masks = Boxes.cat([x.proposal_boxes for x in rois]).tensor, None
+        if self.exclude_seen:
+            side = student_probs.shape[-1]
+            exclusion_masks = torch.cat(
+                [x.gt_exclusion_masks.crop_and_resize(x.proposal_boxes.tensor, side) for x in rois]
+            )
         return generate_pseudo_masks(
             teacher_probs,
             student_probs,
             method=self.method,
             threshold=self.threshold,
             roi_boxes=roi_boxes,
-            gt_boxes=gt_boxes,
+            gt_boxes=Boxes.cat([x.gt_boxes for x in rois]).tensor,
             clip_to_box=self.clip_to_box,
-            exclusion_masks=self._exclusion_masks(rois, student_probs.shape[-1]),
+            exclusion_masks=exclusion_masks,
             crf=self.crf,
             roi_images=roi_images,
         )
 
     def clean(self, masks: torch.Tensor, rois: list[Instances]) -> torch.Tensor:
-        """
-        Clear, as in pseudo masks, the cells outside the object's own box and in annotated masks.
-
-        Args:
-            masks: shape (R, M, M), in [0, 1]; not changed.
-            rois: as above.
-        """
-        boxes = _boxes_of(rois, masks) if self.clip_to_box else None
-        return _clean(masks, boxes, self._exclusion_masks(rois, masks.shape[-1]))
-
-    def _exclusion_masks(self, rois: list[Instances], side: int) -> torch.Tensor | None:
-        rois = [x for x in rois if len(x) > 0]
-        if not self.exclude_seen or not rois:
-            return None
-        return torch.cat(
-            [x.gt_exclusion_masks.crop_and_resize(x.proposal_boxes.tensor, side) for x in rois]
-        )
+        """Clean given masks, shape (R, M, M) in [0, 1], of such ROIs as pseudo masks are."""
+        return replace(self, method="none")(masks, masks, rois)
 
 
 @torch.no_grad()
@@ -257,7 +247,7 @@ def make_student_targets(
     * ``"ignore"``: what objects without any mask have, a pseudo mask of the teacher.
 
     Args:
-        gt_masks: shape (R, M, M), of :func:`crop_gt_masks`; not changed.
+        gt_masks: shape (R, M, M), of :func:`crop_gt_masks`.
         rois: one per image, R rows in all, with ``gt_has_mask``, ``proposal_boxes``, ``gt_boxes``
             and ``gt_exclusion_masks``; an image without ROIs may lack them.
         teacher_logits: shape (R, M_t, M_t).
@@ -269,9 +259,9 @@ def make_student_targets(
 
     Returns:
         The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
-        (R,); and scalars about the targets that are not ground truth: how full the masks are
-        (``fg_ratio``; of pseudo masks near 0 or 1 it tells of a collapse), and the share of cells
-        that both heads, or model and teacher, put on the same side of 0.5 (``agreement``).
+        (R,); and scalars about the targets that are not ground truth: how full they are
+        (``fg_ratio``; near 0 or 1 it tells of a collapse), and the share of cells that both heads,
+        or model and teacher, put on the same side of 0.5 (``agreement``).
     """
     has_target = torch.cat([has_mask_of(x) for x in rois])
     side, targets, scalars = gt_masks.shape[-1], gt_masks, {}
@@ -336,24 +326,3 @@ def _average_down(probs: torch.Tensor, side: int) -> torch.Tensor:
             "cells."
         )
     return F.avg_pool2d(probs[:, None], probs.shape[-1] // side)[:, 0]
-
-
-def _clean(
-    masks: torch.Tensor,
-    boxes: tuple[torch.Tensor, torch.Tensor] | None,
-    exclusion_masks: torch.Tensor | None,
-) -> torch.Tensor:
-    # masks: (R, M, M); boxes: of the ROIs and of their objects, if cells outside are to be cleared.
-    if boxes is not None:
-        masks = masks * cells_inside_boxes(*boxes, masks.shape[-1])
-    if exclusion_masks is not None:
-        masks = masks * ~exclusion_masks
-    return masks
-
-
-def _boxes_of(rois: list[Instances], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # Of the ROIs and of their objects, (R, 4) each; an image without ROIs may lack the latter.
-    none = like.new_zeros((0, 4))
-    rois = [x for x in rois if len(x) > 0]
-    roi_boxes = torch.cat([x.proposal_boxes.tensor for x in rois]) if rois else none
-    return roi_boxes, torch.cat([x.gt_boxes.tensor for x in rois]) if rois else none

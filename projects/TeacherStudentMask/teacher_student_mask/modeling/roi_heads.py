@@ -1,4 +1,4 @@
-"""ROI heads that learn masks where only some objects have one."""
+"""ROI heads that learn masks where only some objects have one: a mask head, or two."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .box_supervision import BoxSupervision
-from .mask_heads import has_batch_norm
+from .mask_heads import build_teacher_mask_head, has_batch_norm
 from .mask_targets import (
     boxes_of,
     crop_gt_masks,
     crop_pixels,
+    drop_surplus_rois_without_mask,
     has_mask_of,
     has_model_mask_of,
     mask_accuracy,
@@ -35,25 +36,14 @@ from .mask_targets import (
     select_rois,
 )
 from .mask_x_rcnn import WeightTransferMaskHead
-from .priors import (
-    FeatureMapBoxHead,
-    PooledFastRCNNOutputLayers,
-    ROIContext,
-    TwoBranchBoxHead,
-    build_mask_prior,
-    normalized_activation_maps,
-)
+from .priors import ROIContext, build_mask_prior
+from .priors.contrastmask import TwoBranchBoxHead
+from .priors.opmask import FeatureMapBoxHead, PooledFastRCNNOutputLayers
+from .pseudo_masks import EXTERNAL_MASK_USES, PseudoMaskGenerator, make_student_targets
 
-__all__ = [
-    "PartiallySupervisedROIHeads",
-    "check_choice",
-    "pooled_shape",
-    "put_pictures",
-    "put_scalars",
-]
+__all__ = ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"]
 
 _MASK_LOSSES = {"bce": masked_bce_loss, "dice": masked_dice_loss}
-_MAX_PICTURES = 8
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -62,9 +52,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     Mask R-CNN's ROI heads with one mask head that learns from the objects that have a mask.
 
     With ``CLS_AGNOSTIC_MASK`` the baseline of the field, with ``SEEN_CLASSES "all"`` and class-
-    specific masks the oracle. RPN and box head learn from all objects. Expects the targets of
-    :class:`TeacherStudentDatasetMapper`. A mask prior and box supervision make other base methods
-    of it; without them nothing of theirs runs.
+    specific masks the oracle; a mask prior and box supervision make other base methods of it. RPN
+    and box head learn from all objects.
     """
 
     @configurable
@@ -80,7 +69,6 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         pixel_mean: Sequence[float] = (0.0, 0.0, 0.0),
         pixel_std: Sequence[float] = (1.0, 1.0, 1.0),
         image_format: str = "BGR",
-        vis_period: int = 0,
         **kwargs,
     ):
         """
@@ -93,22 +81,16 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                 detected boxes instead of keeping those of the proposals.
             box_supervision: losses of ROIs whose object has no mask.
             mask_loss: of those whose object has one, "bce" or "dice".
-            pixel_mean, pixel_std, image_format: the model's input normalisation and order of
-                channels, to get the pixels back from its input.
-            vis_period: iterations between pictures in the event storage; 0 = none.
+            pixel_mean, pixel_std, image_format: see :meth:`to_rgb`.
             **kwargs: of :class:`StandardROIHeads`. The mask head must have a ``layers`` method
                 that returns logits, as every :class:`BaseMaskRCNNHead` has.
 
         Raises:
-            ValueError: a mask head without a pooler, an unknown loss or image format, a prior that
-                needs the box head's map of a box head that has none, or a
-                :class:`WeightTransferMaskHead` whose box predictor lacks the weights it needs.
+            ValueError: an unknown loss, a prior that needs the box head's map of a box head that
+                has none, or a :class:`WeightTransferMaskHead` with class-agnostic box regression.
         """
         super().__init__(**kwargs)
-        if self.mask_on and self.mask_pooler is None:
-            raise ValueError('MODEL.ROI_MASK_HEAD.POOLER_TYPE is ""; name a pooler, "ROIAlignV2".')
-        check_choice("The mask loss", mask_loss, tuple(_MASK_LOSSES))
-        check_choice("INPUT.FORMAT", image_format, ("BGR", "RGB"))
+        _check_choice("The mask loss", mask_loss, tuple(_MASK_LOSSES))
         needs_maps = mask_prior is not None and mask_prior.needs_class_maps
         if needs_maps and not isinstance(self.box_predictor, PooledFastRCNNOutputLayers):
             raise ValueError(
@@ -125,7 +107,6 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         self.mask_loss = _MASK_LOSSES[mask_loss]
         self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
         self.image_format = image_format
-        self.vis_period = vis_period
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -137,10 +118,9 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             pixel_mean=cfg.MODEL.PIXEL_MEAN,
             pixel_std=cfg.MODEL.PIXEL_STD,
             image_format=cfg.INPUT.FORMAT,
-            vis_period=cfg.VIS_PERIOD,
         )
         name = cfg.MODEL.BOX_SUPERVISION.NAME
-        check_choice("MODEL.BOX_SUPERVISION.NAME", name, ("", "boxinst"))
+        _check_choice("MODEL.BOX_SUPERVISION.NAME", name, ("", "boxinst"))
         if name:
             ret["box_supervision"] = BoxSupervision(cfg)
             ret["mask_loss"] = cfg.MODEL.BOX_SUPERVISION.MASK_LOSS
@@ -157,31 +137,13 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super()._init_mask_head(cfg, input_shape)
         if ret:
-            shape = pooled_shape(cfg, input_shape)
+            shape = _pooled_shape(cfg, input_shape)
             shapes = {k: input_shape[k] for k in cfg.MODEL.ROI_HEADS.IN_FEATURES}
             ret["mask_prior"] = build_mask_prior(cfg, shape, shapes)
-            head_shape = pooled_shape(cfg, input_shape, ret["mask_prior"])
+            head_shape = _pooled_shape(cfg, input_shape, ret["mask_prior"])
             if head_shape != shape:
                 ret["mask_head"] = build_mask_head(cfg, head_shape)
         return ret
-
-    @torch.no_grad()
-    def label_and_sample_proposals(
-        self, proposals: list[Instances], targets: list[Instances]
-    ) -> list[Instances]:
-        """
-        As in :class:`ROIHeads`.
-
-        Raises:
-            ValueError: the targets lack the fields of :class:`TeacherStudentDatasetMapper`.
-        """
-        if self.mask_on and any(len(x) > 0 and not x.has("gt_has_mask") for x in targets):
-            raise ValueError(
-                "The training targets have no 'gt_has_mask', which says which objects have a mask: "
-                "build the train loader with TeacherStudentDatasetMapper(cfg, is_train=True), as "
-                "train_net.py does, not with Detectron2's default mapper."
-            )
-        return super().label_and_sample_proposals(proposals, targets)
 
     def forward(
         self,
@@ -190,30 +152,36 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """See :meth:`StandardROIHeads.forward`."""
+        """As in :class:`StandardROIHeads`, with targets of :class:`TeacherStudentDatasetMapper`."""
         if not self.training:
             return super().forward(images, features, proposals, targets)
+        if self.mask_on and any(len(x) > 0 and not x.has("gt_has_mask") for x in targets):
+            raise ValueError(
+                "The training targets have no 'gt_has_mask', which says which objects have a mask: "
+                "build the train loader with TeacherStudentDatasetMapper(cfg, is_train=True)."
+            )
         sampled = self.label_and_sample_proposals(proposals, targets)
         losses = self._forward_box(features, sampled)
         if self.mask_on:
             # An image may have more objects than are sampled.
             candidates = map(rois_of_objects, targets) if self.train_on_gt_boxes else sampled
             rois = self._select_training_rois(list(candidates))
-            pixels = self.to_rgb(images.tensor) if self._needs_pixels() else None
+            pixels = self.to_rgb(images.tensor)
             losses.update(self.compute_mask_losses(features, rois, sampled, pixels))
         losses.update(self._forward_keypoint(features, sampled))
         return sampled, losses
 
     def _forward_box(self, features: dict[str, torch.Tensor], proposals: list[Instances]):
-        """As the parent's; with a prior that needs them, also keeps the box head's maps."""
-        if not (self.training and self._needs_class_maps()):
+        """As the parent's; in training also keeps the maps of a box head that has them."""
+        has_maps = isinstance(self.box_predictor, PooledFastRCNNOutputLayers)
+        if not (self.training and has_maps):
             return super()._forward_box(features, proposals)
         feature_maps = [features[f] for f in self.box_in_features]
         pooled = self.box_pooler(feature_maps, [x.proposal_boxes for x in proposals])
-        predictions = self.box_predictor(self.box_head(pooled))
+        *predictions, maps = self.box_predictor(self.box_head(pooled))
         losses = self.box_predictor.losses(predictions, proposals)
-        for x, maps in zip(proposals, predictions[-1].split([len(x) for x in proposals])):
-            x.box_features = maps
+        for x, own in zip(proposals, maps.split([len(x) for x in proposals])):
+            x.box_features = own
         if self.train_on_pred_boxes:
             with torch.no_grad():
                 boxes = self.box_predictor.predict_boxes_for_gt_classes(predictions, proposals)
@@ -250,7 +218,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             rois: one per image, R rows in all: those that the mask heads train on, with
                 ``proposal_boxes``, ``gt_classes`` and the other targets.
             sampled: all sampled proposals, see :class:`ROIContext`.
-            pixels: shape (N, 3, H, W), RGB in 0-255; where something needs them.
+            pixels: shape (N, 3, H, W), RGB in 0-255; for box supervision, CRF and pictures.
 
         Returns:
             {name: scalar}, "loss_mask" and those of the prior and of box supervision.
@@ -260,13 +228,10 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         logits = select_label_channel(self.mask_head.layers(mask_features), labels)
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
-        put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
+        _put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
         weight = self.mask_head.loss_weight
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
-        losses.update(self._compute_box_losses(logits, rois, pixels, weight))
-        if self._is_vis_iteration():
-            self._put_class_activation(features, rois, pixels)
-        return losses
+        return losses | self._compute_box_losses(logits, rois, pixels, weight)
 
     def _compute_box_losses(
         self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, weight: float
@@ -292,25 +257,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         # Batch statistics are those of all objects, as at inference.
         return self.box_supervision is not None or has_batch_norm(self.mask_head)
 
-    def _needs_pixels(self) -> bool:
-        return self.box_supervision is not None or self._is_vis_iteration()
-
-    def _needs_class_maps(self) -> bool:
-        return self.mask_prior is not None and self.mask_prior.needs_class_maps
-
-    def _is_vis_iteration(self) -> bool:
-        return self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0
-
     def to_rgb(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Undo the input normalisation.
-
-        Args:
-            images: shape (N, 3, H, W), as the model sees them.
-
-        Returns:
-            shape (N, 3, H, W), RGB in 0-255.
-        """
+        """Undo the normalisation of the model's input, (N, 3, H, W), to RGB in 0-255."""
         mean, std = images.new_tensor(self.pixel_mean), images.new_tensor(self.pixel_std)
         pixels = images * std[:, None, None] + mean[:, None, None]
         return pixels.flip(1) if self.image_format == "BGR" else pixels
@@ -339,57 +287,219 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             return pooled, {}
         context = ROIContext(instances, feature_maps, sampled=sampled)
         if self.mask_prior.needs_class_maps:
-            context.class_maps = self.compute_class_maps(features, instances)
             context.classifier = self.box_predictor.cls_score
+            is_kept = all(x.has("box_features") for x in instances)
+            if is_kept and (self.training or not self.repool_box_features):
+                context.class_maps = torch.cat([x.box_features for x in instances])
+            else:
+                # The box head has not seen these boxes: given or refined ones, or objects' own.
+                box_maps = [features[f] for f in self.box_in_features]
+                box_pooled = self.box_pooler(box_maps, [boxes_of(x) for x in instances])
+                context.class_maps = self.box_head.class_maps(box_pooled)
         return self.mask_prior(pooled, context)
 
-    def compute_class_maps(
-        self, features: dict[str, torch.Tensor], instances: list[Instances]
-    ) -> torch.Tensor:
+
+@ROI_HEADS_REGISTRY.register()
+class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
+    """
+    The method of the paper: a class-agnostic teacher and a class-specific student on the same ROIs.
+
+    The teacher ``teacher_mask_head`` learns from the ROIs whose object has a mask, Eq. (5); the
+    student ``mask_head`` learns from all of them, Eq. (6), with the teacher's cleaned-up output as
+    target where there is no mask. Masks that another model made ("external") are the student's
+    alone. Only the student runs at inference, and by its name a plain Mask R-CNN's weights load
+    into it. A mask prior enriches what both heads see; box supervision is the teacher's. One
+    deviation from the paper: before ``warmup_iters`` ROIs without a mask give the student no loss.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        teacher_mask_head: nn.Module,
+        pseudo_masks: PseudoMaskGenerator,
+        warmup_iters: int = 1000,
+        max_rois_without_mask: int = 0,
+        external_masks: str = "alone",
+        test_mask_head: str = "student",
+        vis_period: int = 0,
+        **kwargs,
+    ):
         """
-        The box head's feature maps that class scores are pooled from, (R, C, h, w).
+        Args:
+            teacher_mask_head: class-agnostic, (R, D, S, S) -> logits (R, 1, M_t, M_t).
+            pseudo_masks: makes the student's targets where there is no mask.
+            warmup_iters: first iteration at which the teacher's pseudo masks train the student.
+            max_rois_without_mask: how many ROIs without a mask an image gives to the mask heads
+                at most, chosen at random; 0 = all.
+            external_masks: what masks that another model made are to the student, see
+                :func:`make_student_targets`.
+            test_mask_head: "student", or "teacher" for analysis.
+            vis_period: iterations between pictures in the event storage; 0 = none.
+            **kwargs: of :class:`PartiallySupervisedROIHeads`; ``train_on_external_masks`` is that
+                of the student, and follows from ``external_masks``.
 
-        These are the maps of the proposals. They are computed for boxes that the box head has not
-        seen: given ones, those of ``train_on_gt_boxes``, refined ones with ``repool_box_features``.
-        Arguments as for :meth:`compute_mask_features`.
+        Raises:
+            ValueError: an unknown test head or use of external masks.
         """
-        is_kept = all(x.has("box_features") for x in instances)
-        if is_kept and (self.training or not self.repool_box_features):
-            return torch.cat([x.box_features for x in instances])
-        feature_maps = [features[f] for f in self.box_in_features]
-        pooled = self.box_pooler(feature_maps, [boxes_of(x) for x in instances])
-        return self.box_head.class_maps(pooled)
+        kwargs["train_on_external_masks"] = external_masks == "alone"
+        super().__init__(**kwargs)
+        _check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
+        _check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
+        self.teacher_mask_head = teacher_mask_head
+        self.pseudo_masks = pseudo_masks
+        self.warmup_iters = warmup_iters
+        self.max_rois_without_mask = max_rois_without_mask
+        self.external_masks = external_masks
+        self.test_mask_head = test_mask_head
+        self.vis_period = vis_period
 
-    def _put_class_activation(
-        self, features: dict[str, torch.Tensor], rois: list[Instances], pixels: torch.Tensor
-    ) -> None:
-        # As Fig. 5 of the paper.
-        if self._needs_class_maps():
-            maps = self.compute_class_maps(features, rois)
-            activation = normalized_activation_maps(rois, maps, self.box_predictor.cls_score)[:, 0]
-            crops = crop_pixels(pixels, [boxes_of(x) for x in rois], 8 * maps.shape[-1])
-            put_pictures("ROIs: image | class activation", crops, [activation])
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super().from_config(cfg, input_shape)
+        ret.update(
+            pseudo_masks=PseudoMaskGenerator.from_config(cfg),
+            warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
+            max_rois_without_mask=cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE,
+            external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
+            test_mask_head=cfg.TEST.MASK_HEAD,
+            vis_period=cfg.VIS_PERIOD,
+        )
+        return ret
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        ret = super()._init_mask_head(cfg, input_shape)
+        if not ret:
+            raise ValueError("TeacherStudentROIHeads needs MODEL.MASK_ON True.")
+        head_shape = _pooled_shape(cfg, input_shape, ret["mask_prior"])
+        ret["teacher_mask_head"] = build_teacher_mask_head(cfg, head_shape)
+        return ret
+
+    def _uses_rois_without_mask(self) -> bool:
+        return (
+            self._has_pseudo_masks()
+            # Its pictures show them before they train the student, too.
+            or self._is_vis_iteration()
+            or has_batch_norm(self.teacher_mask_head)
+            or super()._uses_rois_without_mask()
+        )
+
+    def _has_pseudo_masks(self) -> bool:
+        return get_event_storage().iter >= self.warmup_iters
+
+    def _is_vis_iteration(self) -> bool:
+        return self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0
+
+    def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
+        rois, limit = super()._select_training_rois(candidates), self.max_rois_without_mask
+        return [drop_surplus_rois_without_mask(x, limit) for x in rois] if limit > 0 else rois
+
+    def predict_masks(self, mask_features: torch.Tensor) -> torch.Tensor:
+        """As the parent's, of the head that ``test_mask_head`` names."""
+        is_teacher = self.test_mask_head == "teacher"
+        return (self.teacher_mask_head if is_teacher else self.mask_head).layers(mask_features)
+
+    def compute_mask_losses(
+        self,
+        features: dict[str, torch.Tensor],
+        rois: list[Instances],
+        sampled: list[Instances],
+        pixels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """As the parent's, with "loss_mask_teacher"; "loss_mask" is the student's."""
+        has_mask = torch.cat([has_mask_of(x) for x in rois])
+        teacher_logits, student_logits, losses = self.compute_mask_logits(
+            features, rois, has_mask, sampled
+        )
+        side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
+        gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
+        if teacher_side != side:
+            teacher_targets = crop_gt_masks(rois, teacher_side, has_mask.device)
+        targets, is_supervised, scalars = make_student_targets(
+            gt_masks,
+            rois,
+            teacher_logits.detach(),
+            student_logits.detach(),
+            self.pseudo_masks,
+            external=self.external_masks,
+            has_pseudo_masks=self._has_pseudo_masks(),
+            pixels=pixels,
+        )
+        loss_student = self.mask_loss(student_logits, targets, is_supervised)
+        losses["loss_mask"] = loss_student * self.mask_head.loss_weight
+        loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
+        weight = self.teacher_mask_head.loss_weight
+        losses["loss_mask_teacher"] = loss_teacher * weight
+        losses.update(self._compute_box_losses(teacher_logits, rois, pixels, weight))
+
+        scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
+        scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
+        _put_scalars(scalars)
+        if self._is_vis_iteration():
+            boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
+            crops = crop_pixels(pixels, boxes, 4 * side)
+            masks = (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)
+            name = "ROIs without a mask: image | teacher | student | target"
+            _put_pictures(name, crops, [x[~has_mask] for x in masks])
+        return losses
+
+    def compute_mask_logits(
+        self,
+        features: dict[str, torch.Tensor],
+        rois: list[Instances],
+        has_mask: torch.Tensor | None = None,
+        sampled: list[Instances] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Run both heads on the same ROI features, Eq. (2) of the paper.
+
+        Args:
+            features, sampled: see :meth:`compute_mask_features`.
+            rois: one per image, R rows in all, with ``proposal_boxes`` and ``gt_classes``.
+            has_mask: bool, shape (R,): the rows that train the teacher. The others' logits get no
+                gradient where no loss could use it. None = all.
+
+        Returns:
+            The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
+            (R, M, M), and the losses of the mask prior.
+        """
+        labels = torch.cat([x.gt_classes for x in rois])
+        mask_features, losses = self.compute_mask_features(features, rois, sampled)
+        head = self.teacher_mask_head
+        # With batch statistics all ROIs belong into one batch.
+        if has_mask is None or self.box_supervision is not None or has_batch_norm(head):
+            teacher_logits = head.layers(mask_features)[:, 0]
+        else:
+            rows, others = (x.nonzero().squeeze(1) for x in (has_mask, ~has_mask))
+            # Attached to the head without any row, too: every rank needs gradients.
+            teacher_logits = head.layers(mask_features[rows])[:, 0]
+            if len(others) > 0:
+                with torch.no_grad():
+                    more = head.layers(mask_features[others])[:, 0]
+                order = torch.cat([rows, others]).argsort()
+                teacher_logits = torch.cat([teacher_logits, more])[order]
+        student_logits = select_label_channel(self.mask_head.layers(mask_features), labels)
+        return teacher_logits, student_logits, losses
 
 
-def pooled_shape(
+def _pooled_shape(
     cfg: CfgNode, input_shape: dict[str, ShapeSpec], prior: nn.Module | None = None
 ) -> ShapeSpec:
-    """Channels and size of the pooled mask features, as the prior, if any, returns them."""
+    # Channels and size of the pooled mask features, as the prior, if any, returns them.
     side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
     channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
     channels = getattr(prior, "out_channels", channels)
     return ShapeSpec(channels=channels, height=side, width=side)
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the allowed values."""
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
 
 
-def put_scalars(scalars: dict[str, torch.Tensor]) -> None:
-    """Log {name: tensor of one element}; NaN means that there is nothing to log."""
-    # Together, so that a GPU is waited for once.
+def _put_scalars(scalars: dict[str, torch.Tensor]) -> None:
+    # NaN means that there is nothing to log. Together, so that a GPU is waited for once.
     numbers = torch.stack([x.detach().float() for x in scalars.values()]).tolist()
     for name, number in zip(scalars, numbers):
         if not math.isnan(number):
@@ -397,17 +507,10 @@ def put_scalars(scalars: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def put_pictures(name: str, pixels: torch.Tensor, masks: list[torch.Tensor]) -> None:
-    """
-    Put strips of a ROI's pixels and masks, side by side, into the event storage (TensorBoard).
-
-    Args:
-        name: of the pictures; a running number is added. At most 8 ROIs are shown.
-        pixels: shape (R, 3, S, S), RGB in 0-255.
-        masks: each of shape (R, M, M), in [0, 1]; M may differ and is resized to S.
-    """
+def _put_pictures(name: str, pixels: torch.Tensor, masks: list[torch.Tensor]) -> None:
+    # Strips of a ROI's pixels, (R, 3, S, S) in 0-255, and masks, each (R, M, M) in [0, 1].
     size = pixels.shape[-2:]
-    for k in range(min(len(pixels), _MAX_PICTURES)):
+    for k in range(min(len(pixels), 8)):
         strip = [pixels[k].clamp(0, 255) / 255]
         for x in masks:
             resized = F.interpolate(x[k][None, None].detach().float(), size=size)[0]

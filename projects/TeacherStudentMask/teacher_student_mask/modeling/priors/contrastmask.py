@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -24,12 +23,11 @@ from ..mask_targets import (
     find_rois,
     has_mask_of,
 )
-from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
 from .opmask import FeatureMapBoxHead, class_activation_maps, normalize_per_roi
 
 __all__ = [
     "ContrastivePrior",
-    "PixelSets",
     "TwoBranchBoxHead",
     "attend_by_cosine",
     "contrastive_loss",
@@ -53,9 +51,8 @@ class TwoBranchBoxHead(nn.Module):
     """
     ContrastMask's box head: shared 3x3 convolutions, then one for the classes and two for the box.
 
-    The last of the widths is that of both branches, too. The output is two maps, each of shape
-    (R, C, h, w) and >= 0: that of the classes, from which class activation maps are made, and that
-    of the box.
+    The last of the widths is that of both branches, too. Of the two maps in the output, each >= 0,
+    class activation maps are made from that of the classes.
     """
 
     @configurable
@@ -66,9 +63,6 @@ class TwoBranchBoxHead(nn.Module):
             conv_widths: output channels of the shared convolutions, one each; 256 four times is
                 ContrastMask's.
             conv_norm: as for :class:`FeatureMapBoxHead`, of all convolutions; ContrastMask has "".
-
-        Raises:
-            ValueError: no width, or one below 1.
         """
         super().__init__()
         self.shared = FeatureMapBoxHead(input_shape, conv_widths=conv_widths, conv_norm=conv_norm)
@@ -87,13 +81,7 @@ class TwoBranchBoxHead(nn.Module):
         return self.class_branch.output_shape
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            x: ROI features, shape (R, D, h, w).
-
-        Returns:
-            The map of the classes and that of the box, each of shape (R, C, h, w).
-        """
+        """Of ROI features (R, D, h, w) the maps of classes and of box, (R, C, h, w) each."""
         shared = self.shared(x)
         return self.class_branch(shared), self.box_branch(shared)
 
@@ -102,51 +90,22 @@ class TwoBranchBoxHead(nn.Module):
         return self.class_branch(self.shared(x))
 
 
-@dataclass(frozen=True)
-class PixelSets:
+def sets_of_masks(masks: torch.Tensor) -> torch.Tensor:
     """
-    Sets of pixels of R ROIs of M x M cells, each bool of shape (R, M, M).
+    The sets of pixels of objects with a mask.
 
-    Args:
-        easy_positive, hard_positive: keys inside the object, far from and near its outline.
-        easy_negative, hard_negative: keys outside.
-        inside, outside: whose mean is the ROI's query.
-    """
-
-    easy_positive: torch.Tensor
-    hard_positive: torch.Tensor
-    easy_negative: torch.Tensor
-    hard_negative: torch.Tensor
-    inside: torch.Tensor
-    outside: torch.Tensor
-
-    @property
-    def keys(self) -> tuple[torch.Tensor, ...]:
-        """The four sets of keys, in the order above."""
-        return self.easy_positive, self.hard_positive, self.easy_negative, self.hard_negative
-
-    def where(self, condition: torch.Tensor, other: PixelSets) -> PixelSets:
-        """These sets for the ROIs where ``condition``, bool of shape (R,), holds, else others."""
-        rows, pairs = condition[:, None, None], zip(vars(self).values(), vars(other).values())
-        return PixelSets(*(torch.where(rows, a, b) for a, b in pairs))
-
-    def have_enough(self, min_pixels: int) -> torch.Tensor:
-        """bool, shape (R,): the ROIs each of whose four sets of keys has ``min_pixels`` or more."""
-        counts = torch.stack([x.flatten(1).sum(1) for x in self.keys])
-        return (counts >= min_pixels).all(dim=0)
-
-
-def sets_of_masks(masks: torch.Tensor) -> PixelSets:
-    """
-    The sets of objects with a mask.
-
-    A pixel belongs to the edge if a central difference of the mask is not zero there, which makes
-    the edge two pixels wide. Hard keys are the pixels next to the edge, diagonally, too, but not on
-    it; easy positives all others of the mask, those of its edge among them; easy negatives all
-    others outside but those of the edge.
+    Easy and hard positives are keys inside the object, far from and near its outline; easy and hard
+    negatives are keys outside; the means of inside and outside are the ROI's queries. A pixel
+    belongs to the edge if a central difference of the mask is not zero there, which makes the edge
+    two pixels wide. Hard keys are the pixels next to the edge, diagonally, too, but not on it; easy
+    positives all others of the mask, those of its edge among them; easy negatives all others
+    outside but those of the edge.
 
     Args:
         masks: bool, shape (R, M, M).
+
+    Returns:
+        bool, shape (6, R, M, M): easy and hard positives, easy and hard negatives, inside, outside.
     """
     # At the border the pixel itself stands for the neighbour that it lacks.
     above = torch.cat([masks[:, :1], masks[:, :-1]], dim=1)
@@ -157,39 +116,22 @@ def sets_of_masks(masks: torch.Tensor) -> PixelSets:
     # All pixels within a distance below 2 of the edge.
     near = F.max_pool2d(edge.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
     hard = near & ~edge
-    return PixelSets(
-        easy_positive=masks & ~hard,
-        hard_positive=masks & hard,
-        easy_negative=~masks & ~near,
-        hard_negative=~masks & hard,
-        inside=masks,
-        outside=~masks,
-    )
+    positives, negatives = (masks & ~hard, masks & hard), (~masks & ~near, ~masks & hard)
+    return torch.stack([*positives, *negatives, masks, ~masks])
 
 
-def sets_of_cams(cams: torch.Tensor, high: float = 0.9, low: float = 0.1) -> PixelSets:
+def sets_of_cams(cams: torch.Tensor, high: float = 0.9, low: float = 0.1) -> torch.Tensor:
     """
-    The sets of objects without a mask: where the class activation map is high, and where low.
-
-    Args:
-        cams: shape (R, M, M), in [0, 1].
-        high: positives lie above.
-        low: negatives lie below.
+    The sets of objects without a mask, as :func:`sets_of_masks` has them: where the class
+    activation map, shape (R, M, M) in [0, 1], lies above ``high``, and where below ``low``.
     """
     positive, negative = cams > high, cams < low
-    return PixelSets(positive, positive, negative, negative, positive, negative)
+    return torch.stack([positive, positive, negative, negative, positive, negative])
 
 
 def sample_pixels(pixels: torch.Tensor, share: float) -> torch.Tensor:
     """
-    A random choice of each ROI's pixels, from PyTorch's generator of their device.
-
-    Args:
-        pixels: bool, shape (R, M, M).
-        share: in (0, 1]; of n pixels ceil(share * n) are chosen.
-
-    Returns:
-        bool, shape (R, M, M).
+    A random choice of ceil(share * n) of the n pixels of each ROI; bool, shape (R, M, M).
     """
     members = pixels.flatten(1)
     draws = torch.rand(members.shape, device=pixels.device).masked_fill(~members, 2.0)
@@ -200,14 +142,8 @@ def sample_pixels(pixels: torch.Tensor, share: float) -> torch.Tensor:
 
 def similarity(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """
-    cos(q, v - q) of a query q with each key v: keys are centred by the query, as in ContrastMask.
-
-    Args:
-        query: shape (D,).
-        keys: shape (n, D).
-
-    Returns:
-        shape (n,), in [-1, 1].
+    cos(q, v - q) of a query q, shape (D,), with each key v, (n, D): keys are centred by the query,
+    as in ContrastMask.
     """
     return F.normalize(keys - query, dim=1, eps=_EPS) @ F.normalize(query, dim=0, eps=_EPS)
 
@@ -227,9 +163,6 @@ def nce(
         temperature: t > 0.
         official_denominator: a slip of ContrastMask's code: exp(a) for exp(a / t) in the
             denominator, which makes losses below 0 possible.
-
-    Returns:
-        A scalar; not below 0 but for ``official_denominator``.
     """
     logits = positives / temperature
     others = torch.logsumexp(negatives / temperature, dim=0)
@@ -239,20 +172,20 @@ def nce(
 
 def contrastive_loss(
     projections: torch.Tensor,
-    sets: PixelSets,
+    sets: torch.Tensor,
     share: float = 0.3,
     official_denominator: bool = False,
 ) -> torch.Tensor:
     """
     ContrastMask's loss, without its weight and schedule.
 
-    One query for the inside and one for the outside of objects, each the mean over the ROIs of
-    this process that have enough pixels; all of them share both, objects of all classes, with and
-    without a mask. The keys are a random share of the pixels of each ROI's sets.
+    All ROIs of this process with enough pixels, of all classes, with and without a mask, share one
+    query for the inside and one for the outside of objects, the mean over them. The keys are a
+    random share of the pixels of each ROI's sets.
 
     Args:
         projections: shape (R, D, M, M); R may be 0.
-        sets: of the same ROIs.
+        sets: bool, shape (6, R, M, M), of :func:`sets_of_masks`.
         share: of the pixels of each set that are keys.
         official_denominator: see :func:`nce`.
 
@@ -260,14 +193,14 @@ def contrastive_loss(
         A scalar, float32 at least, with gradient through keys and queries; where no ROI has enough
         pixels 0, but attached to ``projections``.
     """
-    kept = sets.have_enough(_MIN_PIXELS)
+    kept = (sets[:4].flatten(2).sum(2) >= _MIN_PIXELS).all(dim=0)
     rows = kept.nonzero()[:, 0]
     if len(rows) == 0:
         return at_least_float32(projections[:0]).sum()
     # Temperatures and differences of like vectors are not for half precision.
     with torch.autocast(projections.device.type, enabled=False):
-        inside, outside = (_mean(projections[rows], x[rows]) for x in (sets.inside, sets.outside))
-        keys = [sample_pixels(x, share).flatten(1) & kept[:, None] for x in sets.keys]
+        inside, outside = (_mean(projections[rows], x[rows]) for x in sets[4:])
+        keys = [sample_pixels(x, share).flatten(1) & kept[:, None] for x in sets[:4]]
         used_rois, used_pixels = torch.stack(keys).any(dim=0).nonzero().unbind(1)
         vectors = at_least_float32(projections.flatten(2)[used_rois, :, used_pixels])
         easy_in, hard_in, easy_out, hard_out = (x[used_rois, used_pixels] for x in keys)
@@ -292,15 +225,9 @@ def _mean(projections: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 
 def attend_by_cosine(features: torch.Tensor) -> torch.Tensor:
     """
-    Attention of a ROI's cells to one another by the cosine of their features.
+    Attention of a ROI's cells to one another by the cosine of their features, (R, D, M, M).
 
     Y_i = sum_j softmax_j(cos(E_i, E_j)) E_j, without temperature, weights or residual.
-
-    Args:
-        features: shape (R, D, M, M); R may be 0.
-
-    Returns:
-        shape (R, D, M, M), each cell a mean of the ROI's cells.
     """
     cells = features.flatten(2).transpose(1, 2)[:, None]
     directions = F.normalize(cells, dim=-1, eps=1e-4).to(cells.dtype)
@@ -320,9 +247,8 @@ class ContrastivePrior(nn.Module):
     own, in which a contrastive loss makes pixels of objects alike, as ContrastMask.
 
     That head sees features pooled on a finer grid and detached: neither loss trains the backbone
-    through it. The contrastive loss is of all sampled foreground ROIs, whichever of them, or of the
-    ground-truth boxes, the mask heads are trained on. Objects without a mask take part in it by
-    their class activation map, which is detached there.
+    through it. The contrastive loss is of all sampled foreground ROIs, whichever ROIs the mask
+    heads are trained on. Objects without a mask take part by their class activation map, detached.
     """
 
     needs_class_maps = True
@@ -348,36 +274,20 @@ class ContrastivePrior(nn.Module):
             in_channels: of the backbone's feature maps.
             out_channels: of the mask features.
             pooler: of the backbone's feature maps, on a grid of M x M cells.
-            num_conv: 3x3 convolutions of the encoder, at least 1.
+            num_conv: 3x3 convolutions of the encoder.
             conv_dim: their channels, and those of the projector.
             norm: of the projector, any of :func:`detectron2.layers.get_norm`.
             loss_weight: of the contrastive loss, before :func:`ramp`.
-            epoch_iters: iterations of an epoch, for :func:`ramp`; the trainer rescales it with
-                the schedule.
+            epoch_iters: iterations of an epoch, for :func:`ramp`.
             key_share: of the pixels of a set that are keys of the loss, in (0, 1].
             official_denominator: see :func:`nce`.
             stop_gradient: mask losses do not train the box head's convolutions through the map.
-
-        Raises:
-            ValueError: a number out of its range.
         """
         super().__init__()
-        for name, value, is_allowed in (
-            ("NUM_CONV", num_conv, num_conv >= 1),
-            ("EPOCH_ITERS", epoch_iters, epoch_iters >= 1),
-            ("KEY_SHARE", key_share, 0 < key_share <= 1),
-        ):
-            if not is_allowed:
-                raise ValueError(
-                    f"MODEL.ROI_MASK_PRIOR.CONTRAST.{name} is {value}; allowed: "
-                    f"{'above 0, up to 1' if name == 'KEY_SHARE' else '1 or more'}."
-                )
         self.pooler = pooler
         self.encoder = conv_stack([in_channels] + [conv_dim] * num_conv, relu_at_end=True)
-        self.projector = nn.Sequential(
-            _conv_norm_relu(conv_dim, norm), _conv_norm_relu(conv_dim, norm)
-        )
-        self.projector.append(conv1x1(conv_dim, conv_dim))
+        layers = [_conv_norm_relu(conv_dim, norm) for _ in range(2)]
+        self.projector = nn.Sequential(*layers, conv1x1(conv_dim, conv_dim))
         self.fuse = conv1x1(conv_dim, out_channels)
         self.loss_weight = loss_weight
         self.epoch_iters = epoch_iters
@@ -411,79 +321,50 @@ class ContrastivePrior(nn.Module):
         self, mask_features: torch.Tensor, context: ROIContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Args:
-            mask_features: shape (R, D, S, S); not changed.
-            context: its ``instances``, ``feature_maps``, ``class_maps`` and ``classifier``, and in
-                training ``sampled``.
-
-        Returns:
-            shape (R, D, S, S); in training mode ``loss_mask_contrast``, of the foreground of
-            ``sampled``, with and without a mask, whichever of it the R rows are.
-
-        Raises:
-            ValueError: in training, ``context.sampled`` is None.
+        As ``ROI_MASK_PRIOR_REGISTRY`` says, with all fields of ``context``; the loss
+        ``loss_mask_contrast`` is of the foreground of ``sampled``, with and without a mask.
         """
-        cam = _activation_maps(context.instances, context.class_maps, context.classifier)
-        if not self.training:
-            encoded = self._encode(context.instances, context.feature_maps)
-            return self._enrich(mask_features, cam, encoded), {}
-        if context.sampled is None:
-            raise ValueError(
-                "ContrastivePrior learns from all sampled foreground ROIs, not only from those of "
-                "the mask heads: in training give ROIContext.sampled."
-            )
-        # The classifier's last row is background's.
-        num_classes = context.classifier.out_features - 1
-        foreground, _ = select_foreground_proposals(context.sampled, num_classes)
-        maps = torch.cat([x.box_features for x in foreground])
-        encoded = self._encode(foreground, context.feature_maps)
-        loss = self._contrast(
-            foreground, _activation_maps(foreground, maps, context.classifier), encoded
-        )
-        # ROIs with one box have one encoding, but each the map of its own class.
-        rows = find_rois(context.instances, foreground)
+        rois, losses, rows = context.instances, {}, None
+        if self.training:
+            # The classifier's last row is background's.
+            num_classes = context.classifier.out_features - 1
+            foreground, _ = select_foreground_proposals(context.sampled, num_classes)
+            encoded = self._encode(foreground, context.feature_maps)
+            maps = torch.cat([x.box_features for x in foreground])
+            # It decides what is inside, but does not learn.
+            cam = _activation_maps(foreground, maps, context.classifier).detach()
+            losses["loss_mask_contrast"] = self._contrast(foreground, cam, encoded)
+            rows = find_rois(rois, foreground)
         if rows is None:
-            encoded = self._encode(context.instances, context.feature_maps)
+            encoded = self._encode(rois, context.feature_maps)
         else:
             encoded = encoded[rows]
-        return self._enrich(mask_features, cam, encoded), {"loss_mask_contrast": loss}
+        side = mask_features.shape[-1]
+        # ROIs with one box have one encoding, but each the map of its own class.
+        cam = _activation_maps(rois, context.class_maps, context.classifier)
+        cam = normalize_per_roi(_resize(cam, side))
+        if self.stop_gradient:
+            cam = cam.detach()
+        attended = self.fuse(_resize(attend_by_cosine(encoded), side))
+        return mask_features + (attended + cam).to(mask_features.dtype), losses
 
     def _encode(self, rois: list[Instances], feature_maps: list[torch.Tensor]) -> torch.Tensor:
         # Shape (R, C, M, M), without gradient to the backbone.
         maps = [x.detach() for x in feature_maps]
         return self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
 
-    def _enrich(
-        self, mask_features: torch.Tensor, cam: torch.Tensor, encoded: torch.Tensor
-    ) -> torch.Tensor:
-        # All three of the same R ROIs.
-        side = mask_features.shape[-1]
-        cam = normalize_per_roi(_resize(cam, side))
-        if self.stop_gradient:
-            cam = cam.detach()
-        attended = self.fuse(_resize(attend_by_cosine(encoded), side))
-        return mask_features + (attended + cam).to(mask_features.dtype)
-
     def _contrast(
         self, rois: list[Instances], cam: torch.Tensor, encoded: torch.Tensor
     ) -> torch.Tensor:
-        # The weighted loss of these ROIs; the class activation map decides, but does not learn.
-        fine_cam = normalize_per_roi(_resize(cam.detach(), encoded.shape[-1]))[:, 0]
-        loss = contrastive_loss(
-            self.projector(encoded),
-            self._sets_of(rois, fine_cam),
-            self.key_share,
-            self.official_denominator,
-        )
-        return loss * self.loss_weight * ramp(get_event_storage().iter, self.epoch_iters)
-
-    @staticmethod
-    @torch.no_grad()
-    def _sets_of(rois: list[Instances], cam: torch.Tensor) -> PixelSets:
-        # By the mask where there is one, by the map (R, M, M) where there is none.
+        # The weighted loss; the sets are by the mask where there is one, else by the map.
+        side = encoded.shape[-1]
         has_mask = torch.cat([has_mask_of(x) for x in rois])
-        masks = crop_gt_masks(rois, cam.shape[-1], cam.device) > 0.5
-        return sets_of_masks(masks).where(has_mask, sets_of_cams(cam))
+        masks = crop_gt_masks(rois, side, cam.device) > 0.5
+        without_mask = sets_of_cams(normalize_per_roi(_resize(cam, side))[:, 0])
+        sets = torch.where(has_mask[:, None, None], sets_of_masks(masks), without_mask)
+        projections = self.projector(encoded)
+        loss = contrastive_loss(projections, sets, self.key_share, self.official_denominator)
+        return loss * self.loss_weight * ramp(get_event_storage().iter, self.epoch_iters)
 
 
 def _activation_maps(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..mask_targets import at_least_float32, crop_gt_masks, has_mask_of, select_rois
-from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, conv1x1, conv_stack
+from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, conv1x1, conv_stack
 
 __all__ = [
     "AffinityBlock",
@@ -33,8 +33,7 @@ def boundary_of(masks: torch.Tensor) -> torch.Tensor:
     The cells of a mask with a cell that is not of the mask among their eight neighbours.
 
     These are the cells where a 3x3 Laplacian of the mask is positive, the boundary that BMask R-CNN
-    is trained on. Outside the map is no mask: a mask that touches the side of its box ends there. A
-    proposal that cuts an object gets a boundary along the cut.
+    is trained on. Outside the map there is no mask: it ends at the side of its box.
 
     Args:
         masks: shape (R, M, M), in {0, 1}; not changed.
@@ -50,12 +49,8 @@ def boundary_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean binary cross entropy plus the mean over the ROIs of the Dice loss, smoothed by 1.
 
-    Args:
-        logits: shape (R, M, M).
-        targets: shape (R, M, M), in {0, 1}.
-
-    Returns:
-        A scalar; without a ROI it is 0, but still attached to ``logits``.
+    Of logits and of targets in {0, 1}, both of shape (R, M, M). Without a ROI it is 0, but still
+    attached to ``logits``.
     """
     logits = at_least_float32(logits)
     if len(logits) == 0:
@@ -71,14 +66,12 @@ def affinity_loss(affinities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
     """
     Pairs of cells on one side of the mask should have a high affinity, other pairs a low one.
 
+    Half the mean of -log sigmoid(a) over the pairs on one side plus half the mean of
+    -log(1 - sigmoid(a)) over the others, of all ROIs together; a mean over nothing is 0.
+
     Args:
         affinities: shape (R, P, P), logits of the ordered pairs of P cells, a cell with itself too.
         masks: shape (R, P), in {0, 1}.
-
-    Returns:
-        A scalar, half the mean of -log sigmoid(a) over the pairs on one side plus half the mean of
-        -log(1 - sigmoid(a)) over the others, of all ROIs together; without a pair of a kind its
-        mean is 0. Without a ROI it is 0, but still attached to ``affinities``.
     """
     affinities = at_least_float32(affinities)
     same = (masks[:, :, None] == masks[:, None]).to(affinities.dtype)
@@ -93,11 +86,7 @@ class AffinityBlock(nn.Module):
     """Each cell of a ROI takes from the others by their affinity, a non-local block."""
 
     def __init__(self, channels: int, affinity_dim: int):
-        """
-        Args:
-            channels: of the input and the output.
-            affinity_dim: width in which affinities are products.
-        """
+        """``affinity_dim`` is the width in which affinities are products."""
         super().__init__()
         self.query = conv1x1(channels, affinity_dim)
         self.key = conv1x1(channels, affinity_dim)
@@ -106,12 +95,8 @@ class AffinityBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Args:
-            x: shape (R, D, S, S); not changed.
-
-        Returns:
-            shape (R, D, S, S), x plus what is taken; and the affinities, shape (R, S * S, S * S),
-            logits, scaled by the square root of the width.
+        Of features (R, D, S, S) the same plus what is taken; and the affinities, shape
+        (R, S * S, S * S), logits, scaled by the square root of the width.
         """
         # Scaled before the product: in float16 the product could overflow.
         query = self.query(x).flatten(2) * self.query.out_channels**-0.5
@@ -132,8 +117,7 @@ class CommonalityParsingPrior(nn.Module):
     3. :class:`AffinityBlock` on the result; its affinities learn which cells are on one side of the
        mask (``loss_affinity``).
 
-    Both losses are those of the ROIs with a mask. The code of CPMask was never released, see the
-    module.
+    Both losses are those of the ROIs with a mask.
     """
 
     needs_class_maps = False
@@ -153,8 +137,7 @@ class CommonalityParsingPrior(nn.Module):
             input_shape: channels D and side S of the pooled mask features.
             conv_dim: width of the boundary's convolutions.
             affinity_dim: see :class:`AffinityBlock`.
-            boundary_weight: of ``loss_boundary``.
-            affinity_weight: of ``loss_affinity``.
+            boundary_weight, affinity_weight: of the two losses.
         """
         super().__init__()
         channels = input_shape.channels
@@ -187,14 +170,7 @@ class CommonalityParsingPrior(nn.Module):
     def forward(
         self, mask_features: torch.Tensor, context: ROIContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        Args:
-            mask_features: shape (R, D, S, S); not changed.
-            context: in training, its ``instances``.
-
-        Returns:
-            shape (R, D, S, S); in training the two losses, else {}.
-        """
+        """As ``ROI_MASK_PRIOR_REGISTRY`` says; needs ``context.instances`` in training alone."""
         boundary_features = self.boundary_features(mask_features)
         fused = self.fuse(torch.cat([mask_features, boundary_features], dim=1))
         enriched, affinities = self.affinity(fused)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..mask_targets import classes_of
-from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext
+from . import ROI_MASK_PRIOR_REGISTRY, ROIContext
 
 __all__ = [
     "ClassActivationPrior",
@@ -25,7 +25,6 @@ __all__ = [
     "PooledFastRCNNOutputLayers",
     "class_activation_maps",
     "normalize_per_roi",
-    "normalized_activation_maps",
 ]
 
 
@@ -46,15 +45,7 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
                 512, 1024, 1024, 1024; 256 five times is the 256-channel F of the paper.
             conv_norm: "" or any norm of :func:`detectron2.layers.get_norm`, between each
                 convolution, which then has no bias, and its ReLU.
-
-        Raises:
-            ValueError: no width, or one below 1.
         """
-        if not conv_widths or min(conv_widths) < 1:
-            raise ValueError(
-                f"MODEL.ROI_BOX_HEAD.CONV_WIDTHS is {list(conv_widths)}; FeatureMapBoxHead needs "
-                "the output channels of one convolution or more, each at least 1."
-            )
         super().__init__(input_shape, conv_dims=list(conv_widths), fc_dims=[], conv_norm=conv_norm)
 
     @classmethod
@@ -80,8 +71,8 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     Detectron2's box predictor on a feature map, Eq. (8) of the paper: GAP(F) W + b.
 
     Its predictions are (scores, deltas, maps), with the maps that the scores are pooled from; after
-    :class:`TwoBranchBoxHead` deltas come from others. Detections have the maps of their proposals
-    as the field ``box_features``, shape (R_i, C, h, w). Parameters are named as the parent's.
+    :class:`TwoBranchBoxHead` deltas come from others. The parent's other methods take the first two
+    of these. Parameters are named as the parent's.
     """
 
     def forward(
@@ -95,63 +86,23 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
         Returns:
             scores, shape (R, K + 1), logits of K classes and background; deltas, shape (R, 4 K) or
             (R, 4); ``maps`` itself, or the first of the two. Gradient flows through all three.
-
-        Raises:
-            ValueError: ``maps`` does not have four dimensions.
         """
-        all_maps = maps if isinstance(maps, tuple) else (maps,)
-        for x in all_maps:
-            if x.dim() != 4:
-                raise ValueError(
-                    f"The box head's output has shape {tuple(x.shape)}, expected (R, C, h, w): "
-                    'set MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
-                )
-        pooled = [x.mean(dim=(2, 3)) for x in all_maps]
-        return self.cls_score(pooled[0]), self.bbox_pred(pooled[-1]), all_maps[0]
-
-    def losses(
-        self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
-    ) -> dict[str, torch.Tensor]:
-        """As the parent's, for predictions with or without the maps."""
-        return super().losses(predictions[:2], proposals)
+        maps = maps if isinstance(maps, tuple) else (maps,)
+        pooled = [x.mean(dim=(2, 3)) for x in maps]
+        return self.cls_score(pooled[0]), self.bbox_pred(pooled[-1]), maps[0]
 
     def inference(
         self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
     ) -> tuple[list[Instances], list[torch.Tensor]]:
         """
-        As the parent's; each detection also has ``box_features``, those of the proposal it is from.
-
-        Returns:
-            The detections of each image, and for each the row of its proposal in
-            [0, R_i). The parent counts these without the rows whose box or score is not finite;
-            here they index ``proposals`` in any case.
+        As the parent's, of all three predictions; each detection also has ``box_features``, shape
+        (R_i, C, h, w), the maps of the proposal it is from.
         """
         *predictions, maps = predictions
         detections, kept = super().inference(predictions, proposals)
-        boxes = self.predict_boxes(predictions, proposals)
-        probs = self.predict_probs(predictions, proposals)
-        maps = maps.split([len(x) for x in proposals])
-        for i, x in enumerate(detections):
-            is_finite = boxes[i].isfinite().all(dim=1) & probs[i].isfinite().all(dim=1)
-            kept[i] = is_finite.nonzero()[:, 0][kept[i]]
-            x.box_features = maps[i][kept[i]]
+        for x, rows, own in zip(detections, kept, maps.split([len(x) for x in proposals])):
+            x.box_features = own[rows]
         return detections, kept
-
-    # The parent unpacks two predictions, and its inference() hands over two.
-
-    def predict_boxes(self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]):
-        """As the parent's, for predictions with or without the maps."""
-        return super().predict_boxes(predictions[:2], proposals)
-
-    def predict_boxes_for_gt_classes(
-        self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
-    ):
-        """As the parent's, for predictions with or without the maps."""
-        return super().predict_boxes_for_gt_classes(predictions[:2], proposals)
-
-    def predict_probs(self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]):
-        """As the parent's, for predictions with or without the maps."""
-        return super().predict_probs(predictions[:2], proposals)
 
 
 def class_activation_maps(
@@ -174,12 +125,7 @@ def class_activation_maps(
 
     Returns:
         shape (R, 1, h, w), logits; gradient flows to all but ``classes``.
-
-    Raises:
-        ValueError: not one class per map.
     """
-    if len(classes) != len(maps):
-        raise ValueError(f"{len(maps)} box features for {len(classes)} ROIs; give one for each.")
     rows = classifier_weight[classes].to(maps.dtype)
     cams = torch.einsum("rchw,rc->rhw", maps, rows)[:, None]
     return cams if bias is None else cams + bias[classes][:, None, None, None]
@@ -203,43 +149,20 @@ def normalize_per_roi(cam: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     return (cam - low) / (high - low + eps)
 
 
-def normalized_activation_maps(
-    instances: list[Instances], maps: torch.Tensor, classifier: nn.Linear
-) -> torch.Tensor:
-    """
-    The maps that :class:`ClassActivationPrior` adds, before it resizes them.
-
-    Args:
-        instances: one per image, R rows in all, with ``pred_classes``, or else ``gt_classes``.
-        maps: shape (R, C, h, w), the box head's.
-        classifier: from C features to the class scores.
-
-    Returns:
-        shape (R, 1, h, w), in [0, 1]; gradient flows to ``maps``, not to the classifier.
-    """
-    classes = classes_of(instances)
-    return normalize_per_roi(class_activation_maps(maps, classifier.weight.detach(), classes))
-
-
 @ROI_MASK_PRIOR_REGISTRY.register()
 class ClassActivationPrior(nn.Module):
     """
     Adds the class activation map of each ROI to all channels of its mask features, as OPMask.
 
-    The class is the matched object's in training, the predicted one at inference. Which
-    boxes the maps are of is the caller's choice; OPMask's are the proposals, at inference too,
-    where the mask features are those of the refined boxes.
+    The class is the matched object's in training, the predicted one at inference. In
+    OPMask the maps are of the proposals, at inference too; the features are of refined boxes.
     """
 
     needs_class_maps = True
 
     @configurable
     def __init__(self, *, stop_gradient: bool = False):
-        """
-        Args:
-            stop_gradient: mask losses do not train the box head's convolutions through the maps.
-                They never train its classifier.
-        """
+        """``stop_gradient``: mask losses do not train the box head's convolutions by the maps."""
         super().__init__()
         self.stop_gradient = stop_gradient
 
@@ -253,14 +176,12 @@ class ClassActivationPrior(nn.Module):
         self, mask_features: torch.Tensor, context: ROIContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Args:
-            mask_features: shape (R, D, S, S); not changed.
-            context: its ``instances``, ``class_maps`` and ``classifier``.
-
-        Returns:
-            shape (R, D, S, S), the features plus the maps, bilinearly resized; no losses.
+        As ``ROI_MASK_PRIOR_REGISTRY`` says: the features plus the maps, bilinearly resized. Of
+        ``context`` it needs ``instances``, ``class_maps`` and ``classifier``.
         """
-        cam = normalized_activation_maps(context.instances, context.class_maps, context.classifier)
+        weight = context.classifier.weight.detach()
+        classes = classes_of(context.instances)
+        cam = normalize_per_roi(class_activation_maps(context.class_maps, weight, classes))
         if self.stop_gradient:
             cam = cam.detach()
         cam = F.interpolate(

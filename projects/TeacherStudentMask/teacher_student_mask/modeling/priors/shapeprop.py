@@ -20,7 +20,7 @@ from ..mask_targets import (
     has_mask_of,
     masked_bce_loss,
 )
-from .base import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
 from .opmask import class_activation_maps
 
 __all__ = [
@@ -85,11 +85,7 @@ def relative_activation(logits: torch.Tensor) -> torch.Tensor:
     """
     Positive part of a map, relative to its maximum: ReLU(A) / (max ReLU(A) + 1e-5).
 
-    Args:
-        logits: shape (R, 1, S, S); not changed.
-
-    Returns:
-        shape (R, 1, S, S), in [0, 1); zeros where a map has no positive cell.
+    Shape (R, 1, S, S), in [0, 1); zeros where a map has no positive cell.
     """
     positive = at_least_float32(logits).relu()
     return positive / (positive.amax(dim=(1, 2, 3), keepdim=True) + 1e-5)
@@ -107,10 +103,9 @@ class ShapePropagationPrior(nn.Module):
        decoded to one logit per cell, which learns from the ROIs with a mask (``loss_shape``).
     3. That shape, relative to its maximum and encoded again, is appended to the mask features.
 
-    Features of the ROIs are pooled by this prior. Differences to ShapeProp's code: propagation and
-    the mask heads run on the foreground ROIs alone, where that code computes them for all sampled
-    ones and drops the rest in the loss; Detectron2's aligned ROIAlign; background is the last class
-    instead of the first; the feature size is ``MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION``.
+    Features of the ROIs are pooled by this prior. Differences to ShapeProp's code: propagation runs
+    on the foreground ROIs alone; Detectron2's aligned ROIAlign; background is the last class; the
+    feature size is ``MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION``.
     """
 
     needs_class_maps = False
@@ -138,18 +133,9 @@ class ShapePropagationPrior(nn.Module):
             conv_dim: width of the convolutions.
             num_channels: that messages are passed in.
             num_steps: of message passing; 0 = S.
-            activation_weight: of ``loss_shape_activation``.
-            shape_weight: of ``loss_shape``.
-
-        Raises:
-            ValueError: a negative number of steps.
+            activation_weight, shape_weight: of the two losses.
         """
         super().__init__()
-        if num_steps < 0:
-            raise ValueError(
-                "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_STEPS must be 0 (the side of the "
-                f"features) or more, got {num_steps}."
-            )
         self.out_channels = input_shape.channels + conv_dim
         self.side = input_shape.height
         self.num_classes = num_classes
@@ -189,53 +175,32 @@ class ShapePropagationPrior(nn.Module):
         self, mask_features: torch.Tensor, context: ROIContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Args:
-            mask_features: shape (R, D, S, S); not changed.
-            context: its ``instances`` and ``feature_maps``, and in training ``sampled``.
-
-        Returns:
-            shape (R, D + conv_dim, S, S), the features and the encoded shape; in training the two
-            losses, else {}.
-
-        Raises:
-            ValueError: in training, ``context.sampled`` is None.
+        As ``ROI_MASK_PRIOR_REGISTRY`` says: shape (R, D + conv_dim, S, S), the features and the
+        encoded shape. Of ``context`` it needs ``instances``, ``feature_maps`` and ``sampled``.
         """
-        pooled, maps, losses = self._activate(context)
-        saliency = class_activation_maps(
-            maps, self.classifier.weight, classes_of(context.instances), self.classifier.bias
-        )
-        logits = self._propagate(pooled, saliency)
-        shape = self.shape_encoder(relative_activation(logits))
+        rois, losses = context.instances, {}
         if self.training:
-            targets = crop_gt_masks(context.instances, self.side, logits.device)
-            has_mask = torch.cat([has_mask_of(x) for x in context.instances])
-            loss = masked_bce_loss(at_least_float32(logits[:, 0]), targets, has_mask)
-            losses["loss_shape"] = loss * self.shape_weight
-        return torch.cat([mask_features, shape.to(mask_features.dtype)], dim=1), losses
-
-    def _activate(
-        self, context: ROIContext
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        # Pooled features and those of the classifier of the R ROIs, and in training its loss.
-        if not self.training:
-            pooled = self._pool(context, context.instances)
-            return pooled, self.activation(pooled), {}
-        if context.sampled is None:
-            raise ValueError(
-                "ShapePropagationPrior learns from all sampled ROIs, background too: in training "
-                "give ROIContext.sampled."
-            )
-        pooled = self._pool(context, context.sampled)
-        maps = self.activation(pooled)
-        labels = torch.cat([x.gt_classes for x in context.sampled])
-        loss = activation_loss(maps, self.classifier, labels) * self.activation_weight
-        rows = find_rois(context.instances, context.sampled)
+            pooled = self._pool(context, context.sampled)
+            maps = self.activation(pooled)
+            labels = torch.cat([x.gt_classes for x in context.sampled])
+            loss = activation_loss(maps, self.classifier, labels)
+            losses["loss_shape_activation"] = loss * self.activation_weight
+        rows = find_rois(rois, context.sampled) if self.training else None
         if rows is None:
-            pooled = self._pool(context, context.instances)
+            pooled = self._pool(context, rois)
             maps = self.activation(pooled)
         else:
             pooled, maps = pooled[rows], maps[rows]
-        return pooled, maps, {"loss_shape_activation": loss}
+        weight, bias = self.classifier.weight, self.classifier.bias
+        saliency = class_activation_maps(maps, weight, classes_of(rois), bias)
+        logits = self._propagate(pooled, saliency)
+        shape = self.shape_encoder(relative_activation(logits))
+        if self.training:
+            targets = crop_gt_masks(rois, self.side, logits.device)
+            has_mask = torch.cat([has_mask_of(x) for x in rois])
+            loss = masked_bce_loss(at_least_float32(logits[:, 0]), targets, has_mask)
+            losses["loss_shape"] = loss * self.shape_weight
+        return torch.cat([mask_features, shape.to(mask_features.dtype)], dim=1), losses
 
     def _pool(self, context: ROIContext, instances: list[Instances]) -> torch.Tensor:
         return self.pooler(context.feature_maps, [boxes_of(x) for x in instances])
