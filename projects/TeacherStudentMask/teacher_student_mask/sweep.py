@@ -336,7 +336,7 @@ def _facts(run: Run) -> dict:
     import torch
 
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(  # nosec B603
+    described = subprocess.run(  # nosec B603  # As above.
         git, cwd=Path(__file__).parent, capture_output=True, text=True
     )
     keys = ("config", "opts", "seed", "seen_set", "num_seen_classes")

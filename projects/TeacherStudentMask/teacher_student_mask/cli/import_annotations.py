@@ -63,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Import, check and write."""
-    from tqdm import tqdm
 
     from ..coco_json import check_coco, write_json
 
@@ -85,7 +84,6 @@ def run(args: argparse.Namespace) -> None:
         image_root=dataset.image_root,
         check_images=dataset.image_root is not None,
         num_workers=os.cpu_count() or 1,
-        progress=lambda items, total: tqdm(items, total=total, desc="Images", disable=None),
     )
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")

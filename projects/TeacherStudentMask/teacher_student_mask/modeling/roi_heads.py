@@ -356,6 +356,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        if cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS:
+            raise ValueError("TRAIN_ON_EXTERNAL_MASKS is not for a pair: see PSEUDO_MASK.EXTERNAL.")
         ret = super().from_config(cfg, input_shape)
         ret.update(
             pseudo_masks=PseudoMaskGenerator.from_config(cfg),
