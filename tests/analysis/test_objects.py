@@ -145,10 +145,15 @@ def test_of_one_model_objects_with_false_positives(analysis):
     assert select_objects([analysis.objects["exact"]], 100).tolist() == []
 
 
+def draw_two(analysis, image_root, num_objects):
+    tables = [analysis.objects[x] for x in ("exact", "swollen")]
+    return draw_objects(analysis.coco, analysis.summary, tables, image_root, num_objects)
+
+
 @pytest.mark.parametrize("image_root", [None, "images"])
 def test_pixels_have_the_colours_of_what_they_are(analysis, tmp_path, image_root):
     root = image_root and str(tmp_path)
-    (picture,), num_grey = draw_objects(analysis, ["exact", "swollen"], root, 1)
+    (picture,), num_grey = draw_two(analysis, root, 1)
     assert num_grey == (image_root is None)
     assert (picture.annotation_id, picture.class_name, picture.is_unseen) == (3, "kite", True)
     assert picture.overlap == 0.5 and picture.ious == (1, pytest.approx(2 / 3))
@@ -177,5 +182,5 @@ def test_images_that_cannot_be_used_are_grey(tmp_path, file_name):
     for image in analysis.coco.imgs.values():
         Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "truth.png")
         image["file_name"] = file_name
-    pictures, num_grey = draw_objects(analysis, ["exact", "swollen"], str(images), 5)
+    pictures, num_grey = draw_two(analysis, str(images), 5)
     assert num_grey == len(pictures) == 5

@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -16,9 +15,6 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 from ..evaluation import ObjectRegions, boundary_iou, count_pixels, find_object_regions
-
-if TYPE_CHECKING:
-    from .measure import Analysis
 
 __all__ = [
     "ObjectPicture",
@@ -241,14 +237,18 @@ def select_objects(tables: Sequence[ObjectTable], num_objects: int) -> np.ndarra
 
 
 def draw_objects(
-    analysis: Analysis, models: Sequence[str], image_root: str | None, num_objects: int
+    coco: COCO,
+    summary: Mapping,
+    tables: Sequence[ObjectTable],
+    image_root: str | None,
+    num_objects: int,
 ) -> tuple[list[ObjectPicture], int]:
     """
     Draw the objects that :func:`select_objects` chooses.
 
     Args:
-        analysis: not changed.
-        models: one or two of its models.
+        coco, summary: of an :class:`Analysis`.
+        tables: its objects of one or two models.
         image_root: folder of the images; with None, and where an image is missing, broken, of
             another size, or outside of the folder, the masks stand on grey.
         num_objects: how many pictures at most.
@@ -256,10 +256,8 @@ def draw_objects(
     Returns:
         The pictures, and how many of them are grey.
     """
-    coco, summary = analysis.coco, analysis.summary
     unseen_names = set(summary["dataset"]["unseen_classes"])
     unseen_ids = {i for i, x in coco.cats.items() if x["name"] in unseen_names}
-    tables = [analysis.objects[x] for x in models]
     pictures, num_grey = [], 0
     for row in select_objects(tables, num_objects).tolist():
         annotation = coco.anns[int(tables[0].annotation_ids[row])]

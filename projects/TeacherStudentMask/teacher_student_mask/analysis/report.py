@@ -80,7 +80,13 @@ def write_report(
     # IoU on detected and on ground-truth boxes do not compare.
     protocol = next(iter(analysis.objects.values())).protocol
     shown = [name for name, x in analysis.objects.items() if x.protocol == protocol][:2]
-    pictures, num_grey = draw_objects(analysis, shown, image_root, max(0, num_objects))
+    pictures, num_grey = draw_objects(
+        analysis.coco,
+        analysis.summary,
+        [analysis.objects[x] for x in shown],
+        image_root,
+        max(0, num_objects),
+    )
     if num_grey and image_root is not None:
         logger.warning(f"{image_root}: {num_grey} images of shown objects cannot be used.")
     environment = jinja2.Environment(
