@@ -38,6 +38,7 @@ import shlex
 import sys
 
 from ..errors import InputError
+from .main import add_model_arguments
 
 __all__ = ["add_arguments", "run"]
 
@@ -64,10 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--baseline", metavar="NAME", help="compare the others with it (default: each pair)")
     add("--images", metavar="DIR", help="folder of the images, for the report's pictures")
-    add = parser.add_argument_group("a trained model").add_argument
-    add("--config-file", metavar="YAML")
-    add("--weights", metavar="PTH", help="default: the config's MODEL.WEIGHTS")
-    add("--no-pseudo-masks", action="store_true", help="do not measure the pseudo masks")
+    group = parser.add_argument_group("a trained model")
+    add_model_arguments(group, required=False)
+    group.add_argument(
+        "--no-pseudo-masks", action="store_true", help="do not measure the pseudo masks"
+    )
     add = parser.add_argument_group("what is measured").add_argument
     add("--threshold", type=float, default=0.3, metavar="O", help="smallest overlap (%(default)s)")
     add(
@@ -96,13 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("--num-pictures", type=int, default=200, metavar="N", help="(%(default)s)")
-    parser.add_argument(
-        "--opts",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="KEY VALUE",
-        help="changes to the config; everything after --opts belongs to it",
-    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -35,14 +35,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from .main import add_model_arguments
+
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--config-file", metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    add_model_arguments(parser, required=False)
     text = "without a model, from boxes and colours; without score and agreement"
     add("--grabcut", action="store_true", help=text)
     add("--annotations", required=True, metavar="IN.json", help="COCO's format; not changed")
@@ -63,8 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace files that exist, and begin anew")
     text = "processes: one a GPU, or on the CPU (default: 1)"
     add("--num-gpus", dest="num_processes", type=int, default=1, metavar="N", help=text)
-    text = "changes to the config; everything after --opts belongs to it"
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -28,21 +28,20 @@ from __future__ import annotations
 
 import argparse
 
+from .main import add_model_arguments
+
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    add_model_arguments(parser)
     add("--output-dir", required=True, metavar="DIR", help="made if new")
     formats = ("plain", "torchscript", "onnx")
     add("--formats", nargs="+", choices=formats, default=["plain"], help="default: plain")
     text = "images on which the formats are compared, beside random ones"
     add("--check-images", nargs="+", default=[], metavar="IMAGE", help=text)
-    text = "changes to the config; everything after --opts belongs to it"
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
