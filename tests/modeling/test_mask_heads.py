@@ -8,6 +8,7 @@ from roi_heads_factory import mask_head
 from torch import nn
 
 from teacher_student_mask.modeling import build_teacher_mask_head
+from teacher_student_mask.modeling.mask_heads import predict_label_channel, select_label_channel
 
 
 def test_multi_upsample_head_extends_the_stock_head():
@@ -47,3 +48,35 @@ def test_any_registered_head_can_teach(tiny_cfg):
     teacher = build_teacher_mask_head(cfg, ShapeSpec(channels=6, height=14, width=14))
     assert type(teacher).__name__ == "MaskRCNNConvUpsampleHead"
     assert teacher.predictor.out_channels == 1
+
+
+def test_label_channel_is_selected_and_only_it_gets_gradient():
+    logits = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 2, 2).requires_grad_()
+    selected = select_label_channel(logits, torch.tensor([2, 0]))
+    assert selected.tolist() == [[[8, 9], [10, 11]], [[12, 13], [14, 15]]]
+    selected.sum().backward()
+    expected = torch.zeros(2, 3, 2, 2)
+    expected[0, 2] = expected[1, 0] = 1
+    assert torch.equal(logits.grad, expected)
+    # Class-agnostic logits have one channel for all labels.
+    assert torch.equal(select_label_channel(logits[:, :1], torch.tensor([7, 3])), logits[:, 0])
+
+
+@pytest.mark.parametrize("num_rois", [0, 5])
+def test_one_channel_alone_is_that_of_all_channels_and_so_are_its_gradients(num_rois):
+    head = mask_head(3, num_deconv=2)
+    labels = torch.randint(0, 3, (num_rois,))
+    results = []
+    for predict in (
+        predict_label_channel,
+        lambda *x: select_label_channel(x[0].layers(x[1]), x[2]),
+    ):
+        features = torch.randn(num_rois, 6, 14, 14, generator=torch.Generator().manual_seed(0))
+        features.requires_grad_()
+        head.zero_grad()
+        logits = predict(head, features, labels)
+        logits.square().sum().backward()
+        results.append([logits, features.grad, *(x.grad for x in head.parameters())])
+    assert results[0][0].shape == (num_rois, 56, 56)
+    for alone, of_all in zip(*results):
+        torch.testing.assert_close(alone, of_all)

@@ -19,7 +19,6 @@ from teacher_student_mask.modeling.mask_targets import (
     masked_bce_loss,
     masked_dice_loss,
     rois_of_objects,
-    select_label_channel,
 )
 
 
@@ -34,18 +33,6 @@ def make_rois(masks, has_mask, boxes, classes=None):
 
 def rectangle(x0, y0, x1, y1):
     return [np.array([x0, y0, x1, y0, x1, y1, x0, y1], dtype=np.float64)]
-
-
-def test_label_channel_is_selected_and_only_it_gets_gradient():
-    logits = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 2, 2).requires_grad_()
-    selected = select_label_channel(logits, torch.tensor([2, 0]))
-    assert selected.tolist() == [[[8, 9], [10, 11]], [[12, 13], [14, 15]]]
-    selected.sum().backward()
-    expected = torch.zeros(2, 3, 2, 2)
-    expected[0, 2] = expected[1, 0] = 1
-    assert torch.equal(logits.grad, expected)
-    # Class-agnostic logits have one channel for all labels.
-    assert torch.equal(select_label_channel(logits[:, :1], torch.tensor([7, 3])), logits[:, 0])
 
 
 @pytest.mark.parametrize("mask_type", ["polygon", "bitmask"])

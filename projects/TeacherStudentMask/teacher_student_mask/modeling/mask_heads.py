@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fvcore.nn.weight_init as weight_init
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ConvTranspose2d, ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import (
@@ -12,7 +13,13 @@ from detectron2.modeling.roi_heads.mask_head import (
 )
 from torch import nn
 
-__all__ = ["MaskRCNNConvMultiUpsampleHead", "build_teacher_mask_head", "has_batch_norm"]
+__all__ = [
+    "MaskRCNNConvMultiUpsampleHead",
+    "build_teacher_mask_head",
+    "has_batch_norm",
+    "predict_label_channel",
+    "select_label_channel",
+]
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -71,3 +78,50 @@ def has_batch_norm(module: nn.Module) -> bool:
     """Whether what a module computes for a ROI depends on the others of the batch."""
     # nn.SyncBatchNorm is not a BatchNorm2d.
     return any(isinstance(x, (nn.BatchNorm2d, nn.SyncBatchNorm)) for x in module.modules())
+
+
+def predict_label_channel(
+    head: BaseMaskRCNNHead, features: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """
+    Run a mask head and take the channel of each ROI's class.
+
+    Of the last 1x1 convolution of Detectron2's heads the other channels are not computed; the
+    result is that of ``head.layers`` and :func:`select_label_channel`, up to rounding.
+
+    Args:
+        head: its ``layers`` return logits of shape (R, C, M, M), or (R, 1, M, M).
+        features: shape (R, D, S, S).
+        labels: shape (R,), int64, the class of each ROI in [0, C).
+
+    Returns:
+        shape (R, M, M), logits.
+    """
+    is_plain = type(head) in (MaskRCNNConvUpsampleHead, MaskRCNNConvMultiUpsampleHead)
+    # A traced graph stays Detectron2's.
+    if not is_plain or head.predictor.out_channels == 1 or torch.jit.is_tracing():
+        return select_label_channel(head.layers(features), labels)
+    *layers, predictor = head
+    for layer in layers:
+        features = layer(features)
+    weight = predictor.weight[labels].flatten(1)[:, None]
+    logits = torch.baddbmm(predictor.bias[labels][:, None, None], weight, features.flatten(2))
+    return logits.view(-1, *features.shape[2:])
+
+
+def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Take from each ROI's prediction the channel of its class.
+
+    Args:
+        pred_mask_logits: shape (R, C, M, M), or (R, 1, M, M) if class-agnostic; logits.
+        labels: shape (R,), int64, the class of each ROI in [0, C).
+
+    Returns:
+        shape (R, M, M), logits; the gradient flows to the selected channels only.
+    """
+    if pred_mask_logits.shape[1] == 1:
+        return pred_mask_logits[:, 0]
+    # 0, 1, 2, ...: in a traced graph, unlike arange, of as many ROIs as there are then.
+    rows = torch.ones_like(labels).cumsum(0) - 1
+    return pred_mask_logits[rows, labels]

@@ -25,7 +25,6 @@ __all__ = [
     "masked_bce_loss",
     "masked_dice_loss",
     "rois_of_objects",
-    "select_label_channel",
     "select_rois",
 ]
 
@@ -173,24 +172,6 @@ def cells_inside_boxes(
     in_columns = (xs >= boxes[:, 0:1]) & (xs <= boxes[:, 2:3])
     in_rows = (ys >= boxes[:, 1:2]) & (ys <= boxes[:, 3:4])
     return in_rows[:, :, None] & in_columns[:, None, :]
-
-
-def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Take from each ROI's prediction the channel of its class.
-
-    Args:
-        pred_mask_logits: shape (R, C, M, M), or (R, 1, M, M) if class-agnostic; logits.
-        labels: shape (R,), int64, the class of each ROI in [0, C).
-
-    Returns:
-        shape (R, M, M), logits; the gradient flows to the selected channels only.
-    """
-    if pred_mask_logits.shape[1] == 1:
-        return pred_mask_logits[:, 0]
-    # 0, 1, 2, ...: in a traced graph, unlike arange, of as many ROIs as there are then.
-    rows = torch.ones_like(labels).cumsum(0) - 1
-    return pred_mask_logits[rows, labels]
 
 
 def masked_bce_loss(

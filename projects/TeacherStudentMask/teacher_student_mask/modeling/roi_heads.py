@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .box_supervision import BoxSupervision
-from .mask_heads import build_teacher_mask_head, has_batch_norm
+from .mask_heads import build_teacher_mask_head, has_batch_norm, predict_label_channel
 from .mask_targets import (
     boxes_of,
     crop_gt_masks,
@@ -32,7 +32,6 @@ from .mask_targets import (
     masked_bce_loss,
     masked_dice_loss,
     rois_of_objects,
-    select_label_channel,
     select_rois,
 )
 from .mask_x_rcnn import WeightTransferMaskHead
@@ -194,16 +193,16 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         if self.mask_on:
             mask_features, _ = self.compute_mask_features(features, instances)
             classes = torch.cat([x.pred_classes for x in instances])
-            logits = select_label_channel(self.predict_masks(mask_features), classes)
+            logits = self.predict_masks(mask_features, classes)
             mask_rcnn_inference(logits[:, None], instances)
         for x in instances:
             if x.has("box_features"):
                 x.remove("box_features")
         return instances
 
-    def predict_masks(self, mask_features: torch.Tensor) -> torch.Tensor:
-        """Logits at inference, (R, C, M, M) or (R, 1, M, M), of features (R, D, S, S)."""
-        return self.mask_head.layers(mask_features)
+    def predict_masks(self, mask_features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Logits at inference, (R, M, M), of features (R, D, S, S) and predicted classes (R,)."""
+        return predict_label_channel(self.mask_head, mask_features, classes)
 
     def compute_mask_losses(
         self,
@@ -225,7 +224,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         """
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         labels = torch.cat([x.gt_classes for x in rois])
-        logits = select_label_channel(self.mask_head.layers(mask_features), labels)
+        logits = predict_label_channel(self.mask_head, mask_features, labels)
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
         _put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
@@ -397,10 +396,10 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         rois, limit = super()._select_training_rois(candidates), self.max_rois_without_mask
         return [drop_surplus_rois_without_mask(x, limit) for x in rois] if limit > 0 else rois
 
-    def predict_masks(self, mask_features: torch.Tensor) -> torch.Tensor:
+    def predict_masks(self, mask_features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """As the parent's, of the head that ``test_mask_head`` names."""
-        is_teacher = self.test_mask_head == "teacher"
-        return (self.teacher_mask_head if is_teacher else self.mask_head).layers(mask_features)
+        head = self.teacher_mask_head if self.test_mask_head == "teacher" else self.mask_head
+        return predict_label_channel(head, mask_features, classes)
 
     def compute_mask_losses(
         self,
@@ -481,7 +480,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
                     more = head.layers(mask_features[others])[:, 0]
                 order = torch.cat([rows, others]).argsort()
                 teacher_logits = torch.cat([teacher_logits, more])[order]
-        student_logits = select_label_channel(self.mask_head.layers(mask_features), labels)
+        student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         return teacher_logits, student_logits, losses
 
 
