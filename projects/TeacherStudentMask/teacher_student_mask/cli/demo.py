@@ -12,7 +12,7 @@ folder per model with config.yaml, log.txt, metrics.json and model_final.pth. Wh
 again, and an interrupted call goes on where it stopped.
 
   tsmask demo                                the whole demo: ten minutes on two CPU cores
-  tsmask demo --short --output-dir /tmp/a    a few steps, to see that everything runs
+  tsmask demo --short --output-dir output/a  a few steps, to see that everything runs
   tsmask demo --data-only --output-dir .     the dataset alone, in ./datasets/shapes
 """
 
