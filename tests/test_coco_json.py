@@ -193,7 +193,7 @@ def test_masks_of_models_teach_nothing_and_are_not_boxes_exported_as_masks():
     (error,) = check(data, seen_classes="ant").errors
     assert error.rule == "no seen mask"
     # They are read for unseen classes, too.
-    broken = {"segmentation": [[1, 2, 3, 4, 5, "6"]], "category_id": 2}
+    broken = {"segmentation": {"size": [3, 3], "counts": "1"}, "category_id": 2}
     data = coco(MASK, broken)
     assert fields_of(check(data, seen_classes="ant")) == {("warning", "segmentation"): 1}
     data = coco(MASK, broken | {"mask_source": "model"})

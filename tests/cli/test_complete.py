@@ -334,3 +334,34 @@ def test_two_processes_write_what_one_writes_and_one_error_is_said(run, dataset,
     assert run(*two, "--resume", out="two.json")[0] == 0
     for suffix in ("json", "csv"):
         assert (tmp_path / f"two.{suffix}").read_text() == (tmp_path / f"one.{suffix}").read_text()
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[4, 10], [40, 10], [40, 50]],
+        [[[4, 10], [40, 10], [40, 50]]],
+        [4, 10, 40, 10, 40, 50],
+        [[4, 10, 40, 10, 40, 50, 4]],
+        "4 10 40 10 40 50",
+    ],
+)
+def test_an_outline_in_another_form_stops_the_run(run, dataset, tmp_path, outline):
+    dataset.data["annotations"][0]["segmentation"] = outline
+    code, text = run("--grabcut", model=None, annotations=write(dataset, tmp_path))
+    assert code == 1 and "'segmentation' is" in text and not (tmp_path / "out.json").exists()
+
+
+def test_nothing_that_was_drawn_is_replaced(run, dataset, tmp_path):
+    """Crossing edges whose areas cancel out; a point; a line; no pixel in the image."""
+    drawn = {
+        101: [[4, 10, 40, 50, 40, 10, 4, 50]],
+        104: [[4, 10]],
+        105: [[4, 10, 40, 50]],
+        106: [[900, 10, 940, 50, 940, 10]],
+    }
+    for row in dataset.data["annotations"]:
+        row["segmentation"] = drawn.get(row["id"], row.get("segmentation"))
+    assert run("--grabcut", model=None, annotations=write(dataset, tmp_path))[0] == 0
+    after = annotations_of(tmp_path / "out.json")
+    assert {i: after[i]["segmentation"] for i in drawn} == drawn

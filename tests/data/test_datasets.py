@@ -54,8 +54,8 @@ def test_malformed_polygons_are_left_out_and_their_boxes_stay(make_tiny_coco, ca
     def change(data):
         first, second, third = [x for x in data["annotations"] if x["category_id"] == 17]
         first["segmentation"] = [[1.0, 1.0, 5.0, 1.0]]
-        second["segmentation"] = [good + [2.0], good, []]
-        third["segmentation"] = [[], [1.0]]
+        second["segmentation"] = [[2.0, 1.0], good, []]
+        third["segmentation"] = [[], [1.0, 2.0]]
 
     dataset = make_tiny_coco(change)
     caplog.set_level(logging.INFO, logger="teacher_student_mask")

@@ -92,3 +92,16 @@ def test_rectangles_have_the_corners_of_detectron2s_boxes(mode, kind):
         x0, y0, x1, y1 = BoxMode.convert(x["bbox"], mode, BoxMode.XYXY_ABS)
         assert polygon.tolist() == [x0, y0, x1, y0, x1, y1, x0, y1]
     assert box_polygons([]) == []
+
+
+def test_crossing_edges_are_the_pixels_that_pycocotools_fills():
+    """Two triangles of 40 x 17 and, with a signed area of 0, 680 pixels in all."""
+    bow_tie = [10, 10, 50, 44, 50, 10, 10, 44]
+    (found,) = usable_segmentations([[bow_tie]], (72, 96), "a.png")
+    masks = PolygonMasks([found])
+    assert lie_in_image(masks, (72, 96)).tolist() == [True]
+    assert union_of_masks(masks, (72, 96)).sum() == 680
+    line = [2, 2, 9, 2, 5, 2]
+    assert usable_segmentations([[line]], (72, 96), "a.png") == [None]
+    outside = [[x + 100 * (i % 2 == 0) for i, x in enumerate(bow_tie)]]
+    assert usable_segmentations([outside], (72, 96), "a.png") == [None]

@@ -47,7 +47,7 @@ OTHER_WORDS = {
     "seen class without a mask": LACKS,
     "no seen class with a mask": LACKS,
     "polygon of 4 numbers": LACKS,
-    "polygon with half a point": LACKS,
+    "one point": LACKS,
     "annotation without id": "annotation number 10: 'id' is missing",
     "RLE of another size, of an unseen class": "annotation 108: 'segmentation' is",
 }

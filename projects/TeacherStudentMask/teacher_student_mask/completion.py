@@ -24,7 +24,7 @@ from tabulate import tabulate
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .coco_json import MODEL, check_coco, has_mask, is_from_model, read_json, write_json
+from .coco_json import MODEL, check_coco, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
 from .errors import InputError
 from .modeling import grab_cut
@@ -158,7 +158,8 @@ def _check_paths(settings: CompletionSettings) -> None:
 def _kind(annotation: dict, redo_model_masks: bool) -> str:
     if annotation.get("iscrowd"):
         return "crowd"
-    if not has_mask(annotation):
+    # Not only those of three points: what a human drew is not replaced.
+    if not any(annotation.get("segmentation") or ()):
         return "missing"
     if is_from_model(annotation):
         return "missing" if redo_model_masks else "model"

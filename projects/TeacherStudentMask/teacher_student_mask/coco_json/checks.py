@@ -129,8 +129,9 @@ def check_coco(
     Check a COCO json that may have masks on any part of its objects.
 
     Nothing that a file holds raises an exception. Masks that training does not read, of crowds and
-    unseen classes, make warnings where others make errors. Evaluation takes the masks of all
-    objects, and needs ids and areas; without "annotations" there is nothing to evaluate.
+    unseen classes, make warnings where others make errors, but an outline in a form that is not
+    COCO's is an error wherever any masks are read. Evaluation takes the masks of all objects, and needs ids and
+    areas; without "annotations" there is nothing to evaluate.
 
     Args:
         json_file: the annotations.
@@ -355,7 +356,7 @@ def _check_annotations(
     is_mask = masks.state == MaskState.MASK
     if is_evaluation:
         if reads_masks:
-            _check_masks(find, masks, np.ones_like(is_mask))
+            _check_masks(find, masks, np.ones_like(is_mask), True)
             is_lacking = (masks.state == MaskState.NONE) | (masks.state == MaskState.TOO_SHORT)
             if not is_lacking.all():
                 find("no mask", is_lacking)
@@ -374,7 +375,7 @@ def _check_annotations(
     is_read = np.full(len(rows), reads_masks)
     if is_seen is not None:
         is_read &= (np.append(is_seen, False)[category] | is_model) & ~is_crowd
-    _check_masks(find, masks, is_read)
+    _check_masks(find, masks, is_read, reads_masks)
     numbers = {
         "masks": count(is_human),
         "model_masks": count(is_mask & ~is_crowd & is_model),
@@ -420,14 +421,19 @@ def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
     return found["box without area"] | found["box outside its image"]
 
 
-def _check_masks(find: Callable, masks: MeasuredMasks, is_read: np.ndarray) -> None:
-    find("not a mask", (masks.state == MaskState.NOT_A_MASK) & is_read)
+def _check_masks(
+    find: Callable, masks: MeasuredMasks, is_read: np.ndarray, reads_masks: bool
+) -> None:
+    # Of unseen classes and crowds, too: what a human drew is not to be taken for no mask, and lost.
+    is_unread_form = (masks.state == MaskState.NOT_A_MASK) & reads_masks
+    find("not a mask", is_unread_form)
     find("far polygon", (masks.state == MaskState.TOO_FAR) & is_read)
     find("RLE of another size", (masks.state == MaskState.WRONG_SIZE) & is_read)
     find("broken runs", (masks.state == MaskState.BROKEN_RUNS) & is_read)
-    find("unread mask", (masks.state >= MaskState.NOT_A_MASK) & ~is_read)
-    find("short polygon", masks.has_short_polygon)
+    find("unread mask", (masks.state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
+    find("short polygon", masks.has_short_polygon & (masks.state != MaskState.NOT_A_MASK))
     find("mask without a pixel", masks.state == MaskState.EMPTY)
+    find("crossing edges", masks.is_crossing)
 
 
 def _resolve_seen(

@@ -26,8 +26,10 @@ __all__ = [
     "MaskState",
     "MeasuredMasks",
     "compress_mask",
+    "extents_by_rows",
     "has_mask",
     "is_from_model",
+    "is_outline",
     "measure_masks",
     "measure_polygons",
     "polygons_cover",
@@ -47,6 +49,9 @@ BOX_TOLERANCE = 1.0
 
 # A polygon needs three points; pycocotools would read four numbers as a box.
 _MIN_COORDINATES = 6
+# A polygon of less than this share of its extents may have crossing edges, unless pycocotools fills
+# no more of it than a thin outline has.
+_SMALL_SHARE, _THIN_SHARE, _MIN_SIDE_OF_CROSSING = 0.25, 0.1, 4
 # Masks that are measured at a time.
 _CHUNK_MASKS = 2**14
 # Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
@@ -58,9 +63,9 @@ class MaskState(enum.IntEnum):
 
     NONE = 0  # missing, null or []
     MASK = 1  # covers something of its image
-    TOO_SHORT = 2  # no polygon of three points
+    TOO_SHORT = 2  # one or two points
     EMPTY = 3  # covers nothing of its image
-    NOT_A_MASK = 4  # neither polygons of finite numbers, nor an RLE
+    NOT_A_MASK = 4  # neither polygons of finite numbers, nor an RLE: point pairs, for instance
     TOO_FAR = 5  # a polygon ends more than MAX_PIXELS_OUTSIDE from its image
     WRONG_SIZE = 6  # an RLE of another size than its image
     BROKEN_RUNS = 7  # an RLE whose runs cannot be read, or do not add up to its image
@@ -71,17 +76,21 @@ class MeasuredMasks:
     """
     Attributes:
         state: values of :class:`MaskState`, int8 of shape (n,).
-        has_short_polygon: whether there is a polygon of fewer than three points, or with half a
-            point; bool, shape (n,).
+        has_short_polygon: whether there is a polygon of fewer than three points; bool, shape (n,).
         is_rectangle: whether the mask is one polygon, the rectangle of the object's box to a pixel;
             bool, shape (n,).
         has_empty_run: whether an RLE has a run of length 0 that is not its first; bool, shape (n,).
+        is_crossing: whether the edges of a polygon cross, so that its area by the shoelace formula
+            is less than half of the pixels that pycocotools fills; bool, shape (n,).
+        extents: left, top, right and bottom, shape (n, 4); nan where there is no mask.
     """
 
     state: np.ndarray
     has_short_polygon: np.ndarray
     is_rectangle: np.ndarray
     has_empty_run: np.ndarray
+    is_crossing: np.ndarray
+    extents: np.ndarray
 
 
 def is_from_model(annotation: dict) -> bool:
@@ -113,6 +122,16 @@ def valid_polygons(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]]
     return [x for x in polygons if len(x) >= _MIN_COORDINATES and len(x) % 2 == 0]
 
 
+def is_outline(polygons: Sequence[Sequence[float]]) -> bool:
+    """
+    Whether lists of numbers are polygons, or at most two points, and no outline in another form:
+    three points or more in pieces, such as [[x, y], [x, y], [x, y]], or with half a point.
+    """
+    lengths = [len(x) for x in polygons]
+    is_short = sum(lengths) < _MIN_COORDINATES
+    return not any(x % 2 for x in lengths) and (is_short or max(lengths) >= _MIN_COORDINATES)
+
+
 def measure_masks(
     segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray | None = None
 ) -> MeasuredMasks:
@@ -122,22 +141,24 @@ def measure_masks(
     Args:
         segmentations: n values of "segmentation", of any kind, as json holds them.
         sizes: (height, width) of the images, shape (n, 2); nan: not known, any will do.
-        boxes: XYWH of the objects, shape (n, 4); None: no mask is compared with its box.
+        boxes: XYWH of the objects, shape (n, 4); None: no mask is compared with its box, and
+            crossing edges are not looked for.
     """
     num = len(segmentations)
-    found = MeasuredMasks(np.zeros(num, np.int8), *np.zeros((3, num), dtype=bool))
+    extents = np.full((num, 4), np.nan)
+    found = MeasuredMasks(np.zeros(num, np.int8), *np.zeros((4, num), dtype=bool), extents)
     sizes = np.asarray(sizes, dtype=np.float64).reshape(num, 2)
-    boxes = np.full((num, 4), np.nan) if boxes is None else boxes
     for start in range(0, num, _CHUNK_MASKS):
         part = slice(start, start + _CHUNK_MASKS)
         views = MeasuredMasks(*(x[part] for x in vars(found).values()))
-        _measure_objects_of_polygons(views, segmentations[part], sizes[part], boxes[part])
+        of_part = None if boxes is None else boxes[part]
+        _measure_objects_of_polygons(views, segmentations[part], sizes[part], of_part)
         _measure_rles(views, segmentations[part], sizes[part])
     return found
 
 
 def _measure_objects_of_polygons(
-    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray
+    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray | None
 ) -> None:
     rows, objects = [], []
     for i, segmentation in enumerate(segmentations):
@@ -155,18 +176,27 @@ def _measure_objects_of_polygons(
     lengths = np.array([len(x) for x in polygons], dtype=int)
     is_short = (lengths < _MIN_COORDINATES) | (lengths % 2 == 1)
     found.has_short_polygon[owners[is_short]] = True
-    extents, areas = measure_polygons(valid_polygons(polygons))
-    owners = owners[~is_short]
+    # Most have nothing but polygons.
+    other_forms = [i for i in np.unique(owners[is_short]) if not is_outline(segmentations[i])]
+    polygons, owners = valid_polygons(polygons), owners[~is_short]
+    extents, areas = measure_polygons(polygons)
     limits = sizes[owners, ::-1]
-    covers = _covers(extents, areas, limits)
-    is_far = extents[:, :2] < -MAX_PIXELS_OUTSIDE
-    is_far |= extents[:, 2:] > limits + MAX_PIXELS_OUTSIDE
+    is_far = (extents[:, :2] < -MAX_PIXELS_OUTSIDE).any(axis=1)
+    is_far |= (extents[:, 2:] > limits + MAX_PIXELS_OUTSIDE).any(axis=1)
+    covers = _covers(polygons, extents, areas, limits)
     # The last state that is set holds.
     found.state[rows] = MaskState.TOO_SHORT
     found.state[owners] = MaskState.EMPTY
     found.state[owners[covers]] = MaskState.MASK
-    found.state[owners[is_far.any(axis=1)]] = MaskState.TOO_FAR
+    found.state[owners[is_far]] = MaskState.TOO_FAR
     found.state[owners[np.isnan(areas)]] = MaskState.NOT_A_MASK
+    found.state[other_forms] = MaskState.NOT_A_MASK
+    if boxes is None or not len(owners):
+        return
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    low = np.minimum.reduceat(extents[:, :2], first)
+    high = np.maximum.reduceat(extents[:, 2:], first)
+    found.extents[owners[first]] = np.concatenate([low, high], axis=1)
     sides = extents[:, 2:] - extents[:, :2]
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)[owners]
     # A polygon as large as its extents is a rectangle.
@@ -174,6 +204,13 @@ def _measure_objects_of_polygons(
     is_rectangle &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
     is_rectangle &= np.bincount(owners, minlength=len(segmentations))[owners] == 1
     found.is_rectangle[owners[is_rectangle]] = True
+    # Where edges cross, parts count as negative, and little of the extents is left.
+    is_doubtful = covers & ~is_far & (areas < _SMALL_SHARE * sides.prod(axis=1))
+    is_doubtful &= (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
+    for i in np.flatnonzero(is_doubtful).tolist():
+        num_pixels = _filled_pixels(polygons[i], extents[i], limits[i])
+        is_thin = num_pixels < _THIN_SHARE * sides[i].prod()
+        found.is_crossing[owners[i]] |= not is_thin and areas[i] < num_pixels / 2
 
 
 def measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -214,47 +251,119 @@ def polygons_cover(objects: Sequence[Sequence[np.ndarray]], size: tuple[int, int
     """
     owners = np.repeat(np.arange(len(objects)), [len(x) for x in objects])
     found = np.zeros(len(objects), dtype=bool)
-    found[owners[_covers(*measure_polygons(list(chain.from_iterable(objects))), size[::-1])]] = True
+    polygons = list(chain.from_iterable(objects))
+    extents, areas = measure_polygons(polygons)
+    limits = np.full((len(polygons), 2), size[::-1], dtype=np.float64)
+    found[owners[_covers(polygons, extents, areas, limits)]] = True
     return found
 
 
-def _covers(extents: np.ndarray, areas: np.ndarray, limits: object) -> np.ndarray:
-    # limits: (width, height) of the image, or of each image.
-    is_outside = (extents[:, 2:] <= 0) | (extents[:, :2] >= limits)
-    return (areas > 0) & ~is_outside.any(axis=1)
+def _covers(
+    polygons: Sequence, extents: np.ndarray, areas: np.ndarray, limits: np.ndarray
+) -> np.ndarray:
+    # limits: (width, height) of each image.
+    covers = ~((extents[:, 2:] <= 0) | (extents[:, :2] >= limits)).any(axis=1)
+    # Where edges cross, the parts may cancel out; pycocotools fills both.
+    for i in np.flatnonzero(covers & (areas == 0)).tolist():
+        covers[i] = _filled_pixels(polygons[i], extents[i], limits[i]) > 0
+    return covers & ~np.isnan(areas)
+
+
+def _filled_pixels(polygon: Sequence[float], extents: np.ndarray, limits: np.ndarray) -> int:
+    # By pycocotools. Where the size of the image is not known, in one that holds the polygon.
+    width, height = np.where(np.isnan(limits), np.ceil(extents[2:]) + 1, limits)
+    reach = max(-extents.min(), *(extents[2:] - (width, height)))
+    if not reach <= MAX_PIXELS_OUTSIDE or width * height >= MAX_PIXELS:
+        return 0
+    (rle,) = mask_util.frPyObjects([list(polygon)], int(height), int(width))
+    return int(mask_util.area(rle))
 
 
 def _measure_rles(found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray) -> None:
+    rows = np.array([i for i, x in enumerate(segmentations) if type(x) is dict], dtype=int)
+    if not len(rows):
+        return
+    sizes = sizes[rows]
+    rles = [segmentations[i] for i in rows]
     # -1 pixels where the runs cannot be read or one is negative.
-    pixels, areas = np.full((2, len(segmentations)), -1, dtype=np.int64)
-    rows = [i for i, x in enumerate(segmentations) if type(x) is dict]
-    strings = {}
-    for i in rows:
-        counts = segmentations[i].get("counts")
+    pixels, areas, found.has_empty_run[rows], extents = _measure_runs(rles, sizes[:, 0])
+    is_known = ~np.isnan(sizes).any(axis=1)
+    same_size = [
+        type(x.get("size")) in (list, tuple) and list(x["size"]) == size
+        for x, size in zip(rles, sizes.tolist())
+    ]
+    is_broken = (pixels < 0) | is_known & (pixels != sizes.prod(axis=1))
+    state = np.where(areas > 0, MaskState.MASK, MaskState.EMPTY)
+    state[is_broken] = MaskState.BROKEN_RUNS
+    state[is_known & ~np.array(same_size)] = MaskState.WRONG_SIZE
+    found.state[rows] = state
+    found.extents[rows] = np.where((is_known & (state == MaskState.MASK))[:, None], extents, np.nan)
+
+
+def extents_by_rows(rles: Sequence[dict], widths: np.ndarray) -> np.ndarray:
+    """The extents that sound RLEs have if their runs follow the rows of the image, not columns."""
+    return _measure_runs(rles, widths)[3][:, [1, 0, 3, 2]]
+
+
+def _measure_runs(
+    rles: Sequence[dict], heights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    # Pixels, pixels of the mask, whether a run but the first is empty, and extents of each.
+    strings, lists = {}, {}
+    for i, rle in enumerate(rles):
+        counts = rle.get("counts")
         if type(counts) in (str, bytes) and counts:
             # Whatever is not ASCII becomes bytes that no RLE has.
             is_text = type(counts) is str
             strings[i] = counts.encode("utf-8", "surrogatepass") if is_text else counts
         elif type(counts) is list and set(map(type, counts)) == {int} and min(counts) >= 0:
             if sum(counts) < MAX_PIXELS:
-                pixels[i], areas[i] = sum(counts), sum(counts[1::2])
-                found.has_empty_run[i] = 0 in counts[1:]
-    if strings:
-        index = list(strings)
-        measured = _measure_strings(list(strings.values()))
-        pixels[index], areas[index], found.has_empty_run[index] = measured
-    for i in rows:
-        size = segmentations[i].get("size")
-        is_known = not np.isnan(sizes[i]).any()
-        if is_known and (type(size) not in (list, tuple) or list(size) != sizes[i].tolist()):
-            found.state[i] = MaskState.WRONG_SIZE
-        elif pixels[i] < 0 or is_known and pixels[i] != sizes[i].prod():
-            found.state[i] = MaskState.BROKEN_RUNS
-        else:
-            found.state[i] = MaskState.MASK if areas[i] > 0 else MaskState.EMPTY
+                lists[i] = counts
+    pixels, areas = np.full((2, len(rles)), -1, dtype=np.int64)
+    has_empty_run = np.zeros(len(rles), dtype=bool)
+    extents = np.full((len(rles), 4), np.nan)
+    for found, read in ((strings, _runs_of_strings), (lists, _runs_of_lists)):
+        if not found:
+            continue
+        index = np.array(list(found))
+        runs, owner, is_bad = read(list(found.values()))
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        place = np.arange(len(owner)) - first[owner]
+        is_bad = is_bad | (np.minimum.reduceat(runs, first) < 0)
+        pixels[index] = np.where(is_bad, -1, np.add.reduceat(runs, first))
+        areas[index] = np.where(is_bad, -1, np.add.reduceat(runs * (place % 2), first))
+        has_empty_run[index] = np.logical_or.reduceat((runs == 0) & (place > 0), first)
+        ends = np.cumsum(runs)
+        ends -= (ends[first] - runs[first])[owner]
+        of_mask = (place % 2 == 1) & (runs > 0) & ~is_bad[owner]
+        ends, owner = ends[of_mask] - 1, owner[of_mask]
+        if not len(owner):
+            continue
+        starts = ends + 1 - runs[of_mask]
+        # 1 where it is not known.
+        of_run = np.nan_to_num(heights[index], nan=1).astype(np.int64)[owner]
+        left, top = np.divmod(starts, of_run)
+        right, bottom = np.divmod(ends, of_run)
+        is_long = right > left  # around the edge of the image
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        extents[index[owner[first]]] = np.transpose(
+            [
+                left[first],
+                np.minimum.reduceat(np.where(is_long, 0, top), first),
+                np.maximum.reduceat(right, first) + 1,
+                np.maximum.reduceat(np.where(is_long, of_run - 1, bottom), first) + 1,
+            ]
+        )
+    return pixels, areas, has_empty_run, extents
 
 
-def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _runs_of_lists(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    owner = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
+    runs = np.fromiter(chain.from_iterable(lists), np.int64, len(owner))
+    return runs, owner, np.zeros(len(lists), dtype=bool)
+
+
+def _runs_of_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # Of compressed RLEs. A number is 5 bits a character, the lowest first; all but its last
     # character have bit 32, and the highest bit of the last is the sign.
     lengths = np.array([len(x) for x in strings])
@@ -284,11 +393,7 @@ def _measure_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.n
         heads = np.flatnonzero(np.diff(owner[part], prepend=-1))
         before = sums[heads] - numbers[part[heads]]
         runs[part] = sums - np.repeat(before, np.diff(np.append(heads, len(part))))
-    is_bad |= np.minimum.reduceat(runs, first) < 0
-    pixels = np.add.reduceat(runs, first)
-    areas = np.add.reduceat(runs * (place % 2), first)
-    has_empty_run = np.logical_or.reduceat((runs == 0) & (place > 0), first)
-    return np.where(is_bad, -1, pixels), np.where(is_bad, -1, areas), has_empty_run
+    return runs, owner, is_bad
 
 
 def compress_mask(

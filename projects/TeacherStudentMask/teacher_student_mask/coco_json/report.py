@@ -123,8 +123,9 @@ RULES = {
                             "training cuts it there"),
     # Masks.
     "not a mask": Rule("annotation", "segmentation", _E, _E, "allowed: a list of polygons "
-                       "[[x, y, x, y, x, y, ...], ...] of finite numbers, an RLE with 'size' and "
-                       "'counts', or null for an object without a mask"),
+                       "[[x, y, x, y, x, y, ...], ...] of finite numbers, each of 3 points or more "
+                       "in one flat list (not of pairs [x, y]), an RLE with 'size' and 'counts', "
+                       "or null for an object without a mask"),
     "far polygon": Rule("annotation", "segmentation", _E, _E, _FAR),
     "RLE of another size": Rule("annotation", "segmentation", _E, _E, "allowed: an RLE of the "
                                 "[height, width] of the image in 'images'"),
@@ -132,12 +133,14 @@ RULES = {
                         "the pixels of the image, height x width"),
     "unread mask": Rule("annotation", "segmentation", _W, "", "not a usable mask, but training "
                         "does not read it, as it is of a crowd or an unseen class"),
-    "short polygon": Rule("annotation", "segmentation", _W, "", "polygons of fewer than 3 points, "
-                          "or with half a point, are left out, and an object without any other has "
-                          "a box only"),
+    "short polygon": Rule("annotation", "segmentation", _W, "", "polygons of fewer than 3 points "
+                          "are left out, and an object without any other has a box only; give null "
+                          "where tsmask complete shall make a mask"),
     "mask without a pixel": Rule("annotation", "segmentation", _W, "", "the mask covers nothing of "
                                  "its image, so training takes the object as one without a mask; "
                                  "correct it, or give null"),
+    "crossing edges": Rule("annotation", "segmentation", _W, _W, "edges of the outline cross; the "
+                           "mask is the pixels that pycocotools fills; draw the points in order"),
     "no mask": Rule("annotation", "segmentation", "", _E, "mask AP needs a mask on every object, "
                     f"of unseen classes too; evaluate on a json that has them, {_ONLY_BOXES}"),
     "mask of a model": Rule("annotation", "mask_source", "", _E, "a mask that a model made is not "

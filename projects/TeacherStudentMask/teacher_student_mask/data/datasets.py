@@ -22,6 +22,7 @@ from ..coco_json import (
     read_json,
     valid_polygons,
 )
+from ..coco_json.masks import is_outline
 from ..errors import InputError
 
 __all__ = [
@@ -114,7 +115,9 @@ def load_partial_coco_json(
             obj["mask_source"] = annotation["mask_source"]
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, list) and set(map(type, segmentation)) <= {list}:
-            segmentation = valid_polygons(segmentation)
+            # An outline in another form stays, for it is an error where it is used.
+            if is_outline(segmentation):
+                segmentation = valid_polygons(segmentation)
         if segmentation:
             obj["segmentation"] = segmentation
         num_without_mask += not segmentation
