@@ -278,3 +278,23 @@ def test_broken_strings_are_found_among_others(strings):
     report = check(data | {"images": images})
     expected = sum(x is None for x in pixels.values())
     assert sum(x.count for x in report.errors) == expected
+
+
+def rules_of(report):
+    return {x.rule: x.count for x in report.findings}
+
+
+@pytest.mark.parametrize("seen_classes", [None, "all", "ant", "cat"])
+def test_the_root_that_some_exports_add_is_told(seen_classes):
+    data = coco({}, {"category_id": 2, "bbox": [1, 1, 4, 4]})
+    data["categories"].append({"id": 0, "name": "animals", "supercategory": "none"})
+    for row in data["categories"][:2]:
+        row["supercategory"] = "animals"
+    assert rules_of(check(data, seen_classes=seen_classes))["root category"] == 1
+    data["annotations"][0]["category_id"] = 0  # it has an object, so it is one of the classes
+    assert "root category" not in rules_of(check(data, seen_classes=seen_classes))
+    # Its own supercategory, as Label Studio and Datumaro may write it.
+    data = coco({}) | {
+        "categories": [{"id": i, "name": "a" * i, "supercategory": "a" * i} for i in (1, 2)]
+    }
+    assert "root category" not in rules_of(check(data, seen_classes="all"))

@@ -63,7 +63,34 @@ def test_a_good_dataset_is_passed_and_its_classes_are_counted(make_tiny_coco, lo
     rows = [line.split() for line in table.splitlines()]
     assert ["ant", "seen", "4", "3", "0", "1", "1", "0", "0"] in rows
     assert ["cat", "unseen", "3", "3", "0", "0", "0", "0", "0"] in rows
-    assert not [x for x in log.records if x.levelno >= logging.WARNING]
+    assert rows[-1] == ["total", "11", "8", "0", "3", "1", "0", "0"]
+    # Ants, cats and ships, by hand: 3, 3 and 2 human masks.
+    assert [x.getMessage() for x in log.records if x.levelno >= logging.WARNING] == [
+        f"{train.json_file}: 3 of 8 human masks are not used because SEEN_CLASSES does not have "
+        'their classes ("all" uses every mask): cat 3.',
+        f"{train.json_file}: Classes with fewer than 5 objects: ant 4, cat 3, ship 4.",
+    ]
+
+
+def test_masks_that_are_not_used_are_counted_whatever_the_reason(make_tiny_coco, log):
+    def export_box(data):
+        complete(data)
+        x, y, w, h = data["annotations"][10]["bbox"]
+        data["annotations"][10]["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+    dataset = make_tiny_coco(export_box)
+    check_datasets((dataset.name,), (), "all", rectangle_as_box_only=True)
+    assert "1 of 11 human masks are not used because they are the rectangles of" in log.text
+    check_datasets((dataset.name,), (), "all", reads_masks=False)
+    assert "All 11 human masks are not used because MASK_ON is False" in log.text
+
+
+def test_images_that_training_and_test_sets_share(make_tiny_coco, log):
+    train, test = make_tiny_coco(complete), make_tiny_coco(complete)
+    check_datasets((train.name,), (test.name,), "all")
+    assert "share" not in log.text  # the same names in two folders
+    check_datasets((train.name,), (train.name,), "all")
+    assert "DATASETS.TRAIN and DATASETS.TEST share 4 images, " in log.text
 
 
 def test_all_findings_of_all_files_are_logged_and_the_first_error_is_raised(make_tiny_coco, log):

@@ -3,7 +3,8 @@ Looks for what is wrong with a COCO json, in which any object may lack its mask,
 
 Printed are, for each class, how many objects have a mask or a box only, the crowds, the masks that
 are just the rectangle of their box (boxes that were exported as masks?), and what training leaves
-out and why; then one sentence for each kind of problem, with the first ids:
+out and why; notes on masks that are not used, and on classes with few objects; then one sentence
+for each kind of problem, with the first ids:
   error    training would stop, or go wrong without a word; the exit status is 1
   warning  training goes on as the sentence says
 
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if report.classes:
         print(report.class_table())
         print(f"\n{report.num_images} images, {report.num_annotations} annotations")
+        for note in report.notes:
+            print(f"note: {note}")
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")
     print(f"{len(report.errors)} kinds of errors, {len(report.warnings)} kinds of warnings")

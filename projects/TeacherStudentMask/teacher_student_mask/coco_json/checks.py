@@ -130,8 +130,8 @@ def check_coco(
 
     Nothing that a file holds raises an exception. Masks that training does not read, of crowds and
     unseen classes, make warnings where others make errors, but an outline in a form that is not
-    COCO's is an error wherever any masks are read. Evaluation takes the masks of all objects, and needs ids and
-    areas; without "annotations" there is nothing to evaluate.
+    COCO's is an error wherever any masks are read. Evaluation takes the masks of all objects, and
+    needs ids and areas; without "annotations" there is nothing to evaluate.
 
     Args:
         json_file: the annotations.
@@ -170,6 +170,7 @@ def check_coco(
                 row_of_image,
                 sizes,
                 names,
+                data["categories"],
                 seen_classes,
                 reads_masks,
                 min_masks_per_class,
@@ -324,6 +325,7 @@ def _check_annotations(
     row_of_image: dict[int, int],
     sizes: np.ndarray,
     names: dict[int, str],
+    categories: list[dict],
     seen_classes: str | None,
     reads_masks: bool,
     min_masks: int,
@@ -388,7 +390,7 @@ def _check_annotations(
         seen = None if is_seen is None else bool(is_seen[k])
         of_class = {key: x[k] for key, x in numbers.items()}
         report.classes.append(ClassCounts(name, category_id, seen, **of_class))
-    _check_classes(report)
+    _check_classes(report, [x for x in categories if x["id"] in names])
     if rows and is_crowd.all():
         report.add_to_file("no objects", "nothing but crowds")
     num_objects = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
@@ -452,9 +454,18 @@ def _resolve_seen(
         return None
 
 
-def _check_classes(report: Report) -> None:
+def _check_classes(report: Report, categories: list[dict]) -> None:
     classes = report.classes
-    rows = [{"id": x.category_id} for x in classes]
+    rows = [{"id": x.category_id, "name": x.name} for x in classes]
+    # Parents by their name, but for those that are their own.
+    parents = {
+        x["supercategory"]
+        for x in categories
+        if type(x.get("supercategory")) is str and x["supercategory"] != x.get("name")
+    }
+    if any(x.num_objects + x.crowd for x in classes):
+        is_root = [x.name in parents and not x.num_objects + x.crowd for x in classes]
+        report.add("root category", rows, is_root)
     report.add(
         "mostly rectangles",
         rows,

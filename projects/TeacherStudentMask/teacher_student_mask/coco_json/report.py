@@ -18,6 +18,8 @@ __all__ = ["RULES", "ClassCounts", "Finding", "Report", "Rule", "shorten"]
 logger = logging.getLogger(__name__)
 
 _MAX_EXAMPLES = 5
+# Classes of fewer objects are named, so many of them.
+_FEW_OBJECTS, _MAX_NAMES = 5, 20
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
@@ -97,6 +99,9 @@ RULES = {
                                 "classes are given by name; rename or merge them"),
     "mostly rectangles": Rule("category", "name", _W, "", "rectangles teach nothing about shapes; "
                               "give null where only the box is known"),
+    "root category": Rule("category", "name", _W, "", "no object has it, and it is the "
+                          "'supercategory' of the others: the root that some exports add, which "
+                          "would be a class of the model; take it out"),
     "seen without mask": Rule("category", "name", _W, "", "a seen class without a mask is trained "
                               "as an unseen one; take it out of the list"),
     # Annotations: ids and flags.
@@ -165,6 +170,11 @@ RULES = {
                         "category, score and mask"),
 }
 # fmt: on
+
+
+def _list(counts: Sequence[tuple[str, int]]) -> str:
+    names = ", ".join(f"{name} {count}" for name, count in counts[:_MAX_NAMES])
+    return names + ", ..." * (len(counts) > _MAX_NAMES)
 
 
 def shorten(value: object) -> str:
@@ -262,6 +272,22 @@ class Report:
     def warnings(self) -> list[Finding]:
         return [x for x in self.findings if x.severity == "warning"]
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what is left unused, or is little, and may be meant so."""
+        notes = []
+        unused = [(x.name, x.masks) for x in self.classes if x.is_seen is False and x.masks]
+        if unused:
+            num_masks, num_unused = sum(x.masks for x in self.classes), sum(n for _, n in unused)
+            notes.append(
+                f"{num_unused} of {num_masks} human masks are not used because SEEN_CLASSES does "
+                f'not have their classes ("all" uses every mask): {_list(unused)}.'
+            )
+        few = [(x.name, x.num_objects) for x in self.classes if x.num_objects < _FEW_OBJECTS]
+        if few:
+            notes.append(f"Classes with fewer than {_FEW_OBJECTS} objects: {_list(few)}.")
+        return notes
+
     def log(self) -> None:
         """Log every finding with the level of its severity."""
         for finding in self.findings:
@@ -280,13 +306,14 @@ class Report:
             raise InputError(str(finding))
 
     def class_table(self) -> str:
-        """The counts of the classes as text, a row for each."""
+        """The counts of the classes as text, a row for each, and one of their sums."""
         splits = {True: "seen", False: "unseen", None: "-"}
         rows = [
             [x.name, splits[x.is_seen], x.num_objects, x.masks, x.model_masks, x.boxes_only]
             + [x.crowd, x.rectangles, x.left_out]
             for x in self.classes
         ]
+        rows.append(["total", "", *(sum(numbers) for numbers in list(zip(*rows))[2:])])
         headers = ["class", "split", "objects", "human masks", "model masks", "boxes only"]
         headers += ["crowd", "rectangles", "left out"]
         # Names such as "1e3" are not numbers.

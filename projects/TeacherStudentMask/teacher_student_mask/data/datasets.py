@@ -215,6 +215,7 @@ def check_datasets(
     num_classes: int | None = None,
     reads_masks: bool = True,
     needs_masks: bool = True,
+    rectangle_as_box_only: bool = False,
 ) -> None:
     """
     Check the json of every dataset that has one, before a model is built.
@@ -230,6 +231,7 @@ def check_datasets(
         num_classes: of the model; None: any number will do.
         reads_masks: whether training has a mask head.
         needs_masks: whether this head learns from masks alone.
+        rectangle_as_box_only: ``INPUT.RECTANGLE_AS_BOX_ONLY``.
 
     Raises:
         InputError: the sentence of the first error: file, id, field, value and what is allowed.
@@ -246,7 +248,7 @@ def check_datasets(
             pardoned = set() if needs_masks and reads_masks else {"no seen mask"}
         for report in filter(None, training):
             report.findings = [x.as_warning() if x.rule in pardoned else x for x in report.findings]
-        _log(reports)
+        _log(reports, reads_masks, rectangle_as_box_only)
         for report in reports.values():
             for error in report.errors:
                 raise InputError(str(error))
@@ -265,7 +267,8 @@ def _check_all(
     num_classes: int | None,
     reads_masks: bool,
 ) -> tuple[dict[tuple[str, str], Report], dict[str, dict]]:
-    # Returns the reports by (use, name), and the classes of datasets that have none yet.
+    # Returns the reports by (use, name), and the classes of datasets that have none yet. Warns of
+    # images that training and test sets share.
     uses_of: dict[str, list[tuple[str, str]]] = {}
     for use, name in dict.fromkeys([*(("train", x) for x in train), *(("test", x) for x in test)]):
         if name not in DatasetCatalog:
@@ -279,6 +282,7 @@ def _check_all(
         else:
             logger.debug(f"{name} is read by a function of its own, and not checked.")
     reports, classes = {}, {}
+    files: dict[str, set[str]] = {"train": set(), "test": set()}
     for json_file, uses in uses_of.items():
         # Once for all uses; gigabytes of a large file, which go before the next.
         try:
@@ -290,7 +294,17 @@ def _check_all(
             reports[use, name] = report
             if not report.errors and not MetadataCatalog.get(name).get("thing_classes"):
                 classes[name] = classes_of(data)
+            if not report.errors:
+                root = os.path.realpath(MetadataCatalog.get(name).get("image_root") or ".")
+                names = (x.get("file_name") or "" for x in data["images"])
+                files[use].update(os.path.normpath(os.path.join(root, x)) for x in names if x)
         del data
+    if shared := files["train"] & files["test"]:
+        logger.warning(
+            f"DATASETS.TRAIN and DATASETS.TEST share {len(shared)} images, {min(shared)} for "
+            f"instance (of {len(files['test'])} of DATASETS.TEST): AP on images of the training "
+            "says little about others."
+        )
     return reports, classes
 
 
@@ -337,7 +351,9 @@ def _judge(finding: Finding, use: str, name: str, data: object, num_classes: int
     return replace(finding, severity="error") if is_fatal else finding
 
 
-def _log(reports: dict[tuple[str, str], Report]) -> None:
+def _log(
+    reports: dict[tuple[str, str], Report], reads_masks: bool, rectangle_as_box_only: bool
+) -> None:
     told = set()
     for (use, name), report in reports.items():
         new = [x for x in report.findings if str(x) not in told]
@@ -348,3 +364,15 @@ def _log(reports: dict[tuple[str, str], Report]) -> None:
                 f"{name}: {report.num_images} images, {report.num_annotations} annotations in "
                 f"{report.file}, {len(report.warnings)} kinds of warnings\n{report.class_table()}"
             )
+            num_masks = sum(x.masks for x in report.classes)
+            num_rectangles = sum(x.rectangles for x in report.classes if x.is_seen is not False)
+            notes = report.notes
+            if num_masks and not reads_masks:
+                notes.append(f"All {num_masks} human masks are not used because MASK_ON is False.")
+            elif num_rectangles and rectangle_as_box_only:
+                notes.append(
+                    f"{num_rectangles} of {num_masks} human masks are not used because they are "
+                    "the rectangles of their boxes, see INPUT.RECTANGLE_AS_BOX_ONLY."
+                )
+            for note in notes:
+                logger.warning(f"{report.file}: {note}")

@@ -241,6 +241,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
         reads_masks=cfg.MODEL.MASK_ON,
         # With box supervision boxes teach them, too, and with this key masks of models.
         needs_masks=not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks),
+        rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
     )
     if eval_only or not learns_model_masks:
         return
