@@ -320,6 +320,9 @@ CASES = [
         ("RLE without runs", {"size": [80, 64]}),
         ("RLE without a pixel", rle([80 * 64]), *NO_MASK),
     ),
+    Case("keypoints in groups", annotation(111, keypoints=[[20, 20, 2], [30, 30, 1]])),
+    Case("keypoints as a text", annotation(111, keypoints="20 20 2", num_keypoints=None)),
+    Case("keypoints as dicts", annotation(111, keypoints=[{"x": 20}, None], num_keypoints="2")),
     Case(
         "point pairs of an unseen class",
         annotation(108, segmentation=[[4, 10], [40, 10], [40, 50]]),

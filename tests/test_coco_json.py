@@ -1,6 +1,8 @@
 """Counts and limits of the checks of COCO jsons; tests/bad_data.py has what is an error."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -18,6 +20,7 @@ from teacher_student_mask.coco_json import (
     read_json,
     write_json,
 )
+from teacher_student_mask.coco_json.masks import measure_masks
 
 HEIGHT, WIDTH = 12, 16
 
@@ -298,3 +301,128 @@ def test_the_root_that_some_exports_add_is_told(seen_classes):
         "categories": [{"id": i, "name": "a" * i, "supercategory": "a" * i} for i in (1, 2)]
     }
     assert "root category" not in rules_of(check(data, seen_classes="all"))
+
+
+# Outlines of two objects, of an image of 96 x 72 pixels, and their boxes.
+OUTLINES = [[10, 10, 50, 12, 44, 40, 14, 44], [60, 20, 88, 60, 56, 60]]
+BOXES = [[10, 10, 40, 34], [56, 20, 32, 40]]
+
+
+def two_objects(boxes, has_masks=(True, True), **fields):
+    masks = [[x] if known else None for x, known in zip(OUTLINES, has_masks)]
+    rows = [{"bbox": x, "segmentation": mask, **fields} for x, mask in zip(boxes, masks)]
+    return coco(*rows, height=72, width=96)
+
+
+CORNERS = [[x, y, x + w, y + h] for x, y, w, h in BOXES]
+
+
+@pytest.mark.parametrize(
+    "boxes, has_masks, expected",
+    [
+        (BOXES, (1, 1), {}),
+        ([[10.6, 9.5, 39, 35], BOXES[1]], (1, 1), {}),  # rounded, or counted from 1
+        ([[5, 5, 55, 45], BOXES[1]], (1, 1), {}),  # parts of the object are hidden
+        ([[0, 0, 12, 9]] * 2, (1, 1), {"box beside its mask": 2, "object twice": 0}),
+        ([[30, 27, 40, 34], BOXES[1]], (1, 1), {"box beside its mask": 1}),
+        ([[10, 10, 15, 34], BOXES[1]], (1, 1), {"box beside its mask": 1}),
+        ([[0, 0, 96, 72], BOXES[1]], (1, 1), {"box beside its mask": 1}),
+        (CORNERS, (1, 1), {"XYXY box": 2}),
+        (CORNERS, (1, 0), {"XYXY box": 2}),
+        (CORNERS, (0, 1), {"XYXY box": 2}),
+        (CORNERS, (0, 0), {"box reaches out": 1}),  # one alone may be a slip
+        ([CORNERS[1]] * 2, (0, 0), {"XYXY box": 2, "object twice": 1}),
+        ([CORNERS[0], BOXES[1]], (1, 1), {"XYXY box": 1}),
+        ([[0.1, 0.14, 0.42, 0.47], [0.58, 0.28, 0.33, 0.56]], (0, 0), {"small box": 2}),
+        ([[0.1, 0.14, 0.42, 0.47], [0, 0, 1, 1]], (0, 1), {"small box": 2}),
+        ([[3, 4, 0.5, 0.5], BOXES[1]], (0, 1), {"small box": 1}),
+        ([[3, 4, 0.5, 20], BOXES[1]], (0, 1), {}),
+    ],
+)
+def test_boxes_are_compared_with_masks_and_images(boxes, has_masks, expected):
+    data = two_objects(boxes, has_masks)
+    data["annotations"][1]["category_id"] = 1 if expected.get("object twice") else 2
+    expected = {rule: count for rule, count in expected.items() if count}
+    assert rules_of(check(data)) == expected
+    for row in data["annotations"]:
+        row.update(area=1.0, iscrowd=0)
+    found = rules_of(check(data, use="evaluation", reads_masks=False))
+    assert found == {k: v for k, v in expected.items() if k != "box reaches out"}
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_runs_that_follow_the_rows_are_told(is_list):
+    def counts_of(mask):
+        changes = np.flatnonzero(np.diff(mask.ravel().astype(int), prepend=0))
+        runs = np.diff([0, *changes, mask.size]).tolist()
+        if is_list:
+            return runs
+        return mask_util.frPyObjects({"size": [72, 96], "counts": runs}, 72, 96)["counts"].decode()
+
+    rows = []
+    for by_rows in (False, True):
+        for x, y, w, h in BOXES:
+            mask = np.zeros((72, 96), dtype=bool)
+            mask[y : y + h, x : x + w] = True
+            counts = counts_of(mask if by_rows else mask.T)
+            rows.append(
+                {"bbox": [x, y, w, h], "segmentation": {"size": [72, 96], "counts": counts}}
+            )
+        rows[-1]["category_id"] = 2
+    report = check(coco(*rows[:2], height=72, width=96))
+    assert report.findings == []
+    report = check(coco(*rows[2:], height=72, width=96))
+    assert rules_of(report) == {"RLE by rows": 2}
+
+
+def test_the_extents_of_rles_are_pycocotools():
+    rng = np.random.default_rng(0)
+    masks = [rng.random((9, 7)) < p for p in (0.02, 0.05, 0.1, 0.5, 0.97) for _ in range(20)]
+    masks = [x for x in masks if x.any()]
+    rles = [mask_util.encode(np.asfortranarray(x, dtype=np.uint8)) for x in masks]
+    boxes = mask_util.toBbox(rles)
+    found = measure_masks(rles, np.full((len(rles), 2), [9, 7])).extents
+    np.testing.assert_array_equal(
+        found, np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    )
+
+
+def test_objects_that_are_there_twice():
+    data = coco({}, {"category_id": 2}, {"image_id": 2}, {"bbox": [2, 2, 6.2, 4]}, {"iscrowd": 1})
+    data["images"].append({"id": 2, "file_name": "2.png", "height": HEIGHT, "width": WIDTH})
+    assert rules_of(check(data)) == {}
+    data["annotations"] += [dict(x, id=i + 10) for i, x in enumerate(data["annotations"][:3])]
+    data["annotations"][-1]["bbox"] = [2.01, 2, 6, 3.99]
+    (finding,) = check(data).findings
+    assert (finding.rule, finding.count) == ("object twice", 3)
+    assert [name for name, _ in finding.examples] == ["10", "11", "12"]
+
+
+@pytest.mark.parametrize(
+    "attributes, is_told",
+    [({"rotation": 90.0}, True), ({"rotation": 0.0}, False), ({"rotation": 360}, False)]
+    + [({"rotation": "90"}, False), ({"occluded": True}, False), (None, False), ([], False)],
+)
+def test_boxes_before_they_were_turned(attributes, is_told):
+    data = two_objects(BOXES, (False, True), attributes=attributes)
+    # The second has a mask of its own.
+    assert rules_of(check(data)) == ({"rotated box": 1} if is_told else {})
+
+
+@pytest.mark.parametrize("num_crowds, is_told", [(1, False), (2, True), (4, True)])
+def test_objects_in_parts_that_are_marked_as_crowds(num_crowds, is_told):
+    rows = [{"bbox": [i, 2, 6, 4], "iscrowd": int(i < num_crowds)} for i in range(4)]
+    report = check(coco(*rows, {"category_id": 2}))
+    assert rules_of(report) == ({"many crowds": 1} if is_told else {})
+
+
+def test_real_annotations_raise_no_false_alarm(coco_root):
+    paths = [f"{coco_root}/annotations/instances_{x}2017.json" for x in ("train", "val")]
+    paths += [f"{os.path.dirname(coco_root)}/car_parts/{x}.json" for x in ("train", "test")]
+    fixtures = Path(__file__).with_name("fixtures")
+    paths += [fixtures / "label_studio/result.json", *fixtures.glob("cvat/annotations/*.json")]
+    for path in filter(os.path.exists, paths):
+        report = check_coco(path)
+        # Label Studio's example has a rectangle as its only mask.
+        found = [x for x in report.findings if x.rule != "mostly rectangles"]
+        assert sum(x.count for x in found) <= report.num_annotations / 1000

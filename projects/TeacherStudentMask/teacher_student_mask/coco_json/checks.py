@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..class_splits import AUTO, choose_seen_classes, resolve_seen_classes
 from ..errors import InputError
 from .files import paused_gc, problem_of_image, read_json
+from .geometry import check_geometry, check_repeated
 from .masks import (
     BOX_TOLERANCE,
     MAX_PIXELS,
@@ -34,7 +35,7 @@ from .masks import (
     is_from_model,
     measure_masks,
 )
-from .report import ClassCounts, Report, shorten
+from .report import MIN_SHARE_OF_CROWDS, ClassCounts, Report, shorten
 
 __all__ = ["Box", "Whole", "check_coco", "check_types", "classes_of", "read_coco"]
 
@@ -350,12 +351,15 @@ def _check_annotations(
     find("annotation without id", [x.get("id") is None for x in rows])
     find("annotation id twice", [counts[x.get("id")] > 1 for x in rows])
     boxes = np.array([x["bbox"] for x in rows], dtype=np.float64).reshape(-1, 4)
-    is_left_out = _check_boxes(find, boxes, sizes[image])
-
     is_crowd = np.array([bool(x.get("iscrowd", 0)) for x in rows], dtype=bool)
     is_model = np.array([is_from_model(x) for x in rows], dtype=bool)
     masks = measure_masks([x.get("segmentation") for x in rows], sizes[image], boxes)
     is_mask = masks.state == MaskState.MASK
+    segmentations = [x.get("segmentation") for x in rows]
+    objects = np.stack([image, np.where(is_crowd | (image < 0), -1, category)], axis=1)
+    is_xyxy = check_geometry(find, boxes, sizes[image], segmentations, masks, is_crowd)
+    check_repeated(find, objects, boxes)
+    find("rotated box", _rotations(rows, is_mask & ~masks.is_rectangle))
     if is_evaluation:
         if reads_masks:
             _check_masks(find, masks, np.ones_like(is_mask), True)
@@ -364,7 +368,9 @@ def _check_annotations(
                 find("no mask", is_lacking)
             num = f"{MODEL!r} (of {len(rows)} objects {(is_model & ~is_lacking).sum()})"
             find("mask of a model", is_model & ~is_lacking, lambda i: num)
+        _check_boxes(find, boxes, sizes[image], is_xyxy)
         return
+    is_left_out = _check_boxes(find, boxes, sizes[image], is_xyxy)
     is_human = is_mask & ~is_crowd & ~is_model
 
     def count(is_counted: np.ndarray) -> list[int]:
@@ -398,8 +404,20 @@ def _check_annotations(
     report.add("many objects", images, is_many, lambda i: f"a list of {num_objects[i]} objects")
 
 
-def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    # Returns which objects training leaves out, bool of shape (n,).
+def _rotations(rows: list[dict], has_mask: np.ndarray) -> list[bool]:
+    # CVAT's, in degrees, of objects that are a box only.
+    attributes = [x.get("attributes") for x in rows]
+    angles = [x.get("rotation") if type(x) is dict else None for x in attributes]
+    is_turned = [
+        type(x) in (int, float) and x % 360 != 0 and not known for x, known in zip(angles, has_mask)
+    ]
+    return is_turned
+
+
+def _check_boxes(
+    find: Callable, boxes: np.ndarray, sizes: np.ndarray, is_told: np.ndarray
+) -> np.ndarray:
+    # is_told: another finding says that they may reach out of their image. Returns which objects training leaves out, bool of shape (n,).
     limits = sizes[:, ::-1]
     # As Detectron2 computes them, in 32 bits.
     with np.errstate(invalid="ignore", over="ignore"):
@@ -415,6 +433,7 @@ def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray) -> np.nda
         "box outside its image": (inside <= _EMPTY_SIDE).any(axis=1),
         "box reaches out": ((low < -BOX_TOLERANCE) | (high > limits + BOX_TOLERANCE)).any(axis=1),
     }
+    found["box reaches out"] &= ~is_told
     is_told = np.zeros(len(boxes), dtype=bool)
     for rule in found:
         found[rule] &= ~is_told
@@ -466,6 +485,16 @@ def _check_classes(report: Report, categories: list[dict]) -> None:
     if any(x.num_objects + x.crowd for x in classes):
         is_root = [x.name in parents and not x.num_objects + x.crowd for x in classes]
         report.add("root category", rows, is_root)
+    report.add(
+        "many crowds",
+        rows,
+        [
+            x.crowd > 1 and x.crowd >= MIN_SHARE_OF_CROWDS * (x.crowd + x.num_objects)
+            for x in classes
+        ],
+        lambda k: f"{classes[k].name!r}, a class with {classes[k].crowd} of "
+        f"{classes[k].crowd + classes[k].num_objects} objects marked as crowds",
+    )
     report.add(
         "mostly rectangles",
         rows,

@@ -18,6 +18,12 @@ __all__ = ["RULES", "ClassCounts", "Finding", "Report", "Rule", "shorten"]
 logger = logging.getLogger(__name__)
 
 _MAX_EXAMPLES = 5
+# Boxes and the extents of their masks, a pixel of tolerance aside, that cannot be of one object.
+MIN_BOX_IOU, MAX_SHARE_OUTSIDE = 0.5, 0.3
+# Of what fits when it is read in another way.
+GOOD_IOU = 0.9
+# Share of a class, of two crowds or more, from which on they may be no crowds.
+MIN_SHARE_OF_CROWDS = 0.25
 # Classes of fewer objects are named, so many of them.
 _FEW_OBJECTS, _MAX_NAMES = 5, 20
 
@@ -99,6 +105,9 @@ RULES = {
                                 "classes are given by name; rename or merge them"),
     "mostly rectangles": Rule("category", "name", _W, "", "rectangles teach nothing about shapes; "
                               "give null where only the box is known"),
+    "many crowds": Rule("category", "name", _W, "", f"a share of {MIN_SHARE_OF_CROWDS:.0%} or "
+                        "more, and training leaves crowds out; an object in several parts is none: "
+                        "give it 'iscrowd' 0"),
     "root category": Rule("category", "name", _W, "", "no object has it, and it is the "
                           "'supercategory' of the others: the root that some exports add, which "
                           "would be a class of the model; take it out"),
@@ -126,7 +135,20 @@ RULES = {
                                   "leaves the object out; correct it, or take it out"),
     "box reaches out": Rule("annotation", "bbox", _W, "", "it reaches outside the image, and "
                             "training cuts it there"),
+    "small box": Rule("annotation", "bbox", _W, _W, "a box below one pixel: is it normalised to 0 "
+                      "to 1? allowed: pixels"),
+    "XYXY box": Rule("annotation", "bbox", _W, _W, f"as [x0, y0, x1, y1] it fits (its mask with an IoU "
+                     f"of {GOOD_IOU} or more, or its image); COCO's is [x, y, width, height]"),
+    "box beside its mask": Rule("annotation", "bbox", _W, _W, f"IoU with the extent of its mask "
+                                f"below {MIN_BOX_IOU}, or more than {MAX_SHARE_OUTSIDE:.0%} of "
+                                "that extent outside; correct the box or the mask"),
+    "rotated box": Rule("annotation", "attributes", _W, _W, "'bbox' is the rectangle before it was "
+                        "turned; give the box, or the polygon, of the turned one"),
+    "object twice": Rule("annotation", "bbox", _W, _W, "an earlier object is equal in image, class "
+                         "and box (to 0.1 pixels); take one out"),
     # Masks.
+    "RLE by rows": Rule("annotation", "segmentation", _W, _W, f"it fits its box with an IoU of {GOOD_IOU} or "
+                        "more if the runs follow the rows of the image; COCO's follow the columns, from top to bottom"),
     "not a mask": Rule("annotation", "segmentation", _E, _E, "allowed: a list of polygons "
                        "[[x, y, x, y, x, y, ...], ...] of finite numbers, each of 3 points or more "
                        "in one flat list (not of pairs [x, y]), an RLE with 'size' and 'counts', "
