@@ -99,8 +99,8 @@ def complete_dataset(settings: CompletionSettings) -> str:
     Give every object of a COCO json that has a box only a mask, and write the json with them.
 
     A mask is made for objects that are not crowds and have none (``segmentation`` missing, null or
-    empty). Everything else of the json keeps its value. Each process appends the images that it has
-    finished to an OUTPUT.part-NUMBER.jsonl; at the end these files are merged and removed.
+    empty; whatever was drawn is kept). All else keeps its value. Each process appends the images
+    that it has finished to an OUTPUT.part-NUMBER.jsonl; at the end these are merged and removed.
 
     Returns:
         A table of the classes: the masks that were kept and made, their scores and agreement.
@@ -158,7 +158,6 @@ def _check_paths(settings: CompletionSettings) -> None:
 def _kind(annotation: dict, redo_model_masks: bool) -> str:
     if annotation.get("iscrowd"):
         return "crowd"
-    # Not only those of three points: what a human drew is not replaced.
     if not any(annotation.get("segmentation") or ()):
         return "missing"
     if is_from_model(annotation):

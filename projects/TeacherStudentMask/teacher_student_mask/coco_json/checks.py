@@ -396,7 +396,7 @@ def _check_annotations(
         seen = None if is_seen is None else bool(is_seen[k])
         of_class = {key: x[k] for key, x in numbers.items()}
         report.classes.append(ClassCounts(name, category_id, seen, **of_class))
-    _check_classes(report, [x for x in categories if x["id"] in names])
+    _check_classes(report, categories)
     if rows and is_crowd.all():
         report.add_to_file("no objects", "nothing but crowds")
     num_objects = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
@@ -417,7 +417,8 @@ def _rotations(rows: list[dict], has_mask: np.ndarray) -> list[bool]:
 def _check_boxes(
     find: Callable, boxes: np.ndarray, sizes: np.ndarray, is_told: np.ndarray
 ) -> np.ndarray:
-    # is_told: another finding says that they may reach out of their image. Returns which objects training leaves out, bool of shape (n,).
+    # is_told: another finding says that they may reach out of their image. Returns which objects
+    # training leaves out, bool of shape (n,).
     limits = sizes[:, ::-1]
     # As Detectron2 computes them, in 32 bits.
     with np.errstate(invalid="ignore", over="ignore"):

@@ -58,7 +58,7 @@ def check_geometry(
         is_xyxy = is_compared & (as_xyxy >= GOOD_IOU) & (as_xyxy > shown + _GAIN)
         is_beside = is_compared & ~is_xyxy
         is_beside &= (shown < MIN_BOX_IOU) | (share_inside < 1 - MAX_SHARE_OUTSIDE)
-        # Without masks: all of them would do as corners in the image, and some leave it as they are.
+        # Without masks: all of them would do as corners, and some leave their image as they are.
         others = np.isnan(shown) & ~is_crowd & ~is_small
         may_be_xyxy = (sides > boxes[:, :2]).all(axis=1) & (boxes >= -BOX_TOLERANCE).all(axis=1)
         may_be_xyxy &= (sides <= limits + BOX_TOLERANCE).all(axis=1)

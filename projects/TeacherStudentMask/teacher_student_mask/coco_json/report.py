@@ -137,9 +137,9 @@ RULES = {
                             "training cuts it there"),
     "small box": Rule("annotation", "bbox", _W, _W, "a box below one pixel: is it normalised to 0 "
                       "to 1? allowed: pixels"),
-    "XYXY box": Rule("annotation", "bbox", _W, _W, f"as [x0, y0, x1, y1] it fits (its mask with an IoU "
-                     f"of {GOOD_IOU} or more, or its image); COCO's is [x, y, width, height]"),
-    "box beside its mask": Rule("annotation", "bbox", _W, _W, f"IoU with the extent of its mask "
+    "XYXY box": Rule("annotation", "bbox", _W, _W, "as [x0, y0, x1, y1] it fits (its mask with an "
+                     f"IoU of {GOOD_IOU} or more, or its image); COCO's is [x, y, width, height]"),
+    "box beside its mask": Rule("annotation", "bbox", _W, _W, "IoU with the extent of its mask "
                                 f"below {MIN_BOX_IOU}, or more than {MAX_SHARE_OUTSIDE:.0%} of "
                                 "that extent outside; correct the box or the mask"),
     "rotated box": Rule("annotation", "attributes", _W, _W, "'bbox' is the rectangle before it was "
@@ -147,8 +147,9 @@ RULES = {
     "object twice": Rule("annotation", "bbox", _W, _W, "an earlier object is equal in image, class "
                          "and box (to 0.1 pixels); take one out"),
     # Masks.
-    "RLE by rows": Rule("annotation", "segmentation", _W, _W, f"it fits its box with an IoU of {GOOD_IOU} or "
-                        "more if the runs follow the rows of the image; COCO's follow the columns, from top to bottom"),
+    "RLE by rows": Rule("annotation", "segmentation", _W, _W, "it fits its box with an IoU of "
+                        f"{GOOD_IOU} or more if the runs follow the rows of the image; COCO's "
+                        "follow its columns"),
     "not a mask": Rule("annotation", "segmentation", _E, _E, "allowed: a list of polygons "
                        "[[x, y, x, y, x, y, ...], ...] of finite numbers, each of 3 points or more "
                        "in one flat list (not of pairs [x, y]), an RLE with 'size' and 'counts', "
