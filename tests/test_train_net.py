@@ -85,11 +85,12 @@ def test_train_resume_and_evaluate(run):
     assert "Starting training from iteration 2" in (output / "log.txt").read_text()
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
 
-    (output / "results.json").unlink()
-    trained = json.dumps(results)
+    before = {x.name: x.read_bytes() for x in output.glob("*.*") if x.suffix in (".json", ".yaml")}
     run("--eval-only", opts=["MODEL.WEIGHTS", output / "model_0000001.pth"])
-    again = json.loads((output / "results.json").read_text())
-    assert json.dumps(again) == trained  # the checkpoint after iteration 2 gives the same AP
+    again = json.loads((output / "inference" / "results.json").read_text())
+    # The checkpoint after iteration 2 gives the same AP; the training's files are as they were.
+    assert json.dumps(again) == json.dumps(results)
+    assert before == {x: (output / x).read_bytes() for x in before}
 
 
 @pytest.mark.parametrize("head", ["student", "teacher"])
@@ -98,6 +99,7 @@ def test_evaluation_on_ground_truth_boxes(run, head):
         "--eval-only",
         opts=["MODEL.WEIGHTS", run.untrained, "TEST.GT_BOXES", True, "TEST.MASK_HEAD", head],
     )
+    output /= "inference"
     results = json.loads((output / "results.json").read_text())
     # Every object is detected, at its own box and of its own class.
     assert results["bbox"]["AP"] == pytest.approx(100)

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from bad_data import complete
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.data import register_json_datasets
 
 
@@ -134,11 +132,11 @@ def test_the_custom_config_trains_on_paths(stop_before_model, folder, tmp_path):
     arguments += ["OUTPUT_DIR", str(tmp_path / "output"), "DATASETS.MIN_MASKS_PER_CLASS", "3"]
     arguments += ["DATASETS.TRAIN", f"('{folder}/train.json',)", "DATASETS.TRAIN_IMAGE_ROOT", ""]
     arguments += ["DATASETS.TEST", f"('{folder}/val.json',)", "DATASETS.TEST_IMAGE_ROOT", ""]
+    args = default_argument_parser().parse_args(arguments)
     with pytest.raises(stop_before_model):
-        train_net.main(default_argument_parser().parse_args(arguments))
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(tmp_path / "output" / "config.yaml"))
+        train_net.main(args)
+    assert not (tmp_path / "output" / "config.yaml").exists()
+    cfg = train_net.setup(args)
     assert cfg.DATASETS.SEEN_CLASSES == "ant, cat" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     logged = (tmp_path / "output" / "log.txt").read_text()
     assert "2 of 3 classes have at least" in logged and "unseen" in logged
@@ -149,7 +147,7 @@ def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder,
     cfg = path_cfg()
     start(cfg, tmp_path)
     output = Path(cfg.OUTPUT_DIR)
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((output / "inference" / "results.json").read_text())
     # Of the 12 objects, by hand: 4 ants and 3 cats are seen, 4 ships are not, and one is a crowd.
     assert results["segm_seen"]["num_gt"] == 7 and results["segm_unseen"]["num_gt"] == 4
     (folder / "train.json").unlink()

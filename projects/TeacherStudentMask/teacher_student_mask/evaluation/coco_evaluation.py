@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
-from ..class_splits import resolve_seen_classes
+from ..class_splits import match_classes, resolve_seen_classes
 from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
@@ -49,6 +50,9 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
     - "segm_unseen_overlap_bins": AP of the unseen objects in each bin of the overlap, "AP_0" for
       those with O = 0, "AP_0.1_0.2" for 0.1 < O <= 0.2 (Fig. 2 of the paper).
 
+    Classes are matched by name: the dataset may list the model's under other ids, or a part of
+    them; predictions of the classes that it lacks are left out.
+
     Mask AP needs a mask on every object, of unseen classes too. With annotations that have no masks
     at all, boxes alone are evaluated.
     """
@@ -61,6 +65,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         output_dir: str | None = None,
         *,
         seen_classes: str | Iterable[int],
+        class_names: Sequence[str] | None = None,
         overlap_threshold: float = 0.3,
         overlap_bin_edges: Sequence[float] | None = None,
         use_fast_impl: bool | None = None,
@@ -71,6 +76,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             dataset_name, tasks, distributed, output_dir, kwargs: see COCOEvaluator.
             seen_classes: the classes whose masks training used: a specification for
                 `resolve_seen_classes` ("voc", "nonvoc", "all", names, a path), or contiguous ids.
+            class_names: the model's, by the ids that it predicts; None: those of the dataset.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
             use_fast_impl: False: do not use Detectron2's compiled matching, whose AP differs from
@@ -103,7 +109,26 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             reads_masks = self._tasks is None or "segm" in self._tasks
             prepare_ground_truth(self._coco_api, self._metadata.json_file, reads_masks)
             self._leave_out_masks_if_there_are_none()
-        self._seen_classes = _resolve_contiguous_ids(seen_classes, self._class_names())
+        names = self._class_names()
+        class_names = names if class_names is None else list(class_names)
+        model_ids = match_classes(names, class_names, self._metadata.json_file)
+        # By the model's ids; -1: the dataset lacks the class.
+        self._dataset_ids = torch.full((len(class_names),), -1)
+        self._dataset_ids[model_ids] = torch.arange(len(names))
+        seen = _resolve_contiguous_ids(seen_classes, class_names)
+        self._seen_classes = {i for i, k in enumerate(model_ids) if k in seen}
+
+    def process(self, inputs, outputs):
+        super().process(inputs, [self._with_ids_of_dataset(output) for output in outputs])
+
+    def _with_ids_of_dataset(self, output: dict) -> dict:
+        if "instances" not in output:
+            return output
+        found = output["instances"].to("cpu")
+        ids = self._dataset_ids[found.pred_classes.long()]
+        found = found[ids >= 0]
+        found.pred_classes = ids[ids >= 0]
+        return {**output, "instances": found}
 
     def _class_names(self) -> list[str]:
         # Datasets registered from a json set their metadata only when they are loaded.
