@@ -294,18 +294,21 @@ def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
     check_weights(weights, trust_pickled)
     try:
         yield
-    except (AttributeError, ValueError) as error:  # InputError is among them
-        if isinstance(error, InputError) or "checkpoint" not in str(error):
-            raise
-        # What the checkpointer says of {"state_dict": {...}, ...}.
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # As {"state_dict": {...}, ...} is met, or the optimizer of another model.
         raise InputError(
-            f"The weights {weights} are not in Detectron2's form, "
-            '{"model": {name of a parameter: tensor}}, and nothing of them was used. Where the '
-            "tensors are under another key, such as 'state_dict' or 'ema', save them under "
-            f"'model' first ({error})."
+            f"The weights {weights} cannot be used: {error}. Allowed: Detectron2's form, "
+            '{"model": {name of a parameter: tensor}}. Tensors under another key, such as '
+            "'state_dict' or 'ema', must be saved under 'model' first; to go on with a training "
+            "needs the same model."
         ) from error
     except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        is_of_file = any(x in str(error) for x in ("weights_only", "PytorchStreamReader", "magic"))
+        is_of_file = any(
+            x in str(error)
+            for x in ("weights_only", "PytorchStreamReader", "magic", "__contains__")
+        )
         if isinstance(error, RuntimeError) and not is_of_file:
             raise
         # PyTorch's own message advises to switch the check off.

@@ -21,6 +21,7 @@ from .subset_ap import (
     find_candidate_pairs,
     mean_percent,
     subset_metrics,
+    warn_of_many_objects,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "overlap_bins",
     "results_table",
     "subset_metrics",
+    "warn_of_many_objects",
 ]

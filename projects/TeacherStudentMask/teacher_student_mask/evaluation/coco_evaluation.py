@@ -26,6 +26,7 @@ from .subset_ap import (
     find_candidate_pairs,
     mean_percent,
     subset_metrics,
+    warn_of_many_objects,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         class_names: Sequence[str] | None = None,
         overlap_threshold: float = 0.3,
         overlap_bin_edges: Sequence[float] | None = None,
+        max_dets_per_image: int = 100,
         use_fast_impl: bool | None = None,
         **kwargs,
     ):
@@ -79,6 +81,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             class_names: the model's, by the ids that it predicts; None: those of the dataset.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
+            max_dets_per_image: detections of a class that count; 100 as in COCO.
             use_fast_impl: False: do not use Detectron2's compiled matching, whose AP differs from
                 the official one by rounding only.
 
@@ -94,6 +97,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 tasks,
                 distributed,
                 output_dir,
+                max_dets_per_image=max_dets_per_image,
                 use_fast_impl=has_compiled_cocoeval() and use_fast_impl is not False,
                 **kwargs,
             )
@@ -108,6 +112,12 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         if self._do_evaluation:
             reads_masks = self._tasks is None or "segm" in self._tasks
             prepare_ground_truth(self._coco_api, self._metadata.json_file, reads_masks)
+            warn_of_many_objects(
+                self._coco_api.dataset["annotations"],
+                max_dets_per_image,
+                f"objects in {self._metadata.json_file}",
+                "A TEST.DETECTIONS_PER_IMAGE above 150 raises both limits, the model's and AP's.",
+            )
             self._leave_out_masks_if_there_are_none()
         names = self._class_names()
         class_names = names if class_names is None else list(class_names)
