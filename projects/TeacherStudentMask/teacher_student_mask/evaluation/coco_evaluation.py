@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,12 +27,11 @@ from .subset_ap import (
     find_candidate_pairs,
     mean_percent,
     subset_metrics,
-    warn_of_many_objects,
 )
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PartiallySupervisedCOCOEvaluator", "has_compiled_cocoeval"]
+__all__ = ["PartiallySupervisedCOCOEvaluator", "has_compiled_cocoeval", "warn_of_many_objects"]
 
 
 class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
@@ -252,6 +252,35 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             for x in coco.dataset["annotations"]
             if x["image_id"] in image_ids and x["category_id"] in coco.cats and not x["iscrowd"]
         ]
+
+
+def warn_of_many_objects(
+    annotations: Sequence[Mapping], max_detections: int, what: str, remedy: str
+) -> bool:
+    """
+    Warn, once, where an image has more objects or detections of a class than AP counts.
+
+    Args:
+        annotations: of the ground truth, or the entries of results.
+        max_detections: of a class in an image.
+        what: the annotations are, such as "objects of val.json".
+        remedy: where to change the number.
+
+    Returns:
+        Whether there is such an image.
+    """
+    counts = Counter(
+        (x["image_id"], x["category_id"]) for x in annotations if not x.get("iscrowd", 0)
+    )
+    num = sum(x > max_detections for x in counts.values())
+    if num:
+        (image, category), most = counts.most_common(1)[0]
+        logger.warning(
+            f"AP counts {max_detections} detections of a class in an image, but there are more "
+            f"{what}: {most} of category {category} in image {image} are the most of {num} such "
+            f"cases. {remedy}"
+        )
+    return num > 0
 
 
 def has_compiled_cocoeval() -> bool:

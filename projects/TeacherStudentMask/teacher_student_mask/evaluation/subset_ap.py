@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,10 +22,7 @@ __all__ = [
     "find_candidate_pairs",
     "mean_percent",
     "subset_metrics",
-    "warn_of_many_objects",
 ]
-
-logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -72,35 +68,6 @@ class CandidatePairs:
     def positions_of_classes(self, category_ids: Collection[int]) -> list[int]:
         """Positions in ``category_ids`` of those ids of the json that are there."""
         return np.flatnonzero(np.isin(self.category_ids, list(category_ids))).tolist()
-
-
-def warn_of_many_objects(
-    annotations: Sequence[Mapping], max_detections: int, what: str, remedy: str
-) -> bool:
-    """
-    Warn, once, where an image has more objects or detections of a class than AP counts.
-
-    Args:
-        annotations: of the ground truth, or the entries of results.
-        max_detections: of a class in an image.
-        what: the annotations are, such as "objects of val.json".
-        remedy: where to change the number.
-
-    Returns:
-        Whether there is such an image.
-    """
-    counts = Counter(
-        (x["image_id"], x["category_id"]) for x in annotations if not x.get("iscrowd", 0)
-    )
-    num = sum(x > max_detections for x in counts.values())
-    if num:
-        (image, category), most = counts.most_common(1)[0]
-        logger.warning(
-            f"AP counts {max_detections} detections of a class in an image, but there are more "
-            f"{what}: {most} of category {category} in image {image} are the most of {num} such "
-            f"cases. {remedy}"
-        )
-    return num > 0
 
 
 def find_candidate_pairs(
