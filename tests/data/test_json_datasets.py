@@ -147,7 +147,7 @@ def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder,
     cfg = path_cfg()
     start(cfg, tmp_path)
     output = Path(cfg.OUTPUT_DIR)
-    results = json.loads((output / "inference" / "results.json").read_text())
+    results = json.loads((output / "results.json").read_text())
     # Of the 12 objects, by hand: 4 ants and 3 cats are seen, 4 ships are not, and one is a crowd.
     assert results["segm_seen"]["num_gt"] == 7 and results["segm_unseen"]["num_gt"] == 4
     (folder / "train.json").unlink()
