@@ -34,6 +34,7 @@ def evaluate(shapes_root: str, name: str, output: Path) -> tuple[dict, int]:
     try:
         cfg = make_cfg(["OUTPUT_DIR", str(output), "DATASETS.TEST", (dataset,)])
         cfg.DATASETS.SEEN_CLASSES = ",".join(SHAPES_SEEN_CLASSES)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 8  # those of shapes
         detector = NoisyTruth(DatasetCatalog.get(dataset))
         return dict(train_net.Trainer.test(cfg, detector)), detector.num_images
     finally:

@@ -29,13 +29,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.engine import default_argument_parser, defaults
+from detectron2.engine import default_argument_parser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 import train_net  # noqa: E402
 from teacher_student_mask import register_partial_coco  # noqa: E402
+from teacher_student_mask.engine import trainer  # noqa: E402
 
 EVENTS = {b"b": "start", b"s": "step", b"c": "checkpoint", b"e": "evaluation"}
 LONGEST_RUN = 120  # seconds
@@ -88,7 +89,7 @@ def train(plan: dict, run: dict, pipe: int) -> None:
     with open(plan["output"] + ".log", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    defaults.collect_env_info = lambda: "(left out)"  # it runs compilers to ask for their versions
+    trainer.collect_env_info = lambda: "(left out)"  # it runs compilers to ask for their versions
     tell = tell_events(pipe, run["kill"])
     tell(b"b")
     arguments = ["--resume", "--config-file", plan["config_file"], "OUTPUT_DIR", plan["output"]]

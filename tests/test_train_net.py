@@ -85,11 +85,12 @@ def test_train_resume_and_evaluate(run):
     assert "Starting training from iteration 2" in (output / "log.txt").read_text()
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
 
-    (output / "results.json").unlink()
-    trained = json.dumps(results)
+    before = {x.name: x.read_bytes() for x in output.glob("*.*") if x.suffix in (".json", ".yaml")}
     run("--eval-only", opts=["MODEL.WEIGHTS", output / "model_0000001.pth"])
-    again = json.loads((output / "results.json").read_text())
-    assert json.dumps(again) == trained  # the checkpoint after iteration 2 gives the same AP
+    again = json.loads((output / "inference" / "results.json").read_text())
+    # The checkpoint after iteration 2 gives the same AP; the training's files are as they were.
+    assert json.dumps(again) == json.dumps(results)
+    assert before == {x: (output / x).read_bytes() for x in before}
 
 
 @pytest.mark.parametrize("head", ["student", "teacher"])
@@ -98,6 +99,7 @@ def test_evaluation_on_ground_truth_boxes(run, head):
         "--eval-only",
         opts=["MODEL.WEIGHTS", run.untrained, "TEST.GT_BOXES", True, "TEST.MASK_HEAD", head],
     )
+    output /= "inference"
     results = json.loads((output / "results.json").read_text())
     # Every object is detected, at its own box and of its own class.
     assert results["bbox"]["AP"] == pytest.approx(100)
@@ -144,6 +146,156 @@ def test_evaluation_refuses_weights_that_do_not_fit(run):
         run("--eval-only", opts=opts)
     with pytest.raises(InputError, match="MODEL.WEIGHTS is empty"):
         run("--eval-only", opts=["MODEL.WEIGHTS", ""])
+
+
+# ---- classes are matched by name ----
+
+
+@pytest.fixture
+def other_ids(run, tiny_coco, tmp_path):
+    """Return ``write(ids, rename)``: options for the test json under other ids."""
+
+    def write(ids, rename=()):
+        data = json.loads(json.dumps(tiny_coco.data))
+        data["categories"] = [
+            {"id": ids[x["id"]], "name": dict(rename).get(x["name"], x["name"])}
+            for x in data["categories"]
+            if x["id"] in ids
+        ]
+        objects = [x for x in data["annotations"] if x["category_id"] in ids]
+        data["annotations"] = [{**x, "category_id": ids[x["category_id"]]} for x in objects]
+        path = tmp_path / "other_ids.json"
+        path.write_text(json.dumps(data))
+        return ["DATASETS.TEST", (str(path),), "DATASETS.TEST_IMAGE_ROOT", tiny_coco.image_root]
+
+    return write
+
+
+@pytest.mark.parametrize("on_gt_boxes", [True, False])
+def test_a_test_json_may_list_the_classes_in_any_order_or_some_of_them(run, other_ids, on_gt_boxes):
+    opts = ["MODEL.WEIGHTS", run.untrained, "TEST.GT_BOXES", on_gt_boxes]
+    opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+
+    def evaluate(*test):
+        folder = run("--eval-only", opts=[*opts, *test]) / "inference"
+        found = json.loads((folder / "coco_instances_results.json").read_text())
+        return json.loads((folder / "results.json").read_text()), found
+
+    expected, of_training_ids = evaluate()
+    for ids in ({3: 90, 17: 3, 90: 17}, {3: 5, 17: 4, 90: 1}):
+        results, found = evaluate(*other_ids(ids))
+        assert set(results) == set(expected)
+        for task, metrics in results.items():
+            assert metrics == pytest.approx(expected[task], rel=1e-9, nan_ok=True)
+        back = {new: old for old, new in ids.items()}
+        assert [{**x, "category_id": back[x["category_id"]]} for x in found] == of_training_ids
+    results, found = evaluate(*other_ids({90: 1, 17: 2}))
+    assert results["bbox"]["AP-ship"] == expected["bbox"]["AP-ship"]
+    assert results["segm_seen"]["num_gt"] == 4 and {x["category_id"] for x in found} == {1, 2}
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)])
+def test_a_class_that_the_model_does_not_know_stops_at_once(run, other_ids, flags):
+    opts = other_ids({3: 3, 17: 17, 90: 90}, rename={"ship": "shi"})
+    with pytest.raises(InputError, match=r"'shi' \(nearest: ship\). Its 3 classes: ant, cat, ship"):
+        run(*flags, opts=["MODEL.WEIGHTS", run.untrained, *opts])
+
+
+def test_the_names_are_those_of_the_training(run, other_ids, log):
+    """Not those of the test json: from beside the weights, else from beside the config."""
+    names = [{"id": i, "name": x} for i, x in enumerate(("cat", "ship", "ant"))]
+    (run.untrained.parent / "categories.json").write_text(json.dumps(names))
+    opts = ["MODEL.WEIGHTS", run.untrained, "TEST.GT_BOXES", True]
+    output = run("--eval-only", opts=[*opts, *other_ids({3: 3, 17: 17, 90: 90})])
+    assert json.loads((output / "inference/categories.json").read_text()) == names
+    found = json.loads((output / "inference/coco_instances_results.json").read_text())
+    assert {x["category_id"] for x in found} == {3, 17, 90}
+    (run.untrained.parent / "categories.json").write_text('[{"name": "ant"}]')
+    with pytest.raises(InputError, match="categories.json cannot be read"):
+        run("--eval-only", opts=opts)
+
+
+# ---- a run's folder ----
+
+
+def files_of(folder):
+    return {x.name: x.read_bytes() for x in folder.iterdir() if x.suffix in (".json", ".yaml")}
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_classes(run, make_tiny_coco, log):
+    output = run(opts=["DATASETS.TEST", ()])
+    before = files_of(output)
+    assert {"config.yaml", "categories.json", "results.json"} <= set(before)
+    (output.parent / "output_2").mkdir()
+    with pytest.raises(InputError, match="holds another run .config.yaml.*output_3, or .*--resume"):
+        run()
+
+    def add(data):
+        data["categories"].append({"id": 1, "name": "new"})
+
+    def exchange(data):
+        names = {"ant": "ship", "ship": "ant"}
+        for x in data["categories"]:
+            x["name"] = names.get(x["name"], x["name"])
+
+    for change, classes in ((add, "new, ant, cat, ship"), (exchange, "ship, cat, ant")):
+        opts = ["DATASETS.TRAIN", (make_tiny_coco(change).name,), "SOLVER.MAX_ITER", 4]
+        for num_classes in (3, 4):
+            with pytest.raises(InputError, match=f"classes {classes}, but .* on ant, cat, ship;"):
+                run("--resume", opts=[*opts, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes])
+    with pytest.raises(InputError, match="lacks .* parameters|cannot be used"):
+        run("--resume", opts=["MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "SOLVER.MAX_ITER", 4])
+    assert run("--resume") == output  # nothing is left to do, and no evaluation follows
+    assert "has reached SOLVER.MAX_ITER 2, and its results.json stays as it is" in log.text
+    assert {**files_of(output), "metrics.json": b""} == {**before, "metrics.json": b""}
+
+
+def test_weights_of_which_nothing_fits_stop_the_training(run, tmp_path):
+    state = torch.load(run.untrained)["model"]
+    torch.save({"model": {f"net.{k}": x for k, x in state.items()}}, tmp_path / "names.pth")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "state_dict.pth")
+    torch.save({"ema": state}, tmp_path / "ema.pth")
+    torch.save([state], tmp_path / "list.pth")
+    for name, words in (
+        ("names", "lacks .* parameters"),
+        ("state_dict", "state_dict.pth cannot be used: .* must be saved under 'model'"),
+        ("ema", "ema.pth cannot be used: .* must be saved under 'model'"),
+        ("list", "list.pth cannot be used"),
+    ):
+        for flags in ((), ("--eval-only",)):
+            with pytest.raises(InputError, match=words):
+                run(*flags, opts=["MODEL.WEIGHTS", tmp_path / f"{name}.pth"])
+    output = tmp_path / "output"
+    assert not (output / "config.yaml").exists() and not (output / "categories.json").exists()
+
+
+@pytest.mark.parametrize(
+    "weights, words",
+    [
+        ("none.pth", "none.pth do not exist"),
+        ("http://127.0.0.1:9/a/x.pth", "127.0.0.1:9/a/x.pth cannot be fetched .*put them at .*x.p"),
+        ("detectron2://x.pkl", "https://dl.fbaipublicfiles.com/detectron2/x.pkl cannot be fetched"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("--eval-only",)])
+def test_weights_that_are_not_there_stop_before_anything_is_written(
+    run, tmp_path, monkeypatch, weights, words, flags
+):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=words):
+        run(*flags, opts=["MODEL.WEIGHTS", weights])
+    assert not (tmp_path / "output").exists()
+
+
+def test_without_a_gpu_the_cpu_trains(run, monkeypatch, log, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    run(opts=["MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()])
+    assert "MODEL.DEVICE is cuda, but there is no GPU: using the CPU" in log.text
+    assert main(["train", "--num-gpus", "8"]) == 1
+    assert "--num-gpus is 8, but this machine has 0" in capsys.readouterr().err
 
 
 def test_the_command_is_the_same_program(monkeypatch, capsys):

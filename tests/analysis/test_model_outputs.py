@@ -87,6 +87,32 @@ def test_ground_truth_boxes_come_back_with_the_datasets_own_ids(save, tiny_coco,
         assert {x["score"] for x in found} == {1.0}
 
 
+def test_classes_of_the_dataset_are_found_by_name(save, tiny_coco, make_tiny_coco, tmp_path):
+    config, weights = save()
+
+    def run(ids, name):
+        def change(data):
+            data["categories"] = [
+                {**x, "id": ids[x["id"]]} for x in data["categories"] if x["id"] in ids
+            ]
+            objects = [x for x in data["annotations"] if x["category_id"] in ids]
+            data["annotations"] = [{**x, "category_id": ids[x["category_id"]]} for x in objects]
+
+        opts = ["DATASETS.TEST", (make_tiny_coco(change).name,)]
+        return run_model(config, weights, tmp_path / name, opts=opts)
+
+    first = run_model(config, weights, tmp_path / "first")
+    for ids, seen in (({3: 17, 17: 90, 90: 3}, ["ant", "ship"]), ({17: 1, 90: 2}, ["ship"])):
+        found = run(ids, f"{len(ids)}")
+        assert found.seen_classes == seen
+        for before, after in (
+            (first.results["student"], found.results["student"]),
+            (first.gt_box_results["teacher"], found.gt_box_results["teacher"]),
+        ):
+            expected = [x for x in read(before) if x["category_id"] in ids]
+            assert read(after) == [{**x, "category_id": ids[x["category_id"]]} for x in expected]
+
+
 def test_heads_have_the_same_boxes_and_other_masks(save, tiny_coco, tmp_path):
     results = run_model(*save(), tmp_path)
     for paths in (results.results, results.gt_box_results):

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from bad_data import complete
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.data import register_json_datasets
 
 
@@ -134,11 +132,11 @@ def test_the_custom_config_trains_on_paths(stop_before_model, folder, tmp_path):
     arguments += ["OUTPUT_DIR", str(tmp_path / "output")]
     arguments += ["DATASETS.TRAIN", f"('{folder}/train.json',)", "DATASETS.TRAIN_IMAGE_ROOT", ""]
     arguments += ["DATASETS.TEST", f"('{folder}/val.json',)", "DATASETS.TEST_IMAGE_ROOT", ""]
+    args = default_argument_parser().parse_args(arguments)
     with pytest.raises(stop_before_model):
-        train_net.main(default_argument_parser().parse_args(arguments))
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.merge_from_file(str(tmp_path / "output" / "config.yaml"))
+        train_net.main(args)
+    assert not (tmp_path / "output" / "config.yaml").exists()
+    cfg = train_net.setup(args)
     assert cfg.DATASETS.SEEN_CLASSES == "all" and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     logged = (tmp_path / "output" / "log.txt").read_text()
     assert "human masks are not used" not in logged

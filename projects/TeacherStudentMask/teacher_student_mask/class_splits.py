@@ -14,6 +14,7 @@ __all__ = [
     "NONVOC_CLASSES",
     "VOC_CLASSES",
     "choose_seen_classes",
+    "match_classes",
     "resolve_seen_classes",
 ]
 
@@ -95,17 +96,42 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
             f"DATASETS.SEEN_CLASSES is {spec!r}, which names no class. Allowed: 'voc', 'nonvoc', "
             "'all', class names separated by commas, or a path to a text or json list."
         )
+    problem = f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class"
+    return sorted(set(_find_names(names, thing_classes, problem)))
+
+
+def match_classes(names: Sequence[str], model_classes: Sequence[str], source: str) -> list[int]:
+    """
+    Find the classes of a dataset among those of a model, by their names.
+
+    Args:
+        names: of the dataset; any part of the model's, in any order.
+        model_classes: by the contiguous ids that the model predicts.
+        source: what has these names, for the message.
+
+    Returns:
+        The model's id of each name.
+
+    Raises:
+        InputError: names that the model does not know, with the nearest that it does.
+    """
+    return _find_names(
+        names, list(model_classes), f"The model does not know all classes of {source}:"
+    )
+
+
+def _find_names(names: Sequence[str], known: list[str], problem: str) -> list[int]:
     hints = []
     for name in names:
-        if name not in thing_classes:
-            near = difflib.get_close_matches(name.lower(), thing_classes, n=3, cutoff=0.5)
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
             hints.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
     if hints:
         raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class {', '.join(hints)}. "
-            f"Its {len(thing_classes)} classes: {', '.join(thing_classes[:100])}."
+            f"{problem} {', '.join(hints)}. Its {len(known)} classes: {', '.join(known[:100])}."
         )
-    return sorted({thing_classes.index(name) for name in names})
+    ids = {name: i for i, name in enumerate(known)}
+    return [ids[name] for name in names]
 
 
 def choose_seen_classes(num_masks: Mapping[str, int], min_masks: int) -> list[str]:

@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .class_splits import match_classes
 from .coco_json import MODEL, check_coco, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
 from .errors import InputError
@@ -253,13 +254,8 @@ def _prepare(
     if known == [f"class {i}" for i in range(len(names))]:
         logger.warning(f"Taken for the model's classes, in this order: {', '.join(names)}.")
         known = names
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(
-            f"{settings.annotations} has the categories {', '.join(unknown)}, which are not "
-            f"classes of the model: {', '.join(known)}."
-        )
-    class_ids = {x["id"]: known.index(x["name"]) for x in categories}
+    model_ids = match_classes([x["name"] for x in categories], known, settings.annotations)
+    class_ids = {x["id"]: k for x, k in zip(categories, model_ids)}
     make_masks = functools.partial(
         _model_masks, trained.model, class_ids, masks_of, settings.mask_format
     )

@@ -288,7 +288,7 @@ def run_sweep(
 def _run_job(run: Run, command: Sequence[str], environment: dict[str, str]) -> None:
     """In a process of its own: train, evaluate, and add the results to run.json after each."""
 
-    def call(folder: Path, arguments: Sequence[str]) -> dict:
+    def call(folder: Path, arguments: Sequence[str], results_file: str) -> dict:
         # Ended with this process: subprocess.run does so when an interrupt comes.
         ended = subprocess.run(  # nosec B603  # A list of arguments, without a shell.
             [*command, *arguments, "OUTPUT_DIR", str(folder)], env={**os.environ, **environment}
@@ -296,7 +296,7 @@ def _run_job(run: Run, command: Sequence[str], environment: dict[str, str]) -> N
         if ended.returncode:
             sys.exit(ended.returncode)
         # NaN is not json, although Python writes it.
-        text = (folder / "results.json").read_text()
+        text = (folder / results_file).read_text()
         results = json.loads(text, parse_constant=lambda _: None)
         # Of the first of several test datasets.
         return results if {"bbox", "segm"} & set(results) else next(iter(results.values()))
@@ -305,14 +305,14 @@ def _run_job(run: Run, command: Sequence[str], environment: dict[str, str]) -> N
     results = record.setdefault("results", {})
     if DETECTIONS not in results:
         start = time.perf_counter()
-        results[DETECTIONS] = call(run.folder, run.arguments)
+        results[DETECTIONS] = call(run.folder, run.arguments, "results.json")
         record["seconds"] = round(time.perf_counter() - start, 1)
         _write_json(path, record)
     model = ["--eval-only", "--config-file", str(run.folder / "config.yaml")]
     model += ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
     for name, opts in run.evaluations.items():
         if name not in results:
-            results[name] = call(run.folder / name, [*model, *opts])
+            results[name] = call(run.folder / name, [*model, *opts], "inference/results.json")
             _write_json(path, record)
 
 

@@ -8,13 +8,12 @@ does not fit the model is an error, where Detectron2 warns and goes on with rand
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle  # nosec B403  # Only its exception is used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from urllib.parse import urlparse
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -25,34 +24,35 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances
-from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import get_cache_dir
 from torch import nn
 
 from .config import add_teacher_student_mask_config
 from .data import register_json_datasets, resolve_auto_settings
 from .errors import InputError
+from .model_classes import find_model_classes, model_folders
 from .modeling import TeacherStudentROIHeads
 
 __all__ = [
-    "CLASS_NAMES_FILE",
     "TrainedModel",
     "check_pickles",
+    "check_weights",
+    "choose_device",
     "find_test_dataset",
     "load_config",
     "load_model",
     "load_weights",
+    "missing_parameters",
     "read_config",
+    "refuse_missing",
     "safe_loading",
-    "write_class_names",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Mask heads, and where their parameters are in the model.
 _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
-
-# In the folder of the weights: "id" and "name" of the model's classes, in their order.
-CLASS_NAMES_FILE = "categories.json"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def load_model(
             f"has: {', '.join(existing)}."
         )
     load_weights(model, cfg, heads=heads)
-    names, ids = _find_classes(cfg)
+    names, ids = find_model_classes(cfg, model_folders(cfg, config_file))
     return TrainedModel(cfg, model.eval(), names, ids, heads)
 
 
@@ -179,10 +179,15 @@ def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = 
     check_pickles(cfg)
     register_json_datasets(cfg)
     cfg = resolve_auto_settings(cfg, needs_seen_classes=False)
+    choose_device(cfg)
+    return cfg
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Set ``MODEL.DEVICE`` to "cpu", and say so, where it is a GPU and there is none."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning(f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: using the CPU.")
         cfg.MODEL.DEVICE = "cpu"
-    return cfg
 
 
 def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
@@ -286,22 +291,62 @@ def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
     Raises:
         InputError: there is no such file, it could run code, or it cannot be read.
     """
-    _check_source(weights, trust_pickled)
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise InputError(
-            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
-            "the model_final.pth in the OUTPUT_DIR of train_net.py."
-        )
+    check_weights(weights, trust_pickled)
     try:
         yield
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # As {"state_dict": {...}, ...} is met, or the optimizer of another model.
+        raise InputError(
+            f"The weights {weights} cannot be used: {error}. Allowed: Detectron2's form, "
+            '{"model": {name of a parameter: tensor}}. Tensors under another key, such as '
+            "'state_dict' or 'ema', must be saved under 'model' first; to go on with a training "
+            "needs the same model."
+        ) from error
     except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        is_of_file = any(x in str(error) for x in ("weights_only", "PytorchStreamReader", "magic"))
+        is_of_file = any(
+            x in str(error)
+            for x in ("weights_only", "PytorchStreamReader", "magic", "__contains__")
+        )
         if isinstance(error, RuntimeError) and not is_of_file:
             raise
         # PyTorch's own message advises to switch the check off.
         raise InputError(
             f"The weights {weights} were refused, and nothing of them was run: they cannot be read "
             "as a checkpoint. They are damaged, or hold more than tensors and plain values."
+        ) from error
+
+
+def check_weights(weights: str, trust_pickled: bool = False) -> None:
+    """
+    Find weights before anything is done for their sake; those with a URL are downloaded.
+
+    Args:
+        weights, trust_pickled: as for :func:`safe_loading`.
+
+    Raises:
+        InputError: they are not there, cannot be fetched, or could run code.
+    """
+    _check_source(weights, trust_pickled)
+    if not weights or os.path.isfile(weights):
+        return
+    if "://" not in weights:
+        raise InputError(
+            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
+            "the model_final.pth in the OUTPUT_DIR of train_net.py."
+        )
+    if "?" in weights:  # releases of Detectron2 differ in what they make of it
+        return
+    try:
+        PathManager.get_local_path(weights)
+    except Exception as error:  # of a network: of many kinds
+        url = weights.replace("detectron2://", _TRUSTED_PREFIXES[1])
+        cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
+        raise InputError(
+            f"The weights {url} cannot be fetched ({error}). Download them where there is a "
+            f"network and give their path as MODEL.WEIGHTS, or put them at {cached}. Without any: "
+            'MODEL.WEIGHTS "" trains from scratch, and tsmask demo needs no network.'
         ) from error
 
 
@@ -340,46 +385,52 @@ def load_weights(
     weights = weights or cfg.MODEL.WEIGHTS
     if not weights:
         raise InputError("MODEL.WEIGHTS is empty; give the checkpoint of a trained model.")
-    missing = []
-    # The checkpointer keeps to itself what was missing; parameters of another shape are among it.
-    hook = model.register_load_state_dict_post_hook(
-        lambda _, incompatible: missing.extend(incompatible.missing_keys)
-    )
-    try:
-        with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
+    with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
+        with missing_parameters(model) as missing:
             DetectionCheckpointer(model).load(weights, checkpointables=[])
-    finally:
-        hook.remove()
     unused = tuple(prefix for head, prefix in _HEAD_PREFIXES.items() if head not in heads)
+    refuse_missing(weights, [x for x in missing if not x.startswith(unused)])
+
+
+@contextlib.contextmanager
+def missing_parameters(model: nn.Module) -> Iterator[list[str]]:
+    """
+    Around the code that loads weights into a model.
+
+    Yields:
+        A list that then holds the names of the parameters that the weights lack, or have in
+        another shape: the checkpointer keeps them to itself.
+    """
+    missing = []
     # Buffers are left to the checkpointer: it knows which of them old checkpoints lack.
     parameters = {name for name, _ in model.named_parameters()}
-    needed = [x for x in missing if x in parameters and not x.startswith(unused)]
-    if needed:
+    hook = model.register_load_state_dict_post_hook(
+        lambda _, found: missing.extend(x for x in found.missing_keys if x in parameters)
+    )
+    try:
+        yield missing
+    finally:
+        hook.remove()
+
+
+def refuse_missing(weights: str, missing: Sequence[str]) -> None:
+    """
+    Args:
+        weights: for the message.
+        missing: parameters that the model needs, and the weights lack.
+
+    Raises:
+        InputError: there are any.
+    """
+    if missing:
         raise InputError(
-            f"The checkpoint {weights} lacks {len(needed)} parameters of the model, or has them "
-            f"in another shape: {', '.join(needed[:8])}{', ...' if len(needed) > 8 else ''}. Give "
-            "the checkpoint and the config of the same training."
+            f"The checkpoint {weights} lacks {len(missing)} parameters of the model, or has them "
+            f"in another shape: {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}. "
+            "Give the checkpoint and the config of the same training."
         )
 
 
-# ---- classes ----
-
-
-def write_class_names(cfg: CfgNode) -> None:
-    """
-    Write the classes of the training data to ``OUTPUT_DIR``, so that inference needs no data.
-
-    The main process writes; data whose classes have no names yet leave no file.
-
-    Args:
-        cfg: of the training; its datasets have been read.
-    """
-    names, ids = _classes_of(cfg.DATASETS.TRAIN[0])
-    if not names or not comm.is_main_process():
-        return
-    categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
-    path = Path(cfg.OUTPUT_DIR, CLASS_NAMES_FILE)
-    path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
+# ---- datasets ----
 
 
 def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
@@ -387,8 +438,7 @@ def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
     Json and folder of images of the first dataset of ``DATASETS.TEST``.
 
     Raises:
-        InputError: there is none, it is not registered or has no COCO json, or the model has
-            another number of classes.
+        InputError: there is none, or it is not registered or has no COCO json.
     """
     name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
@@ -397,45 +447,4 @@ def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
             f"DATASETS.TEST names {name!r}; needed is the path of a COCO json, or a dataset that "
             "has one. Detectron2 looks for its own under $DETECTRON2_DATASETS."
         )
-    names, _ = _classes_of(name)
-    if len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        raise InputError(
-            f"The dataset {name!r} has {len(names)} classes, but MODEL.ROI_HEADS.NUM_CLASSES is "
-            f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES}; name in DATASETS.TEST a dataset with the classes "
-            "of the model."
-        )
     return metadata.json_file, metadata.image_root
-
-
-def _classes_of(dataset: str) -> tuple[list[str], list[int]]:
-    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
-    metadata = MetadataCatalog.get(dataset)
-    if not metadata.get("thing_classes"):
-        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
-    names = metadata.get("thing_classes", [])
-    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
-    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
-    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
-    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
-
-
-def _find_classes(cfg: CfgNode) -> tuple[list[str], list[int]]:
-    """Of the test data, else as written by the training, else of the training data."""
-    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    for source in (*cfg.DATASETS.TEST[:1], CLASS_NAMES_FILE, *cfg.DATASETS.TRAIN[:1]):
-        try:
-            if source == CLASS_NAMES_FILE:
-                path = Path(cfg.MODEL.WEIGHTS).with_name(CLASS_NAMES_FILE)
-                rows = json.loads(path.read_text(encoding="utf-8"))
-                names, ids = [x["name"] for x in rows], [x["id"] for x in rows]
-            else:
-                names, ids = _classes_of(source)
-        except (KeyError, OSError, TypeError, ValueError):
-            continue
-        if len(names) == num_classes:
-            return names, ids
-    logger.warning(
-        f"The classes have no names, and their ids are contiguous: neither the datasets nor "
-        f"{CLASS_NAMES_FILE} beside the weights tell those of {num_classes} classes."
-    )
-    return [f"class {i}" for i in range(num_classes)], list(range(num_classes))

@@ -33,6 +33,7 @@ from ..evaluation import (
     mean_percent,
     overlap_bins,
     subset_metrics,
+    warn_of_many_objects,
 )
 from .objects import ObjectTable, measure_objects
 
@@ -50,8 +51,6 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 TASKS = ("segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
-# Per image and class, as in COCO.
-_MAX_DETECTIONS = 100
 # Detections times resamples that are processed at once: enough that numpy's calls cost little, and
 # small enough for the caches.
 _MAX_ELEMENTS = 300_000
@@ -72,6 +71,7 @@ class Settings:
         min_objects_per_bin: bins with fewer are flagged.
         ties: whose a false-positive pixel is that seen and unseen objects cover: "seen" or
             "smaller".
+        max_detections: of a class in an image, that count; 100 as in COCO.
 
     Raises:
         InputError: a value is out of range.
@@ -85,6 +85,7 @@ class Settings:
     score_threshold: float = 0.5
     min_objects_per_bin: int = 100
     ties: str = "seen"
+    max_detections: int = 100
 
     def __post_init__(self):
         for name in ("overlap_threshold", "score_threshold", "confidence"):
@@ -153,6 +154,10 @@ def analyze(
         )
     warnings: list[Finding] = []
     coco = load_ground_truth(annotations, warnings=warnings)
+    limit = settings.max_detections
+    raise_it = "--max-detections (Settings.max_detections) raises the number."
+    what = f"objects in {annotations}"
+    has_many = warn_of_many_objects(coco.dataset["annotations"], limit, what, raise_it)
     for annotation in coco.dataset["annotations"]:
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
@@ -169,9 +174,12 @@ def analyze(
         if name not in files[protocol]:
             continue
         detections = load_results(files[protocol][name], coco, warnings)
+        if not has_many:
+            what = f"entries in {files[protocol][name]}"
+            has_many = warn_of_many_objects(detections, limit, what, raise_it)
         title = f"{name} ({protocol}): intervals"
         with tqdm(desc=title, total=settings.num_resamples, disable=not show_progress) as bar:
-            pairs = find_candidate_pairs(coco, detections, max_detections=_MAX_DETECTIONS)
+            pairs = find_candidate_pairs(coco, detections, max_detections=settings.max_detections)
             # Crowds have no overlap, and count nowhere.
             overlaps = np.array([dataset.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
             found = compute_statistics(pairs, overlaps, dataset.unseen, settings, bar.update)
@@ -201,7 +209,7 @@ def analyze(
             **{x: importlib.metadata.version(x) for x in ("numpy", "pycocotools")},
         },
         "dataset": dataset.describe(annotations),
-        "settings": {**asdict(settings), "max_detections": _MAX_DETECTIONS},
+        "settings": asdict(settings),
         "models": models,
         "differences": [
             dataset.compare(of_protocol, first, second, protocol)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from tqdm import tqdm
 
-from ..class_splits import AUTO, resolve_seen_classes
+from ..class_splits import AUTO, match_classes, resolve_seen_classes
 from ..coco_json import load_ground_truth
 from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
 from ..errors import InputError
 from ..evaluation import OverlapBin, compute_overlaps
 from ..evaluation import overlap_bins as to_overlap_bins
+from ..model_classes import dataset_classes
 from ..modeling import (
     PSEUDO_MASK_METHODS,
     DenseCRF,
@@ -93,9 +94,11 @@ def run_model(
     cfg = resolve_auto_settings(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
     spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
     seen = resolve_seen_classes(spec, trained.class_names)
-    loader = build_detection_test_loader(
-        cfg, cfg.DATASETS.TEST[0], mapper=TeacherStudentDatasetMapper(cfg, is_train=False)
-    )
+    names, ids = dataset_classes(cfg.DATASETS.TEST[0])
+    model_ids = match_classes(names, trained.class_names, annotations)
+    category_ids = dict(zip(model_ids, ids))
+    mapper = TeacherStudentDatasetMapper(cfg, is_train=False, model_class_ids=model_ids)
+    loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0], mapper=mapper)
 
     found = {f"{head}{end}": [] for end in ("", "_gt_boxes") for head in trained.heads}
     title = f"{cfg.DATASETS.TEST[0]}, {' and '.join(trained.heads)}"
@@ -103,8 +106,10 @@ def run_model(
         for name, outputs in _run_heads(trained, inputs):
             for image, instances in zip(inputs, outputs):
                 for entry in instances_to_coco_json(instances, image["image_id"]):
-                    entry["category_id"] = trained.category_ids[entry["category_id"]]
-                    found[name].append(entry)
+                    # The dataset may lack classes of the model.
+                    if entry["category_id"] in category_ids:
+                        entry["category_id"] = category_ids[entry["category_id"]]
+                        found[name].append(entry)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, entries in found.items():
@@ -112,7 +117,7 @@ def run_model(
     return ModelResults(
         annotations=annotations,
         image_root=image_root,
-        seen_classes=[trained.class_names[i] for i in seen],
+        seen_classes=[trained.class_names[i] for i in seen if i in category_ids],
         results={x: str(folder / f"{x}.json") for x in trained.heads},
         gt_box_results={x: str(folder / f"{x}_gt_boxes.json") for x in trained.heads},
     )
@@ -260,10 +265,13 @@ def _unseen_objects(
     coco = load_ground_truth(json_file, reads_masks=False)
     overlap_of = compute_overlaps(coco)
     cfg = resolve_auto_settings(trained.cfg).clone()
-    mapper = _make_mapper(cfg)
-    cfg.DATASETS.SEEN_CLASSES = "all"
+    # By the model's ids, as the annotations below.
+    seen = resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, trained.class_names)
+    mapper = _make_mapper(cfg, seen)
     cfg.INPUT.RECTANGLE_AS_BOX_ONLY = False
-    truth_mapper = _make_mapper(cfg)
+    truth_mapper = _make_mapper(cfg, range(len(trained.class_names)))
+    names, _ = dataset_classes(cfg.DATASETS.TEST[0])
+    model_ids = match_classes(names, trained.class_names, json_file)
     num_left_out = 0
     images = load_partial_coco_json(json_file, image_root)[:max_images]
     for image in tqdm(images, desc=f"{cfg.DATASETS.TEST[0]}, pseudo masks", unit="image"):
@@ -271,6 +279,7 @@ def _unseen_objects(
         # Both lists are in the order of the json.
         entries = coco.imgToAnns[image["image_id"]]
         for annotation, entry in zip(image["annotations"], entries, strict=True):
+            annotation["category_id"] = model_ids[annotation["category_id"]]
             if annotation["iscrowd"] or annotation["category_id"] in mapper.seen_classes:
                 continue
             x, y, w, h = annotation["bbox"]
@@ -301,13 +310,15 @@ def _unseen_objects(
         )
 
 
-def _make_mapper(cfg: CfgNode) -> TeacherStudentDatasetMapper:
+def _make_mapper(cfg: CfgNode, seen_classes: Collection[int]) -> TeacherStudentDatasetMapper:
     """Of the training, but for the resize of testing in the place of augmentations."""
     cfg = cfg.clone()
-    # The mapper looks there for the classes.
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST[:1]
+    # The mapper looks there for the classes, which the training data need not be at hand to tell.
+    cfg.DATASETS.TRAIN, cfg.DATASETS.SEEN_CLASSES = cfg.DATASETS.TEST[:1], "all"
     augmentations = utils.build_augmentation(cfg, is_train=False)
-    return TeacherStudentDatasetMapper(cfg, is_train=True, augmentations=augmentations)
+    return TeacherStudentDatasetMapper(
+        cfg, is_train=True, augmentations=augmentations, seen_classes=seen_classes
+    )
 
 
 def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose a false-positive pixel is that seen and unseen objects cover (%(default)s; "
         '"smaller": that of the smaller object)',
     )
+    text = "detections of a class in an image that count (%(default)s, as in COCO)"
+    add("--max-detections", type=int, default=100, metavar="N", help=text)
     add("--resamples", type=int, default=1000, metavar="N", help="0: no intervals (%(default)s)")
     add("--confidence", type=float, default=0.95, help="of the intervals (%(default)s)")
     add("--seed", type=int, default=0, help="of the bootstrap")
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
         num_resamples=args.resamples,
         confidence=args.confidence,
         seed=args.seed,
+        max_detections=args.max_detections,
     )
     annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
     if args.config_file:

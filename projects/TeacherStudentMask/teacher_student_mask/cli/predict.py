@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# When nothing is found: scores below this mean nothing, and more images would take too long.
+_LOWEST_SCORE, _MAX_ASKED_AGAIN = 0.01, 20
 _VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 
@@ -107,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         except InputError as error:
             failures.append(str(error))
     _write_results(trained, images, results, args.output_dir)
+    if not results:
+        _report_lower_scores(trained, images, args.score_threshold)
     if failures:
         print(f"{len(failures)} of {len(files)} inputs failed:", file=sys.stderr)
         print("\n".join(f"  {x}" for x in failures), file=sys.stderr)
@@ -131,6 +135,27 @@ def _write_results(
     found = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
     print(f"{len(results)} objects in {len(images)} images and frames: {found}")
     print(f"Results: {output_dir}")
+
+
+def _report_lower_scores(trained: TrainedModel, images: list[dict], score_threshold: float) -> None:
+    """Say what the threshold has left out of the first images, in which nothing reached it."""
+    trained.model.roi_heads.box_predictor.test_score_thresh = _LOWEST_SCORE
+    asked = [x for x in images if "frame" not in x][:_MAX_ASKED_AGAIN]
+    scores = []
+    for entry in asked:
+        found = trained.predict(next(_read(Path(entry["file_name"]))))
+        scores += [
+            (score, trained.class_names[k], entry["file_name"])
+            for score, k in zip(found.scores.tolist(), found.pred_classes.tolist())
+        ]
+    if scores:
+        best, name, file = max(scores)
+        print(
+            f"No object has a score above --score-threshold {score_threshold:g}; {len(scores)} in "
+            f"{len(asked)} images have a lower one. The best is {best:.3f}: {name} in {file}."
+        )
+    elif asked:
+        print(f"No object in {len(asked)} images has a score above {_LOWEST_SCORE:g}, either.")
 
 
 def _find_files(inputs: list[str], overlay_dir: Path) -> list[Path]:

@@ -8,16 +8,20 @@ looked for under $DETECTRON2_DATASETS (default: ./datasets), COCO in Detectron2'
   your data: tsmask train --config-file configs/custom/....yaml DATASETS.TRAIN "('my.json',)"
   on a CPU:  tsmask train --config-file configs/shapes/....yaml MODEL.DEVICE cpu
   go on:     tsmask train --resume --config-file ...
-  evaluate:  tsmask train --eval-only --config-file ... MODEL.WEIGHTS model.pth
+  evaluate:  tsmask train --eval-only --config-file output/mine/config.yaml MODEL.WEIGHTS model.pth
   the teacher, on ground-truth boxes:  ... --eval-only ... TEST.MASK_HEAD teacher TEST.GT_BOXES True
 
 OUTPUT_DIR then holds config.yaml, categories.json (the classes), log.txt, metrics.json,
-checkpoints, TensorBoard events and results.json.
+checkpoints, TensorBoard events and results.json. A training does not begin in the folder of
+another; an evaluation writes to the folder inference in it. Classes are matched by name: the test
+json may have other ids, and some of the classes.
 """
 
 from __future__ import annotations
 
 import argparse
+
+from ..errors import InputError
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,9 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train or evaluate, in one process for each GPU."""
+    import torch
     from detectron2.engine import launch
 
     from ..engine import main
+
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise InputError(
+            f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()}; one "
+            "process, on the CPU where there is no GPU, is --num-gpus 1."
+        )
 
     # With launch's timeout of 30 minutes: the first process evaluates while the others wait.
     launch(

@@ -70,6 +70,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         use_external_masks: bool = True,
         rectangle_as_box_only: bool = False,
         add_gt_boxes_at_test: bool = False,
+        model_class_ids: Sequence[int] | None = None,
         **kwargs,
     ):
         """
@@ -81,6 +82,8 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             rectangle_as_box_only: take human masks that are the rectangle of their box for none.
             add_gt_boxes_at_test: if not ``is_train``, give each example ``instances`` with
                 ``gt_boxes`` and ``gt_classes`` of the non-crowd objects, for ``TEST.GT_BOXES``.
+            model_class_ids: the model's id of each class of the dataset, for these ``gt_classes``;
+                None: they are the same.
             **kwargs: of :class:`DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
@@ -88,6 +91,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         self.use_external_masks = use_external_masks
         self.rectangle_as_box_only = rectangle_as_box_only
         self.add_gt_boxes_at_test = add_gt_boxes_at_test
+        self.model_class_ids = model_class_ids
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
@@ -131,7 +135,10 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         # A json may have 480.0; the image has been found to have this size.
         example.update(height=int(example["height"]), width=int(example["width"]))
         if not self.is_train and self.add_gt_boxes_at_test:
-            example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
+            instances = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
+            if self.model_class_ids is not None:
+                instances.gt_classes = torch.tensor(self.model_class_ids)[instances.gt_classes]
+            example["instances"] = instances
         return example
 
     def _forget_masks(self, dataset_dict: dict) -> list[dict]:

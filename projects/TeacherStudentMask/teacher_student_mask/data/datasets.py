@@ -228,7 +228,7 @@ def check_datasets(
     Args:
         train, test: names of registered datasets, ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         seen_classes: ``DATASETS.SEEN_CLASSES``, of the training sets.
-        num_classes: of the model; None: any number will do.
+        num_classes: of the model, for the training sets; None: any number will do.
         reads_masks: whether training has a mask head.
         needs_masks: whether this head learns from masks alone.
         rectangle_as_box_only: ``INPUT.RECTANGLE_AS_BOX_ONLY``.
@@ -324,7 +324,9 @@ def _check_one(
 ) -> Report:
     is_ours = _loader_of(name) == _OURS
     image_root = MetadataCatalog.get(name).get("image_root")
-    options = {"data": data, "image_root": image_root, "num_classes": num_classes}
+    options = {"data": data, "image_root": image_root}
+    if use == "train":  # those of a test set are matched by name
+        options["num_classes"] = num_classes
     if use == "test" and (not is_ours or isinstance(data, dict) and "annotations" in data):
         report = check_coco(json_file, use="evaluation", **options)
     else:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ..class_splits import AUTO
+from ..class_splits import AUTO, match_classes
 from ..data import (
     TeacherStudentDatasetMapper,
     build_train_loader,
@@ -33,15 +36,27 @@ from ..data import (
     register_json_datasets,
     resolve_auto_settings,
 )
+from ..data.datasets import answer_of_main_process
+from ..data.seen_classes import training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
+from ..model_classes import (
+    dataset_classes,
+    find_model_classes,
+    model_folders,
+    read_class_names,
+    write_class_names,
+)
 from ..modeling import GTBoxInference
 from ..trained_model import (
     check_pickles,
+    check_weights,
+    choose_device,
     load_weights,
+    missing_parameters,
     read_config,
+    refuse_missing,
     safe_loading,
-    write_class_names,
 )
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
@@ -98,11 +113,17 @@ class Trainer(DefaultTrainer):
             raise self.finite_loss.explain(error) from error
 
     def resume_or_load(self, resume: bool = True) -> None:
-        weights = self.cfg.MODEL.WEIGHTS
-        if resume and self.checkpointer.has_checkpoint():
+        weights, model = self.cfg.MODEL.WEIGHTS, self.checkpointer.model
+        is_resumed = resume and self.checkpointer.has_checkpoint()
+        if is_resumed:
             weights = self.checkpointer.get_checkpoint_file()
         with safe_loading(weights, self.cfg.MODEL.TRUST_PICKLED_WEIGHTS):
-            super().resume_or_load(resume)
+            with missing_parameters(model) as missing:
+                super().resume_or_load(resume)
+        if is_resumed or len(missing) == len(list(model.parameters())):
+            refuse_missing(weights, missing)
+        # Not before: a training that cannot begin leaves the files of an earlier one alone.
+        write_class_names(self.cfg.OUTPUT_DIR, *dataset_classes(self.cfg.DATASETS.TRAIN[0]))
 
     def state_dict(self) -> dict:
         state = super().state_dict()
@@ -124,7 +145,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = TeacherStudentDatasetMapper(cfg, False)
+        names, _ = dataset_classes(dataset_name)
+        model_ids = match_classes(names, cls._class_names(cfg), dataset_name) if names else None
+        mapper = TeacherStudentDatasetMapper(cfg, False, model_class_ids=model_ids)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -134,10 +157,18 @@ class Trainer(DefaultTrainer):
         return PartiallySupervisedCOCOEvaluator(
             dataset_name,
             seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
+            class_names=cls._class_names(cfg),
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
+            max_dets_per_image=_max_detections(cfg),
             overlap_threshold=cfg.TEST.OVERLAP_THRESHOLD,
             overlap_bin_edges=cfg.TEST.OVERLAP_BINS,
         )
+
+    @staticmethod
+    def _class_names(cfg: CfgNode) -> list[str]:
+        # OUTPUT_DIR first: a training may begin with the weights of one on other classes.
+        folders = (cfg.OUTPUT_DIR, os.path.dirname(cfg.MODEL.WEIGHTS))
+        return answer_of_main_process(lambda: find_model_classes(cfg, folders)[0])
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> OrderedDict:
@@ -163,27 +194,38 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
 
+    A training writes to ``OUTPUT_DIR``, config.yaml and categories.json once its model is built and
+    loaded; an evaluation writes to the folder "inference" in it alone.
+
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
 
     Raises:
-        InputError: config, data or weights cannot be used.
+        InputError: config, data or weights cannot be used, or ``OUTPUT_DIR`` holds another run.
     """
     cfg = setup(args)
-    _check_data(cfg, args.eval_only)
+    names, ids = _check_data(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        has_checkpoint = args.resume and checkpointer.has_checkpoint()
-        weights = checkpointer.get_checkpoint_file() if has_checkpoint else cfg.MODEL.WEIGHTS
-        load_weights(model, cfg, weights=weights, heads=[cfg.TEST.MASK_HEAD])
-        results = Trainer.test(cfg, model)
+        load_weights(model, cfg, heads=[cfg.TEST.MASK_HEAD])
+        _write_config(cfg)
+        # Where Trainer.test looks for them.
+        write_class_names(cfg.OUTPUT_DIR, names, ids)
+        comm.synchronize()
+        evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
+        results = Trainer.test(cfg, model, evaluators)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    write_class_names(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter >= trainer.max_iter and answer_of_main_process(lambda: _is_done(cfg)):
+        logger.info(
+            f"The training in {cfg.OUTPUT_DIR} has reached SOLVER.MAX_ITER {trainer.max_iter}, and "
+            "its results.json stays as it is; a larger MAX_ITER goes on."
+        )
+        return None
+    _write_config(cfg)
     return trainer.train()
 
 
@@ -192,7 +234,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Build the config from the command line of :func:`main`, and start logging.
 
     Returns:
-        The config, frozen, in which "auto" and NUM_CLASSES 0 have become what the data say.
+        The config, frozen, in which "auto" and NUM_CLASSES 0 have become what the data say. For an
+        evaluation OUTPUT_DIR is the folder "inference" in the one that was given, and
+        MODEL.WEIGHTS the last checkpoint if ``--resume`` asks for it.
 
     Raises:
         InputError: a key, a value, or what it names is wrong.
@@ -212,15 +256,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-    setup_logger(
-        output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="teacher_student_mask"
-    )
     register_json_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+    # All that can stop a run before the first file is written.
+    answer_of_main_process(lambda: _check_output_dir(cfg, args))
+    last = _last_checkpoint(cfg) if args.resume else ""
+    check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
+    if args.eval_only:
+        cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
+    for name in ("fvcore", "detectron2", "teacher_student_mask"):
+        setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    choose_device(cfg)
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
     cfg = resolve_auto_settings(cfg, needs_seen_classes=is_asked)
     cfg.freeze()
-    default_setup(cfg, args)
+    # As Detectron2's default_setup, which would write config.yaml at this moment.
+    logger.info(f"Environment:\n{collect_env_info()}\nCommand line: {args}\nConfig:\n{cfg.dump()}")
+    logger.info(f"{'Evaluation' if args.eval_only else 'Training'} writes to {cfg.OUTPUT_DIR}")
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     if from_scratch:
         logger.warning(
             "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
@@ -229,22 +285,80 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _check_data(cfg: CfgNode, eval_only: bool) -> None:
-    """Stop at errors of the datasets' annotations before anything is built."""
+def _max_detections(cfg: CfgNode) -> int:
+    # COCO's 100 of each class, also with the 150 detections of the paper's configs, whose AP it is;
+    # whoever asks for more wants them counted.
+    return cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
+
+
+def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
+    found = [x for x in ("config.yaml", "last_checkpoint") if Path(cfg.OUTPUT_DIR, x).exists()]
+    if found and not args.resume and not args.eval_only:
+        numbered = (f"{cfg.OUTPUT_DIR.rstrip('/')}_{i}" for i in itertools.count(2))
+        free = next(x for x in numbered if not os.path.exists(x))
+        raise InputError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run ({', '.join(found)}), which training "
+            f"would overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that "
+            "run by --resume."
+        )
+
+
+def _last_checkpoint(cfg: CfgNode) -> str:
+    # "" before the first.
+    path = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+    return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
+
+
+def _is_done(cfg: CfgNode) -> bool:
+    # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
+    results = Path(cfg.OUTPUT_DIR, "results.json")
+    return results.is_file() and results.stat().st_mtime >= os.stat(_last_checkpoint(cfg)).st_mtime
+
+
+def _write_config(cfg: CfgNode) -> None:
+    if comm.is_main_process():
+        with open_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as file:
+            file.write(cfg.dump())
+
+
+def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """
+    Stop at errors of the datasets' annotations before anything is built.
+
+    Returns:
+        Names and category ids of the model's classes, by contiguous id.
+    """
     is_rcnn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "GrabCutRCNN")
     learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
+    earlier = read_class_names(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else None
     check_datasets(
-        () if eval_only else cfg.DATASETS.TRAIN,
+        () if args.eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,
         cfg.DATASETS.SEEN_CLASSES,
-        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None,
+        # Of a run that goes on the names are compared.
+        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn and earlier is None else None,
         reads_masks=cfg.MODEL.MASK_ON,
         # With box supervision boxes teach them, too, and with this key masks of models.
         needs_masks=not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks),
         rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
     )
-    if eval_only or not learns_model_masks:
-        return
+    if args.eval_only:
+        folders = model_folders(cfg, args.config_file)
+        names, ids = answer_of_main_process(lambda: find_model_classes(cfg, folders))
+    else:
+        training_classes(cfg)
+        names, ids = dataset_classes(cfg.DATASETS.TRAIN[0])
+    if earlier is not None and earlier[0] != names:
+        raise InputError(
+            f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
+            f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
+            f"{', '.join(earlier[0][:50])}; they must be the same in the same order. Name another "
+            "OUTPUT_DIR to train on these."
+        )
+    for dataset in cfg.DATASETS.TEST:
+        match_classes(dataset_classes(dataset)[0], names, dataset)
+    if args.eval_only or not learns_model_masks:
+        return names, ids
     images = (image for name in cfg.DATASETS.TRAIN for image in DatasetCatalog.get(name))
     if not any(
         x.get("mask_source") == "model" and x.get("segmentation") and not x.get("iscrowd", 0)
@@ -256,6 +370,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             f"{tuple(cfg.DATASETS.TRAIN)} has no mask with 'mask_source' 'model'; "
             "tsmask complete --grabcut, for instance, makes them."
         )
+    return names, ids
 
 
 # ---- files ----

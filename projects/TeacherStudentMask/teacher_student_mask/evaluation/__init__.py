@@ -1,6 +1,6 @@
 """Evaluation on subsets of classes and objects, independent of how a model was trained."""
 
-from .coco_evaluation import PartiallySupervisedCOCOEvaluator
+from .coco_evaluation import PartiallySupervisedCOCOEvaluator, warn_of_many_objects
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
 from .pixel_errors import (
     ObjectRegions,
@@ -45,4 +45,5 @@ __all__ = [
     "overlap_bins",
     "results_table",
     "subset_metrics",
+    "warn_of_many_objects",
 ]

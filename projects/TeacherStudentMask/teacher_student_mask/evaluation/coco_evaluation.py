@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
-from ..class_splits import resolve_seen_classes
+from ..class_splits import match_classes, resolve_seen_classes
 from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import OverlapBin, compute_overlaps, overlap_bins
@@ -29,7 +31,7 @@ from .subset_ap import (
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PartiallySupervisedCOCOEvaluator", "has_compiled_cocoeval"]
+__all__ = ["PartiallySupervisedCOCOEvaluator", "has_compiled_cocoeval", "warn_of_many_objects"]
 
 
 class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
@@ -49,6 +51,9 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
     - "segm_unseen_overlap_bins": AP of the unseen objects in each bin of the overlap, "AP_0" for
       those with O = 0, "AP_0.1_0.2" for 0.1 < O <= 0.2 (Fig. 2 of the paper).
 
+    Classes are matched by name: the dataset may list the model's under other ids, or a part of
+    them; predictions of the classes that it lacks are left out.
+
     Mask AP needs a mask on every object, of unseen classes too. With annotations that have no masks
     at all, boxes alone are evaluated.
     """
@@ -61,8 +66,10 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         output_dir: str | None = None,
         *,
         seen_classes: str | Iterable[int],
+        class_names: Sequence[str] | None = None,
         overlap_threshold: float = 0.3,
         overlap_bin_edges: Sequence[float] | None = None,
+        max_dets_per_image: int = 100,
         use_fast_impl: bool | None = None,
         **kwargs,
     ):
@@ -71,8 +78,10 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             dataset_name, tasks, distributed, output_dir, kwargs: see COCOEvaluator.
             seen_classes: the classes whose masks training used: a specification for
                 `resolve_seen_classes` ("voc", "nonvoc", "all", names, a path), or contiguous ids.
+            class_names: the model's, by the ids that it predicts; None: those of the dataset.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
+            max_dets_per_image: detections of a class that count; 100 as in COCO.
             use_fast_impl: False: do not use Detectron2's compiled matching, whose AP differs from
                 the official one by rounding only.
 
@@ -88,6 +97,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 tasks,
                 distributed,
                 output_dir,
+                max_dets_per_image=max_dets_per_image,
                 use_fast_impl=has_compiled_cocoeval() and use_fast_impl is not False,
                 **kwargs,
             )
@@ -102,8 +112,33 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         if self._do_evaluation:
             reads_masks = self._tasks is None or "segm" in self._tasks
             prepare_ground_truth(self._coco_api, self._metadata.json_file, reads_masks)
+            warn_of_many_objects(
+                self._coco_api.dataset["annotations"],
+                max_dets_per_image,
+                f"objects in {self._metadata.json_file}",
+                "A TEST.DETECTIONS_PER_IMAGE above 150 raises both limits, the model's and AP's.",
+            )
             self._leave_out_masks_if_there_are_none()
-        self._seen_classes = _resolve_contiguous_ids(seen_classes, self._class_names())
+        names = self._class_names()
+        class_names = names if class_names is None else list(class_names)
+        model_ids = match_classes(names, class_names, self._metadata.json_file)
+        # By the model's ids; -1: the dataset lacks the class.
+        self._dataset_ids = torch.full((len(class_names),), -1)
+        self._dataset_ids[model_ids] = torch.arange(len(names))
+        seen = _resolve_contiguous_ids(seen_classes, class_names)
+        self._seen_classes = {i for i, k in enumerate(model_ids) if k in seen}
+
+    def process(self, inputs, outputs):
+        super().process(inputs, [self._with_ids_of_dataset(output) for output in outputs])
+
+    def _with_ids_of_dataset(self, output: dict) -> dict:
+        if "instances" not in output:
+            return output
+        found = output["instances"].to("cpu")
+        ids = self._dataset_ids[found.pred_classes.long()]
+        found = found[ids >= 0]
+        found.pred_classes = ids[ids >= 0]
+        return {**output, "instances": found}
 
     def _class_names(self) -> list[str]:
         # Datasets registered from a json set their metadata only when they are loaded.
@@ -217,6 +252,35 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             for x in coco.dataset["annotations"]
             if x["image_id"] in image_ids and x["category_id"] in coco.cats and not x["iscrowd"]
         ]
+
+
+def warn_of_many_objects(
+    annotations: Sequence[Mapping], max_detections: int, what: str, remedy: str
+) -> bool:
+    """
+    Warn, once, where an image has more objects or detections of a class than AP counts.
+
+    Args:
+        annotations: of the ground truth, or the entries of results.
+        max_detections: of a class in an image.
+        what: the annotations are, such as "objects of val.json".
+        remedy: where to change the number.
+
+    Returns:
+        Whether there is such an image.
+    """
+    counts = Counter(
+        (x["image_id"], x["category_id"]) for x in annotations if not x.get("iscrowd", 0)
+    )
+    num = sum(x > max_detections for x in counts.values())
+    if num:
+        (image, category), most = counts.most_common(1)[0]
+        logger.warning(
+            f"AP counts {max_detections} detections of a class in an image, but there are more "
+            f"{what}: {most} of category {category} in image {image} are the most of {num} such "
+            f"cases. {remedy}"
+        )
+    return num > 0
 
 
 def has_compiled_cocoeval() -> bool:
