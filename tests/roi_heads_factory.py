@@ -60,7 +60,7 @@ def make_heads(
         "mask_head": mask_head(num_channels),
     }
     if heads_class is not TeacherStudentROIHeads:
-        return heads_class(**arguments, **kwargs)
+        return heads_class(**arguments | kwargs)
     arguments["teacher_mask_head"] = mask_head(1, teacher_deconv)
     kwargs.setdefault("pseudo_masks", PseudoMaskGenerator(method=method))
     kwargs.setdefault("warmup_iters", 0)

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import narrow_hourglass  # noqa: F401
 import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, build_detection_test_loader
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
@@ -29,11 +27,7 @@ from teacher_student_mask import (
     GTBoxInference,
     TeacherStudentDatasetMapper,
 )
-from teacher_student_mask.modeling import (
-    PSEUDO_MASK_METHODS,
-    ROI_MASK_PRIOR_REGISTRY,
-    grab_cut,
-)
+from teacher_student_mask.modeling import PSEUDO_MASK_METHODS, ROI_MASK_PRIOR_REGISTRY
 
 OPMASK = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]
 OPMASK += ["MODEL.ROI_BOX_HEAD.CONV_WIDTHS", [16, 24]]
@@ -316,15 +310,9 @@ def train(model, cfg, dataset, num_steps=5):
     return record | {f"{name} after step {i}": x for name, x in model.state_dict().items()}
 
 
-def common_and_differing(first, second):
-    """The names in both of two records of unequal length under which they differ by a bit."""
-    return {k for k, x in first.items() if k in second and not torch.equal(x, second[k])}
-
-
 def differing(first, second):
-    """The names under which two such records differ by a bit, in the order of training."""
-    assert list(first) == list(second)
-    return [name for name, x in first.items() if not torch.equal(x, second[name])]
+    """The names in both of two records under which they differ by a bit, in order of training."""
+    return [k for k, x in first.items() if k in second and not torch.equal(x, second[k])]
 
 
 @pytest.mark.parametrize(
@@ -345,8 +333,9 @@ def test_unseen_masks_change_no_loss_gradient_or_weight(tiny_cfg, make_tiny_coco
         # A control needs no more than to differ.
         records[kind] = train(model, cfg, dataset, num_steps=1 if kind in controls else 5)
     expected = records.pop("as they are")
-    changed = {kind: common_and_differing(records.pop(kind), expected) for kind in controls}
+    changed = {kind: differing(records.pop(kind), expected) for kind in controls}
     for kind, record in records.items():
+        assert record.keys() == expected.keys()
         assert differing(expected, record) == [], kind
     if has_mask_head(LEAK_METHODS[method]):
         for names in changed.values():
@@ -487,38 +476,6 @@ def system_cfg(name, output_dir):
     return cfg
 
 
-LOSSES_OF_SYSTEMS = {
-    "loss_mask": "",
-    "loss_mask_teacher": "teacher_student",
-    "loss_shape": "shapeprop",
-    "loss_shape_activation": "shapeprop",
-    "loss_boundary": "cpmask",
-    "loss_affinity": "cpmask",
-    "loss_mask_contrast": "contrastmask",
-    "loss_mask_projection": "boxinst_roi",
-    "loss_mask_pairwise": "boxinst_roi",
-}
-
-
-def losses_of_system(system):
-    if system == "mask_grabcut":  # reading A, has no mask head
-        return set()
-    return {name for name, part in LOSSES_OF_SYSTEMS.items() if part in system}
-
-
-def with_grabcut_masks(dataset_dict, seen_classes):
-    """As tools/grabcut_masks.py leaves an image: GrabCut's masks of the unseen objects."""
-    dataset_dict = copy.deepcopy(dataset_dict)
-    image = read_image(dataset_dict["file_name"], format="BGR")
-    for annotation in dataset_dict["annotations"]:
-        if annotation["category_id"] not in seen_classes and not annotation["iscrowd"]:
-            x, y, width, height = annotation["bbox"]
-            mask = grab_cut(image, (x, y, x + width, y + height))
-            annotation["segmentation"] = mask_util.encode(np.asfortranarray(mask))
-            annotation["mask_source"] = "model"
-    return dataset_dict
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_trains_and_predicts_on_real_images(coco_root, tmp_path, system):
@@ -526,16 +483,8 @@ def test_every_system_trains_and_predicts_on_real_images(coco_root, tmp_path, sy
     model = build(cfg).train()
     mapper = TeacherStudentDatasetMapper(cfg, is_train=True)
     images = [x for x in DatasetCatalog.get("coco_2017_val") if len(x["annotations"]) > 8][:2]
-    if system.endswith("_train"):  # Mask GrabCut, reading B, learns from masks of a model
-        images = [with_grabcut_masks(x, mapper.seen_classes) for x in images]
     batch = [mapper(copy.deepcopy(x)) for x in images]
-    if cfg.MODEL.MASK_ON:
-        has_mask = torch.cat([x["instances"].gt_has_mask for x in batch])
-        assert has_mask.any() and (system.startswith("oracle") or not has_mask.all())
-    if system.endswith("_train"):
-        assert any(x["instances"].gt_has_model_mask.any() for x in batch)
     losses = step(model, batch)
-    assert {name for name in losses if name in LOSSES_OF_SYSTEMS} == losses_of_system(system)
     assert all(x.isfinite() for x in losses.values())
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():

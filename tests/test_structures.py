@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,19 +20,12 @@ def image_map():
 @pytest.mark.parametrize(
     "item",
     [
-        slice(None),
-        slice(1, 3),
-        slice(None, None, 2),
+        slice(1, 99, 2),
         slice(3, 1),
-        slice(2, 99),
         torch.tensor([True, False, True, True]),
-        torch.tensor([False] * 4),
         torch.tensor([3, 0, 0, 2, 3, 1]),
-        torch.tensor([-1]),
-        [0],
-        [-4],
         torch.tensor([], dtype=torch.int64),
-        [2, 1],
+        [2, -4],
     ],
     ids=str,
 )
@@ -42,41 +35,8 @@ def test_indexing_selects_as_many_instances_as_of_a_tensor(image_map, item):
     assert selected.tensor.data_ptr() == image_map.data_ptr()
 
 
-def test_the_map_is_stored_as_bool_and_shared(image_map):
-    mask = ImageMask(image_map, 3)
-    assert mask.tensor.data_ptr() == image_map.data_ptr()
-    assert torch.equal(ImageMask(image_map.to(torch.uint8), 3).tensor, image_map)
-    assert mask.image_size == (HEIGHT, WIDTH)
-    assert mask.device == torch.device("cpu")
-    assert repr(mask) == "ImageMask(num_instances=3, image_size=(5, 7))"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("map_device", ["cpu", "cuda"])
-def test_indices_may_be_on_a_gpu(image_map, map_device):
-    mask = ImageMask(image_map, 3).to(map_device)
-    assert len(mask[torch.tensor([0, 2], device="cuda")]) == 2
-    assert len(mask[torch.tensor([True, False, False], device="cuda")]) == 1
-    crops = mask.crop_and_resize(torch.tensor([[0.0, 0, 7, 5]] * 3, device="cuda"), 28)
-    assert crops.device.type == "cuda"
-
-
-def test_cat_adds_up_instances_of_one_image(image_map):
-    mask = ImageMask(image_map, 4)
-    joined = ImageMask.cat([mask[1:], mask[:0], mask[0], ImageMask(image_map.clone(), 2)])
-    assert len(joined) == 6
-    assert joined.tensor.data_ptr() == image_map.data_ptr()
-
-
-def make_instances(image_map, num_instances):
-    instances = Instances((HEIGHT, WIDTH))
-    instances.gt_boxes = Boxes(torch.arange(num_instances * 4).reshape(-1, 4).float())
-    instances.gt_exclusion_masks = ImageMask(image_map, num_instances)
-    return instances
-
-
 def test_instances_index_and_join_it(image_map):
-    instances = make_instances(image_map, 4)
+    instances = Instances((HEIGHT, WIDTH), gt_exclusion_masks=ImageMask(image_map, 4))
     assert len(instances[torch.tensor([True, False, True, False])].gt_exclusion_masks) == 2
     assert len(instances[-1].gt_exclusion_masks) == 1
     moved = instances.to(torch.device("meta"))
@@ -84,14 +44,6 @@ def test_instances_index_and_join_it(image_map):
     joined = Instances.cat([instances[:1], instances[2:]])
     assert len(joined) == len(joined.gt_exclusion_masks) == 3
     assert joined.gt_exclusion_masks.tensor.data_ptr() == image_map.data_ptr()
-
-
-def test_crop_of_a_hand_written_map():
-    mask = ImageMask(torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]), 2)
-    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 1.0, 3.0, 3.0]])
-    crops = mask.crop_and_resize(boxes, 2)
-    # Means over 2x2 pixels are 1/4 but for the crop that has its own pixel a cell.
-    assert crops.tolist() == [[[False, False], [False, False]], [[True, True], [True, False]]]
 
 
 coordinates = st.floats(-4, 40, width=32)

@@ -6,12 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import build_detection_test_loader
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from teacher_student_mask import GTBoxInference, TeacherStudentDatasetMapper
-from teacher_student_mask.modeling import GrabCutRCNN, grab_cut
+from teacher_student_mask.modeling import grab_cut
 
 OPTS = ["MODEL.META_ARCHITECTURE", "GrabCutRCNN", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
 
@@ -46,45 +44,11 @@ def test_the_disk_is_found(scale):
     assert iou(mask, disk) > 0.97
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The arguments of all calls of cv2.grabCut, as they were given; GrabCut itself runs."""
-    calls, run = [], cv2.grabCut
-
-    def record(image, labels, *rest):
-        calls.append((image.copy(), labels.copy(), *rest))
-        return run(image, labels, *rest)
-
-    monkeypatch.setattr(cv2, "grabCut", record)
-    return calls
-
-
-@pytest.mark.parametrize(
-    "left, right, runs",
-    [
-        (30, 38, True),  # 8 pixels wide
-        (30, 37, False),
-        (30.75, 37.25, False),  # 6.5 wide, though it touches 8 pixels
-        (30.1, 38.05, False),  # 7.95; touches 9
-        (np.float32(30.01), np.float32(38.01), True),  # 7.999998
-        (88.5, 400, False),  # 7.5 pixels in the image, 8 touched
-        (88, 400, True),
-    ],
-)
-def test_boxes_under_8_pixels_are_their_own_masks(calls, left, right, runs):
-    """Bug: the rule looked at the box rounded outwards, which let GrabCut into boxes of 6.5."""
-    image, _ = picture(96, 96, (40, 34))
-    mask = grab_cut(image, [left, 30, right, 66])
-    assert len(calls) == runs
-    if not runs:
-        x0, x1 = max(0, int(left)), min(96, int(np.ceil(right)))
-        assert np.array_equal(mask, full(image.shape, x0, 30, x1, 66))
-
-
 @pytest.mark.parametrize(
     "box, expected",
     [
-        ((30, 30, 37, 60), (30, 30, 37, 60)),  # 7 pixels wide
+        ((30, 30, 37.95, 60), (30, 30, 38, 60)),  # under 8 pixels wide, though it touches 8
+        ((88.5, 30, 400, 66), (88, 30, 96, 66)),  # 7.5 pixels in the image
         ((30.4, 30.9, 33.2, 32.1), (30, 30, 34, 33)),  # all pixels that it touches
         ((90, 70, 200, 200), (90, 70, 96, 80)),  # what is in the image
         ((50, 50, 50, 70), None),  # no width
@@ -99,13 +63,18 @@ def test_degenerate_boxes(box, expected):
     assert np.array_equal(mask, full(image.shape, *expected) if expected else mask & False)
 
 
-def test_an_error_of_opencv_gives_the_box(monkeypatch):
+@pytest.mark.parametrize("left, right", [(30, 38), (np.float32(30.01), np.float32(38.01))])
+def test_boxes_of_8_pixels_go_to_opencv_and_its_error_gives_the_box(monkeypatch, left, right):
+    calls = []
+
     def fail(*args):
+        calls.append(args)
         raise cv2.error("no")
 
     monkeypatch.setattr(cv2, "grabCut", fail)
     image, _ = picture()
-    assert np.array_equal(grab_cut(image, (26, 18, 70, 62)), full(image.shape, 26, 18, 70, 62))
+    mask = grab_cut(image, (left, 18, right, 62))
+    assert np.array_equal(mask, full(image.shape, 30, 18, int(np.ceil(right)), 62)) and calls
 
 
 def ambiguous_picture():
@@ -129,29 +98,6 @@ def test_the_same_mask_whatever_came_before_and_in_whichever_thread():
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda box: grab_cut(image, box), boxes))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected))
-
-
-def test_masks_on_detected_and_on_given_boxes(tiny_cfg, tiny_coco):
-    opts = [*OPTS, "MODEL.MASK_ON", False, "TEST.GT_BOXES", True, "INPUT.MIN_SIZE_TEST", 96]
-    opts += ["TEST.DETECTIONS_PER_IMAGE", 3]
-    cfg = tiny_cfg(opts=opts, dataset=tiny_coco)
-    model = build_model(cfg).eval()
-    assert isinstance(model, GrabCutRCNN)
-    mapper = TeacherStudentDatasetMapper(cfg, is_train=False)
-    loader = build_detection_test_loader(cfg, tiny_coco.name, mapper=mapper)
-    with torch.no_grad():
-        for inputs in loader:
-            size = (inputs[0]["height"], inputs[0]["width"])
-            for run in (model, GTBoxInference(model)):
-                (output,) = run(inputs)
-                instances = output["instances"]
-                masks, boxes = instances.pred_masks, instances.pred_boxes.tensor
-                assert masks.dtype == torch.bool and masks.shape == (len(instances), *size)
-                for mask, box in zip(masks, boxes):
-                    y, x = mask.nonzero().unbind(1)
-                    assert len(x) > 0
-                    assert box[0] - 1 < x.min() and x.max() < box[2] + 1
-                    assert box[1] - 1 < y.min() and y.max() < box[3] + 1
 
 
 def test_a_given_box_gets_the_mask_of_the_function(tiny_cfg):

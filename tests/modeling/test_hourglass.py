@@ -3,7 +3,6 @@
 import pytest
 import torch
 from detectron2.layers import Conv2d, ShapeSpec
-from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, build_mask_head
 from torch import nn
 
 from teacher_student_mask.modeling.hourglass import Hourglass, HourglassMaskHead
@@ -63,13 +62,9 @@ def expected_counts(depth, channels_in, num_classes):
 
 
 @pytest.mark.parametrize(
-    "depth, num_levels, num_3x3, num_parameters",
-    # In millions: read once from the head itself, and as large as expected_counts says.
-    [(20, 2, 26, 5.7), (52, 5, 72, 23.6), (100, 5, 140, 47.4)],
+    "depth, num_levels, num_parameters", [(20, 2, 5.7e6), (52, 5, 23.6e6), (100, 5, 47.4e6)]
 )
-def test_convolutions_and_parameters_are_those_of_the_description(
-    depth, num_levels, num_3x3, num_parameters
-):
+def test_counts_are_those_of_the_description(depth, num_levels, num_parameters):
     with torch.device("meta"):
         head = make_head(depth, channels=256, num_classes=80, width=64)
     convs = [x for x in head.modules() if isinstance(x, Conv2d) and x is not head.predictor]
@@ -80,10 +75,8 @@ def test_convolutions_and_parameters_are_those_of_the_description(
         sum(p.numel() for p in head.parameters()),
     )
     assert counts == expected_counts(depth, 256, 80)
-    assert counts[0] == num_3x3
-    assert counts[2] == pytest.approx(num_parameters * 1e6, rel=0.01)
-    levels = [x for x in head.modules() if isinstance(x, Hourglass)]
-    assert len(levels) == num_levels
+    assert counts[2] == pytest.approx(num_parameters, rel=0.01)
+    assert sum(isinstance(x, Hourglass) for x in head.modules()) == num_levels
 
 
 @pytest.mark.parametrize("size", [1, 7, 8])
@@ -129,19 +122,3 @@ def test_one_roi_on_a_map_of_one_cell_can_be_trained(norm):
     logits.mean().backward()
     for name, value in [*head.named_buffers(), *((n, p.grad) for n, p in head.named_parameters())]:
         assert value.isfinite().all(), name
-
-
-def test_the_head_is_built_by_name_and_from_its_own_keys(tiny_cfg):
-    cfg = tiny_cfg(num_classes=3)
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "HourglassMaskHead"
-    cfg.MODEL.ROI_MASK_HEAD.HOURGLASS = 20
-    cfg.MODEL.ROI_MASK_HEAD.NORM = "GN"
-    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = False
-    assert ROI_MASK_HEAD_REGISTRY.get("HourglassMaskHead") is HourglassMaskHead
-    shape = ShapeSpec(channels=6, height=10, width=10)
-    head = build_mask_head(cfg, shape)
-    assert sum(isinstance(x, Hourglass) for x in head.modules()) == 2
-    assert head.predictor.out_channels == 3 and head.predictor.in_channels == 64
-    assert sum(isinstance(x, nn.GroupNorm) for x in head.modules()) > 20
-    cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
-    assert build_mask_head(cfg, shape).predictor.out_channels == 1

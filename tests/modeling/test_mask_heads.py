@@ -13,10 +13,7 @@ from teacher_student_mask.modeling.mask_heads import predict_label_channel, sele
 
 def test_multi_upsample_head_extends_the_stock_head():
     one, two = mask_head(3), mask_head(3, num_deconv=2)
-    layers, kinds = ("mask_fcn1", "deconv", "predictor"), ("weight", "bias")
-    stock_names = {f"{layer}.{kind}" for layer in layers for kind in kinds}
-    assert set(one.state_dict()) == stock_names
-    assert set(two.state_dict()) == stock_names | {"deconv2.weight", "deconv2.bias"}
+    assert set(two.state_dict()) - set(one.state_dict()) == {"deconv2.weight", "deconv2.bias"}
     x = torch.randn(2, 6, 14, 14)
     assert one.layers(x).shape == (2, 3, 28, 28)
     assert two.layers(x).shape == (2, 3, 56, 56)
@@ -40,14 +37,6 @@ def test_teacher_is_class_agnostic_and_follows_its_own_keys(tiny_cfg, num_conv, 
     assert sum(isinstance(layer, nn.Conv2d) for layer in teacher) == num_conv + 1
     assert teacher.loss_weight == 0.25
     assert cfg.dump() == before
-
-
-def test_any_registered_head_can_teach(tiny_cfg):
-    cfg = tiny_cfg()
-    cfg.MODEL.TEACHER_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    teacher = build_teacher_mask_head(cfg, ShapeSpec(channels=6, height=14, width=14))
-    assert type(teacher).__name__ == "MaskRCNNConvUpsampleHead"
-    assert teacher.predictor.out_channels == 1
 
 
 def test_label_channel_is_selected_and_only_it_gets_gradient():

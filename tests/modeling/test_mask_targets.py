@@ -11,7 +11,6 @@ from roi_heads_factory import MIXED, targets_of
 from teacher_student_mask.modeling.mask_targets import (
     cells_inside_boxes,
     crop_gt_masks,
-    dice_loss,
     drop_surplus_rois_without_mask,
     find_rois,
     has_model_mask_of,
@@ -150,15 +149,6 @@ def test_rois_are_found_among_sampled_ones_by_their_boxes():
     assert find_rois([boxes(3), boxes(3), boxes()], sampled) is None
     assert find_rois([boxes(), boxes(), boxes(7, 8)], sampled) is None
     assert find_rois([boxes(), boxes(), boxes()], sampled).tolist() == []
-
-
-def test_dice_by_hand():
-    probs = torch.tensor([[0.5, 1.0], [1.0, 0.0]])
-    targets = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    # 1 - 2 / (1.25 + 1) = 1/9; disjoint: 1.
-    torch.testing.assert_close(
-        dice_loss(probs, targets), torch.tensor([1 / 9, 1.0]), atol=1e-5, rtol=0
-    )
 
 
 def test_masked_dice_is_the_mean_of_the_supervised_rois():

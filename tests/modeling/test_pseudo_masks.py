@@ -56,11 +56,6 @@ def test_a_finer_teacher_is_averaged_down_before_the_threshold():
     assert soft[0, 0].tolist() == pytest.approx([0.5, 0.475])
 
 
-def test_a_teacher_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="6-cell masks do not divide into the student's 4"):
-        generate_pseudo_masks(torch.zeros(1, 6, 6), torch.zeros(1, 4, 4))
-
-
 def test_crf_gets_the_teacher_and_the_pixels_and_is_thresholded():
     seen = {}
 
@@ -74,13 +69,6 @@ def test_crf_gets_the_teacher_and_the_pixels_and_is_thresholded():
     assert torch.equal(seen["probs"], TEACHER) and seen["images"] is images
 
 
-def test_unknown_methods_are_named():
-    with pytest.raises(ValueError, match="'treshold'; allowed: none, threshold, interact"):
-        generate_pseudo_masks(TEACHER, STUDENT, method="treshold")
-    with pytest.raises(ValueError, match="METHOD. 'treshold'"):
-        PseudoMaskGenerator(method="treshold")
-
-
 def test_no_gradient_flows_into_either_head():
     teacher, student = TEACHER.clone().requires_grad_(), STUDENT.clone().requires_grad_()
     for method in ("none", "threshold", "interact", "box_fit"):
@@ -89,24 +77,6 @@ def test_no_gradient_flows_into_either_head():
         empty, boxes = torch.zeros(0, 4, 4), torch.zeros(0, 4)
         masks = generate_pseudo_masks(empty, empty, method=method, roi_boxes=boxes, gt_boxes=boxes)
         assert masks.shape == (0, 4, 4)
-
-
-ALL_INSIDE = torch.ones(1, 4, 4, dtype=torch.bool)
-
-
-def test_box_fit_lowers_the_threshold_until_the_mask_touches_all_sides():
-    # An under-confident plus: nothing reaches 0.5, at 0.3 the arms reach all four sides.
-    probs = torch.tensor(
-        [[[0.0, 0.3, 0.0, 0.0], [0.3, 0.4, 0.4, 0.3], [0.0, 0.4, 0.0, 0.0], [0.1, 0.3, 0.1, 0.0]]]
-    )
-    mask = fit_to_boxes(probs, ALL_INSIDE)
-    assert same(mask, [[0, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]])
-
-
-def test_box_fit_falls_back_to_the_whole_box():
-    inside = torch.zeros(1, 4, 4, dtype=torch.bool)
-    inside[0, 1:3, 1:4] = True
-    assert torch.equal(fit_to_boxes(torch.full((1, 4, 4), 0.01), inside), inside)
 
 
 def brute_force_box_fit(probs, inside):
@@ -182,14 +152,10 @@ def test_generator_reads_boxes_and_exclusion_from_the_rois():
 SIDE = 28
 
 
-def random_inputs(num_rois, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(num_rois, SIDE, SIDE, generator=generator) * 2 for _ in range(2)]
-
-
 def test_mean_takes_the_place_of_the_teachers_probabilities():
+    torch.manual_seed(0)
     rois = make_proposals(add_model_masks(targets_of(WITH_MODEL_MASKS)))
-    teacher, student = random_inputs(10)
+    teacher, student = torch.randn(2, 10, SIDE, SIDE) * 2
     masks = [x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, SIDE).float() for x in rois]
     is_external = torch.cat([has_model_mask_of(x) for x in rois])
     probs = teacher.sigmoid()

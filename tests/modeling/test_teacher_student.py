@@ -7,9 +7,7 @@ from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import PolygonMasks
 from detectron2.utils.events import EventStorage
 from roi_heads_factory import (
-    HALF_EMPTY,
     MIXED,
-    NO_OBJECT,
     NONE_SEEN,
     NONE_UNSEEN,
     WITH_MODEL_MASKS,
@@ -23,7 +21,6 @@ from roi_heads_factory import (
     polygon_of,
     targets_of,
     triangle,
-    whole_step,
 )
 
 from teacher_student_mask.modeling.mask_heads import select_label_channel
@@ -51,24 +48,14 @@ def test_rois_without_a_mask_give_the_teacher_nothing():
         assert not got.any()
 
 
-def test_the_student_learns_the_label_channel_of_unseen_objects_and_no_other():
-    heads = make_heads()
-    losses, _ = mask_losses(heads, targets_of([([[8, 10, 40, 30]], [1], [False])]))
-    weight, bias = torch.autograd.grad(
-        losses["loss_mask"],
-        [heads.mask_head.predictor.weight, heads.mask_head.predictor.bias],
-    )
-    assert weight[1].any() and bias[1] != 0
-    assert not weight[[0, 2]].any() and not bias[[0, 2]].any()
-
-
 @pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit"])
 def test_student_loss_is_bce_to_gt_and_pseudo_masks(method):
     """Eq. (6), put together from the parts' own functions: one mean over all foreground ROIs."""
     heads = make_heads(method=method)
     features = make_features(2)
-    losses, _ = mask_losses(heads, targets_of(MIXED), features)
-    rois = make_proposals(targets_of(MIXED))
+    # ROIs with a mask stand in the middle: what is computed in parts is put back in order.
+    losses, _ = mask_losses(heads, targets_of(MIXED[::-1]), features)
+    rois = make_proposals(targets_of(MIXED[::-1]))
     pooled = heads.mask_pooler([features["p2"]], [x.proposal_boxes for x in rois])
     labels = torch.cat([x.gt_classes for x in rois])
     student = select_label_channel(heads.mask_head.layers(pooled), labels)
@@ -115,25 +102,6 @@ def test_no_head_runs_on_what_adds_nothing_to_its_loss():
     teacher.clear(), student.clear()
     mask_losses(heads, targets_of(MIXED), iteration=10)
     assert teacher == [(2, True), (4, False)] and student == [(6, True)]
-
-
-def test_the_teachers_logits_keep_the_order_of_the_rois():
-    heads = make_heads()
-    rois = make_proposals(targets_of(MIXED))
-    has_mask = torch.cat([x.gt_has_mask for x in rois])
-    assert has_mask.any() and not has_mask.all()
-    features = make_features(2)
-    in_parts, student, _ = heads.compute_mask_logits(features, rois, has_mask)
-    at_once, same_student, _ = heads.compute_mask_logits(features, rois)
-    torch.testing.assert_close(in_parts, at_once)
-    assert torch.equal(student, same_student)
-    weight = torch.randn(in_parts.shape, generator=torch.Generator().manual_seed(0))
-    parameters = list(heads.teacher_mask_head.parameters())
-    for got, want in zip(
-        torch.autograd.grad((in_parts * weight).sum(), parameters),
-        torch.autograd.grad((at_once * weight * has_mask[:, None, None]).sum(), parameters),
-    ):
-        torch.testing.assert_close(got, want)
 
 
 def test_with_batch_statistics_all_rois_are_one_batch():
@@ -246,25 +214,3 @@ def test_the_students_gradient_is_that_of_the_bce_to_a_models_mask(has_target):
     (expected,) = torch.autograd.grad(loss * has_target, heads.mask_head.predictor.weight)
     torch.testing.assert_close(found["mask_head.predictor.weight"], expected)
     assert expected.any() == has_target
-
-
-def test_scalars_tell_masks_of_a_model_from_pseudo_masks():
-    heads = make_heads(warmup_iters=10)
-    for iteration, rows, numbers in ((0, None, (4, None)), (10, None, (4, 4)), (10, {}, (None, 8))):
-        targets = add_model_masks(targets_of(WITH_MODEL_MASKS), rows)
-        _, logged = mask_losses(heads, targets, iteration=iteration)
-        names = ("external_mask/num_rois", "pseudo_mask/num_rois")
-        assert tuple(logged.get(x) for x in names) == numbers
-        assert 0 <= logged["student_mask/accuracy"] <= 1
-
-
-@pytest.mark.parametrize("use", ["alone", "mean", "ignore"])
-@pytest.mark.parametrize("batch", [NO_OBJECT, HALF_EMPTY, NONE_SEEN, NONE_UNSEEN])
-@pytest.mark.parametrize("iteration", [0, 10], ids=["before the gate", "after"])
-def test_batches_with_masks_of_a_model_give_all_parameters_a_gradient(use, batch, iteration):
-    heads = make_heads(warmup_iters=10, external_masks=use)
-    rows = {k: [len(x[0]) - 1] for k, x in enumerate(batch) if x[2] and not x[2][-1]}
-    losses = whole_step(heads, add_model_masks(targets_of(batch), rows), iteration)
-    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask", "loss_mask_teacher"}
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())

@@ -19,7 +19,6 @@ from teacher_student_mask.modeling.priors.cpmask import (
     AffinityBlock,
     CommonalityParsingPrior,
     affinity_loss,
-    boundary_of,
 )
 
 SIDE = 5
@@ -78,39 +77,14 @@ def laplacian_boundary(mask):
     return (9 * mask - total > 0.1).astype(float)
 
 
-def test_boundary_by_hand():
-    mask = [
-        [0, 0, 0, 0, 0, 0],
-        [0, 1, 1, 1, 1, 1],
-        [0, 1, 1, 1, 1, 1],
-        [0, 1, 1, 1, 1, 1],
-        [0, 1, 1, 1, 1, 1],
-        [0, 0, 0, 1, 1, 1],
-    ]
-    expected = [
-        [0, 0, 0, 0, 0, 0],
-        [0, 1, 1, 1, 1, 1],
-        [0, 1, 0, 0, 0, 1],
-        [0, 1, 0, 0, 0, 1],
-        [0, 1, 1, 1, 0, 1],
-        [0, 0, 0, 1, 1, 1],
-    ]
-    masks = torch.tensor([mask, np.zeros((6, 6)).tolist()])
-    result = boundary_of(masks)
-    assert result[0].tolist() == expected and not result[1].any()
-    assert boundary_of(masks[:0]).shape == (0, 6, 6)
-
-
 def test_affinity_loss_by_a_loop_over_pairs():
-    rng = np.random.default_rng(0)
-    affinities = rng.normal(size=(3, 6, 6)) * 2
+    affinities = np.random.default_rng(0).normal(size=(3, 6, 6)) * 2
     # The last ROI has no pair of different sides: a mean over ROIs would be another number.
     masks = np.array([[0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1]], float)
-    loss = affinity_loss(torch.tensor(affinities), torch.tensor(masks))
-    expected = affinity_loss_in_loops(affinities, masks)
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
-    alone = affinity_loss(torch.tensor(affinities[2:]), torch.tensor(masks[2:]))
-    assert alone.item() == pytest.approx(np.log1p(np.exp(-affinities[2])).mean() / 2, rel=1e-9)
+    for rows in (slice(3), slice(2, 3)):
+        loss = affinity_loss(torch.tensor(affinities[rows]), torch.tensor(masks[rows]))
+        expected = affinity_loss_in_loops(affinities[rows], masks[rows])
+        assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_affinity_block_by_a_loop_over_cells():

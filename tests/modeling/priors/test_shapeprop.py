@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from roi_heads_factory import (
     CHANNELS,
@@ -182,23 +181,3 @@ def test_batches_without_masks_rois_or_anything_sampled(batch, num_background):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     prior.eval()
     assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape
-
-
-@pytest.mark.parametrize("name", ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"])
-def test_mask_heads_are_built_for_the_longer_features(tiny_cfg, name):
-    opts = ["MODEL.ROI_HEADS.NAME", name, "MODEL.ROI_MASK_PRIOR.NAME", "ShapePropagationPrior"]
-    opts += ["MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM", 8, "MODEL.DEVICE", "meta"]
-    opts += ["MODEL.TEACHER_MASK_HEAD.NAME", "HourglassMaskHead"]
-    opts += ["MODEL.TEACHER_MASK_HEAD.HOURGLASS", 20]
-    with torch.device("meta"):
-        heads = build_model(tiny_cfg(opts=opts)).roi_heads
-    assert heads.mask_head.mask_fcn1.in_channels == 16 + 8
-    features = torch.empty(2, 16 + 8, 10, 10, device="meta")
-    assert heads.mask_head.layers(features).shape == (2, 3, 20, 20)
-    if name == "TeacherStudentROIHeads":
-        assert heads.teacher_mask_head.layers(features).shape[:2] == (2, 1)
-    # A prior without ``out_channels`` leaves them as they are.
-    opts[3] = "CommonalityParsingPrior"
-    with torch.device("meta"):
-        heads = build_model(tiny_cfg(opts=opts)).roi_heads
-    assert heads.mask_head.mask_fcn1.in_channels == 16
