@@ -1,6 +1,5 @@
 """Each benchmark runs from end to end on a small input; no time is looked at."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -25,29 +24,6 @@ SMALL = {
     "training_step.py": "--device cpu --size 64 --foreground 4 --rounds 1 --costs "
     f"--baseline {BENCHMARKS.parent} --opts {TINY_MODEL}",
 }
-
-
-@pytest.fixture
-def paired():
-    spec = importlib.util.spec_from_file_location("paired", BENCHMARKS / "paired.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_order_turns_round_each_round(paired):
-    calls = []
-    programs = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = paired.time_in_turns(programs, rounds=2, warmup=1)
-    assert "".join(calls) == "abc" + "cba" + "abc"
-    assert [len(x) for x in seconds.values()] == [2, 2, 2]
-
-
-def test_the_ratio_is_the_median_of_ratios_not_the_ratio_of_medians(paired, capsys):
-    # Medians 2 and 3, but in two of three rounds the other took as long or less.
-    paired.print_ratios({"base": [1.0, 2.0, 8.0], "other": [4.0, 2.0, 3.0]}, "base")
-    row = capsys.readouterr().out.splitlines()[1]
-    assert "3000.0 ms" in row and "ratio 1.000" in row
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Every line of configs/README.md resolves to its recorded values and builds; keys are read."""
 
-import dataclasses
-import inspect
 import json
 import re
 import shlex
@@ -19,9 +17,7 @@ from teacher_student_mask import (
     TeacherStudentROIHeads,
     add_teacher_student_mask_config,
 )
-from teacher_student_mask.data.shapes import SHAPES_CLASSES, SHAPES_SEEN_CLASSES
 from teacher_student_mask.errors import InputError
-from teacher_student_mask.modeling import DenseCRF
 from teacher_student_mask.trained_model import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,89 +142,6 @@ def test_later_bases_of_a_list_win_and_none_is_downloaded(tmp_path):
         load_config(str(path))
 
 
-def test_one_config_builds_for_real():
-    cfg = load("coco/teacher_student.yaml", "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
-    model = build_model(cfg)
-    assert all(p.device.type == "cpu" and p.isfinite().all() for p in model.parameters())
-
-
-def test_leaves_are_short_and_build_on_a_base():
-    for path in CONFIGS.glob("*/*.yaml"):
-        if path.parent.name != "custom":
-            assert len(path.read_text().splitlines()) <= 15, path
-        if path.parent.name in ("coco", "shapes", "custom"):
-            assert re.search("^_BASE_:", path.read_text(), re.M), path
-
-
-def test_a_reconstruction_is_called_one():
-    """Nobody should take CPMask, of which no code exists, for the published method."""
-    text = (CONFIGS / "README.md").read_text()
-    rows = [row for row in text.splitlines() if row.startswith("| cpmask")]
-    rows.append((CONFIGS / "methods/cpmask.yaml").read_text())
-    assert len(rows) == 5 and all("reconstruction" in row for row in rows)
-
-
-def test_the_recipe_of_the_paper():
-    cfg = load("Base-COCO.yaml")
-    assert cfg.SOLVER.IMS_PER_BATCH == 16 and cfg.SOLVER.BASE_LR == 0.02
-    assert cfg.SOLVER.MAX_ITER == 87960 and cfg.SOLVER.STEPS == (58640, 80630)
-    assert cfg.SOLVER.WARMUP_ITERS == 500 and cfg.SOLVER.WARMUP_FACTOR == 1e-3
-    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 8
-    assert cfg.MODEL.RPN.POST_NMS_TOPK_TEST == 512
-    assert cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST == 0.5 and cfg.TEST.DETECTIONS_PER_IMAGE == 150
-
-
-def test_shapes_configs_know_the_classes_of_shapes():
-    for path in (CONFIGS / "shapes").glob("*.yaml"):
-        cfg = load(path)
-        seen = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
-        assert sorted(seen.split(", ")) == sorted(SHAPES_SEEN_CLASSES), path.name
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == len(SHAPES_CLASSES)
-
-
-def test_defaults_are_those_of_the_design():
-    defaults = {
-        "DATASETS.SEEN_CLASSES": "voc",
-        "MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES": False,
-        "MODEL.ROI_MASK_HEAD.MLP_BRANCH": False,
-        "MODEL.ROI_BOX_HEAD.CONV_WIDTHS": [512, 1024, 1024, 1024],
-        "MODEL.TEACHER_MASK_HEAD.NUM_CONV": 4,
-        "MODEL.TEACHER_MASK_HEAD.NUM_DECONV": 1,
-        "MODEL.TEACHER_MASK_HEAD.CONV_DIM": 256,
-        "MODEL.TEACHER_MASK_HEAD.NORM": "",
-        "MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT": 1.0,
-        "MODEL.PSEUDO_MASK.METHOD": "interact",
-        "MODEL.PSEUDO_MASK.THRESHOLD": 0.5,
-        "MODEL.PSEUDO_MASK.CLIP_TO_BOX": True,
-        "MODEL.PSEUDO_MASK.EXCLUDE_SEEN": True,
-        "MODEL.PSEUDO_MASK.WARMUP_ITERS": 1000,
-        "MODEL.PSEUDO_MASK.EXTERNAL": "alone",
-        "MODEL.PSEUDO_MASK.CRF.NUM_ITERS": 5,
-        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM": 256,
-        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_CHANNELS": 24,
-        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_STEPS": 0,
-        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.ACTIVATION_WEIGHT": 1,
-        "MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.SHAPE_WEIGHT": 1,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.POOLER_RESOLUTION": 28,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.NUM_CONV": 8,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM": 256,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.NORM": "naiveSyncBN_N",
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT": 0.1,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.KEY_SHARE": 0.3,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS": 7330,
-        "MODEL.ROI_MASK_PRIOR.CONTRAST.OFFICIAL_DENOMINATOR": False,
-        "MODEL.BOX_SUPERVISION.COLOR_THRESHOLD": 0.3,
-        "MODEL.BOX_SUPERVISION.DILATION": 2,
-        "MODEL.BOX_SUPERVISION.WARMUP_ITERS": 10000,
-        "MODEL.BOX_SUPERVISION.BOTTOM_ROWS": 10,
-        "TEST.MASK_HEAD": "student",
-        "TEST.GT_BOXES": False,
-        "TEST.OVERLAP_THRESHOLD": 0.3,
-        "TEST.OVERLAP_BINS": [i / 10 for i in range(11)],
-    }
-    assert defaults.items() <= our_keys().items()
-
-
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -243,21 +156,6 @@ def test_a_value_that_is_not_allowed_is_an_error_when_the_model_is_built(
     cfg = tiny_cfg(opts=["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads", key, value])
     with pytest.raises(ValueError, match=message):
         build_model(cfg)
-
-
-def test_every_key_is_explained_by_a_comment():
-    # A comment stands above a key or above the block of keys that it begins.
-    is_explained, last = False, ""
-    for line in inspect.getsource(add_teacher_student_mask_config).splitlines():
-        line = line.strip()
-        if line.startswith("#"):
-            is_explained = True
-        elif not line:
-            is_explained = False
-        elif line.startswith("cfg."):
-            last = line
-            assert is_explained, f"no comment above: {line}"
-    assert last
 
 
 def test_every_key_is_read_somewhere():
@@ -293,12 +191,7 @@ def test_every_key_of_the_teacher_reaches_it_and_not_the_student(tiny_cfg):
         opts += [f"MODEL.TEACHER_MASK_HEAD.{key}", value]
     roi_heads = build_model(tiny_cfg(opts=opts)).roi_heads
     teacher, student = roi_heads.teacher_mask_head, roi_heads.mask_head
-    names = [name for name, _ in teacher.named_children()]
-    assert [name for name in names if name.startswith("mask_fcn")] == [
-        "mask_fcn1",
-        "mask_fcn2",
-        "mask_fcn3",
-    ]
+    assert sum(name.startswith("mask_fcn") for name, _ in teacher.named_children()) == 3
     assert teacher.mask_fcn1.out_channels == 6
     assert isinstance(teacher.mask_fcn1.norm, torch.nn.Module)
     assert teacher.loss_weight == 0.25
@@ -306,12 +199,6 @@ def test_every_key_of_the_teacher_reaches_it_and_not_the_student(tiny_cfg):
     assert student.mask_fcn4.out_channels == 8 and student.mask_fcn1.norm is None
     assert student.loss_weight == 1.0
     assert student.layers(torch.zeros(1, 16, 14, 14)).shape == (1, 3, 28, 28)
-
-
-def test_every_key_of_the_crf_is_a_setting_of_it():
-    keys = {key.split(".")[-1].lower() for key in our_keys() if ".CRF." in key}
-    # How much memory it takes changes no result.
-    assert keys == {field.name for field in dataclasses.fields(DenseCRF)} - {"memory_mb"}
 
 
 def test_the_crf_is_optional(monkeypatch):

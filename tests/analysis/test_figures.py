@@ -1,7 +1,7 @@
 """What the figures of the report show."""
 
 import pytest
-from report_example import HOSTILE, example_analysis, make_files, run
+from report_example import example_analysis
 
 from teacher_student_mask.analysis.figures import make_figures
 
@@ -36,16 +36,3 @@ def test_shares_of_false_positives_and_class_differences(analysis):
     traces = {trace.name: trace for trace in figures["classes-0"].data}
     (kite,) = traces["without 0"].x
     assert kite < 0 and list(traces["contains 0, or too few images"].x) == [0, 0]
-
-
-def test_figures_without_data_are_left_out(tmp_path):
-    files = make_files(tmp_path)
-    summary = run(files, results={"a": files["exact"]}, seen_classes="all").summary
-    assert make_figures(summary) == {}
-
-
-def test_names_are_escaped_and_shortened(tmp_path):
-    figures = make_figures(example_analysis(tmp_path, names=("a", HOSTILE)).summary)
-    for figure in figures.values():
-        for trace in figure.data:
-            assert "<script>" not in (trace.name or "") and len(trace.name or "") < 60

@@ -1,9 +1,7 @@
 """Result files of a tiny model with random weights, against Detectron2's own evaluation loop."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
@@ -25,10 +23,6 @@ def save(tiny_cfg, tiny_coco, tmp_path):
         return save_model(tiny_cfg(opts=[*opts, *RESIZED], dataset=dataset), tmp_path / "model")
 
     return _save
-
-
-def read(path):
-    return json.loads(Path(path).read_text())
 
 
 def bytes_of_eval_only(cfg, weights, output_dir):
@@ -60,31 +54,6 @@ def test_files_are_those_of_eval_only(save, tiny_cfg, tiny_coco, tmp_path, roi_h
             seen.add(expected)
     # Otherwise the comparison could not tell one head or protocol from the other.
     assert len(seen) == 2 * len(heads) and b"[]" not in seen
-
-
-def test_where_the_ground_truth_is_and_which_classes_are_seen(save, tiny_coco, tmp_path):
-    config, weights = save()
-    results = run_model(config, weights, tmp_path / "made" / "out")
-    assert results.annotations == tiny_coco.json_file
-    assert results.image_root == tiny_coco.image_root
-    assert results.seen_classes == ["ant", "ship"]
-    assert results.results["teacher"] == str(tmp_path / "made" / "out" / "teacher.json")
-    opts = ["TEST.SEEN_CLASSES", "cat"]
-    results = run_model(config, weights, tmp_path, opts=opts)
-    assert results.seen_classes == ["cat"]
-
-
-def test_ground_truth_boxes_come_back_with_the_datasets_own_ids(save, tiny_coco, tmp_path):
-    results = run_model(*save(), tmp_path)
-    # Images in the order of their ids, objects in the order of the json, no crowd.
-    objects = [x for x in tiny_coco.data["annotations"] if not x["iscrowd"]]
-    objects.sort(key=lambda x: x["image_id"])
-    for path in results.gt_box_results.values():
-        found = read(path)
-        assert [x["image_id"] for x in found] == [x["image_id"] for x in objects]
-        assert [x["category_id"] for x in found] == [x["category_id"] for x in objects]
-        np.testing.assert_allclose([x["bbox"] for x in found], [x["bbox"] for x in objects], 1e-5)
-        assert {x["score"] for x in found} == {1.0}
 
 
 def test_classes_of_the_dataset_are_found_by_name(save, tiny_coco, make_tiny_coco, tmp_path):

@@ -9,42 +9,6 @@ from report_example import example_analysis
 from teacher_student_mask.analysis import tables
 
 
-@pytest.mark.parametrize(
-    "value, kwargs, text",
-    [
-        (1.25, {}, "1.2"),
-        (None, {}, "-"),
-        (float("nan"), {"sign": True}, "-"),
-        (0.5, {"sign": True}, "+0.5"),
-        (-0.04, {"sign": True}, "0.0"),
-        (0.12345, {"digits": 3}, "0.123"),
-    ],
-)
-def test_numbers_as_text(value, kwargs, text):
-    assert tables.format_number(value, **kwargs) == text
-
-
-@pytest.mark.parametrize(
-    "interval, text",
-    [
-        (None, "+1.0 (no interval)"),
-        ([-1, 3], "+1.0 [-1.0, 3.0] (contains 0)"),
-        ([1, 1], "+1.0 [1.0, 1.0] (too few images)"),
-        ([0.5, 2], "+1.0 [0.5, 2.0]"),
-    ],
-)
-def test_a_difference_says_why_it_is_not_established(interval, text):
-    includes_zero = interval is None or interval[0] <= 0 <= interval[1]
-    entry = {"difference": 1.0, "interval": interval, "includes_zero": includes_zero}
-    assert tables.format_difference(entry) == text
-    assert tables.format_difference({**entry, "difference": None}) == "-"
-
-
-def test_overlap_bins_in_words():
-    assert tables.bin_label({"low": 0, "high": 0}) == "O = 0"
-    assert tables.bin_label({"low": 0.1, "high": 0.2}) == "0.1 < O ≤ 0.2"
-
-
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory):
     return example_analysis(tmp_path_factory.mktemp("files"))

@@ -184,13 +184,6 @@ def test_labelme_reserved_labels_are_no_classes(inputs):
         assert dataset.notes["shapes with the label '__ignore__' were left out"] == 1
 
 
-def test_labels_that_differ_by_blanks_or_case_are_told(run, inputs):
-    edit_labelme(inputs, lambda x: x["shapes"][0].update(label="Hen "))
-    status, _, printed = run("labelme", inputs / "labelme")
-    assert status == 0
-    assert "warning: the classes 'Hen ', 'hen' differ by blanks or case alone" in printed
-
-
 def test_classes_from_a_file_give_the_ids(run, inputs):
     classes = inputs / "classes.txt"
     for text, message in (
@@ -307,9 +300,7 @@ def test_cvat_for_images(run, tmp_path):
     "old, new, message",
     [
         ('<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the task as"),
-        ("8,1;12,1;12,4", "8,1;12,1", "object 2: the outline is .*; allowed: at least 3 pairs"),
         ("0, 3, 1, 2", "0, 3, 1", "object 3: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
-        ('xtl="2"', 'xtl="?"', r"object 0: the box is \['\?', '1', '6', '3'\]"),
         ('left="14"', 'left="18"', r"mask of 3x2 pixels at \(18, 6\) is empty, or not inside"),
     ],
 )
@@ -362,10 +353,7 @@ def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
 @pytest.mark.parametrize(
     "yaml, message",
     [
-        ("names: [a]", "'train' is missing; allowed: one of names"),
-        ("train: images/train\nnames: a", r"got `str` - at `\$.names`"),
         ("train: images/train\nnames: [a, yes]", r"got `bool` - at `\$.names\[1\]`"),
-        ("train: images/none\nnames: [a]", "images/none: cannot be read"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]", "the labels are keypoints"),
         ("train: list.txt\nnames: [a]", "none of the 1 images of 'train', .*, has a txt"),
         ("a: [", r"data.yaml: [^\n]*line 1, column 5[^\n]*\.\n$"),
@@ -380,29 +368,11 @@ def test_a_broken_yaml_is_named(yaml, message, run, inputs):
 
 
 @pytest.mark.parametrize(
-    "shape, fields, message",
-    [
-        (0, {"points": [[1, 2], [3, 4]]}, r"shape 0 \(hen\): the outline is .*at least 3 pairs"),
-        (0, {"points": [[1, 2], [3, "x"], [4, 5]]}, r"\$.shapes\[0\].points\[1\]\[1\]"),
-        (3, {"points": [[1, 2]]}, r"shape 3 \(cart\): .*two corners of a rectangle"),
-        (4, {"mask": "?"}, r"shape 4 \(cart\): 'mask' is no picture in base64"),
-        (4, {"points": [[62, 30], [64, 31]]}, r"of 3x2 pixels at \(62, 30\) is empty, or not"),
-    ],
-)
-def test_broken_shapes_of_labelme_are_named(shape, fields, message, run, inputs):
-    edit_labelme(inputs, lambda x: x["shapes"][shape].update(fields))
-    status, output, printed = run("labelme", inputs / "labelme")
-    assert status == 1 and not output.exists()
-    assert re.search(f"error: .*yard.json.*{message}|error: .*{message}", printed)
-
-
-@pytest.mark.parametrize(
     "old, new, message",
     [
         ("<xmax>50</xmax>", "<xmax>0</xmax>", "object 0: <bndbox> is .*'0', '40'"),
         ("<name>dog</name>", "", "object 1: the class is ''; allowed: horse"),
         ("<name>dog</name>", "<name>dog</name><polygon>1 2</polygon>", "object 1: the outline is"),
-        ("<annotation>\n\t<fo", '<?xml version="1.0" encoding="no-8"?><annotation><fo', "no-8"),
     ],
 )
 def test_a_broken_xml_is_named(old, new, message, run, inputs):
@@ -472,15 +442,7 @@ def test_paths_that_cannot_be_right(arguments, message, tmp_path, capsys):
     assert (tmp_path / "there.json").read_text() == "mine"
 
 
-def test_notes_say_why_no_object_is_left(run, inputs):
-    edit_labelme(inputs, lambda x: x.update(shapes=x["shapes"][-1:]))  # the circle
-    status, output, printed = run("labelme", inputs / "labelme")
-    assert status == 1 and not output.exists()
-    assert printed.startswith("note: 1 shapes of the kind 'circle' were left out\nerror: ")
-    assert "there is no object to import" in printed
-
-
-@pytest.mark.parametrize("name", ["two words", "it's", "$HOME `a` \\b!", 'say "a"', "é"])
+@pytest.mark.parametrize("name", ["it's", "$HOME `a` \\b!", 'say "é"'])
 def test_the_last_line_can_be_pasted(name, inputs, capsys):
     folder = inputs / name
     shutil.copytree(inputs / "labelme", folder)
