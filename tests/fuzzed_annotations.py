@@ -1,28 +1,40 @@
 """
-Annotation sets drawn by hypothesis, and what the mapper makes of them.
+Annotation sets drawn by hypothesis, and what the mapper and the evaluator make of them.
 
-A program that raises what should not have been raised. The tests run it in a process with a limit
-on its memory.
+A program: ``fuzzed_annotations.py fuzz_mapper`` raises what should not have been raised. The tests
+run it in a process with a limit on its memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
 import resource
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, Instances
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teacher_student_mask import TeacherStudentDatasetMapper, load_partial_coco_json
-from teacher_student_mask.coco_json import check_coco
+from teacher_student_mask import (
+    PartiallySupervisedCOCOEvaluator,
+    TeacherStudentDatasetMapper,
+    load_partial_coco_json,
+)
+from teacher_student_mask.coco_json import check_coco, classes_of
+
+__all__ = ["fuzz_evaluator", "fuzz_mapper"]
 
 # Beyond what the imports take. Without a limit, broken data once took 21 GB.
 MEMORY = 2 * 2**30
@@ -176,9 +188,57 @@ def check_example(instances):
     assert masks.nonempty().all()
 
 
+def fuzz_evaluator():
+    """With the classes of the file, as its loader would have set them."""
+    counts = {"evaluated": 0, "refused": 0}
+    name = "fuzzed_annotations"
+
+    def check(json_file, data):
+        register_coco_instances(name, {}, json_file, str(Path(json_file).parent))
+        try:
+            results = evaluate(name, data)
+        except ValueError as error:
+            counts["refused"] += 1
+            assert str(error).startswith(json_file), error
+            return
+        finally:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        counts["evaluated"] += 1
+        for task, numbers in results.items():
+            for metric, value in numbers.items():
+                is_percent = math.isnan(value) or 0 <= value <= 100
+                assert metric == "num_gt" or is_percent, (task, metric, value)
+
+    fuzz(check, 200)
+    assert min(counts.values()) > 30, counts
+
+
+def evaluate(name, data):
+    evaluator = PartiallySupervisedCOCOEvaluator(
+        name, seen_classes=[0], distributed=False, overlap_bin_edges=[0, 0.5, 1]
+    )
+    MetadataCatalog.get(name).set(**classes_of(data))
+    evaluator.reset()
+    for image in data["images"]:
+        size = (int(image["height"]), int(image["width"]))
+        if max(size) > 100:  # an image that is no problem, but takes long
+            continue
+        instances = Instances(size)
+        instances.pred_boxes = Boxes(torch.tensor([[2.0, 2, 8, 6], [0, 0, 9, 9]]))
+        instances.pred_classes = torch.tensor([0, 1])
+        instances.scores = torch.tensor([0.9, 0.8])
+        masks = torch.zeros(2, *size, dtype=torch.bool)
+        masks[0, 2:6, 2:8] = masks[1, :9, :9] = True
+        instances.pred_masks = masks
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return evaluator.evaluate()
+
+
 if __name__ == "__main__":
     logging.disable(logging.ERROR)
     np.seterr(all="ignore")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    fuzz_mapper()
+    {"fuzz_mapper": fuzz_mapper, "fuzz_evaluator": fuzz_evaluator}[sys.argv[1]]()

@@ -1,5 +1,6 @@
 """Result files of a tiny model with random weights, against Detectron2's own evaluation loop."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def save(tiny_cfg, tiny_coco, tmp_path):
         return save_model(tiny_cfg(opts=[*opts, *RESIZED], dataset=dataset), tmp_path / "model")
 
     return _save
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
 
 
 def bytes_of_eval_only(cfg, weights, output_dir):

@@ -37,8 +37,8 @@ def stub_heads(monkeypatch):
             # Only the channel of the object's class, a cat's, counts.
             student_logits = torch.full((3, len(student), len(student)), 7.0)
             student_logits[1] = torch.tensor(student).logit()
-            set_layers(heads.teacher_mask_head, torch.tensor(teacher).logit()[None])
-            set_layers(heads.mask_head, student_logits)
+            heads.teacher_mask_head = FixedHead(torch.tensor(teacher).logit()[None])
+            heads.mask_head = FixedHead(student_logits)
             return trained
 
         monkeypatch.setattr(model_outputs, "load_model", load_stub)
@@ -46,8 +46,13 @@ def stub_heads(monkeypatch):
     return stub
 
 
-def set_layers(head, logits):
-    head.layers = lambda features: logits.expand(len(features), *logits.shape[-3:])
+class FixedHead(torch.nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def layers(self, features):
+        return self.logits.expand(len(features), *self.logits.shape[-3:])
 
 
 @pytest.fixture

@@ -273,6 +273,22 @@ def test_a_model_with_one_head_has_no_agreement(run, tiny_cfg, tmp_path):
     assert not any("teacher_student_agreement" in x for x in made.values())
 
 
+def test_wrong_command_lines_say_what_is_right(run, dataset, tmp_path):
+    there = tmp_path / "there.json"
+    there.write_text("{}")
+    for arguments, options, words in (
+        ([], {"out": "there.json"}, "there.json exists; --force"),
+        ([], {"annotations": "nowhere.json"}, "nowhere.json: cannot be read"),
+        (["--num-gpus", "0"], {}, "allowed: 1 or more"),
+        (["--rank", dataset.json_file], {}, "must be different files"),
+        (["--rank", there], {}, "there.json exists; --force"),
+        (["--grabcut"], {}, "either the config of a trained model or --grabcut"),
+    ):
+        code, text = run(*arguments, **options)
+        assert code == 1 and words in text, text
+    assert there.read_text() == "{}"
+
+
 @pytest.mark.slow
 def test_the_output_trains_and_its_made_masks_do_not_reach_the_teacher(
     run, dataset, tiny_cfg, tmp_path

@@ -244,3 +244,16 @@ def test_parts_that_cannot_be_had_are_left_out(monkeypatch, capsys):
         environment = FakeEnvironment()
         setup_environment.install_part(environment, part)
         assert environment.commands == [] and reason in capsys.readouterr().out
+
+
+def test_the_download_names_the_hash(reachable):
+    seen = []
+
+    class Reader(FakeEnvironment):
+        def pip(self, *arguments):
+            if arguments[0] == "download":
+                seen.append(Path(arguments[arguments.index("-r") + 1]).read_text())
+            super().pip(*arguments)
+
+    setup_environment.install_detectron2(Reader(), "pure-python")
+    assert seen == [f"pb1-detectron2==0.6 --hash=sha256:{detectron2_wheel.SDIST_SHA256}\n"]
