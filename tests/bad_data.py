@@ -384,12 +384,12 @@ def _start(rank, name, json_file, image_root, command_line, folder, url):
     torch.distributed.barrier()
 
 
-def run_with_little_memory():
-    """fuzzed_annotations.py in a process with a limit on its memory."""
+def run_with_little_memory(name):
+    """A function of fuzzed_annotations.py in a process with a limit on its memory."""
     program = Path(__file__).with_name("fuzzed_annotations.py")
     path = os.pathsep.join([str(Path(teacher_student_mask.__file__).parents[1]), *sys.path])
     result = subprocess.run(
-        [sys.executable, str(program)],
+        [sys.executable, str(program), name],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
