@@ -81,7 +81,7 @@ def check_agreement(cfg, dataset):
         first, second = model.roi_heads.pseudo_masks.masks
         assert 0.05 < first.mean() < 0.95 and (first - second).abs().mean() < MASK_TOLERANCE
 
-    # oneDNN's convolutions leave some gradients of bfloat16 maps of one cell unwritten on some CPUs.
+    # On some CPUs oneDNN leaves gradients of bfloat16 maps of one cell unwritten.
     with torch.backends.mkldnn.flags(enabled="NarrowHourglassMaskHead" not in names):
         sum(losses.values()).backward()
     # Two levels of the pyramid serve nobody here.
