@@ -58,11 +58,11 @@ def make_programs(args: argparse.Namespace) -> Programs:
     DatasetCatalog.get(DATASET)  # learns the classes
 
     def evaluate(make_evaluator) -> float:
-        assert folder  # which is removed with the programs
         with contextlib.redirect_stdout(io.StringIO()):
             evaluator = make_evaluator()
             evaluator.reset()
-            detections = json.loads(Path(dt).read_text())
+            # Of the folder, which is removed with the programs.
+            detections = json.loads(Path(folder.name, "dt.json").read_text())
             for x in detections:
                 x["category_id"] -= 1  # process() stores contiguous ids
             evaluator._predictions = [{"image_id": None, "instances": detections}]
