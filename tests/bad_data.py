@@ -382,6 +382,8 @@ def _start(rank, name, json_file, image_root, command_line, folder, url):
     except ValueError as error:
         Path(folder, str(rank)).write_text(str(error))
     torch.distributed.barrier()
+    # Threads of gloo that outlive the interpreter abort its process.
+    torch.distributed.destroy_process_group()
 
 
 def run_with_little_memory(name):
