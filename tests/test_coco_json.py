@@ -1,6 +1,5 @@
 """Counts and limits of the checks of COCO jsons; tests/bad_data.py has what is an error."""
 
-import json
 import os
 from pathlib import Path
 
@@ -172,7 +171,6 @@ def test_other_sources_of_masks_are_errors(source):
     (finding,) = report.errors
     assert str(finding).startswith("a.json: annotation 4: 'mask_source' is ")
     assert "allowed: 'human' (as without the key), or 'model'" in str(finding)
-    json.dumps(report.to_dict())
 
 
 def test_human_and_model_masks_are_counted_apart():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tabulate import tabulate
@@ -341,11 +341,6 @@ class Report:
         headers += ["crowd", "rectangles", "left out"]
         # Names such as "1e3" are not numbers.
         return tabulate(rows, headers=headers, disable_numparse=[0])
-
-    def to_dict(self) -> dict:
-        """All of it in types that json has; "message" of a finding is its sentence."""
-        findings = [asdict(x) | {"message": str(x)} for x in self.findings]
-        return asdict(self) | {"findings": findings}
 
     def add(
         self,
