@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
 from detectron2.structures import PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -214,3 +215,10 @@ def test_the_students_gradient_is_that_of_the_bce_to_a_models_mask(has_target):
     (expected,) = torch.autograd.grad(loss * has_target, heads.mask_head.predictor.weight)
     torch.testing.assert_close(found["mask_head.predictor.weight"], expected)
     assert expected.any() == has_target
+
+
+def test_a_pair_refuses_the_key_of_the_single_head(tiny_cfg):
+    opts = ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads"]
+    opts += ["MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS", True]
+    with pytest.raises(ValueError, match="PSEUDO_MASK.EXTERNAL"):
+        build_model(tiny_cfg(opts=opts))
