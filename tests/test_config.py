@@ -31,7 +31,9 @@ R_101 = {
     "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-101.pkl",
 }
 # Read as a whole; see the tests that each key arrives.
+PRIORS = ("SHAPE_PROPAGATION.", "COMMONALITY_PARSING.", "CONTRAST.")
 NODES_READ_AS_A_WHOLE = ("MODEL.TEACHER_MASK_HEAD.", "MODEL.PSEUDO_MASK.CRF.")
+NODES_READ_AS_A_WHOLE += ("MODEL.BOX_SUPERVISION.", *(f"MODEL.ROI_MASK_PRIOR.{x}" for x in PRIORS))
 
 
 def load(path, *opts):

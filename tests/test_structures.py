@@ -40,7 +40,7 @@ def test_instances_index_and_join_it(image_map):
     assert len(instances[torch.tensor([True, False, True, False])].gt_exclusion_masks) == 2
     assert len(instances[-1].gt_exclusion_masks) == 1
     moved = instances.to(torch.device("meta"))
-    assert moved.gt_exclusion_masks.device == torch.device("meta") and len(moved) == 4
+    assert moved.gt_exclusion_masks.tensor.device == torch.device("meta") and len(moved) == 4
     joined = Instances.cat([instances[:1], instances[2:]])
     assert len(joined) == len(joined.gt_exclusion_masks) == 3
     assert joined.gt_exclusion_masks.tensor.data_ptr() == image_map.data_ptr()

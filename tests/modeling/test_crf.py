@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from teacher_student_mask import add_teacher_student_mask_config
 from teacher_student_mask.modeling import DenseCRF, crf
-from teacher_student_mask.modeling.crf import mean_field
 
 
 def crf_settings(**values):
@@ -108,7 +107,7 @@ def assert_close(actual, expected, atol=2e-4):
 @pytest.mark.parametrize("iters", [0, 1, 5])
 def test_equations(height, width, iters):
     probs, rois = draw(0, 3, height, width)
-    refined = mean_field(probs, rois, num_iters=iters)
+    refined = DenseCRF(num_iters=iters)(probs, rois)
     expected = [reference(p, rgb, iters) for p, rgb in zip(probs, rois)]
     assert refined.shape == probs.shape and refined.dtype == torch.float32
     assert_close(refined, expected)
@@ -139,28 +138,28 @@ def test_probabilities_of_exactly_zero_and_one():
     probs = torch.zeros(3, 6, 7)
     probs[1] = 1
     probs[2, :, :3] = 1
-    refined = mean_field(probs, rois)
+    refined = DenseCRF()(probs, rois)
     assert refined.isfinite().all()
     assert_close(refined, [reference(p, rgb) for p, rgb in zip(probs, rois)])
     assert refined[0].max() < 1e-5 and refined[1].min() > 1 - 1e-5
     # Eq. of the unary: clipped at 1e-5.
-    np.testing.assert_allclose(mean_field(probs, rois, num_iters=0)[0], 1e-5, rtol=1e-3)
+    np.testing.assert_allclose(DenseCRF(num_iters=0)(probs, rois)[0], 1e-5, rtol=1e-3)
 
 
 def test_float32_under_autocast():
     probs, rois = draw(9, 2, 8, 8)
-    expected = mean_field(probs, rois)
+    expected = DenseCRF()(probs, rois)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (probs @ probs).dtype == torch.bfloat16
-        assert torch.equal(mean_field(probs, rois), expected)
+        assert torch.equal(DenseCRF()(probs, rois), expected)
 
 
 def test_chunks_change_nothing_and_no_roi_is_none(monkeypatch):
     probs, rois = draw(7, 11, 8, 8)
-    single = torch.cat([mean_field(p[None], rgb[None]) for p, rgb in zip(probs, rois)])
+    single = torch.cat([DenseCRF()(p[None], rgb[None]) for p, rgb in zip(probs, rois)])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     # A kernel of 8 x 8 cells is 64^2 numbers of 4 bytes.
     for max_bytes in (0, 3 * 4 * 64**2, 1e9):
         monkeypatch.setattr(crf, "_MAX_KERNEL_BYTES", max_bytes)
-        assert_close(mean_field(probs, rois), single, 1e-6)
-    assert mean_field(probs[:0], rois[:0]).shape == (0, 8, 8)
+        assert_close(DenseCRF()(probs, rois), single, 1e-6)
+    assert DenseCRF()(probs[:0], rois[:0]).shape == (0, 8, 8)

@@ -21,27 +21,9 @@ class ImageMask:
     """
 
     def __init__(self, tensor: torch.Tensor, length: int):
-        """
-        Args:
-            tensor: shape (H, W), bool or anything that converts to it.
-            length: the number of instances that share the map.
-
-        Raises:
-            ValueError: ``tensor`` is not two-dimensional.
-        """
-        if tensor.dim() != 2:
-            raise ValueError(f"ImageMask needs a map of shape (H, W), got {tuple(tensor.shape)}.")
+        """``tensor`` is a map of shape (H, W); ``length`` instances share it."""
         self.tensor = tensor.to(torch.bool)
         self._length = int(length)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the map."""
-        return (self.tensor.shape[0], self.tensor.shape[1])
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
 
     def to(self, *args, **kwargs) -> ImageMask:
         """A copy on another device; takes the arguments of :meth:`torch.Tensor.to`."""
@@ -51,16 +33,7 @@ class ImageMask:
         return self._length
 
     def __getitem__(self, item: int | slice | torch.Tensor) -> ImageMask:
-        """
-        Select instances; the map itself is shared, not copied.
-
-        Args:
-            item: an index, a slice, a bool tensor of shape (N,) or an integer tensor, with the
-                meaning that it has for a tensor of length N.
-
-        Returns:
-            An ImageMask of as many instances as were selected (1 for a single index).
-        """
+        """Select instances by what indexes a tensor of length N; the map itself is shared."""
         if isinstance(item, int):
             item = [item]
         if isinstance(item, torch.Tensor):
@@ -89,7 +62,3 @@ class ImageMask:
     def cat(image_masks: list[ImageMask]) -> ImageMask:
         """Join instances of one image, which have the same map."""
         return ImageMask(image_masks[0].tensor, sum(len(m) for m in image_masks))
-
-    def __repr__(self) -> str:
-        height, width = self.image_size
-        return f"ImageMask(num_instances={self._length}, image_size=({height}, {width}))"

@@ -7,13 +7,13 @@ images. p is the probability of a cell, B whether its centre lies in the object'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
-from torch import nn
 from torch.nn import functional as F
 
 from .mask_targets import (
@@ -47,9 +47,6 @@ _WHITE = (0.95047, 1.0, 1.08883)
 # Side of the squares of pixels whose colours are averaged before a crop, as in BoxInst.
 _STRIDE = 4
 
-# (row, column) steps to the neighbours in a 3 x 3 window, row by row.
-_STEPS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-
 
 def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tensor:
     """
@@ -75,10 +72,7 @@ def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def color_similarity(
-    lab: torch.Tensor,
-    valid: torch.Tensor,
-    dilation: int,
-    is_small: torch.Tensor,
+    lab: torch.Tensor, valid: torch.Tensor, dilation: int, is_small: torch.Tensor
 ) -> torch.Tensor:
     """
     Compare the colour of each cell with those of its 8 neighbours.
@@ -87,21 +81,16 @@ def color_similarity(
     valid.
 
     Args:
-        lab: shape (R, 3, M, M), CIE Lab.
-        valid: bool, shape (R, M, M), see :func:`crop_lab`.
+        lab, valid: CIE Lab, shape (R, 3, M, M), and bool, shape (R, M, M), of :func:`crop_lab`.
         dilation: distance of the neighbours in cells along each axis.
         is_small: bool, shape (R,); in these ROIs the distance is 1.
 
     Returns:
         shape (R, 8, M, M), in [0, 1]; the neighbours row by row from the upper left one.
     """
-
-    def similarity(distance: int) -> torch.Tensor:
-        difference = lab[:, :, None] - _neighbours(lab, distance)
-        is_valid = _neighbours(valid[:, None].to(lab.dtype), distance)[:, 0]
-        return torch.exp(-0.5 * difference.square().sum(1).sqrt()) * is_valid
-
-    return _at_distances(similarity, dilation, is_small)
+    difference = lab[:, :, None] - _neighbours(lab, dilation, is_small)
+    is_valid = _neighbours(valid[:, None].to(lab.dtype), dilation, is_small)[:, 0]
+    return torch.exp(-0.5 * difference.square().sum(1).sqrt()) * is_valid
 
 
 def pairwise_loss(
@@ -120,41 +109,43 @@ def pairwise_loss(
     BoxInst only i must lie in the box, so a pair with both ends inside counts twice.
 
     Args:
-        logits: shape (R, M, M), logits.
+        logits, box_masks: see :func:`projection_loss`.
         similarity: shape (R, 8, M, M), of :func:`color_similarity`.
-        box_masks: see :func:`projection_loss`.
         threshold: similarity from which on (inclusive) a pair counts; above 0, because 0 stands
             for a neighbour that does not exist.
         dilation, is_small: see :func:`color_similarity`.
 
     Returns:
-        A scalar >= 0; without a pair, or without ROIs, it is 0, but still attached to ``logits``.
+        A scalar >= 0; without a pair it is 0, but still attached to ``logits``.
     """
     logits = at_least_float32(logits)
     # Probabilities would round to 0 or 1 and their logarithm to infinity.
     log_probs = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
-
-    def disagreement(distance: int) -> torch.Tensor:
-        both_in, both_out = (log_probs[:, :, None] + _neighbours(log_probs, distance)).unbind(1)
-        return -torch.logaddexp(both_in, both_out)
-
+    others = _neighbours(log_probs, dilation, is_small)
+    both_in, both_out = (log_probs[:, :, None] + others).unbind(1)
     weights = ((similarity >= threshold) & box_masks[:, None]).to(logits.dtype)
-    losses = _at_distances(disagreement, dilation, is_small)
-    return (weights * losses).sum() / weights.sum().clamp(min=1)
+    return -(weights * torch.logaddexp(both_in, both_out)).sum() / weights.sum().clamp(min=1)
+
+
+def _neighbours(values: torch.Tensor, dilation: int, is_small: torch.Tensor) -> torch.Tensor:
+    # (R, K, M, M) -> (R, K, 8, M, M), 0 outside the grid. Both distances of all: no loop.
+    at_distance = []
+    for d in (1, dilation):
+        padded = F.pad(values, [d] * 4).unfold(2, values.shape[2], d).unfold(3, values.shape[3], d)
+        cells = padded.flatten(2, 3)
+        at_distance.append(torch.cat([cells[:, :, :4], cells[:, :, 5:]], dim=2))
+    return torch.where(is_small[:, None, None, None, None], *at_distance)
 
 
 @torch.no_grad()
 def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
     """
-    Convert sRGB images to CIE Lab, D65, as ``skimage.color.rgb2lab`` does on the CPU.
+    Convert sRGB images, (N, 3, H, W) in 0-255, to CIE Lab, D65, as ``skimage.color.rgb2lab``.
 
-    Args:
-        images: shape (N, 3, H, W), RGB; clamped to 0-255, which rounding may leave.
-
-    Returns:
-        shape (N, 3, H, W), L in [0, 100], a and b roughly in [-110, 110]; without gradient.
+    Returns L in [0, 100], a and b roughly in [-110, 110], in the same shape, without gradient.
     """
-    images = images.to(torch.promote_types(images.dtype, torch.float32)).clamp(0, 255) / 255
+    # Rounding may have left 0-255.
+    images = at_least_float32(images).clamp(0, 255) / 255
     linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
     # Written out, because autocast would round a matrix product to half precision.
     channels = linear.unbind(1)
@@ -175,10 +166,8 @@ def crop_lab(
     bottom_rows: float = 10,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cut the colours of each ROI's cells out of the images.
-
-    The RGB image is averaged over 4 x 4 pixels and then converted, as in BoxInst; ROIAlign, which
-    averages and interpolates, comes last.
+    Cut the colours of each ROI's cells out of the images: averaged over 4 x 4 pixels and converted,
+    as in BoxInst, then ROIAlign.
 
     Args:
         pixels: shape (N, 3, H, W), RGB in 0-255, padded at the right and at the bottom.
@@ -213,55 +202,39 @@ def crop_lab(
     return lab, in_rows[:, :, None] & in_columns[:, None, :]
 
 
-class BoxSupervision(nn.Module):
-    """BoxInst's two losses of ROIs whose object has a box but no mask. Has no parameters."""
+@dataclass(frozen=True)
+class BoxSupervision:
+    """
+    BoxInst's two losses of ROIs whose object has a box but no mask.
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        threshold: float = 0.3,
-        dilation: int = 2,
-        projection_weight: float = 1.0,
-        pairwise_weight: float = 1.0,
-        warmup_iters: int = 10000,
-        bottom_rows: float = 10,
-    ):
-        """
-        Args:
-            threshold, dilation: see :func:`pairwise_loss`. ROIs whose short side is below 56
-                pixels have neighbours at distance 1, whatever the dilation.
-            projection_weight, pairwise_weight: of the two losses.
-            warmup_iters: the pairwise loss, which an empty mask does not have, grows linearly from
-                0 at iteration 0 to its full weight at this one; 0 = full weight from the start.
-            bottom_rows: see :func:`crop_lab`.
-        """
-        super().__init__()
-        self.threshold = threshold
-        self.dilation = dilation
-        self.projection_weight = projection_weight
-        self.pairwise_weight = pairwise_weight
-        self.warmup_iters = warmup_iters
-        self.bottom_rows = bottom_rows
+    Attributes:
+        color_threshold, dilation: see :func:`pairwise_loss`. ROIs whose short side is below 56
+            pixels have neighbours at distance 1, whatever the dilation.
+        projection_weight, pairwise_weight: of the two losses.
+        warmup_iters: the pairwise loss, which an empty mask does not have, grows linearly from 0 at
+            iteration 0 to its full weight at this one; 0 = full weight from the start.
+        bottom_rows: see :func:`crop_lab`.
+    """
+
+    color_threshold: float = 0.3
+    dilation: int = 2
+    projection_weight: float = 1.0
+    pairwise_weight: float = 1.0
+    warmup_iters: int = 10000
+    bottom_rows: float = 10
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        settings = cfg.MODEL.BOX_SUPERVISION
-        return {
-            "threshold": settings.COLOR_THRESHOLD,
-            "dilation": settings.DILATION,
-            "projection_weight": settings.PROJECTION_WEIGHT,
-            "pairwise_weight": settings.PAIRWISE_WEIGHT,
-            "warmup_iters": settings.WARMUP_ITERS,
-            "bottom_rows": settings.BOTTOM_ROWS,
-        }
+    def from_config(cls, cfg: CfgNode) -> BoxSupervision:
+        """That of ``cfg.MODEL.BOX_SUPERVISION``, whose keys are the attributes."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: cfg.MODEL.BOX_SUPERVISION[name.upper()] for name in names})
 
-    def forward(
+    def __call__(
         self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, iteration: int
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            logits: shape (R, M, M), logits.
+            logits: shape (R, M, M).
             rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
                 ``gt_has_mask``; those with a mask add nothing.
             pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
@@ -281,25 +254,10 @@ class BoxSupervision(nn.Module):
         is_small = (roi_boxes[:, 2:] - roi_boxes[:, :2]).amin(1) < _SMALL_ROI_SIDE
         similarity = color_similarity(lab, valid, self.dilation, is_small)
         pairwise = pairwise_loss(
-            logits, similarity, box_masks, self.threshold, self.dilation, is_small
+            logits, similarity, box_masks, self.color_threshold, self.dilation, is_small
         )
         warmup = min(iteration / self.warmup_iters, 1.0) if self.warmup_iters > 0 else 1.0
         return {
             "loss_mask_projection": projection_loss(logits, box_masks) * self.projection_weight,
             "loss_mask_pairwise": pairwise * (warmup * self.pairwise_weight),
         }
-
-
-def _neighbours(values: torch.Tensor, distance: int) -> torch.Tensor:
-    # (R, K, M, M) -> (R, K, 8, M, M), 0 outside the grid.
-    height, width = values.shape[-2:]
-    padded = F.pad(values, [distance] * 4)
-    shifts = [(distance * (1 + dy), distance * (1 + dx)) for dy, dx in _STEPS]
-    return torch.stack([padded[..., y : y + height, x : x + width] for y, x in shifts], dim=2)
-
-
-def _at_distances(
-    function: Callable[[int], torch.Tensor], dilation: int, is_small: torch.Tensor
-) -> torch.Tensor:
-    # function(1) in the small ROIs, function(dilation) in the others: both for all, no loop.
-    return torch.where(is_small[:, None, None, None], function(1), function(dilation))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ConvTranspose2d, NaiveSyncBatchNorm, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, BaseMaskRCNNHead
-from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
@@ -66,12 +64,9 @@ class HourglassMaskHead(BaseMaskRCNNHead):
             ValueError: another depth.
         """
         if depth not in _HOURGLASSES:
-            raise ValueError(
-                f"MODEL.ROI_MASK_HEAD.HOURGLASS (or TEACHER_MASK_HEAD's) is {depth!r}; allowed: "
-                f"{', '.join(map(str, _HOURGLASSES))}."
-            )
+            raise ValueError(f"A mask head's HOURGLASS is {depth!r}; allowed: 20, 52, 100.")
         super().__init__(**kwargs)
-        norm = _ROI_NORMS.get(conv_norm, conv_norm)
+        norm = _RoiBatchNorm2d if conv_norm == "BN" else conv_norm
         multiples, num_blocks = _HOURGLASSES[depth]
         channels = [width * multiple for multiple in multiples]
         self.stem = nn.Sequential(
@@ -101,15 +96,13 @@ class HourglassMaskHead(BaseMaskRCNNHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
-        ret = super().from_config(cfg, input_shape)
         settings = cfg.MODEL.ROI_MASK_HEAD
-        ret.update(
-            input_shape=input_shape,
-            num_classes=1 if settings.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-            depth=settings.HOURGLASS,
-            conv_norm=settings.NORM,
-        )
-        return ret
+        return super().from_config(cfg, input_shape) | {
+            "input_shape": input_shape,
+            "num_classes": 1 if settings.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "depth": settings.HOURGLASS,
+            "conv_norm": settings.NORM,
+        }
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (R, K, 2S, 2S), of ROI features, (R, D, S, S); R may be 0."""
@@ -145,7 +138,6 @@ class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a skip path, a 1x1 convolution where shapes change."""
 
     def __init__(self, in_channels: int, out_channels: int, norm, stride: int = 1) -> None:
-        """``stride`` is that of the first convolution."""
         super().__init__()
         self.conv1 = _make_conv(in_channels, out_channels, norm, stride, activation=F.relu)
         self.conv2 = _make_conv(out_channels, out_channels, norm)
@@ -158,31 +150,14 @@ class ResidualBlock(nn.Module):
         return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))
 
 
-class _OneValueIsEnough:
-    # One ROI on a map of one cell has no variance, and PyTorch raises. Here the running statistics
-    # are taken for it, unless other processes have values.
+class _RoiBatchNorm2d(nn.BatchNorm2d):
+    # One ROI on a map of one cell has no variance, and PyTorch raises: running statistics then.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_synchronised = isinstance(self, NaiveSyncBatchNorm) and comm.get_world_size() > 1
-        if x.shape[0] * x.shape[2] * x.shape[3] == 1 and not is_synchronised:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(x)
-
-
-class _RoiBatchNorm2d(_OneValueIsEnough, nn.BatchNorm2d):
-    pass
-
-
-class _RoiSyncBatchNorm2d(_OneValueIsEnough, NaiveSyncBatchNorm):
-    pass
-
-
-_ROI_NORMS = {
-    "BN": _RoiBatchNorm2d,
-    "naiveSyncBN": _RoiSyncBatchNorm2d,
-    "naiveSyncBN_N": functools.partial(_RoiSyncBatchNorm2d, stats_mode="N"),
-}
+        if x.shape[0] * x.shape[2] * x.shape[3] > 1:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 def _make_blocks(
@@ -199,15 +174,7 @@ def _make_blocks(
 def _make_conv(
     in_channels: int, out_channels: int, norm, stride: int = 1, kernel_size: int = 3, **kwargs
 ) -> Conv2d:
-    conv = Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=kernel_size // 2,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-        **kwargs,
-    )
+    kwargs.update(padding=kernel_size // 2, bias=not norm, norm=get_norm(norm, out_channels))
+    conv = Conv2d(in_channels, out_channels, kernel_size, stride, **kwargs)
     weight_init.c2_msra_fill(conv)
     return conv

@@ -51,24 +51,19 @@ def predict_masks_on_boxes(
     Args:
         model: in evaluation mode.
         inputs: of the model, one image.
-        boxes: float, shape (R, 4), XYXY in the frame of ``inputs["image"]``, which may be a resized
-            image; not changed.
+        boxes: float, shape (R, 4), XYXY in the frame of ``inputs["image"]``; not changed.
         classes: int64, shape (R,), contiguous ids.
 
     Returns:
-        Probabilities in the channel of each box's class, on the model's device, shape (R, M, M)
-        over the box: "student", and "teacher" where the model has
-        :class:`TeacherStudentROIHeads`; M may differ between the two. The head of any other model
-        is its "student".
+        Probabilities in the channel of each box's class, shape (R, M, M) over the box, on the
+        model's device: "student", the only head of most models, and "teacher" of
+        :class:`TeacherStudentROIHeads`; M may differ between the two.
 
     Raises:
         ValueError: a model without a mask head, or :class:`GrabCutRCNN`, which does not use one.
     """
     if isinstance(model, GrabCutRCNN) or not model.roi_heads.mask_on:
-        raise ValueError(
-            "The model has no mask probabilities: it has no mask head (MODEL.MASK_ON False), or is "
-            "GrabCutRCNN, whose masks come from the pixels of the image."
-        )
+        raise ValueError("The model has no mask probabilities: it has no mask head, or is GrabCut.")
     image_size = tuple(inputs["image"].shape[-2:])
     features = model.backbone(model.preprocess_image([inputs]).tensor)
     boxes, classes = boxes.to(model.device), classes.to(model.device)

@@ -32,12 +32,7 @@ class MaskRCNNConvMultiUpsampleHead(MaskRCNNConvUpsampleHead):
 
     @configurable
     def __init__(self, input_shape: ShapeSpec, *, num_deconv: int = 1, **kwargs):
-        """
-        Args:
-            input_shape: of the ROI features.
-            num_deconv: number of 2x deconvolutions, at least 1.
-            **kwargs: of :class:`MaskRCNNConvUpsampleHead`.
-        """
+        """``num_deconv`` 2x deconvolutions; the rest as in :class:`MaskRCNNConvUpsampleHead`."""
         super().__init__(input_shape, **kwargs)
         # The head is an nn.Sequential: what runs before the predictor must stand before it.
         predictor = self.predictor
@@ -53,8 +48,7 @@ class MaskRCNNConvMultiUpsampleHead(MaskRCNNConvUpsampleHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
         ret = super().from_config(cfg, input_shape)
-        ret["num_deconv"] = cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV
-        return ret
+        return ret | {"num_deconv": cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV}
 
 
 def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCNNHead:
@@ -84,18 +78,14 @@ def predict_label_channel(
     head: BaseMaskRCNNHead, features: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """
-    Run a mask head and take the channel of each ROI's class.
+    :func:`select_label_channel` of a mask head's output, logits (R, M, M), up to rounding.
 
-    Of the last 1x1 convolution of Detectron2's heads the other channels are not computed; the
-    result is that of ``head.layers`` and :func:`select_label_channel`, up to rounding.
+    Of the last 1x1 convolution of Detectron2's heads the other channels are not computed.
 
     Args:
         head: its ``layers`` return logits of shape (R, C, M, M), or (R, 1, M, M).
         features: shape (R, D, S, S).
         labels: shape (R,), int64, the class of each ROI in [0, C).
-
-    Returns:
-        shape (R, M, M), logits.
     """
     is_plain = type(head) in (MaskRCNNConvUpsampleHead, MaskRCNNConvMultiUpsampleHead)
     # A traced graph stays Detectron2's.
@@ -111,14 +101,11 @@ def predict_label_channel(
 
 def select_label_channel(pred_mask_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    Take from each ROI's prediction the channel of its class.
+    Take from each ROI's prediction the channel of its class, shape (R, M, M).
 
     Args:
         pred_mask_logits: shape (R, C, M, M), or (R, 1, M, M) if class-agnostic; logits.
         labels: shape (R,), int64, the class of each ROI in [0, C).
-
-    Returns:
-        shape (R, M, M), logits; the gradient flows to the selected channels only.
     """
     if pred_mask_logits.shape[1] == 1:
         return pred_mask_logits[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.modeling.poolers import ROIPooler
@@ -13,6 +13,7 @@ __all__ = [
     "at_least_float32",
     "boxes_of",
     "cells_inside_boxes",
+    "check_choice",
     "classes_of",
     "crop_gt_masks",
     "crop_pixels",
@@ -82,7 +83,7 @@ def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor |
         int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
         first. None if a box is not there, as an object's own box may not be.
     """
-    rows, offset = [], 0
+    rows, offset = [rois[0].gt_classes[:0]], 0
     for x, candidates in zip(rois, sampled, strict=True):
         boxes, others = boxes_of(x).tensor, boxes_of(candidates).tensor
         is_equal = (boxes[:, None] == others[None]).all(dim=2)
@@ -92,8 +93,7 @@ def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor |
             # Of a bool tensor argmax is not defined everywhere.
             rows.append(is_equal.to(torch.int32).argmax(dim=1) + offset)
         offset += len(others)
-    none = torch.zeros(0, dtype=torch.int64, device=rois[0].gt_classes.device)
-    return torch.cat([none, *rows])
+    return torch.cat(rows)
 
 
 def boxes_of(instances: Instances) -> Boxes:
@@ -121,8 +121,7 @@ def crop_gt_masks(
             ``gt_has_mask``; an image without ROIs may lack the last two.
         mask_side_len: side M of the targets.
         device: of the result.
-        has_mask: which ROIs of an image have one, :func:`has_mask_of` or
-            :func:`has_model_mask_of`.
+        has_mask: which ROIs of an image have one, e.g. :func:`has_model_mask_of`.
 
     Returns:
         float32, shape (R, M, M), in {0, 1}; zeros where ``has_mask`` is False, whatever
@@ -142,12 +141,7 @@ def crop_gt_masks(
 
 
 def crop_pixels(images: torch.Tensor, boxes: list[Boxes], side: int) -> torch.Tensor:
-    """
-    Crop the images, shape (N, 3, H, W), with R boxes in their frame, one :class:`Boxes` per image.
-
-    Returns:
-        shape (R, 3, side, side).
-    """
+    """Crop images (N, 3, H, W) with R boxes, a :class:`Boxes` for each: (R, 3, side, side)."""
     pooler = ROIPooler(side, scales=(1.0,), sampling_ratio=0, pooler_type="ROIAlignV2")
     return pooler([images], boxes)
 
@@ -156,15 +150,12 @@ def cells_inside_boxes(
     roi_boxes: torch.Tensor, boxes: torch.Tensor, mask_side_len: int
 ) -> torch.Tensor:
     """
-    Mark the cells of each ROI's grid whose centre lies in the ROI's box.
+    Mark the cells of each ROI's grid whose centre lies in another box; bool, shape (R, M, M).
 
     Args:
         roi_boxes: shape (R, 4), XYXY; M x M cells lie over each.
         boxes: shape (R, 4), XYXY, same frame; edges belong to the box.
         mask_side_len: M.
-
-    Returns:
-        bool, shape (R, M, M).
     """
     centres = (torch.arange(mask_side_len, device=roi_boxes.device) + 0.5) / mask_side_len
     xs = roi_boxes[:, 0:1] + centres * (roi_boxes[:, 2:3] - roi_boxes[:, 0:1])
@@ -201,10 +192,10 @@ def masked_bce_loss(
 
 def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Dice loss of each row, D(a, b) = 1 - 2 sum(ab) / (sum(a^2) + sum(b^2) + 1e-5).
+    Dice loss of each row, D(a, b) = 1 - 2 sum(ab) / (sum(a^2) + sum(b^2) + 1e-5): shape (R,).
 
-    Of probabilities and of targets in [0, 1], both of shape (R, ...). Returns shape (R,), in
-    [0, 1]; an empty target gives 1 without gradient.
+    Of probabilities and of targets in [0, 1], both of shape (R, ...); in [0, 1]. An empty target
+    gives 1 without gradient.
     """
     probs, targets = probs.flatten(1), targets.to(probs.dtype).flatten(1)
     intersection = (probs * targets).sum(1)
@@ -237,3 +228,9 @@ def mask_accuracy(
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """``x`` itself, in float32 if it is of half precision, for what autocast would not protect."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError if ``value``, of the setting ``name``, is not ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")

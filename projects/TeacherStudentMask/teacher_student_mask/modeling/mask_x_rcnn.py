@@ -71,27 +71,19 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
         if cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
             raise ValueError(
                 "WeightTransferMaskHead predicts the mask weights of each class: set "
-                "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to False. It cannot be the teacher of "
-                "MODEL.TEACHER_MASK_HEAD.NAME, which is class-agnostic."
+                "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to False. It cannot be a teacher."
             )
-        ret = super().from_config(cfg, input_shape)
-        ret["num_classes"] = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        ret["mlp_branch"] = cfg.MODEL.ROI_MASK_HEAD.MLP_BRANCH
-        return ret
+        return super().from_config(cfg, input_shape) | {
+            "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "mlp_branch": cfg.MODEL.ROI_MASK_HEAD.MLP_BRANCH,
+        }
 
     def use_box_predictor(self, box_predictor: nn.Module) -> None:
         """
         Take the box weights of ``box_predictor`` from now on, and make the layers A1 and A2.
 
-        The head refers to the predictor, but does not register it: each of its parameters is in a
-        state_dict once, under the predictor's own name.
-
-        Args:
-            box_predictor: with linear layers ``cls_score``, C + 1 rows, and ``bbox_pred``, 4 C
-                rows by class, of the same number of inputs.
-
-        Raises:
-            ValueError: its box regression is class-agnostic.
+        It has linear layers ``cls_score``, C + 1 rows, and ``bbox_pred``, 4 C rows by class; else
+        ValueError. The head does not register it: its parameters are in a state_dict once.
         """
         num_inputs = box_predictor.cls_score.in_features
         if len(box_predictor.bbox_pred.weight) != 4 * self.num_classes:
@@ -109,11 +101,7 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
             weight_init.c2_msra_fill(layer)
 
     def class_weights(self) -> torch.Tensor:
-        """
-        The weights w_c of the last layer, shape (C, D).
-
-        Gradient flows to A1 and A2, not to the box predictor.
-        """
+        """The weights w_c of the last layer, shape (C, D), with gradient to A1 and A2 alone."""
         (box_predictor,) = self._box_predictor
         scores = box_predictor.cls_score.weight.detach()[: self.num_classes]  # without background
         deltas = box_predictor.bbox_pred.weight.detach().reshape(self.num_classes, -1)

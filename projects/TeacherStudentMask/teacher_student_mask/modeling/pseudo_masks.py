@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .crf import DenseCRF
 from .mask_targets import (
     cells_inside_boxes,
+    check_choice,
     crop_gt_masks,
     crop_pixels,
     has_mask_of,
@@ -70,9 +71,8 @@ def generate_pseudo_masks(
         student_probs: shape (R, M, M), probabilities of the label channel.
         method: one of :data:`PSEUDO_MASK_METHODS`.
         threshold: probability from which on (inclusive) a cell is foreground.
-        roi_boxes: shape (R, 4), XYXY; the ROIs, over which the M x M grid lies.
-        gt_boxes: shape (R, 4), XYXY, same frame; the matched ground-truth boxes. Both kinds of
-            boxes are needed by ``"box_fit"`` and for ``clip_to_box``.
+        roi_boxes, gt_boxes: shape (R, 4), XYXY, of one frame; the ROIs, over which the M x M grid
+            lies, and the matched objects. Needed by ``"box_fit"`` and for ``clip_to_box``.
         clip_to_box: if there are boxes, cells outside ``gt_boxes`` become background.
         exclusion_masks: bool, shape (R, M, M); if given, these cells become background.
         crf: called with (R, M, M) probabilities and ``roi_images``; needed by ``"crf"``.
@@ -84,10 +84,11 @@ def generate_pseudo_masks(
     Raises:
         ValueError: an unknown method, or M_t is not a multiple of M.
     """
-    _check_method(method)
-    side = student_probs.shape[-1]
+    check_choice("The pseudo-mask method", method, PSEUDO_MASK_METHODS)
+    side, inside = student_probs.shape[-1], None
     probs = _average_down(teacher_probs, side)
-    has_boxes = roi_boxes is not None and gt_boxes is not None
+    if roi_boxes is not None and gt_boxes is not None:
+        inside = cells_inside_boxes(roi_boxes, gt_boxes, side)
     if method == "none":
         masks = probs
     elif method == "threshold":
@@ -97,10 +98,10 @@ def generate_pseudo_masks(
     elif method == "crf":
         masks = crf(probs, roi_images) >= threshold
     else:
-        masks = fit_to_boxes(probs, cells_inside_boxes(roi_boxes, gt_boxes, side))
+        masks = fit_to_boxes(probs, inside)
     masks = masks.to(teacher_probs.dtype)
-    if has_boxes and clip_to_box:
-        masks = masks * cells_inside_boxes(roi_boxes, gt_boxes, side)
+    if inside is not None and clip_to_box:
+        masks = masks * inside
     if exclusion_masks is not None:
         masks = masks * ~exclusion_masks
     return masks
@@ -127,19 +128,16 @@ def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     candidates = (probs[None] >= thresholds[:, None, None, None]) & inside[None]
     # Inside the box, IoU with the box is the covered share of it; t = 0 covers all, but is only
     # the last resort.
-    area = _extent(candidates.any(dim=3)) * _extent(candidates.any(dim=2))
+    area = torch.ones_like(candidates[:, :, 0, 0], dtype=torch.float32)
+    for dim in (2, 3):
+        is_occupied = candidates.any(dim=dim).float()
+        # First and last True, counted from both ends; nothing is as long as it is: 0.
+        ends = is_occupied.argmax(dim=-1) + is_occupied.flip(-1).argmax(dim=-1)
+        area *= torch.where(is_occupied.any(dim=-1), is_occupied.shape[-1] - ends, 0)
     area[0] = area[0].clamp(max=0.5)
     # Of equal maxima the last one, the highest threshold: look for it in reversed order.
     best = len(thresholds) - 1 - area.flip(0).argmax(dim=0)
     return candidates[best, torch.arange(len(probs), device=probs.device)]
-
-
-def _extent(is_occupied: torch.Tensor) -> torch.Tensor:
-    # Length from the first to the last True of the last dimension; 0 if there is none.
-    length = is_occupied.shape[-1]
-    ones = is_occupied.float()
-    first, last = ones.argmax(dim=-1), length - 1 - ones.flip(-1).argmax(dim=-1)
-    return torch.where(is_occupied.any(dim=-1), last - first + 1, 0).float()
 
 
 @dataclass(frozen=True)
@@ -150,9 +148,6 @@ class PseudoMaskGenerator:
     Attributes:
         method, threshold, clip_to_box, crf: see :func:`generate_pseudo_masks`.
         exclude_seen: cells inside the image's ``gt_exclusion_masks`` become background.
-
-    Raises:
-        ValueError: an unknown method.
     """
 
     method: str = "interact"
@@ -162,7 +157,7 @@ class PseudoMaskGenerator:
     crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        _check_method(self.method)
+        check_choice("MODEL.PSEUDO_MASK.METHOD", self.method, PSEUDO_MASK_METHODS)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> PseudoMaskGenerator:
@@ -193,35 +188,23 @@ class PseudoMaskGenerator:
             teacher_probs, student_probs, roi_images: see :func:`generate_pseudo_masks`.
             rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
                 ``gt_exclusion_masks``; an image without ROIs may lack the last two.
-
-        Returns:
-            The pseudo masks, shape (R, M, M), without gradient.
         """
         rois = [x for x in rois if len(x) > 0]
         if not rois:
             return student_probs
-        roi_boxes, exclusion_masks = Boxes.cat([x.proposal_boxes for x in rois]).tensor, None
-        if self.exclude_seen:
-            side = student_probs.shape[-1]
-            exclusion_masks = torch.cat(
+        settings, side = dict(vars(self)), student_probs.shape[-1]
+        if settings.pop("exclude_seen"):
+            settings["exclusion_masks"] = torch.cat(
                 [x.gt_exclusion_masks.crop_and_resize(x.proposal_boxes.tensor, side) for x in rois]
             )
         return generate_pseudo_masks(
             teacher_probs,
             student_probs,
-            method=self.method,
-            threshold=self.threshold,
-            roi_boxes=roi_boxes,
+            roi_boxes=Boxes.cat([x.proposal_boxes for x in rois]).tensor,
             gt_boxes=Boxes.cat([x.gt_boxes for x in rois]).tensor,
-            clip_to_box=self.clip_to_box,
-            exclusion_masks=exclusion_masks,
-            crf=self.crf,
             roi_images=roi_images,
+            **settings,
         )
-
-    def clean(self, masks: torch.Tensor, rois: list[Instances]) -> torch.Tensor:
-        """Clean given masks, shape (R, M, M) in [0, 1], of such ROIs as pseudo masks are."""
-        return replace(self, method="none")(masks, masks, rois)
 
 
 @torch.no_grad()
@@ -264,36 +247,33 @@ def make_student_targets(
         or model and teacher, put on the same side of 0.5 (``agreement``).
     """
     has_target = torch.cat([has_mask_of(x) for x in rois])
+    is_external = torch.cat([has_model_mask_of(x) for x in rois])
     side, targets, scalars = gt_masks.shape[-1], gt_masks, {}
+    teacher_probs = _average_down(teacher_logits.sigmoid(), side)
     if external == "alone":
-        is_external = torch.cat([has_model_mask_of(x) for x in rois])
         rows = is_external.nonzero().squeeze(1)
         if len(rows) > 0:
             chosen = [select_rois(x, has_model_mask_of(x)) for x in rois]
             masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
-            masks = generator.clean(masks, chosen)
+            masks = replace(generator, method="none")(masks, masks, chosen)
             targets = targets.index_copy(0, rows, masks)
-            teacher_probs = _average_down(teacher_logits[rows].sigmoid(), side)
-            scalars.update(_describe("external_mask", masks, teacher_probs, masks))
+            scalars.update(_describe("external_mask", masks, teacher_probs[rows], masks))
         has_target = has_target | is_external
     rows = (~has_target).nonzero().squeeze(1)
     if not has_pseudo_masks or len(rows) == 0:
         return targets, has_target, scalars
     is_chosen = (~has_target).split([len(x) for x in rois])
     chosen = [select_rois(x, selected) for x, selected in zip(rois, is_chosen)]
-    teacher_probs, student_probs = teacher_logits[rows].sigmoid(), student_logits[rows].sigmoid()
-    base = teacher_probs
+    base, student_probs = teacher_probs[rows], student_logits[rows].sigmoid()
     if external == "mean":
-        is_external = torch.cat([has_model_mask_of(x) for x in chosen])[:, None, None]
         masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
-        base = _average_down(teacher_probs, side)
-        base = torch.where(is_external, (base + masks.to(base.dtype)) / 2, base)
+        mixed = (base + masks.to(base.dtype)) / 2
+        base = torch.where(is_external[rows, None, None], mixed, base)
     roi_images = None
     if generator.needs_images:
         roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
     masks = generator(base, student_probs, chosen, roi_images)
-    teacher_probs = _average_down(teacher_probs, side)
-    scalars.update(_describe("pseudo_mask", masks, teacher_probs, student_probs))
+    scalars.update(_describe("pseudo_mask", masks, teacher_probs[rows], student_probs))
     targets = targets.index_copy(0, rows, masks.to(gt_masks.dtype))
     return targets, torch.ones_like(has_target), scalars
 
@@ -301,7 +281,6 @@ def make_student_targets(
 def _describe(
     name: str, masks: torch.Tensor, probs: torch.Tensor, others: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    # All of shape (R, M, M), R > 0.
     agreement = ((probs >= 0.5) == (others >= 0.5)).float().mean()
     return {
         f"{name}/fg_ratio": masks.float().mean(),
@@ -310,19 +289,8 @@ def _describe(
     }
 
 
-def _check_method(method: str) -> None:
-    if method not in PSEUDO_MASK_METHODS:
-        raise ValueError(
-            f"Unknown pseudo-mask method (MODEL.PSEUDO_MASK.METHOD) {method!r}; allowed: "
-            f"{', '.join(PSEUDO_MASK_METHODS)}."
-        )
-
-
 def _average_down(probs: torch.Tensor, side: int) -> torch.Tensor:
     # (R, M_t, M_t) -> (R, M, M), the mean over the cells of the finer grid.
     if probs.shape[-1] % side:
-        raise ValueError(
-            f"The teacher's {probs.shape[-1]}-cell masks do not divide into the student's {side} "
-            "cells."
-        )
+        raise ValueError(f"Masks of {probs.shape[-1]} cells (teacher) are not a multiple of {side}")
     return F.avg_pool2d(probs[:, None], probs.shape[-1] // side)[:, 0]

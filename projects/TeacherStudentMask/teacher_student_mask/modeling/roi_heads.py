@@ -14,7 +14,7 @@ from detectron2.modeling.roi_heads import (
     select_foreground_proposals,
 )
 from detectron2.modeling.roi_heads.mask_head import build_mask_head, mask_rcnn_inference
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +23,7 @@ from .box_supervision import BoxSupervision
 from .mask_heads import build_teacher_mask_head, has_batch_norm, predict_label_channel
 from .mask_targets import (
     boxes_of,
+    check_choice,
     crop_gt_masks,
     crop_pixels,
     drop_surplus_rois_without_mask,
@@ -76,26 +77,27 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                 each once, instead of on the foreground proposals.
             train_on_external_masks: take masks that another model made as ground truth, too.
             mask_prior: enriches the mask features, see ``ROI_MASK_PRIOR_REGISTRY``.
-            repool_box_features: at inference, compute the box head's maps for the prior at the
-                detected boxes instead of keeping those of the proposals.
+            repool_box_features: at inference, the prior sees the box head's maps of the detected
+                boxes instead of those of the proposals.
             box_supervision: losses of ROIs whose object has no mask.
             mask_loss: of those whose object has one, "bce" or "dice".
             pixel_mean, pixel_std, image_format: see :meth:`to_rgb`.
-            **kwargs: of :class:`StandardROIHeads`. The mask head must have a ``layers`` method
-                that returns logits, as every :class:`BaseMaskRCNNHead` has.
+            **kwargs: of :class:`StandardROIHeads`, with a :class:`BaseMaskRCNNHead`.
 
         Raises:
             ValueError: an unknown loss, a prior that needs the box head's map of a box head that
                 has none, or a :class:`WeightTransferMaskHead` with class-agnostic box regression.
         """
         super().__init__(**kwargs)
-        _check_choice("The mask loss", mask_loss, tuple(_MASK_LOSSES))
-        needs_maps = mask_prior is not None and mask_prior.needs_class_maps
-        if needs_maps and not isinstance(self.box_predictor, PooledFastRCNNOutputLayers):
+        check_choice("The mask loss", mask_loss, tuple(_MASK_LOSSES))
+        has_maps = isinstance(self.box_predictor, PooledFastRCNNOutputLayers)
+        if mask_prior is not None and mask_prior.needs_class_maps and not has_maps:
             raise ValueError(
                 f"The mask prior {type(mask_prior).__name__} needs the box head's feature map: set "
                 'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
             )
+        if has_maps and self.train_on_pred_boxes:
+            raise ValueError("A box head with a feature map has no TRAIN_ON_PRED_BOXES.")
         if self.mask_on and isinstance(self.mask_head, WeightTransferMaskHead):
             self.mask_head.use_box_predictor(self.box_predictor)
         self.train_on_gt_boxes = train_on_gt_boxes
@@ -119,9 +121,9 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             image_format=cfg.INPUT.FORMAT,
         )
         name = cfg.MODEL.BOX_SUPERVISION.NAME
-        _check_choice("MODEL.BOX_SUPERVISION.NAME", name, ("", "boxinst"))
+        check_choice("MODEL.BOX_SUPERVISION.NAME", name, ("", "boxinst"))
         if name:
-            ret["box_supervision"] = BoxSupervision(cfg)
+            ret["box_supervision"] = BoxSupervision.from_config(cfg)
             ret["mask_loss"] = cfg.MODEL.BOX_SUPERVISION.MASK_LOSS
         return ret
 
@@ -172,8 +174,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _forward_box(self, features: dict[str, torch.Tensor], proposals: list[Instances]):
         """As the parent's; in training also keeps the maps of a box head that has them."""
-        has_maps = isinstance(self.box_predictor, PooledFastRCNNOutputLayers)
-        if not (self.training and has_maps):
+        if not self.training or not isinstance(self.box_predictor, PooledFastRCNNOutputLayers):
             return super()._forward_box(features, proposals)
         feature_maps = [features[f] for f in self.box_in_features]
         pooled = self.box_pooler(feature_maps, [x.proposal_boxes for x in proposals])
@@ -181,11 +182,6 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         losses = self.box_predictor.losses(predictions, proposals)
         for x, own in zip(proposals, maps.split([len(x) for x in proposals])):
             x.box_features = own
-        if self.train_on_pred_boxes:
-            with torch.no_grad():
-                boxes = self.box_predictor.predict_boxes_for_gt_classes(predictions, proposals)
-            for x, boxes_per_image in zip(proposals, boxes):
-                x.proposal_boxes = Boxes(boxes_per_image)
         return losses
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
@@ -212,15 +208,14 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         pixels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
+        "loss_mask" and the losses of the prior and of box supervision, scalars.
+
         Args:
             features: of the backbone.
             rois: one per image, R rows in all: those that the mask heads train on, with
                 ``proposal_boxes``, ``gt_classes`` and the other targets.
             sampled: all sampled proposals, see :class:`ROIContext`.
             pixels: shape (N, 3, H, W), RGB in 0-255; for box supervision, CRF and pictures.
-
-        Returns:
-            {name: scalar}, "loss_mask" and those of the prior and of box supervision.
         """
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         labels = torch.cat([x.gt_classes for x in rois])
@@ -246,8 +241,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         return has_mask | has_model_mask_of(rois) if self.train_on_external_masks else has_mask
 
     def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
-        rois, _ = select_foreground_proposals(candidates, self.num_classes)
         # ROIs that add nothing to the loss need not be computed.
+        rois, _ = select_foreground_proposals(candidates, self.num_classes)
         if self._uses_rois_without_mask():
             return rois
         return [select_rois(x, self._is_supervised(x)) for x in rois]
@@ -269,16 +264,13 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         sampled: list[Instances] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Pool what the mask heads see, and enrich it with the prior.
+        Pool what the mask heads see, (R, D, S, S), and enrich it with the prior; also its losses.
 
         Args:
             features: of the backbone.
             instances: one per image, R rows in all, with ``pred_boxes`` and ``pred_classes``, or
                 ``proposal_boxes`` and ``gt_classes``.
             sampled: in training, all sampled proposals, see :class:`ROIContext`.
-
-        Returns:
-            shape (R, D, S, S), and the prior's losses.
         """
         feature_maps = [features[f] for f in self.mask_in_features]
         pooled = self.mask_pooler(feature_maps, [boxes_of(x) for x in instances])
@@ -331,20 +323,18 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
             max_rois_without_mask: how many ROIs without a mask an image gives to the mask heads
                 at most, chosen at random; 0 = all.
-            external_masks: what masks that another model made are to the student, see
-                :func:`make_student_targets`.
+            external_masks: see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
             vis_period: iterations between pictures in the event storage; 0 = none.
-            **kwargs: of :class:`PartiallySupervisedROIHeads`; ``train_on_external_masks`` is that
-                of the student, and follows from ``external_masks``.
+            **kwargs: of :class:`PartiallySupervisedROIHeads`, without ``train_on_external_masks``.
 
         Raises:
             ValueError: an unknown test head or use of external masks.
         """
         kwargs["train_on_external_masks"] = external_masks == "alone"
         super().__init__(**kwargs)
-        _check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
-        _check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
+        check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
+        check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
@@ -439,10 +429,17 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         _put_scalars(scalars)
         if self._is_vis_iteration():
             boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
-            crops = crop_pixels(pixels, boxes, 4 * side)
-            masks = (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)
-            name = "ROIs without a mask: image | teacher | student | target"
-            _put_pictures(name, crops, [x[~has_mask] for x in masks])
+            strips = [crop_pixels(pixels, boxes, 4 * side)[:8].clamp(0, 255) / 255]
+            for x in (
+                teacher_logits.detach().sigmoid(),
+                student_logits.detach().sigmoid(),
+                targets,
+            ):
+                resized = F.interpolate(x[~has_mask][:8, None].float(), size=strips[0].shape[-2:])
+                strips.append(resized.expand(-1, 3, -1, -1))
+            for k, strip in enumerate(torch.cat(strips, dim=3)):
+                name = f"ROIs without a mask: image | teacher | student | target ({k})"
+                get_event_storage().put_image(name, strip)
         return losses
 
     def compute_mask_logits(
@@ -458,8 +455,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         Args:
             features, sampled: see :meth:`compute_mask_features`.
             rois: one per image, R rows in all, with ``proposal_boxes`` and ``gt_classes``.
-            has_mask: bool, shape (R,): the rows that train the teacher. The others' logits get no
-                gradient where no loss could use it. None = all.
+            has_mask: bool, shape (R,): the rows that train the teacher, None = all. The others'
+                logits get no gradient where no loss could use it.
 
         Returns:
             The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
@@ -494,26 +491,9 @@ def _pooled_shape(
     return ShapeSpec(channels=channels, height=side, width=side)
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
-
-
 def _put_scalars(scalars: dict[str, torch.Tensor]) -> None:
     # NaN means that there is nothing to log. Together, so that a GPU is waited for once.
     numbers = torch.stack([x.detach().float() for x in scalars.values()]).tolist()
     for name, number in zip(scalars, numbers):
         if not math.isnan(number):
             get_event_storage().put_scalar(name, number)
-
-
-@torch.no_grad()
-def _put_pictures(name: str, pixels: torch.Tensor, masks: list[torch.Tensor]) -> None:
-    # Strips of a ROI's pixels, (R, 3, S, S) in 0-255, and masks, each (R, M, M) in [0, 1].
-    size = pixels.shape[-2:]
-    for k in range(min(len(pixels), 8)):
-        strip = [pixels[k].clamp(0, 255) / 255]
-        for x in masks:
-            resized = F.interpolate(x[k][None, None].detach().float(), size=size)[0]
-            strip.append(resized.expand(3, -1, -1))
-        get_event_storage().put_image(f"{name} ({k})", torch.cat(strip, dim=2))

@@ -20,6 +20,7 @@ from torch import nn
 __all__ = [
     "ROIContext",
     "ROI_MASK_PRIOR_REGISTRY",
+    "arguments_of",
     "build_mask_prior",
     "build_own_pooler",
     "conv1x1",
@@ -32,8 +33,8 @@ Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shape
 :func:`build_mask_prior`. The call ``prior(mask_features, context)`` gets the pooled mask features,
 shape (R, D, S, S), and the :class:`ROIContext` of the same R rows. It returns features of the same
 spatial size and, in training mode, {name: loss}. The attribute ``needs_class_maps`` says whether
-it needs ``context.class_maps``; the optional ``out_channels`` is that of the features that it
-returns, where it is not D.
+it needs ``context.class_maps``; the optional ``out_channels``, where it is not D, how many
+channels it returns.
 """
 
 
@@ -42,7 +43,7 @@ class ROIContext:
     """
     The inputs of a prior beside the pooled mask features.
 
-    Args:
+    Attributes:
         instances: one per image, R rows in all. In training the ROIs that the mask heads learn
             from, with ``proposal_boxes``, ``gt_classes`` and, where an image has a ROI, the other
             targets; at inference detections with ``pred_boxes`` and ``pred_classes``.
@@ -75,9 +76,12 @@ def build_mask_prior(
         feature_shapes: channels and strides of ``ROIContext.feature_maps``, in their order.
     """
     name = cfg.MODEL.ROI_MASK_PRIOR.NAME
-    if not name:
-        return None
-    return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape, feature_shapes)
+    return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape, feature_shapes) if name else None
+
+
+def arguments_of(settings: CfgNode) -> dict:
+    """The values of a config node whose keys are, in lower case, a prior's parameters."""
+    return {key.lower(): value for key, value in settings.items()}
 
 
 def build_own_pooler(
@@ -94,11 +98,8 @@ def build_own_pooler(
 
 def conv_stack(widths: list[int], relu_at_end: bool) -> nn.Sequential:
     """
-    3x3 convolutions with ReLU between them, Kaiming initialisation (fan out), biases of 0.
-
-    Args:
-        widths: channels of the input, then of each convolution's output.
-        relu_at_end: a ReLU after the last one, too.
+    3x3 convolutions with ReLU between them, and after the last one on request; Kaiming
+    initialisation (fan out), biases of 0. ``widths``: channels of the input, then of each output.
     """
     layers: list[nn.Module] = []
     for in_channels, out_channels in zip(widths, widths[1:]):

@@ -23,7 +23,14 @@ from ..mask_targets import (
     find_rois,
     has_mask_of,
 )
-from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from . import (
+    ROI_MASK_PRIOR_REGISTRY,
+    ROIContext,
+    arguments_of,
+    build_own_pooler,
+    conv1x1,
+    conv_stack,
+)
 from .opmask import FeatureMapBoxHead, class_activation_maps, normalize_per_roi
 
 __all__ = [
@@ -31,12 +38,10 @@ __all__ = [
     "TwoBranchBoxHead",
     "attend_by_cosine",
     "contrastive_loss",
-    "nce",
     "ramp",
     "sample_pixels",
     "sets_of_cams",
     "sets_of_masks",
-    "similarity",
 ]
 
 # Below this length a vector counts as shorter than 1, so that no gradient is larger than 1e4.
@@ -58,11 +63,8 @@ class TwoBranchBoxHead(nn.Module):
     @configurable
     def __init__(self, input_shape: ShapeSpec, *, conv_widths: Sequence[int], conv_norm: str = ""):
         """
-        Args:
-            input_shape: of the ROI features.
-            conv_widths: output channels of the shared convolutions, one each; 256 four times is
-                ContrastMask's.
-            conv_norm: as for :class:`FeatureMapBoxHead`, of all convolutions; ContrastMask has "".
+        As :class:`FeatureMapBoxHead`; ``conv_widths`` are those of the shared convolutions, 256
+        four times and no norm ContrastMask's.
         """
         super().__init__()
         self.shared = FeatureMapBoxHead(input_shape, conv_widths=conv_widths, conv_norm=conv_norm)
@@ -77,7 +79,7 @@ class TwoBranchBoxHead(nn.Module):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """The input of each of the predictor's linear layers: C, after pooling over h and w."""
+        """As that of :class:`FeatureMapBoxHead`."""
         return self.class_branch.output_shape
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,44 +132,12 @@ def sets_of_cams(cams: torch.Tensor, high: float = 0.9, low: float = 0.1) -> tor
 
 
 def sample_pixels(pixels: torch.Tensor, share: float) -> torch.Tensor:
-    """
-    A random choice of ceil(share * n) of the n pixels of each ROI; bool, shape (R, M, M).
-    """
+    """A random choice of ceil(share * n) of the n pixels of each ROI; bool, shape (R, M, M)."""
     members = pixels.flatten(1)
     draws = torch.rand(members.shape, device=pixels.device).masked_fill(~members, 2.0)
     ranks = draws.argsort(dim=1).argsort(dim=1)
     counts = (members.sum(dim=1).double() * share).ceil()
     return (ranks < counts[:, None]).view_as(pixels)
-
-
-def similarity(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """
-    cos(q, v - q) of a query q, shape (D,), with each key v, (n, D): keys are centred by the query,
-    as in ContrastMask.
-    """
-    return F.normalize(keys - query, dim=1, eps=_EPS) @ F.normalize(query, dim=0, eps=_EPS)
-
-
-def nce(
-    positives: torch.Tensor,
-    negatives: torch.Tensor,
-    temperature: float,
-    official_denominator: bool = False,
-) -> torch.Tensor:
-    """
-    Mean over a in ``positives`` of -log(exp(a / t) / (exp(a / t) + sum_b exp(b / t))).
-
-    Args:
-        positives: shape (n,), similarities of a query with the keys it should be like, n > 0.
-        negatives: shape (m,), with those that it should not be like.
-        temperature: t > 0.
-        official_denominator: a slip of ContrastMask's code: exp(a) for exp(a / t) in the
-            denominator, which makes losses below 0 possible.
-    """
-    logits = positives / temperature
-    others = torch.logsumexp(negatives / temperature, dim=0)
-    own = positives if official_denominator else logits
-    return (torch.logaddexp(own, others) - logits).mean()
 
 
 def contrastive_loss(
@@ -180,14 +150,19 @@ def contrastive_loss(
     ContrastMask's loss, without its weight and schedule.
 
     All ROIs of this process with enough pixels, of all classes, with and without a mask, share one
-    query for the inside and one for the outside of objects, the mean over them. The keys are a
-    random share of the pixels of each ROI's sets.
+    query q for the inside and one for the outside of objects, the mean over them. The keys v are a
+    random share of the pixels of each ROI's sets, and their similarity is cos(q, v - q). For easy
+    and for hard keys and each query, with the similarities a of the keys that it should be like, b
+    of those that it should not, and a temperature t, the loss is the
+
+        mean over a of -log(exp(a / t) / (exp(a / t) + sum_b exp(b / t))).
 
     Args:
         projections: shape (R, D, M, M); R may be 0.
         sets: bool, shape (6, R, M, M), of :func:`sets_of_masks`.
         share: of the pixels of each set that are keys.
-        official_denominator: see :func:`nce`.
+        official_denominator: a slip of ContrastMask's code: exp(a) for exp(a / t) in the
+            denominator, which makes losses below 0 possible.
 
     Returns:
         A scalar, float32 at least, with gradient through keys and queries; where no ROI has enough
@@ -204,14 +179,17 @@ def contrastive_loss(
         used_rois, used_pixels = torch.stack(keys).any(dim=0).nonzero().unbind(1)
         vectors = at_least_float32(projections.flatten(2)[used_rois, :, used_pixels])
         easy_in, hard_in, easy_out, hard_out = (x[used_rois, used_pixels] for x in keys)
-        like_inside, like_outside = (similarity(x, vectors) for x in (inside, outside))
-        terms = (
-            (like_inside, easy_in, easy_out, _EASY_TEMPERATURE),
-            (like_inside, hard_in, hard_out, _HARD_TEMPERATURE),
-            (like_outside, easy_out, easy_in, _EASY_TEMPERATURE),
-            (like_outside, hard_out, hard_in, _HARD_TEMPERATURE),
-        )
-        losses = [nce(s[a], s[b], t, official_denominator) for s, a, b, t in terms]
+        easy, hard = (easy_in, easy_out), (hard_in, hard_out)
+        losses = []
+        for query, order in ((inside, 1), (outside, -1)):
+            direction = F.normalize(query, dim=0, eps=_EPS)
+            similarity = F.normalize(vectors - query, dim=1, eps=_EPS) @ direction
+            for pair, temperature in ((easy, _EASY_TEMPERATURE), (hard, _HARD_TEMPERATURE)):
+                like, unlike = (similarity[x] for x in pair[::order])
+                logits = like / temperature
+                others = torch.logsumexp(unlike / temperature, dim=0)
+                own = like if official_denominator else logits
+                losses.append((torch.logaddexp(own, others) - logits).mean())
         return torch.stack(losses).sum()
 
 
@@ -274,19 +252,23 @@ class ContrastivePrior(nn.Module):
             in_channels: of the backbone's feature maps.
             out_channels: of the mask features.
             pooler: of the backbone's feature maps, on a grid of M x M cells.
-            num_conv: 3x3 convolutions of the encoder.
-            conv_dim: their channels, and those of the projector.
+            num_conv, conv_dim: 3x3 convolutions of the encoder; channels of it and the projector.
             norm: of the projector, any of :func:`detectron2.layers.get_norm`.
             loss_weight: of the contrastive loss, before :func:`ramp`.
             epoch_iters: iterations of an epoch, for :func:`ramp`.
             key_share: of the pixels of a set that are keys of the loss, in (0, 1].
-            official_denominator: see :func:`nce`.
+            official_denominator: see :func:`contrastive_loss`.
             stop_gradient: mask losses do not train the box head's convolutions through the map.
         """
         super().__init__()
         self.pooler = pooler
         self.encoder = conv_stack([in_channels] + [conv_dim] * num_conv, relu_at_end=True)
-        layers = [_conv_norm_relu(conv_dim, norm) for _ in range(2)]
+        layers = []
+        for _ in range(2):
+            normalize = get_norm(norm, conv_dim)
+            conv = Conv2d(conv_dim, conv_dim, 1, bias=not norm, norm=normalize, activation=F.relu)
+            weight_init.c2_msra_fill(conv)
+            layers.append(conv)
         self.projector = nn.Sequential(*layers, conv1x1(conv_dim, conv_dim))
         self.fuse = conv1x1(conv_dim, out_channels)
         self.loss_weight = loss_weight
@@ -299,22 +281,17 @@ class ContrastivePrior(nn.Module):
     def from_config(
         cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
     ) -> dict:
-        settings = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST
-        sampling_ratio = cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO
+        settings = arguments_of(cfg.MODEL.ROI_MASK_PRIOR.CONTRAST)
+        side, ratio = (
+            settings.pop("pooler_resolution"),
+            cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
+        )
         return {
             "in_channels": next(iter(feature_shapes.values())).channels,
             "out_channels": input_shape.channels,
-            "pooler": build_own_pooler(
-                cfg, feature_shapes, settings.POOLER_RESOLUTION, sampling_ratio
-            ),
-            "num_conv": settings.NUM_CONV,
-            "conv_dim": settings.CONV_DIM,
-            "norm": settings.NORM,
-            "loss_weight": settings.LOSS_WEIGHT,
-            "epoch_iters": settings.EPOCH_ITERS,
-            "key_share": settings.KEY_SHARE,
-            "official_denominator": settings.OFFICIAL_DENOMINATOR,
+            "pooler": build_own_pooler(cfg, feature_shapes, side, ratio),
             "stop_gradient": cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT,
+            **settings,
         }
 
     def forward(
@@ -377,16 +354,3 @@ def _activation_maps(
 
 def _resize(x: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
-
-
-def _conv_norm_relu(channels: int, norm: str) -> Conv2d:
-    conv = Conv2d(
-        channels,
-        channels,
-        kernel_size=1,
-        bias=not norm,
-        norm=get_norm(norm, channels),
-        activation=F.relu,
-    )
-    weight_init.c2_msra_fill(conv)
-    return conv

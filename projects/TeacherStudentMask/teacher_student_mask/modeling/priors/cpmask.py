@@ -1,10 +1,9 @@
 """
-A reconstruction of CPMask's prior from the abstract of its publication.
+A reconstruction of CPMask's prior from the abstract of its publication; no code was released.
 
-The code of CPMask was never released. This is one way to build the parts that the abstract names:
-supervised instance boundaries (commonality of shape) and pairwise affinities of pixels (commonality
-of appearance). Widths, losses and weights are ours; no parity with CPMask is claimed, and results
-of it are not results of CPMask.
+It builds the parts that the abstract names: supervised instance boundaries (commonality of shape)
+and pairwise affinities of pixels (commonality of appearance). Widths, losses and weights are ours;
+results of it are not results of CPMask.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..mask_targets import at_least_float32, crop_gt_masks, has_mask_of, select_rois
-from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, conv1x1, conv_stack
+from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, arguments_of, conv1x1, conv_stack
 
 __all__ = [
     "AffinityBlock",
@@ -30,16 +29,10 @@ __all__ = [
 
 def boundary_of(masks: torch.Tensor) -> torch.Tensor:
     """
-    The cells of a mask with a cell that is not of the mask among their eight neighbours.
+    The cells of masks (R, M, M), in {0, 1}, with a cell outside among their eight neighbours.
 
     These are the cells where a 3x3 Laplacian of the mask is positive, the boundary that BMask R-CNN
     is trained on. Outside the map there is no mask: it ends at the side of its box.
-
-    Args:
-        masks: shape (R, M, M), in {0, 1}; not changed.
-
-    Returns:
-        shape (R, M, M), of the same type, in {0, 1}.
     """
     outside = F.pad(1 - masks, (1, 1, 1, 1), value=1.0)
     return masks * F.max_pool2d(outside[:, None], kernel_size=3, stride=1)[:, 0]
@@ -76,17 +69,14 @@ def affinity_loss(affinities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
     affinities = at_least_float32(affinities)
     same = (masks[:, :, None] == masks[:, None]).to(affinities.dtype)
     losses = F.binary_cross_entropy_with_logits(affinities, same, reduction="none")
-    num_same = same.sum()
-    loss_same = (losses * same).sum() / num_same.clamp(min=1)
-    loss_different = (losses * (1 - same)).sum() / (same.numel() - num_same).clamp(min=1)
-    return (loss_same + loss_different) / 2
+    means = [(losses * x).sum() / x.sum().clamp(min=1) for x in (same, 1 - same)]
+    return (means[0] + means[1]) / 2
 
 
 class AffinityBlock(nn.Module):
     """Each cell of a ROI takes from the others by their affinity, a non-local block."""
 
     def __init__(self, channels: int, affinity_dim: int):
-        """``affinity_dim`` is the width in which affinities are products."""
         super().__init__()
         self.query = conv1x1(channels, affinity_dim)
         self.key = conv1x1(channels, affinity_dim)
@@ -159,13 +149,7 @@ class CommonalityParsingPrior(nn.Module):
         cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
     ) -> dict:
         settings = cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING
-        return {
-            "input_shape": input_shape,
-            "conv_dim": settings.CONV_DIM,
-            "affinity_dim": settings.AFFINITY_DIM,
-            "boundary_weight": settings.BOUNDARY_WEIGHT,
-            "affinity_weight": settings.AFFINITY_WEIGHT,
-        }
+        return {"input_shape": input_shape, **arguments_of(settings)}
 
     def forward(
         self, mask_features: torch.Tensor, context: ROIContext

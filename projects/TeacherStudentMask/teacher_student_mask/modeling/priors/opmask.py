@@ -43,8 +43,7 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
             input_shape: of the ROI features.
             conv_widths: output channels of the convolutions, one each. OPMask's own code has
                 512, 1024, 1024, 1024; 256 five times is the 256-channel F of the paper.
-            conv_norm: "" or any norm of :func:`detectron2.layers.get_norm`, between each
-                convolution, which then has no bias, and its ReLU.
+            conv_norm: any norm of :func:`detectron2.layers.get_norm`, before each ReLU.
         """
         super().__init__(input_shape, conv_dims=list(conv_widths), fc_dims=[], conv_norm=conv_norm)
 
@@ -85,7 +84,7 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
 
         Returns:
             scores, shape (R, K + 1), logits of K classes and background; deltas, shape (R, 4 K) or
-            (R, 4); ``maps`` itself, or the first of the two. Gradient flows through all three.
+            (R, 4); ``maps`` itself, or the first of the two.
         """
         maps = maps if isinstance(maps, tuple) else (maps,)
         pooled = [x.mean(dim=(2, 3)) for x in maps]
@@ -133,16 +132,10 @@ def class_activation_maps(
 
 def normalize_per_roi(cam: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:
     """
-    Min-max normalisation of each ROI's map.
+    Min-max normalisation of each ROI's map, (R, 1, h, w), to [0, 1]; zeros where one is constant.
 
-    OPMask's code adds 1e-4 to the map instead, which cancels: a constant map becomes NaN there.
-
-    Args:
-        cam: shape (R, 1, h, w).
-        eps: added to the range, so that 0 / 0 cannot occur, neither here nor in the gradient.
-
-    Returns:
-        shape (R, 1, h, w), in [0, 1]; zeros where a map is constant.
+    ``eps`` is added to the range, against 0 / 0 here and in the gradient. OPMask's code adds it to
+    the map, where it cancels: a constant map becomes NaN there.
     """
     low = cam.amin(dim=(1, 2, 3), keepdim=True)
     high = cam.amax(dim=(1, 2, 3), keepdim=True)
@@ -184,7 +177,5 @@ class ClassActivationPrior(nn.Module):
         cam = normalize_per_roi(class_activation_maps(context.class_maps, weight, classes))
         if self.stop_gradient:
             cam = cam.detach()
-        cam = F.interpolate(
-            cam, size=mask_features.shape[-2:], mode="bilinear", align_corners=False
-        )
+        cam = F.interpolate(cam, size=mask_features.shape[-2:], mode="bilinear")
         return mask_features + cam.to(mask_features.dtype), {}

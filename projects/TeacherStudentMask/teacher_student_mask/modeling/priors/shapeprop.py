@@ -20,42 +20,21 @@ from ..mask_targets import (
     has_mask_of,
     masked_bce_loss,
 )
-from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, build_own_pooler, conv1x1, conv_stack
+from . import (
+    ROI_MASK_PRIOR_REGISTRY,
+    ROIContext,
+    arguments_of,
+    build_own_pooler,
+    conv1x1,
+    conv_stack,
+)
 from .opmask import class_activation_maps
 
-__all__ = [
-    "ShapePropagationPrior",
-    "activation_loss",
-    "pass_messages",
-    "relative_activation",
-]
+__all__ = ["ShapePropagationPrior", "pass_messages", "relative_activation"]
 
 # ShapeProp's; Detectron2's mask heads take as many points as the size of the box asks for.
 _SAMPLING_RATIO = 2
 _NUM_NEIGHBORS = 9
-
-
-def activation_loss(
-    maps: torch.Tensor, classifier: nn.Linear, labels: torch.Tensor
-) -> torch.Tensor:
-    """
-    Softmax cross entropy of the classes' activation maps, each averaged over its cells.
-
-    Averaging and the classifier are linear, so the features are averaged and K + 1 maps of each
-    ROI need not be computed.
-
-    Args:
-        maps: shape (R, D, S, S), features of all sampled ROIs.
-        classifier: from D features to K classes and background, the last.
-        labels: int64, shape (R,), in [0, K]; K = background, as in Detectron2.
-
-    Returns:
-        A scalar; without a ROI it is 0, but still attached to ``maps`` and ``classifier``.
-    """
-    scores = at_least_float32(classifier(maps.mean(dim=(2, 3))))
-    if len(labels) == 0:
-        return scores.sum() * 0
-    return F.cross_entropy(scores, labels)
 
 
 def pass_messages(states: torch.Tensor, weights: torch.Tensor, num_steps: int) -> torch.Tensor:
@@ -66,12 +45,9 @@ def pass_messages(states: torch.Tensor, weights: torch.Tensor, num_steps: int) -
     i, for each channel on its own. Outside the map h is 0 while w counts: maps fade at the border.
 
     Args:
-        states: shape (R, C, S, S); not changed.
+        states: shape (R, C, S, S), also that of the result; not changed.
         weights: shape (R, C, 9, S, S), of cell i for its neighbours, row by row; not negative.
         num_steps: 0 or more; S lets every cell reach every other.
-
-    Returns:
-        shape (R, C, S, S); gradient flows to both.
     """
     # As a quotient of its own: ShapeProp's code divides in place what autograd still needs.
     weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-5)
@@ -97,8 +73,9 @@ class ShapePropagationPrior(nn.Module):
     ShapeProp's saliency head: activate, propagate, and give the shape to the mask head.
 
     1. A fully convolutional classifier, trained on the classes of all sampled ROIs, seen, unseen
-       and background (``loss_shape_activation``), gives a saliency map of the ROI's class: the
-       matched object's in training, the predicted one at inference; raw, not detached.
+       and background (``loss_shape_activation``, softmax cross entropy of the classes' activation
+       maps averaged over their cells), gives a saliency map of the ROI's class: the matched
+       object's in training, the predicted one at inference; raw, not detached.
     2. Encoded in a few channels the map is spread by message passing with predicted weights, and
        decoded to one logit per cell, which learns from the ROIs with a mask (``loss_shape``).
     3. That shape, relative to its maximum and encoded again, is appended to the mask features.
@@ -138,7 +115,6 @@ class ShapePropagationPrior(nn.Module):
         super().__init__()
         self.out_channels = input_shape.channels + conv_dim
         self.side = input_shape.height
-        self.num_classes = num_classes
         self.num_channels = num_channels
         self.num_steps = num_steps or self.side
         self.activation_weight = activation_weight
@@ -158,17 +134,12 @@ class ShapePropagationPrior(nn.Module):
     def from_config(
         cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
     ) -> dict:
-        settings = cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION
         return {
             "input_shape": input_shape,
             "pooler": build_own_pooler(cfg, feature_shapes, input_shape.height, _SAMPLING_RATIO),
             "feature_channels": next(iter(feature_shapes.values())).channels,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
-            "conv_dim": settings.CONV_DIM,
-            "num_channels": settings.NUM_CHANNELS,
-            "num_steps": settings.NUM_STEPS,
-            "activation_weight": settings.ACTIVATION_WEIGHT,
-            "shape_weight": settings.SHAPE_WEIGHT,
+            **arguments_of(cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION),
         }
 
     def forward(
@@ -178,22 +149,26 @@ class ShapePropagationPrior(nn.Module):
         As ``ROI_MASK_PRIOR_REGISTRY`` says: shape (R, D + conv_dim, S, S), the features and the
         encoded shape. Of ``context`` it needs ``instances``, ``feature_maps`` and ``sampled``.
         """
-        rois, losses = context.instances, {}
+        rois, losses, rows = context.instances, {}, None
         if self.training:
-            pooled = self._pool(context, context.sampled)
-            maps = self.activation(pooled)
+            pooled, maps = self._activate(context, context.sampled)
             labels = torch.cat([x.gt_classes for x in context.sampled])
-            loss = activation_loss(maps, self.classifier, labels)
+            # Averaging is linear: K + 1 maps of each ROI need not be computed.
+            scores = at_least_float32(self.classifier(maps.mean(dim=(2, 3))))
+            # Attached without a ROI, too: every rank needs gradients.
+            loss = F.cross_entropy(scores, labels) if len(labels) > 0 else scores.sum() * 0
             losses["loss_shape_activation"] = loss * self.activation_weight
-        rows = find_rois(rois, context.sampled) if self.training else None
+            rows = find_rois(rois, context.sampled)
         if rows is None:
-            pooled = self._pool(context, rois)
-            maps = self.activation(pooled)
+            pooled, maps = self._activate(context, rois)
         else:
             pooled, maps = pooled[rows], maps[rows]
         weight, bias = self.classifier.weight, self.classifier.bias
         saliency = class_activation_maps(maps, weight, classes_of(rois), bias)
-        logits = self._propagate(pooled, saliency)
+        weights = at_least_float32(self.message_weights(self.propagation(pooled))).sigmoid()
+        weights = weights.unflatten(1, (self.num_channels, _NUM_NEIGHBORS))
+        states = at_least_float32(self.encoder(saliency.to(pooled.dtype)))
+        logits = self.decoder(pass_messages(states, weights, self.num_steps))
         shape = self.shape_encoder(relative_activation(logits))
         if self.training:
             targets = crop_gt_masks(rois, self.side, logits.device)
@@ -202,12 +177,9 @@ class ShapePropagationPrior(nn.Module):
             losses["loss_shape"] = loss * self.shape_weight
         return torch.cat([mask_features, shape.to(mask_features.dtype)], dim=1), losses
 
-    def _pool(self, context: ROIContext, instances: list[Instances]) -> torch.Tensor:
-        return self.pooler(context.feature_maps, [boxes_of(x) for x in instances])
-
-    def _propagate(self, pooled: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
-        # Of pooled features (R, C, S, S) and saliency (R, 1, S, S), logits (R, 1, S, S).
-        weights = at_least_float32(self.message_weights(self.propagation(pooled))).sigmoid()
-        weights = weights.unflatten(1, (self.num_channels, _NUM_NEIGHBORS))
-        states = at_least_float32(self.encoder(saliency.to(pooled.dtype)))
-        return self.decoder(pass_messages(states, weights, self.num_steps))
+    def _activate(
+        self, context: ROIContext, rois: list[Instances]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Pooled features, and those that the classifier sees.
+        pooled = self.pooler(context.feature_maps, [boxes_of(x) for x in rois])
+        return pooled, self.activation(pooled)
