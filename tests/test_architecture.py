@@ -152,7 +152,7 @@ def test_only_config_creates_keys():
     cfg = get_cfg()
     teacher_student_mask.add_teacher_student_mask_config(cfg)
     known = {f"cfg.{key}" for key in dotted_keys(cfg)}
-    assert len(config_keys_set_in(PACKAGE / "config.py")) > 20
+    assert len(config_keys_set_in(PACKAGE / "config.py")) > 10
     for path in MODULES:
         if name_of(path) != "config.py":
             # Setting a key that is there, on a clone, creates none.

@@ -14,9 +14,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     Args:
         cfg: a config as :func:`detectron2.config.get_cfg` returns it; changed in place.
     """
-    # Use deterministic algorithms only (torch.use_deterministic_algorithms, cuDNN, cuBLAS), so that
-    # two runs with one SEED, which must be 0 or more, on one machine are equal bit for bit. Slower
-    # on a GPU; an operation that has no deterministic form there stops training with its name.
+    # Deterministic algorithms only: two runs with one SEED, which must be 0 or more, on one machine
+    # are equal bit for bit. Slower on a GPU; an operation without such a form stops training.
     cfg.DETERMINISTIC = False
 
     # Whose masks training may use: "voc", "nonvoc", "all", "auto" = the classes with enough masks
@@ -24,8 +23,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # masks of all other classes are forgotten by the mapper.
     cfg.DATASETS.SEEN_CLASSES = "voc"
     # How many masks a class needs to be seen by "auto"; those of crowds and of models do not count.
-    # 10: fewer make no AP of a "seen" class, and are few to lose. LVIS calls classes in up to 10
-    # images rare. 1 = all classes with any mask.
+    # 10: fewer make no AP of a "seen" class, and are few to lose. 1 = all classes with any mask.
     cfg.DATASETS.MIN_MASKS_PER_CLASS = 10
     # Folders of the images of those entries of DATASETS.TRAIN and DATASETS.TEST that are paths of
     # COCO jsons; "" = the folder of the json.
@@ -40,36 +38,34 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # anywhere, False: from Detectron2's own URLs alone. Counts on the command line, not in a file.
     cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
 
-    # Number of 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
-    cfg.MODEL.ROI_MASK_HEAD.NUM_DECONV = 1
+    head = cfg.MODEL.ROI_MASK_HEAD
+    # 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
+    head.NUM_DECONV = 1
     # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
-    cfg.MODEL.ROI_MASK_HEAD.HOURGLASS = 52
+    head.HOURGLASS = 52
     # Of "WeightTransferMaskHead" (Mask^X R-CNN): add its class-agnostic fully connected branch, as
     # its official configs do. 157 million weights for 256 channels of 28x28 cells.
-    cfg.MODEL.ROI_MASK_HEAD.MLP_BRANCH = False
+    head.MLP_BRANCH = False
     # Train the mask heads on the ground-truth boxes of all objects of an image, each once, instead
     # of on the sampled foreground proposals. The paper does not say; deep mask heads need it.
-    cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES = False
-
+    head.TRAIN_ON_GT_BOXES = False
     # Take masks with "mask_source" "model" as ground truth, too: of the only mask head, that of
     # PartiallySupervisedROIHeads. TeacherStudentROIHeads has MODEL.PSEUDO_MASK.EXTERNAL instead.
-    cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS = False
+    head.TRAIN_ON_EXTERNAL_MASKS = False
 
-    # The class-agnostic teacher of TeacherStudentROIHeads. It is any registered mask head: it is
-    # built with these values in the place of MODEL.ROI_MASK_HEAD's.
-    cfg.MODEL.TEACHER_MASK_HEAD = CN()
-    cfg.MODEL.TEACHER_MASK_HEAD.NAME = "MaskRCNNConvMultiUpsampleHead"
-    # 12 = the paper's "deeper" teacher.
-    cfg.MODEL.TEACHER_MASK_HEAD.NUM_CONV = 4
-    # 2 = the paper's "high-res" (56x56) teacher.
-    cfg.MODEL.TEACHER_MASK_HEAD.NUM_DECONV = 1
-    cfg.MODEL.TEACHER_MASK_HEAD.CONV_DIM = 256
+    # The class-agnostic teacher of TeacherStudentROIHeads: any registered mask head, built with
+    # these values in the place of MODEL.ROI_MASK_HEAD's.
+    teacher = cfg.MODEL.TEACHER_MASK_HEAD = CN()
+    teacher.NAME = "MaskRCNNConvMultiUpsampleHead"
+    teacher.NUM_CONV = 4  # 12 = the paper's "deeper" teacher
+    teacher.NUM_DECONV = 1  # 2 = the paper's "high-res" (56x56) teacher
+    teacher.CONV_DIM = 256
     # "" or any norm of detectron2.layers.get_norm. "GN" and "naiveSyncBN_N" are safe when a process
     # has no ROI; "naiveSyncBN" stops there with "does not support zero batch size". "SyncBN" is
     # torch.nn.SyncBatchNorm, for GPUs alone, and not tested with such a process.
-    cfg.MODEL.TEACHER_MASK_HEAD.NORM = ""
-    cfg.MODEL.TEACHER_MASK_HEAD.HOURGLASS = 52
-    cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 1.0
+    teacher.NORM = ""
+    teacher.HOURGLASS = 52
+    teacher.LOSS_WEIGHT = 1.0
 
     # Widths of the 3x3 convolutions of "FeatureMapBoxHead", whose map OPMask's prior needs. The
     # default is OPMask's own; [256, 256, 256, 256, 256] that of its later re-implementation. Of
@@ -77,111 +73,98 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # convolution for the classes, two for the box; [256, 256, 256, 256] is ContrastMask's own.
     cfg.MODEL.ROI_BOX_HEAD.CONV_WIDTHS = [512, 1024, 1024, 1024]
 
-    # What enriches the ROI features of the mask heads: "" = nothing, or a name of
-    # ROI_MASK_PRIOR_REGISTRY: "ClassActivationPrior" (OPMask), "ShapePropagationPrior" (ShapeProp),
-    # "CommonalityParsingPrior" (CPMask, a reconstruction from its abstract), "ContrastivePrior"
-    # (ContrastMask).
-    cfg.MODEL.ROI_MASK_PRIOR = CN()
-    cfg.MODEL.ROI_MASK_PRIOR.NAME = ""
+    # What enriches the ROI features of the mask heads: "" = nothing, "ClassActivationPrior"
+    # (OPMask), "ShapePropagationPrior" (ShapeProp), "CommonalityParsingPrior" (CPMask, a
+    # reconstruction from its abstract), "ContrastivePrior" (ContrastMask).
+    prior = cfg.MODEL.ROI_MASK_PRIOR = CN()
+    prior.NAME = ""
     # At inference the prior sees the box head's map of the proposal, as OPMask has it; True pools
     # that map once more at the detected box, where the mask features come from.
-    cfg.MODEL.ROI_MASK_PRIOR.REPOOL = False
+    prior.REPOOL = False
     # Keep mask losses from training the box head through the prior.
-    cfg.MODEL.ROI_MASK_PRIOR.STOP_GRADIENT = False
+    prior.STOP_GRADIENT = False
 
-    # "ShapePropagationPrior": width of its convolutions, and of what it appends to the features.
-    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION = CN()
-    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM = 256
-    # Channels in which the saliency spreads.
-    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_CHANNELS = 24
+    shape = prior.SHAPE_PROPAGATION = CN()
+    shape.CONV_DIM = 256  # width of its convolutions, and of what it appends to the features
+    shape.NUM_CHANNELS = 24  # in which the saliency spreads
     # Steps of message passing, one cell far each; 0 = the side of the features (14), ShapeProp's.
-    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.NUM_STEPS = 0
-    # Weights of loss_shape_activation and loss_shape.
-    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.ACTIVATION_WEIGHT = 1.0
-    cfg.MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.SHAPE_WEIGHT = 1.0
+    shape.NUM_STEPS = 0
+    shape.ACTIVATION_WEIGHT = 1.0  # of loss_shape_activation
+    shape.SHAPE_WEIGHT = 1.0  # of loss_shape
 
-    # "CommonalityParsingPrior", all of it a reconstruction from CPMask's abstract, whose code was
-    # never released: width of the boundary's convolutions, then of the affinities.
-    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING = CN()
-    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.CONV_DIM = 256
-    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.AFFINITY_DIM = 128
-    # Weights of loss_boundary and loss_affinity.
-    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.BOUNDARY_WEIGHT = 1.0
-    cfg.MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.AFFINITY_WEIGHT = 1.0
+    parsing = prior.COMMONALITY_PARSING = CN()
+    parsing.CONV_DIM = 256  # of the boundary's convolutions
+    parsing.AFFINITY_DIM = 128
+    parsing.BOUNDARY_WEIGHT = 1.0  # of loss_boundary
+    parsing.AFFINITY_WEIGHT = 1.0  # of loss_affinity
 
-    # Of "ContrastivePrior" (ContrastMask).
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST = CN()
-    # Side of the grid, in cells, on which pixels are compared.
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.POOLER_RESOLUTION = 28
-    # 3x3 convolutions of the encoder; channels of encoder and projector; norm of the projector
-    # (the official "BN" has other statistics in each process).
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NUM_CONV = 8
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM = 256
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.NORM = "naiveSyncBN_N"
+    contrast = prior.CONTRAST = CN()
+    contrast.POOLER_RESOLUTION = 28  # side of the grid, in cells, on which pixels are compared
+    contrast.NUM_CONV = 8  # 3x3 convolutions of the encoder
+    contrast.CONV_DIM = 256  # channels of encoder and projector
+    # Norm of the projector; the official "BN" has other statistics in each process.
+    contrast.NORM = "naiveSyncBN_N"
     # Weight of the contrastive loss, times 0.25 in epochs 0 and 1, 0.5 and 0.75 in 2 and 3.
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.LOSS_WEIGHT = 0.1
+    contrast.LOSS_WEIGHT = 0.1
     # Iterations of such an epoch: 7330 are one of COCO train2017 at 16 images each. The trainer
     # rescales them, as SOLVER.MAX_ITER, where SOLVER.REFERENCE_WORLD_SIZE is another number of
     # processes.
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = 7330
-    # Which share of the pixels of each set are keys, a random choice.
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.KEY_SHARE = 0.3
+    contrast.EPOCH_ITERS = 7330
+    contrast.KEY_SHARE = 0.3  # of the pixels of each set, a random choice
     # The loss as the official code has it: no temperature at the positive key in the denominator.
-    cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.OFFICIAL_DENOMINATOR = False
+    contrast.OFFICIAL_DENOMINATOR = False
 
     # Losses on the boxes of objects without a mask, for the teacher, or for the only mask head:
     # "" = none, "boxinst" = BoxInst's projection and pairwise losses on the ROI grid.
-    cfg.MODEL.BOX_SUPERVISION = CN()
-    cfg.MODEL.BOX_SUPERVISION.NAME = ""
+    box = cfg.MODEL.BOX_SUPERVISION = CN()
+    box.NAME = ""
     # Loss of the objects with a mask, of all mask heads, while box supervision is on: "dice"
     # (BoxInst's), or "bce".
-    cfg.MODEL.BOX_SUPERVISION.MASK_LOSS = "dice"
-    cfg.MODEL.BOX_SUPERVISION.PROJECTION_WEIGHT = 1.0
-    cfg.MODEL.BOX_SUPERVISION.PAIRWISE_WEIGHT = 1.0
+    box.MASK_LOSS = "dice"
+    box.PROJECTION_WEIGHT = 1.0
+    box.PAIRWISE_WEIGHT = 1.0
     # Neighbours of at least this colour similarity, in [0, 1], should have the same label.
-    cfg.MODEL.BOX_SUPERVISION.COLOR_THRESHOLD = 0.3
+    box.COLOR_THRESHOLD = 0.3
     # Distance of the neighbours in cells of the grid; ROIs with a side under 56 pixels have 1.
-    cfg.MODEL.BOX_SUPERVISION.DILATION = 2
+    box.DILATION = 2
     # The pairwise loss grows linearly to its weight over these iterations.
-    cfg.MODEL.BOX_SUPERVISION.WARMUP_ITERS = 10000
+    box.WARMUP_ITERS = 10000
     # Rows at the bottom of the image, in pixels of the resized image, that take no part.
-    cfg.MODEL.BOX_SUPERVISION.BOTTOM_ROWS = 10
+    box.BOTTOM_ROWS = 10
 
     # How the teacher's output becomes the student's target where an object has no mask.
-    cfg.MODEL.PSEUDO_MASK = CN()
+    pseudo = cfg.MODEL.PSEUDO_MASK = CN()
     # "none" (soft probabilities), "threshold", "interact" (mean of teacher and student, the
     # paper's), "crf", or "box_fit" (the threshold whose mask fits the box best, ours).
-    cfg.MODEL.PSEUDO_MASK.METHOD = "interact"
+    pseudo.METHOD = "interact"
     # Probability from which on a pixel is foreground; not used by "none" and "box_fit".
-    cfg.MODEL.PSEUDO_MASK.THRESHOLD = 0.5
-    # Everything outside the object's own box is background.
-    cfg.MODEL.PSEUDO_MASK.CLIP_TO_BOX = True
-    # Everything inside another object's annotated mask is background.
-    cfg.MODEL.PSEUDO_MASK.EXCLUDE_SEEN = True
+    pseudo.THRESHOLD = 0.5
+    pseudo.CLIP_TO_BOX = True  # everything outside the object's own box is background
+    pseudo.EXCLUDE_SEEN = True  # and everything inside another object's annotated mask
     # Before this iteration objects without a mask give the student no loss at all. Ours: the
     # paper starts at 0, where "interact" can collapse to empty pseudo masks for good.
-    cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS = 1000
+    pseudo.WARMUP_ITERS = 1000
     # What masks with "mask_source" "model" are to the student; the teacher never sees them.
     # "alone": they are its target, from iteration 0 on; "mean": the mean of mask and teacher takes
     # the place of the teacher's probabilities in METHOD, from WARMUP_ITERS on; "ignore": the mapper
     # forgets them. Clipped and excluded like pseudo masks.
-    cfg.MODEL.PSEUDO_MASK.EXTERNAL = "alone"
+    pseudo.EXTERNAL = "alone"
     # How many ROIs without a mask an image gives to the mask heads at most, a random choice: less
     # time per step. 0 = all, as in the paper.
-    cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE = 0
+    pseudo.MAX_ROIS_PER_IMAGE = 0
 
     # Dense CRF on the teacher's probabilities, for METHOD "crf". Widths in cells of the ROI grid
     # (SXY) and in 0-255 colour values (SRGB); the values of pydensecrf's README.
-    cfg.MODEL.PSEUDO_MASK.CRF = CN()
+    crf = pseudo.CRF = CN()
     # "torch": exact mean field; "pydensecrf": the reference, an approximation on the CPU, needs the
     # extra "crf".
-    cfg.MODEL.PSEUDO_MASK.CRF.BACKEND = "torch"
-    cfg.MODEL.PSEUDO_MASK.CRF.NUM_ITERS = 5
-    cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_SXY = 3.0
-    cfg.MODEL.PSEUDO_MASK.CRF.GAUSSIAN_COMPAT = 3.0
-    cfg.MODEL.PSEUDO_MASK.CRF.BILATERAL_SXY = 80.0
-    cfg.MODEL.PSEUDO_MASK.CRF.BILATERAL_SRGB = 13.0
-    cfg.MODEL.PSEUDO_MASK.CRF.BILATERAL_COMPAT = 10.0
+    crf.BACKEND = "torch"
+    crf.NUM_ITERS = 5
+    crf.GAUSSIAN_SXY = 3.0
+    crf.GAUSSIAN_COMPAT = 3.0
+    crf.BILATERAL_SXY = 80.0
+    crf.BILATERAL_SRGB = 13.0
+    crf.BILATERAL_COMPAT = 10.0
 
     # Which mask head runs at inference: "student", or "teacher" for analysis.
     cfg.TEST.MASK_HEAD = "student"

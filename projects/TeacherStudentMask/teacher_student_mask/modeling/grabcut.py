@@ -1,7 +1,7 @@
-"""Mask GrabCut: the mask of an object from its box and the colours of the image, without training.
+"""
+Mask GrabCut: the mask of an object from its box and the colours of the image, without training.
 
-No code of it was published. This is a reading: the sizes, the margin, and the answer where GrabCut
-finds nothing are ours.
+No code was published: the sizes, the margin, and the answer where GrabCut finds nothing are ours.
 """
 
 from __future__ import annotations
@@ -32,28 +32,25 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
     The object in a box by OpenCV's GrabCut: around the box is background, inside it is to be found.
 
     The full box, every pixel that it touches, is the answer for one with a side under 8 pixels in
-    the image, and where GrabCut finds nothing or fails. The same image and box give the same mask,
-    in whichever process and order.
+    the image, and where GrabCut finds nothing or fails. The same image and box give the same mask.
 
     Args:
         image: uint8, shape (H, W, 3); any order of the channels.
         box: x0, y0, x1, y1 in pixels; the part outside the image does not count.
 
     Returns:
-        bool, shape (H, W), False outside the box; False everywhere if that is not in the image.
+        bool, shape (H, W), False outside the box.
     """
     mask = np.zeros(image.shape[:2], dtype=bool)
     box = np.clip(np.asarray(box, dtype=np.float64), 0, np.array(image.shape[1::-1] * 2))
-    # Every pixel that the box touches.
     x0, y0, x1, y1 = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
     if x0 >= x1 or y0 >= y1:
         return mask
-    inside = mask[y0:y1, x0:x1]
     found = None
     # Of the box itself, whose corners in float32 may make a side of 8 one of 7.99999.
     if (box[2:] - box[:2]).min() >= _MIN_BOX_SIDE - 1e-3:
         found = _find_inside(image, (x0, y0, x1, y1))
-    inside[:] = True if found is None or not found.any() else found
+    mask[y0:y1, x0:x1] = True if found is None or not found.any() else found
     return mask
 
 
@@ -92,8 +89,7 @@ class GrabCutRCNN(GeneralizedRCNN):
     A detector whose masks at inference are GrabCut's, in the boxes that it detects or is given.
 
     Training is that of :class:`GeneralizedRCNN`, with or without a mask head, so weights of any
-    such model can be tested with it. Masks of a mask head are replaced. Test-time augmentation,
-    which averages a mask head's output over views, gets none from GrabCut.
+    such model can be tested with it. Test-time augmentation gets no masks from GrabCut.
     """
 
     def inference(
@@ -107,18 +103,17 @@ class GrabCutRCNN(GeneralizedRCNN):
         shape (n, height, width), in the frame of the output.
         """
         results = super().inference(batched_inputs, detected_instances, do_postprocess)
-        if do_postprocess:
-            for inputs, result in zip(batched_inputs, results):
-                instances = result["instances"]
-                height, width = instances.image_size
-                image = inputs["image"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
-                image = cv2.resize(np.ascontiguousarray(image), (width, height))
-                boxes = instances.pred_boxes.tensor
-                masks = np.zeros((len(boxes), height, width), dtype=bool)
-                # OpenCV works outside of Python's lock.
-                with ThreadPoolExecutor() as pool:
-                    found = pool.map(lambda box: grab_cut(image, box), boxes.cpu().numpy())
-                    for row, mask in enumerate(found):
-                        masks[row] = mask
-                instances.pred_masks = torch.from_numpy(masks).to(boxes.device)
+        if not do_postprocess:
+            return results
+        for inputs, result in zip(batched_inputs, results):
+            instances = result["instances"]
+            height, width = instances.image_size
+            image = inputs["image"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+            image = cv2.resize(np.ascontiguousarray(image), (width, height))
+            boxes = instances.pred_boxes.tensor
+            # OpenCV works outside of Python's lock.
+            with ThreadPoolExecutor() as pool:
+                masks = list(pool.map(lambda box: grab_cut(image, box), boxes.cpu().numpy()))
+            masks = np.array(masks, dtype=bool).reshape(-1, height, width)
+            instances.pred_masks = torch.from_numpy(masks).to(boxes.device)
         return results

@@ -22,8 +22,7 @@ class GTBoxInference(nn.Module):
     Run a model's mask head on the ground-truth boxes and classes (``TEST.GT_BOXES``).
 
     Every object becomes one detection with score 1, so AP then measures the masks alone. The
-    inputs must have ``instances`` with ``gt_boxes`` and ``gt_classes``, as
-    :class:`TeacherStudentDatasetMapper` gives them when ``TEST.GT_BOXES`` is set.
+    inputs must have ``instances`` with ``gt_boxes`` and ``gt_classes``.
     """
 
     def __init__(self, model: nn.Module):
@@ -63,21 +62,19 @@ def predict_masks_on_boxes(
         ValueError: a model without a mask head, or :class:`GrabCutRCNN`, which does not use one.
     """
     if isinstance(model, GrabCutRCNN) or not model.roi_heads.mask_on:
-        raise ValueError("The model has no mask probabilities: it has no mask head, or is GrabCut.")
+        raise ValueError("No mask probabilities: the model has no mask head, or is GrabCutRCNN.")
     image_size = tuple(inputs["image"].shape[-2:])
     features = model.backbone(model.preprocess_image([inputs]).tensor)
     boxes, classes = boxes.to(model.device), classes.to(model.device)
     parts = []
     # Without boxes one part, of no rows.
-    for start in range(0, max(1, len(boxes)), _MAX_ROIS):
-        rows = slice(start, start + _MAX_ROIS)
+    for b, c in zip(boxes.split(_MAX_ROIS), classes.split(_MAX_ROIS)):
         if isinstance(model.roi_heads, TeacherStudentROIHeads):
-            rois = Instances(image_size)
-            rois.proposal_boxes, rois.gt_classes = Boxes(boxes[rows]), classes[rows]
+            rois = Instances(image_size, proposal_boxes=Boxes(b), gt_classes=c)
             teacher, student, _ = model.roi_heads.compute_mask_logits(features, [rois])
             parts.append({"student": student.sigmoid(), "teacher": teacher.sigmoid()})
         else:
-            given = [_detections(image_size, boxes[rows], classes[rows])]
+            given = [_detections(image_size, b, c)]
             (found,) = model.roi_heads.forward_with_given_boxes(features, given)
             parts.append({"student": found.pred_masks[:, 0]})
     return {head: torch.cat([x[head] for x in parts]) for head in parts[0]}
