@@ -52,15 +52,12 @@ def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tens
     """
     Compare the shadows of mask and box on both axes.
 
-    L_proj = mean over ROIs of D(max_y p, max_y B) + D(max_x p, max_x B), D of :func:`dice_loss`.
+    L_proj = mean over ROIs of D(max_y p, max_y B) + D(max_x p, max_x B), D of :func:`dice_loss`, in
+    [0, 2]; without ROIs it is 0, but still attached to ``logits``.
 
     Args:
-        logits: shape (R, M, M), logits.
-        box_masks: bool, shape (R, M, M), the cells whose centre lies in the object's box. A box
-            without a cell adds a constant.
-
-    Returns:
-        A scalar in [0, 2]; without ROIs it is 0, but still attached to ``logits``.
+        logits: shape (R, M, M).
+        box_masks: bool, shape (R, M, M), the cells whose centre lies in the object's box.
     """
     if len(logits) == 0:
         return logits.sum() * 0
@@ -114,9 +111,6 @@ def pairwise_loss(
         threshold: similarity from which on (inclusive) a pair counts; above 0, because 0 stands
             for a neighbour that does not exist.
         dilation, is_small: see :func:`color_similarity`.
-
-    Returns:
-        A scalar >= 0; without a pair it is 0, but still attached to ``logits``.
     """
     logits = at_least_float32(logits)
     # Probabilities would round to 0 or 1 and their logarithm to infinity.
@@ -190,9 +184,7 @@ def crop_lab(
 
     # Without FPN the padded size need not be a multiple of the stride.
     averaged = F.avg_pool2d(pixels, _STRIDE, ceil_mode=True)
-    pooler = ROIPooler(
-        mask_side_len, scales=(1 / _STRIDE,), sampling_ratio=0, pooler_type="ROIAlignV2"
-    )
+    pooler = ROIPooler(mask_side_len, (1 / _STRIDE,), sampling_ratio=0, pooler_type="ROIAlignV2")
     lab = pooler([rgb_to_lab(averaged)], roi_boxes)
 
     # Shape (R, 2, M): x and y of the centres of columns and rows.
@@ -233,16 +225,14 @@ class BoxSupervision:
         self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, iteration: int
     ) -> dict[str, torch.Tensor]:
         """
+        "loss_mask_projection" and "loss_mask_pairwise", attached to ``logits`` in any case.
+
         Args:
             logits: shape (R, M, M).
             rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
                 ``gt_has_mask``; those with a mask add nothing.
             pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
             iteration: of the training, from 0.
-
-        Returns:
-            "loss_mask_projection" and "loss_mask_pairwise"; without such ROIs both are 0, but still
-            attached to ``logits``.
         """
         logits = logits[~torch.cat([has_mask_of(x) for x in rois])]
         rois = [select_rois(x, ~has_mask_of(x)) for x in rois]

@@ -129,14 +129,13 @@ def crop_gt_masks(
     """
     targets = []
     for x in rois:
-        target = torch.zeros(len(x), mask_side_len, mask_side_len, device=device)
+        targets.append(torch.zeros(len(x), mask_side_len, mask_side_len, device=device))
         selected = has_mask(x)
         annotated = select_rois(x, selected)
         if len(annotated) > 0:
             boxes = annotated.proposal_boxes.tensor
             crops = annotated.gt_masks.crop_and_resize(boxes, mask_side_len)
-            target[selected] = crops.to(device=device, dtype=target.dtype)
-        targets.append(target)
+            targets[-1][selected] = crops.to(device=device, dtype=torch.float32)
     return torch.cat(targets)
 
 
@@ -171,17 +170,14 @@ def masked_bce_loss(
     """
     Mean binary cross entropy over the pixels of the supervised ROIs, Eq. (5) and (6) of the paper.
 
-    The mean is over the ROIs of this process, as in all losses of Detectron2. With W processes,
-    whose gradients are averaged, each of the n_r supervised ROIs of process r weighs 1 / (W * n_r).
+    The mean is over the ROIs of this process, as in all losses of Detectron2. Without a supervised
+    ROI it is 0, but still attached to ``pred_mask_logits``: in multi-GPU training every rank must
+    give every parameter a gradient.
 
     Args:
         pred_mask_logits: shape (R, M, M), logits.
         targets: shape (R, M, M), in [0, 1].
         is_supervised: bool, shape (R,); the other ROIs add nothing, not even to the mean's count.
-
-    Returns:
-        A scalar. Without a supervised ROI it is 0, but still attached to ``pred_mask_logits``:
-        in multi-GPU training every rank must give every parameter a gradient.
     """
     if not is_supervised.any():
         return pred_mask_logits.sum() * 0
@@ -215,11 +211,7 @@ def masked_dice_loss(
 def mask_accuracy(
     pred_mask_logits: torch.Tensor, targets: torch.Tensor, selected: torch.Tensor
 ) -> torch.Tensor:
-    """
-    The share of the selected ROIs' pixels that are on the right side of 0.5.
-
-    Arguments are those of :func:`masked_bce_loss`. NaN without a selected ROI; no gradient.
-    """
+    """The share of the selected ROIs' pixels on the right side of 0.5; NaN without such a ROI."""
     is_right = (pred_mask_logits.detach() > 0) == (targets > 0.5)
     num_right = (is_right.flatten(1).sum(1) * selected).sum()
     return num_right / (selected.sum() * is_right[:1].numel())

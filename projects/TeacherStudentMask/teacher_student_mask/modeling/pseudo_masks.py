@@ -79,7 +79,7 @@ def generate_pseudo_masks(
         roi_images: shape (R, 3, M, M), RGB in 0-255; needed by ``"crf"``.
 
     Returns:
-        float, shape (R, M, M), in {0, 1}, or in [0, 1] for ``"none"``; without gradient.
+        shape (R, M, M), in {0, 1}, or in [0, 1] for ``"none"``; without gradient.
 
     Raises:
         ValueError: an unknown method, or M_t is not a multiple of M.
@@ -113,8 +113,7 @@ def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
 
     A good mask touches all four sides of its box. For t = 0.05, 0.10 .. 0.95 the extent (first to
     last occupied row and column) of {p >= t} inside the box is compared with the box; the t of the
-    highest IoU wins, ties go to the higher t. If no t leaves a cell, the whole box is the mask
-    (t = 0), so the result is never empty unless the box is.
+    highest IoU wins, ties go to the higher t. If no t leaves a cell, the whole box is the mask.
 
     Args:
         probs: shape (R, M, M), probabilities.
@@ -242,22 +241,21 @@ def make_student_targets(
 
     Returns:
         The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
-        (R,); and scalars about the targets that are not ground truth: how full they are
-        (``fg_ratio``; near 0 or 1 it tells of a collapse), and the share of cells that both heads,
-        or model and teacher, put on the same side of 0.5 (``agreement``).
+        (R,); and scalars about those that are not ground truth: how full they are (``fg_ratio``;
+        near 0 or 1: a collapse), and the share of cells that both heads, or model and teacher, put
+        on the same side of 0.5 (``agreement``).
     """
     has_target = torch.cat([has_mask_of(x) for x in rois])
     is_external = torch.cat([has_model_mask_of(x) for x in rois])
     side, targets, scalars = gt_masks.shape[-1], gt_masks, {}
     teacher_probs = _average_down(teacher_logits.sigmoid(), side)
-    if external == "alone":
+    if external == "alone" and is_external.any():
         rows = is_external.nonzero().squeeze(1)
-        if len(rows) > 0:
-            chosen = [select_rois(x, has_model_mask_of(x)) for x in rois]
-            masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
-            masks = replace(generator, method="none")(masks, masks, chosen)
-            targets = targets.index_copy(0, rows, masks)
-            scalars.update(_describe("external_mask", masks, teacher_probs[rows], masks))
+        chosen = [select_rois(x, has_model_mask_of(x)) for x in rois]
+        masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
+        masks = replace(generator, method="none")(masks, masks, chosen)
+        targets = targets.index_copy(0, rows, masks)
+        scalars.update(_describe("external_mask", masks, teacher_probs[rows], masks))
         has_target = has_target | is_external
     rows = (~has_target).nonzero().squeeze(1)
     if not has_pseudo_masks or len(rows) == 0:

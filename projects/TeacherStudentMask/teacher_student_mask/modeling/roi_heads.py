@@ -93,7 +93,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         has_maps = isinstance(self.box_predictor, PooledFastRCNNOutputLayers)
         if mask_prior is not None and mask_prior.needs_class_maps and not has_maps:
             raise ValueError(
-                f"The mask prior {type(mask_prior).__name__} needs the box head's feature map: set "
+                f"{type(mask_prior).__name__} needs the box head's feature map: set "
                 'MODEL.ROI_BOX_HEAD.NAME to "FeatureMapBoxHead" or "TwoBranchBoxHead".'
             )
         if has_maps and self.train_on_pred_boxes:
@@ -120,9 +120,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             pixel_std=cfg.MODEL.PIXEL_STD,
             image_format=cfg.INPUT.FORMAT,
         )
-        name = cfg.MODEL.BOX_SUPERVISION.NAME
-        check_choice("MODEL.BOX_SUPERVISION.NAME", name, ("", "boxinst"))
-        if name:
+        check_choice("BOX_SUPERVISION.NAME", cfg.MODEL.BOX_SUPERVISION.NAME, ("", "boxinst"))
+        if cfg.MODEL.BOX_SUPERVISION.NAME:
             ret["box_supervision"] = BoxSupervision.from_config(cfg)
             ret["mask_loss"] = cfg.MODEL.BOX_SUPERVISION.MASK_LOSS
         return ret
@@ -212,9 +211,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
         Args:
             features: of the backbone.
-            rois: one per image, R rows in all: those that the mask heads train on, with
-                ``proposal_boxes``, ``gt_classes`` and the other targets.
-            sampled: all sampled proposals, see :class:`ROIContext`.
+            rois, sampled: the ROIs that the mask heads train on, ``instances`` of
+                :class:`ROIContext`, and all sampled proposals.
             pixels: shape (N, 3, H, W), RGB in 0-255; for box supervision, CRF and pictures.
         """
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
@@ -268,9 +266,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
         Args:
             features: of the backbone.
-            instances: one per image, R rows in all, with ``pred_boxes`` and ``pred_classes``, or
-                ``proposal_boxes`` and ``gt_classes``.
-            sampled: in training, all sampled proposals, see :class:`ROIContext`.
+            instances, sampled: see :class:`ROIContext`.
         """
         feature_maps = [features[f] for f in self.mask_in_features]
         pooled = self.mask_pooler(feature_maps, [boxes_of(x) for x in instances])
@@ -298,9 +294,9 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
     The teacher ``teacher_mask_head`` learns from the ROIs whose object has a mask, Eq. (5); the
     student ``mask_head`` learns from all of them, Eq. (6), with the teacher's cleaned-up output as
     target where there is no mask. Masks that another model made ("external") are the student's
-    alone. Only the student runs at inference, and by its name a plain Mask R-CNN's weights load
-    into it. A mask prior enriches what both heads see; box supervision is the teacher's. One
-    deviation from the paper: before ``warmup_iters`` ROIs without a mask give the student no loss.
+    alone. Only the student runs at inference; weights of a plain Mask R-CNN load into it. A mask
+    prior enriches what both heads see; box supervision is the teacher's. One deviation from the
+    paper: before ``warmup_iters`` ROIs without a mask give the student no loss.
     """
 
     @configurable
@@ -321,8 +317,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             teacher_mask_head: class-agnostic, (R, D, S, S) -> logits (R, 1, M_t, M_t).
             pseudo_masks: makes the student's targets where there is no mask.
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
-            max_rois_without_mask: how many ROIs without a mask an image gives to the mask heads
-                at most, chosen at random; 0 = all.
+            max_rois_without_mask: of an image, chosen at random; 0 = all.
             external_masks: see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
             vis_period: iterations between pictures in the event storage; 0 = none.
@@ -453,8 +448,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         Run both heads on the same ROI features, Eq. (2) of the paper.
 
         Args:
-            features, sampled: see :meth:`compute_mask_features`.
-            rois: one per image, R rows in all, with ``proposal_boxes`` and ``gt_classes``.
+            features, rois, sampled: see :meth:`compute_mask_features`.
             has_mask: bool, shape (R,): the rows that train the teacher, None = all. The others'
                 logits get no gradient where no loss could use it.
 

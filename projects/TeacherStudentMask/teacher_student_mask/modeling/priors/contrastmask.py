@@ -94,27 +94,19 @@ class TwoBranchBoxHead(nn.Module):
 
 def sets_of_masks(masks: torch.Tensor) -> torch.Tensor:
     """
-    The sets of pixels of objects with a mask.
+    The sets of pixels of objects with a mask, bool, shape (R, M, M).
 
-    Easy and hard positives are keys inside the object, far from and near its outline; easy and hard
-    negatives are keys outside; the means of inside and outside are the ROI's queries. A pixel
-    belongs to the edge if a central difference of the mask is not zero there, which makes the edge
-    two pixels wide. Hard keys are the pixels next to the edge, diagonally, too, but not on it; easy
+    Returns bool, shape (6, R, M, M): easy and hard positives, keys inside the object; easy and hard
+    negatives, keys outside; inside and outside, whose means are the ROI's queries. A pixel belongs
+    to the edge if a central difference of the mask is not zero there, which makes the edge two
+    pixels wide. Hard keys are the pixels next to the edge, diagonally, too, but not on it; easy
     positives all others of the mask, those of its edge among them; easy negatives all others
     outside but those of the edge.
-
-    Args:
-        masks: bool, shape (R, M, M).
-
-    Returns:
-        bool, shape (6, R, M, M): easy and hard positives, easy and hard negatives, inside, outside.
     """
     # At the border the pixel itself stands for the neighbour that it lacks.
-    above = torch.cat([masks[:, :1], masks[:, :-1]], dim=1)
-    below = torch.cat([masks[:, 1:], masks[:, -1:]], dim=1)
-    left = torch.cat([masks[:, :, :1], masks[:, :, :-1]], dim=2)
-    right = torch.cat([masks[:, :, 1:], masks[:, :, -1:]], dim=2)
-    edge = (above != below) | (left != right)
+    padded = F.pad(masks.float()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    edge = padded[:, :-2, 1:-1] != padded[:, 2:, 1:-1]
+    edge = edge | (padded[:, 1:-1, :-2] != padded[:, 1:-1, 2:])
     # All pixels within a distance below 2 of the edge.
     near = F.max_pool2d(edge.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
     hard = near & ~edge
@@ -165,8 +157,7 @@ def contrastive_loss(
             denominator, which makes losses below 0 possible.
 
     Returns:
-        A scalar, float32 at least, with gradient through keys and queries; where no ROI has enough
-        pixels 0, but attached to ``projections``.
+        A scalar; where no ROI has enough pixels 0, but attached to ``projections``.
     """
     kept = (sets[:4].flatten(2).sum(2) >= _MIN_PIXELS).all(dim=0)
     rows = kept.nonzero()[:, 0]
@@ -254,10 +245,9 @@ class ContrastivePrior(nn.Module):
             pooler: of the backbone's feature maps, on a grid of M x M cells.
             num_conv, conv_dim: 3x3 convolutions of the encoder; channels of it and the projector.
             norm: of the projector, any of :func:`detectron2.layers.get_norm`.
-            loss_weight: of the contrastive loss, before :func:`ramp`.
-            epoch_iters: iterations of an epoch, for :func:`ramp`.
-            key_share: of the pixels of a set that are keys of the loss, in (0, 1].
-            official_denominator: see :func:`contrastive_loss`.
+            loss_weight, epoch_iters: of the contrastive loss, before :func:`ramp`; iterations of
+                an epoch.
+            key_share, official_denominator: see :func:`contrastive_loss`.
             stop_gradient: mask losses do not train the box head's convolutions through the map.
         """
         super().__init__()
@@ -307,10 +297,7 @@ class ContrastivePrior(nn.Module):
             num_classes = context.classifier.out_features - 1
             foreground, _ = select_foreground_proposals(context.sampled, num_classes)
             encoded = self._encode(foreground, context.feature_maps)
-            maps = torch.cat([x.box_features for x in foreground])
-            # It decides what is inside, but does not learn.
-            cam = _activation_maps(foreground, maps, context.classifier).detach()
-            losses["loss_mask_contrast"] = self._contrast(foreground, cam, encoded)
+            losses["loss_mask_contrast"] = self._contrast(foreground, encoded, context.classifier)
             rows = find_rois(rois, foreground)
         if rows is None:
             encoded = self._encode(rois, context.feature_maps)
@@ -331,13 +318,14 @@ class ContrastivePrior(nn.Module):
         return self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
 
     def _contrast(
-        self, rois: list[Instances], cam: torch.Tensor, encoded: torch.Tensor
+        self, rois: list[Instances], encoded: torch.Tensor, classifier: nn.Linear
     ) -> torch.Tensor:
-        # The weighted loss; the sets are by the mask where there is one, else by the map.
-        side = encoded.shape[-1]
-        has_mask = torch.cat([has_mask_of(x) for x in rois])
-        masks = crop_gt_masks(rois, side, cam.device) > 0.5
-        without_mask = sets_of_cams(normalize_per_roi(_resize(cam, side))[:, 0])
+        # The sets are by the mask where there is one, else by the map, which does not learn.
+        side, has_mask = encoded.shape[-1], torch.cat([has_mask_of(x) for x in rois])
+        masks = crop_gt_masks(rois, side, encoded.device) > 0.5
+        maps = torch.cat([x.box_features for x in rois]).detach()
+        cam = normalize_per_roi(_resize(_activation_maps(rois, maps, classifier), side))
+        without_mask = sets_of_cams(cam[:, 0])
         sets = torch.where(has_mask[:, None, None], sets_of_masks(masks), without_mask)
         projections = self.projector(encoded)
         loss = contrastive_loss(projections, sets, self.key_share, self.official_denominator)
@@ -348,9 +336,9 @@ def _activation_maps(
     rois: list[Instances], maps: torch.Tensor, classifier: nn.Linear
 ) -> torch.Tensor:
     # Shape (R, 1, h, w), logits with gradient to the box head, but not to its classifier.
-    weight = classifier.weight.detach()
-    return at_least_float32(class_activation_maps(maps, weight, classes_of(rois)))
+    cam = class_activation_maps(maps, classifier.weight.detach(), classes_of(rois))
+    return at_least_float32(cam)
 
 
 def _resize(x: torch.Tensor, side: int) -> torch.Tensor:
-    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=(side, side), mode="bilinear")

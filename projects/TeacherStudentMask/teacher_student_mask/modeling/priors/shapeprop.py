@@ -107,8 +107,7 @@ class ShapePropagationPrior(nn.Module):
             pooler: to shape (R, feature_channels, S, S).
             feature_channels: of the backbone's feature maps.
             num_classes: K, without background.
-            conv_dim: width of the convolutions.
-            num_channels: that messages are passed in.
+            conv_dim, num_channels: of the convolutions, and those that messages are passed in.
             num_steps: of message passing; 0 = S.
             activation_weight, shape_weight: of the two losses.
         """
