@@ -32,12 +32,12 @@ class HourglassMaskHead(BaseMaskRCNNHead):
     as many -> hourglass -> 3x3 convolution -> 2x2 deconvolution to ``width`` channels -> 1x1
     convolution -> logits (R, K, 2S, 2S). The depth counts the 3x3 convolutions on the longest way
     to the deconvolution. Every level of the hourglass halves the map, rounding up: 2 levels for a
-    depth of 20, else 5.
+    depth of 20, else 5. The gain over 4 convolutions was reported for training on ground-truth
+    boxes (MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES); with proposals expect less.
 
     The original normalises with "BN"; "GN" does not depend on how many ROIs a GPU has. Without a
     norm, the default, the residual branches start scaled down; otherwise 49 blocks would multiply
-    the features by 10^4. The gain of depth over 4 convolutions was reported for training on
-    ground-truth boxes (MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES); with proposals expect less.
+    the features by 10^4.
     """
 
     @configurable
@@ -55,13 +55,10 @@ class HourglassMaskHead(BaseMaskRCNNHead):
         Args:
             input_shape: of the ROI features.
             num_classes: K, the number of foreground classes; 1 = class-agnostic.
-            depth: 20, 52 or 100.
+            depth: 20, 52 or 100, else ValueError.
             conv_norm: of :func:`detectron2.layers.get_norm`. "GN" needs a width of 32 or 64.
             width: channels of the first convolution, of which the others have multiples.
             **kwargs: of :class:`BaseMaskRCNNHead`.
-
-        Raises:
-            ValueError: another depth.
         """
         if depth not in _HOURGLASSES:
             raise ValueError(f"A mask head's HOURGLASS is {depth!r}; allowed: 20, 52, 100.")
@@ -111,10 +108,13 @@ class HourglassMaskHead(BaseMaskRCNNHead):
 
 
 class Hourglass(nn.Module):
-    """One level, around the next smaller one: skip path + upsampled (down, inner level, up)."""
+    """
+    One level, around the next smaller one: skip path + upsampled (down, inner level, up).
+
+    ``channels`` and ``num_blocks`` are of this level, all inner ones and the smallest map.
+    """
 
     def __init__(self, channels: Sequence[int], num_blocks: Sequence[int], norm) -> None:
-        """Of this level, all inner ones and the smallest map, channels and residual blocks."""
         super().__init__()
         outer, inner = channels[:2]
         n = num_blocks[0]

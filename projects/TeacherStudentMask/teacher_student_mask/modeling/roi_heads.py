@@ -36,7 +36,7 @@ from .mask_targets import (
     select_rois,
 )
 from .mask_x_rcnn import WeightTransferMaskHead
-from .priors import ROIContext, build_mask_prior
+from .priors import ROI_MASK_PRIOR_REGISTRY, ROIContext
 from .priors.contrastmask import TwoBranchBoxHead
 from .priors.opmask import FeatureMapBoxHead, PooledFastRCNNOutputLayers
 from .pseudo_masks import EXTERNAL_MASK_USES, PseudoMaskGenerator, make_student_targets
@@ -139,8 +139,10 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         if ret:
             shape = _pooled_shape(cfg, input_shape)
             shapes = {k: input_shape[k] for k in cfg.MODEL.ROI_HEADS.IN_FEATURES}
-            ret["mask_prior"] = build_mask_prior(cfg, shape, shapes)
-            head_shape = _pooled_shape(cfg, input_shape, ret["mask_prior"])
+            name = cfg.MODEL.ROI_MASK_PRIOR.NAME
+            prior = ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, shape, shapes) if name else None
+            ret["mask_prior"] = prior
+            head_shape = _pooled_shape(cfg, input_shape, prior)
             if head_shape != shape:
                 ret["mask_head"] = build_mask_head(cfg, head_shape)
         return ret

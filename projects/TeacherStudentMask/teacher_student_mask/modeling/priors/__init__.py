@@ -21,7 +21,6 @@ __all__ = [
     "ROIContext",
     "ROI_MASK_PRIOR_REGISTRY",
     "arguments_of",
-    "build_mask_prior",
     "build_own_pooler",
     "conv1x1",
     "conv_stack",
@@ -29,12 +28,12 @@ __all__ = [
 
 ROI_MASK_PRIOR_REGISTRY = Registry("ROI_MASK_PRIOR")
 ROI_MASK_PRIOR_REGISTRY.__doc__ = """
-Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shapes)``, arguments of
-:func:`build_mask_prior`. The call ``prior(mask_features, context)`` gets the pooled mask features,
-shape (R, D, S, S), and the :class:`ROIContext` of the same R rows. It returns features of the same
-spatial size and, in training mode, {name: loss}. The attribute ``needs_class_maps`` says whether
-it needs ``context.class_maps``; the optional ``out_channels``, where it is not D, how many
-channels it returns.
+Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shapes)``, of the shape of
+the pooled mask features and those of ``ROIContext.feature_maps``. The call ``prior(mask_features,
+context)`` gets the former, shape (R, D, S, S), and the :class:`ROIContext` of the same R rows. It
+returns features of the same spatial size and, in training mode, {name: loss}. The attribute
+``needs_class_maps`` says whether it needs ``context.class_maps``; the optional ``out_channels``,
+where it is not D, how many channels it returns.
 """
 
 
@@ -62,21 +61,6 @@ class ROIContext:
     class_maps: torch.Tensor | None = None
     classifier: nn.Linear | None = None
     sampled: list[Instances] | None = None
-
-
-def build_mask_prior(
-    cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
-) -> nn.Module | None:
-    """
-    Build ``MODEL.ROI_MASK_PRIOR.NAME``; None if the name is "".
-
-    Args:
-        cfg: the config.
-        input_shape: channels and size of the pooled mask features.
-        feature_shapes: channels and strides of ``ROIContext.feature_maps``, in their order.
-    """
-    name = cfg.MODEL.ROI_MASK_PRIOR.NAME
-    return ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, input_shape, feature_shapes) if name else None
 
 
 def arguments_of(settings: CfgNode) -> dict:

@@ -42,8 +42,7 @@ def boundary_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean binary cross entropy plus the mean over the ROIs of the Dice loss, smoothed by 1.
 
-    Of logits and of targets in {0, 1}, both of shape (R, M, M). Without a ROI it is 0, but still
-    attached to ``logits``.
+    Of logits and of targets in {0, 1}, both of shape (R, M, M). Without a ROI 0, but attached.
     """
     logits = at_least_float32(logits)
     if len(logits) == 0:
@@ -102,9 +101,8 @@ class CommonalityParsingPrior(nn.Module):
     CPMask re-implemented from the abstract: boundaries and affinities shared by all classes.
 
     1. Four convolutions of the mask features see the boundary, at twice their resolution
-       (``loss_boundary``).
-    2. They are fused with the mask features by a 1x1 convolution.
-    3. :class:`AffinityBlock` on the result; its affinities learn which cells are on one side of the
+       (``loss_boundary``); a 1x1 convolution fuses them with the mask features.
+    2. :class:`AffinityBlock` on the result; its affinities learn which cells are on one side of the
        mask (``loss_affinity``).
 
     Both losses are those of the ROIs with a mask.
@@ -125,8 +123,7 @@ class CommonalityParsingPrior(nn.Module):
         """
         Args:
             input_shape: channels D and side S of the pooled mask features.
-            conv_dim: width of the boundary's convolutions.
-            affinity_dim: see :class:`AffinityBlock`.
+            conv_dim, affinity_dim: widths of the boundary's convolutions and of the affinities.
             boundary_weight, affinity_weight: of the two losses.
         """
         super().__init__()

@@ -78,13 +78,8 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
         self, maps: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Args:
-            maps: shape (R, C, h, w), the output of :class:`FeatureMapBoxHead`, or two such maps,
-                that of :class:`TwoBranchBoxHead`.
-
-        Returns:
-            scores, shape (R, K + 1), logits of K classes and background; deltas, shape (R, 4 K) or
-            (R, 4); ``maps`` itself, or the first of the two.
+        Of the output of :class:`FeatureMapBoxHead`, (R, C, h, w), or of :class:`TwoBranchBoxHead`,
+        two such maps: scores, (R, K + 1), deltas, (R, 4 K) or (R, 4), and the (first) map.
         """
         maps = maps if isinstance(maps, tuple) else (maps,)
         pooled = [x.mean(dim=(2, 3)) for x in maps]
@@ -93,10 +88,7 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     def inference(
         self, predictions: tuple[torch.Tensor, ...], proposals: list[Instances]
     ) -> tuple[list[Instances], list[torch.Tensor]]:
-        """
-        As the parent's, of all three predictions; each detection also has ``box_features``, shape
-        (R_i, C, h, w), the maps of the proposal it is from.
-        """
+        """As the parent's; detections also have ``box_features``, their proposals' maps."""
         *predictions, maps = predictions
         detections, kept = super().inference(predictions, proposals)
         for x, rows, own in zip(detections, kept, maps.split([len(x) for x in proposals])):
@@ -118,12 +110,11 @@ def class_activation_maps(
 
     Args:
         maps: shape (R, C, h, w), the box head's features F.
-        classifier_weight: shape (K + 1, C); a row per class, then background.
-        classes: int64, shape (R,), the class of each ROI; only its map is computed.
-        bias: shape (K + 1,).
+        classifier_weight, bias: shape (K + 1, C) and (K + 1,); a row per class, then background.
+        classes: int64, shape (R,), the class of each ROI.
 
     Returns:
-        shape (R, 1, h, w), logits; gradient flows to all but ``classes``.
+        shape (R, 1, h, w), logits.
     """
     rows = classifier_weight[classes].to(maps.dtype)
     cams = torch.einsum("rchw,rc->rhw", maps, rows)[:, None]
