@@ -165,19 +165,6 @@ def test_crops_are_the_colors_under_the_cells():
     torch.testing.assert_close(lab[1, :, :, 3], blue[:, None].expand(3, 4))
 
 
-def test_sides_that_are_no_multiple_of_the_stride():
-    pixels = two_images()[:, :, :30, :61]
-    lab, valid = crop(pixels, [[[52, 20, 61, 30]], []], [(30, 61)] * 2, bottom_rows=0)
-    expected = lab_of(RED)[0]
-    assert valid.all()
-    torch.testing.assert_close(lab[0], expected[:, None, None].expand(3, 4, 4))
-    # The last column makes a block of its own, with its centre at 62; that before has it at 58.
-    pixels[:, :, :, 60] = torch.tensor(BLUE).reshape(3, 1)
-    lab, _ = crop(pixels, [[[60, 20, 61, 30]], []], [(30, 61)] * 2, side=1)
-    red, blue = lab_of(RED, BLUE)
-    torch.testing.assert_close(lab[0, :, 0, 0], red + (60.5 - 58) / 4 * (blue - red))
-
-
 def valid_by_hand(box, height, width, side):
     x0, y0, x1, y1 = box
     valid = np.zeros((side, side), dtype=bool)
@@ -277,30 +264,3 @@ def test_a_box_without_a_cell_has_no_pairs_and_no_gradient():
     assert [losses[f"loss_mask_{x}"].item() for x in ("projection", "pairwise")] == [2, 0]
     sum(losses.values()).backward()
     assert not call["logits"].grad.any()
-
-
-def test_gradients_are_the_numerical_ones():
-    logits, lab, valid, box_masks, _ = tensors(*random_rois(3, 5, 0, scale=2.0))
-    logits.requires_grad_()
-    is_small = torch.tensor([True, False, True])
-    similarity = color_similarity(lab, valid, 2, is_small)
-    targets = box_masks.double()
-    functions = [
-        lambda x: projection_loss(x, box_masks),
-        lambda x: pairwise_loss(x, similarity, box_masks, 0.3, 2, is_small),
-        lambda x: masked_dice_loss(x, targets, is_small),
-    ]
-    for function in functions:
-        assert function(logits).item() > 0
-        assert torch.autograd.gradcheck(function, (logits,))
-
-
-def test_scikit_image_agrees():
-    color = pytest.importorskip("skimage.color", reason="needs scikit-image")
-    rng = np.random.default_rng(0)
-    # Dark colours too, for the linear pieces, and all corners of the cube.
-    corners = np.stack(np.meshgrid([0, 255], [0, 255], [0, 255]), axis=-1).reshape(-1, 3)
-    rgb = np.concatenate([rng.uniform(0, 255, (500, 3)), rng.uniform(0, 25, (200, 3)), corners])
-    expected = color.rgb2lab(rgb[None] / 255, illuminant="D65", observer="2")[0]
-    np.testing.assert_allclose(lab_of(*rgb.tolist()), expected, atol=1e-3)
-    np.testing.assert_allclose(lab_of(*rgb.tolist(), dtype=torch.float64), expected, atol=1e-6)

@@ -28,15 +28,6 @@ def smooth(seed, num_rois, side):
     return probs, rois + 4 * torch.randn(rois.shape, generator=rng)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_output_has_the_type_of_the_probabilities(dtype):
-    dense_crf = DenseCRF(backend="torch")
-    probs, rois = (x.to(dtype) for x in smooth(3, 2, 14))
-    refined = dense_crf(probs, rois)
-    assert refined.dtype == dtype
-    torch.testing.assert_close(refined, dense_crf(probs.float(), rois.float()).to(dtype))
-
-
 @pytest.mark.parametrize("side", [8, 14, 28])
 def test_backends_agree_on_small_crops(side):
     pytest.importorskip("pydensecrf.densecrf", reason="needs the optional package pydensecrf2")

@@ -1,13 +1,10 @@
-"""The mask head with several deconvolutions, and the teacher that is built from the registry."""
+"""The mask head with several deconvolutions, and the channel of each label."""
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads.mask_head import build_mask_head
 from roi_heads_factory import mask_head
 from torch import nn
 
-from teacher_student_mask.modeling import build_teacher_mask_head
 from teacher_student_mask.modeling.mask_heads import predict_label_channel, select_label_channel
 
 
@@ -19,24 +16,6 @@ def test_multi_upsample_head_extends_the_stock_head():
     assert two.layers(x).shape == (2, 3, 56, 56)
     after_deconv = [layer for layer in two if not hasattr(layer, "weight")]
     assert len(after_deconv) == 2 and all(isinstance(x, nn.ReLU) for x in after_deconv)
-
-
-@pytest.mark.parametrize("num_conv, num_deconv", [(4, 1), (12, 1), (4, 2)])
-def test_teacher_is_class_agnostic_and_follows_its_own_keys(tiny_cfg, num_conv, num_deconv):
-    cfg = tiny_cfg(num_classes=3)
-    cfg.MODEL.TEACHER_MASK_HEAD.NUM_CONV = num_conv
-    cfg.MODEL.TEACHER_MASK_HEAD.NUM_DECONV = num_deconv
-    cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT = 0.25
-    before = cfg.dump()
-    shape = ShapeSpec(channels=6, height=14, width=14)
-    teacher, student = build_teacher_mask_head(cfg, shape), build_mask_head(cfg, shape)
-    x = torch.randn(2, 6, 14, 14)
-    side = 28 * num_deconv
-    assert teacher.layers(x).shape == (2, 1, side, side)
-    assert student.layers(x).shape == (2, 3, 28, 28)
-    assert sum(isinstance(layer, nn.Conv2d) for layer in teacher) == num_conv + 1
-    assert teacher.loss_weight == 0.25
-    assert cfg.dump() == before
 
 
 def test_label_channel_is_selected_and_only_it_gets_gradient():

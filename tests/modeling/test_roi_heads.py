@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from roi_heads_factory import (
     HALF_EMPTY,
@@ -132,18 +131,6 @@ def test_train_on_gt_boxes_uses_every_object_once_at_its_own_box():
     ):
         _, boxes = train_step(heads, batch)
         assert boxes == [[b for b, seen in zip(*image[::2]) if seen] for image in batch]
-
-
-def test_inference_takes_the_predicted_classes_channel():
-    heads = make_heads().eval()
-    features = make_features(1)
-    given = Instances((64, 64), pred_boxes=Boxes(torch.tensor([[4.0, 4.0, 30.0, 30.0]] * 2)))
-    given.pred_classes = torch.tensor([2, 0])
-    with torch.no_grad():
-        pooled = heads.mask_pooler([features["p2"]], [given.pred_boxes])
-        expected = heads.mask_head.layers(pooled)[torch.arange(2), given.pred_classes].sigmoid()
-        (result,) = heads.forward_with_given_boxes(features, [given])
-    torch.testing.assert_close(result.pred_masks[:, 0], expected)
 
 
 def test_plain_mapper_targets_are_refused_with_the_remedy():

@@ -167,21 +167,6 @@ def test_loss_against_loops(official):
     assert moves.tolist() == [True, True, False, True]
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_four_pixels_in_a_set_are_too_few_and_five_enough(which):
-    """In any of the four sets of keys; ContrastMask's limit."""
-    for num_pixels in (4, 5):
-        cells = torch.arange(36).view(1, 6, 6) // 9
-        keys = [cells == k for k in range(4)]
-        keys[which] = keys[which] & (keys[which].flatten().cumsum(0).view(1, 6, 6) <= num_pixels)
-        assert [int(x.sum()) for x in keys].count(9) == 3 and keys[which].sum() == num_pixels
-        sets = torch.stack([*keys, keys[0] | keys[1], keys[2] | keys[3]])
-        projections = torch.randn(1, 3, 6, 6, requires_grad=True)
-        loss = contrastive_loss(projections, sets, 1.0)
-        loss.backward()
-        assert (loss.item() != 0) == bool(projections.grad.any()) == (num_pixels == 5)
-
-
 CHANNELS, SIDE, FINE = 4, 6, 12
 
 

@@ -1,8 +1,7 @@
 """
-Mask losses that need only the object's box.
+BoxInst's mask losses (Tian et al., CVPR 2021), on the M x M grids of ROIs instead of whole images.
 
-The losses of BoxInst (Tian et al., CVPR 2021) on the M x M grids of ROIs instead of on whole
-images. p is the probability of a cell, B whether its centre lies in the object's own box.
+p is the probability of a cell, B whether its centre lies in the object's own box.
 """
 
 from __future__ import annotations

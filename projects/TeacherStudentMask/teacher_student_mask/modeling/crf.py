@@ -38,10 +38,8 @@ class DenseCRF:
     so these are the values of its README.
 
     Attributes:
-        num_iters: mean-field iterations.
-        gaussian_sxy, gaussian_compat: width in ROI cells, and weight, of the position term.
-        bilateral_sxy, bilateral_srgb, bilateral_compat: widths in ROI cells and in 0-255 colour
-            values, and weight, of the colour term.
+        num_iters, gaussian_sxy, gaussian_compat, bilateral_sxy, bilateral_srgb, bilateral_compat:
+            as above, positions in ROI cells and colours in 0-255.
         backend: "torch" or "pydensecrf".
 
     Raises:
@@ -72,14 +70,11 @@ class DenseCRF:
     def __call__(self, probs: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            probs: shape (R, H, W), foreground probabilities.
-            rois: shape (R, 3, H, W), RGB in 0-255: the pixels of each ROI. Rounded to whole
-                colour values, which is what pydensecrf takes.
-
-        Returns:
-            shape (R, H, W): foreground probabilities after the CRF, in the type and on the device
-            of ``probs``, without gradient.
+            probs: shape (R, H, W), foreground probabilities; those after the CRF are of the same
+                type, without gradient.
+            rois: shape (R, 3, H, W), RGB in 0-255: the pixels of each ROI.
         """
+        # Whole colour values, which is what pydensecrf takes.
         rois = rois.round().clamp(0, 255)
         if len(probs) == 0:
             return probs

@@ -98,10 +98,7 @@ class GrabCutRCNN(GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ):
-        """
-        As in :class:`GeneralizedRCNN`; with ``do_postprocess`` ``pred_masks`` are GrabCut's, bool,
-        shape (n, height, width), in the frame of the output.
-        """
+        """As the parent's; with ``do_postprocess`` masks are GrabCut's, bool, shape (n, H, W)."""
         results = super().inference(batched_inputs, detected_instances, do_postprocess)
         if not do_postprocess:
             return results

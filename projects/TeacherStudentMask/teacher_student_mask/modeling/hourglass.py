@@ -88,8 +88,7 @@ class HourglassMaskHead(BaseMaskRCNNHead):
             # as large. There is one for every two convolutions but the first and last.
             for block in self.modules():
                 if isinstance(block, ResidualBlock):
-                    with torch.no_grad():
-                        block.conv2.weight.mul_(((depth - 2) // 2) ** -0.5)
+                    block.conv2.weight.data.mul_(((depth - 2) // 2) ** -0.5)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
@@ -127,7 +126,7 @@ class Hourglass(nn.Module):
         self.up = _make_blocks(inner, [inner] * (n - 1) + [outer], norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args: x: shape (R, c_k, S, S). Returns the same shape."""
+        """Of a map (R, c_k, S, S), one of the same shape."""
         skip = self.skip(x)
         up = self.up(self.inner(self.down(x)))
         # Cell i gets cell i // 2, which the stride put on cell 2 (i // 2), for odd sizes, too.

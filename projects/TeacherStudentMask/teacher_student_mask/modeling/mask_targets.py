@@ -73,15 +73,10 @@ def rois_of_objects(targets: Instances) -> Instances:
 
 def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor | None:
     """
-    Where the ROIs of the mask heads stand among sampled ones, by their boxes.
+    Where R ROIs of the mask heads stand among the sampled ones of their images, by their boxes.
 
-    Args:
-        rois: one per image, R rows in all, with ``proposal_boxes``.
-        sampled: likewise, in the same order of the images.
-
-    Returns:
-        int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
-        first. None if a box is not there, as an object's own box may not be.
+    Returns int64, shape (R,), rows of the concatenated ``sampled``; of equal boxes of an image the
+    first. None if a box is not there, as an object's own box may not be.
     """
     rows, offset = [rois[0].gt_classes[:0]], 0
     for x, candidates in zip(rois, sampled, strict=True):
@@ -96,10 +91,9 @@ def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor |
     return torch.cat(rows)
 
 
-def boxes_of(instances: Instances) -> Boxes:
+def boxes_of(rois: Instances) -> Boxes:
     """``pred_boxes`` of detections, ``proposal_boxes`` of ROIs in training."""
-    name = "pred_boxes" if instances.has("pred_boxes") else "proposal_boxes"
-    return instances.get(name)
+    return rois.pred_boxes if rois.has("pred_boxes") else rois.proposal_boxes
 
 
 def classes_of(instances: list[Instances]) -> torch.Tensor:

@@ -35,24 +35,14 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
 
     @configurable
     def __init__(
-        self,
-        input_shape: ShapeSpec,
-        *,
-        num_classes: int,
-        num_deconv: int = 1,
-        mlp_branch: bool = False,
-        **kwargs,
+        self, input_shape: ShapeSpec, *, num_classes: int, mlp_branch: bool = False, **kwargs
     ):
         """
-        Args:
-            input_shape: of the ROI features.
-            num_classes: foreground classes C; those of the box predictor.
-            num_deconv: number of 2x deconvolutions.
-            mlp_branch: add class-agnostic logits of a layer from D * M * M features to M * M cells:
-                157 million weights for D = 256 and M = 28, four times the rest of a Mask R-CNN.
-            **kwargs: of :class:`MaskRCNNConvMultiUpsampleHead`.
+        As :class:`MaskRCNNConvMultiUpsampleHead`, for the C classes of the box predictor.
+        ``mlp_branch`` adds class-agnostic logits of a layer from D * M * M features to M * M cells:
+        157 million weights for D = 256 and M = 28, four times the rest of a Mask R-CNN.
         """
-        super().__init__(input_shape, num_classes=1, num_deconv=num_deconv, **kwargs)
+        super().__init__(input_shape, num_classes=1, **kwargs)
         # The predictor of the parent has one set of weights per class; here they are predicted.
         self.num_channels = self.predictor.in_channels
         del self.predictor
@@ -61,7 +51,7 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
         self._box_predictor: tuple[nn.Module, ...] = ()
         self.mlp = None
         if mlp_branch:
-            num_cells = (input_shape.height * 2**num_deconv) ** 2
+            num_cells = (input_shape.height * 2 ** kwargs.get("num_deconv", 1)) ** 2
             self.mlp = nn.Linear(self.num_channels * num_cells, num_cells)
             nn.init.normal_(self.mlp.weight, std=0.001)
             nn.init.zeros_(self.mlp.bias)

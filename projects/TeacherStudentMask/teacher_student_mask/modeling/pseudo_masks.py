@@ -125,8 +125,7 @@ def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     thresholds = probs.new_tensor([round(0.05 * k, 2) for k in range(20)])
     # Shape (T, R, M, M).
     candidates = (probs[None] >= thresholds[:, None, None, None]) & inside[None]
-    # Inside the box, IoU with the box is the covered share of it; t = 0 covers all, but is only
-    # the last resort.
+    # Inside the box, IoU with it is the covered share; t = 0 covers all, but is the last resort.
     area = torch.ones_like(candidates[:, :, 0, 0], dtype=torch.float32)
     for dim in (2, 3):
         is_occupied = candidates.any(dim=dim).float()

@@ -1,8 +1,4 @@
-"""
-Mask-feature priors: what a base method adds to the ROI features of the mask heads.
-
-One file per paper; this one has what they share.
-"""
+"""Mask-feature priors, which enrich the ROI features of the mask heads: one file per paper."""
 
 from __future__ import annotations
 
@@ -28,8 +24,8 @@ __all__ = [
 
 ROI_MASK_PRIOR_REGISTRY = Registry("ROI_MASK_PRIOR")
 ROI_MASK_PRIOR_REGISTRY.__doc__ = """
-Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shapes)``, of the shape of
-the pooled mask features and those of ``ROIContext.feature_maps``. The call ``prior(mask_features,
+Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shapes)``, with the shape
+of the pooled mask features and those of ``ROIContext.feature_maps``. ``prior(mask_features,
 context)`` gets the former, shape (R, D, S, S), and the :class:`ROIContext` of the same R rows. It
 returns features of the same spatial size and, in training mode, {name: loss}. The attribute
 ``needs_class_maps`` says whether it needs ``context.class_maps``; the optional ``out_channels``,

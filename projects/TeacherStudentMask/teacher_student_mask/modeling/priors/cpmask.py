@@ -83,10 +83,7 @@ class AffinityBlock(nn.Module):
         self.output = conv1x1(affinity_dim, channels)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Of features (R, D, S, S) the same plus what is taken; and the affinities, shape
-        (R, S * S, S * S), logits, scaled by the square root of the width.
-        """
+        """Features (R, D, S, S) plus what is taken; the affinities, (R, S * S, S * S), logits."""
         # Scaled before the product: in float16 the product could overflow.
         query = self.query(x).flatten(2) * self.query.out_channels**-0.5
         affinities = query.transpose(1, 2) @ self.key(x).flatten(2)

@@ -69,9 +69,8 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
     """
     Detectron2's box predictor on a feature map, Eq. (8) of the paper: GAP(F) W + b.
 
-    Its predictions are (scores, deltas, maps), with the maps that the scores are pooled from; after
-    :class:`TwoBranchBoxHead` deltas come from others. The parent's other methods take the first two
-    of these. Parameters are named as the parent's.
+    Its predictions are (scores, deltas, maps), with the maps that the scores are pooled from; the
+    parent's other methods take the first two of these. Parameters are named as the parent's.
     """
 
     def forward(
