@@ -113,7 +113,7 @@ def test_without_rois_every_parameter_gets_a_gradient_of_zero(depth, norm):
             assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*NORMS, "naiveSyncBN", "naiveSyncBN_N"])
 def test_one_roi_on_a_map_of_one_cell_can_be_trained(norm):
     # PyTorch's batch normalisation raises there: "Expected more than 1 value per channel".
     head = make_head(52, norm)

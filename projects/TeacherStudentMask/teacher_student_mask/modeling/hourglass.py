@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ConvTranspose2d, ShapeSpec, get_norm
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, BaseMaskRCNNHead
+from detectron2.utils import comm
 from torch import nn
 from torch.nn import functional as F
 
@@ -63,7 +64,9 @@ class HourglassMaskHead(BaseMaskRCNNHead):
         if depth not in _HOURGLASSES:
             raise ValueError(f"A mask head's HOURGLASS is {depth!r}; allowed: 20, 52, 100.")
         super().__init__(**kwargs)
-        norm = _RoiBatchNorm2d if conv_norm == "BN" else conv_norm
+        # One process has nothing to synchronise.
+        is_naive = conv_norm.startswith("naiveSyncBN") and comm.get_world_size() == 1
+        norm = _RoiBatchNorm2d if conv_norm == "BN" or is_naive else conv_norm
         multiples, num_blocks = _HOURGLASSES[depth]
         channels = [width * multiple for multiple in multiples]
         self.stem = nn.Sequential(
