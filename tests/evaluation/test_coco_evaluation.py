@@ -19,7 +19,12 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from teacher_student_mask.evaluation import PartiallySupervisedCOCOEvaluator, compute_overlaps
+from teacher_student_mask.evaluation import (
+    PartiallySupervisedCOCOEvaluator,
+    comparison_table,
+    compute_overlaps,
+    results_table,
+)
 from teacher_student_mask.evaluation.coco_evaluation import has_compiled_cocoeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -376,8 +381,6 @@ def test_no_masks_at_all_evaluates_boxes_only(register, caplog):
     assert results["bbox"]["AP"] == pytest.approx(100, abs=1e-6)
     assert results["bbox"]["num_gt"] == 3
     assert evaluate(name, {1: make_instances([], [], [])}, [0]).keys() == {"bbox"}
-    with pytest.raises(ValueError, match="no annotation has a mask, but tasks is"):
-        PartiallySupervisedCOCOEvaluator(name, tasks=("bbox", "segm"), seen_classes=[0])
 
 
 @pytest.mark.parametrize("tasks", [None, ("bbox", "segm")])
@@ -414,3 +417,19 @@ def test_dataset_without_json_is_converted(tmp_path):
         MetadataCatalog.remove(name)
     assert results["segm_unseen_overlap"]["num_gt"] == 1
     assert results["segm_unseen_overlap"]["AP"] == pytest.approx(100, abs=1e-6)
+
+
+def test_tables_have_unseen_classes_in_bold():
+    results = {
+        task: {**{m: ap + k for k, m in enumerate(METRICS)}, "AP-cat": 99.0, "num_gt": 7}
+        for task, ap in (("segm_unseen", 1.234), ("segm", 40.0))
+    }
+    table = results_table(results)
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in table.splitlines()]
+    assert lines[0] == ["task", *METRICS, "num_gt"]
+    assert lines[2] == ["segm", "40.00", "41.00", "42.00", "43.00", "44.00", "45.00", "7"]
+    assert lines[3][:2] == ["**segm_unseen**", "**1.23**"]
+    assert results_table({"a": results, "b": {}}) == f"a:\n{table}\n\nb:\nno results"
+    side_by_side = comparison_table({"x": results, "y": {"segm_unseen": {"AP": 5.0}}})
+    assert side_by_side.splitlines()[2].replace(" ", "") == "|**segm_unseenAP**|**1.23**|**5.00**|"
+    assert side_by_side.splitlines()[3].replace(" ", "").endswith("|**2.23**|**-**|")

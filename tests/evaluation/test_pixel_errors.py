@@ -5,9 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_student_mask.evaluation.pixel_errors import (
-    TIE_RULES,
     boundary_iou,
-    boundary_region,
     count_pixels,
     find_object_regions,
 )
@@ -61,7 +59,7 @@ def test_pixels_on_objects_of_both_kinds(seen, unseen, ties, expected):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(TIE_RULES))
+@given(st.integers(0, 10**6), st.sampled_from(["seen", "smaller"]))
 def test_equals_a_loop_over_the_pixels(seed, ties):
     rng = np.random.default_rng(seed)
     size = (9, 11)
@@ -120,7 +118,6 @@ def test_boundary_iou_is_that_of_pixels_near_the_outlines(seed):
     )
     first |= square((60, 80), *rng.integers(0, 45, 2), rng.integers(1, 40))
     a, b = near_outline(first, 2), near_outline(second, 2)
-    np.testing.assert_array_equal(boundary_region(first, 2), a)
     expected = (a & b).sum() / (a | b).sum()
     assert boundary_iou(encode(first), encode(second)) == pytest.approx(expected)
     assert boundary_iou(encode(second), encode(first)) == pytest.approx(expected)

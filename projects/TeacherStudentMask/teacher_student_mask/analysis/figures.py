@@ -1,8 +1,4 @@
-"""
-The figures of the report, by plotly.
-
-Names from the input are escaped here: plotly reads a part of HTML in its texts.
-"""
+"""The figures of the report. Names are escaped: plotly reads a part of HTML in its texts."""
 
 from __future__ import annotations
 
@@ -16,18 +12,12 @@ from .tables import PROTOCOL_LABELS, pseudo_mask_results, results_by_protocol, u
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["GT_BOX_METRICS", "make_figures", "model_color"]
+__all__ = ["make_figures", "model_color"]
 
 # Okabe and Ito's colours, as far as they have contrast on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
 # Colour is never the only sign of a model.
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-# Of an overlap bin: title of the axis, digits.
-GT_BOX_METRICS = {
-    "AP": ("AP on ground-truth boxes", 1),
-    "mask_iou": ("mean mask IoU on ground-truth boxes", 3),
-    "boundary_iou": ("mean boundary IoU on ground-truth boxes", 3),
-}
 
 
 def model_color(index: int) -> str:
@@ -51,9 +41,9 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     figures = {"false-positives": _false_positive_shares(results)}
     if "detections" in results:
         figures["overlap-detections"] = _curves(results["detections"], "AP", "AP", colors)
-    for metric, (title, _) in GT_BOX_METRICS.items():
-        if "gt_boxes" in results:
-            figures[f"overlap-{metric}"] = _curves(results["gt_boxes"], metric, title, colors)
+    for metric in ("AP", "mask_iou", "boundary_iou") if "gt_boxes" in results else ():
+        title = f"{metric.replace('_iou', ' IoU')} on ground-truth boxes"
+        figures[f"overlap-{metric}"] = _curves(results["gt_boxes"], metric, title, colors)
     quality = pseudo_mask_results(summary)
     if quality:
         figures["pseudo-masks"] = _curves(quality, "mask_iou", "mean IoU", {})
@@ -76,7 +66,7 @@ def _curves(results: Mapping, metric: str, title: str, colors: Mapping) -> go.Fi
     if not rows:
         return None
     figure = px.line(
-        _columns(rows),
+        rows,
         x="overlap",
         y=title,
         color="model",
@@ -114,7 +104,7 @@ def _false_positive_shares(results: Mapping[str, Mapping]) -> go.Figure | None:
     if not rows:
         return None
     figure = px.bar(
-        _columns(rows),
+        rows,
         x="share, %",
         y="result",
         color="pixels",
@@ -145,7 +135,7 @@ def _class_differences(difference: Mapping) -> go.Figure | None:
         for x in sorted(classes, key=lambda x: x["difference"])
     ]
     figure = px.bar(
-        _columns(rows),
+        rows,
         x="difference in AP",
         y="class",
         color="interval",
@@ -163,14 +153,9 @@ def _class_differences(difference: Mapping) -> go.Figure | None:
 
 
 def _error_bar(value: float, interval: Sequence[float] | None) -> dict:
-    """An interval as plotly wants it: distances from the value."""
     low, high = interval or (value, value)
-    # A percentile interval can lie beside its value.
+    # Distances; a percentile interval can lie beside its value.
     return {"above": max(0, high - value), "below": max(0, value - low)}
-
-
-def _columns(rows: Sequence[Mapping]) -> dict[str, list]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _finish(figure: go.Figure, height: int) -> go.Figure:

@@ -1,47 +1,33 @@
-"""The tables of the report, and the CSV files beside it, as pandas DataFrames."""
+"""The tables of the report, as pandas DataFrames of texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..evaluation import METRICS
-from .measure import TASKS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .measure import Analysis
-
 __all__ = [
     "PROTOCOL_LABELS",
-    "bin_label",
     "bins_table",
     "class_table",
-    "csv_tables",
     "differences_table",
     "false_positives_table",
-    "format_difference",
-    "format_interval",
-    "format_number",
     "pseudo_mask_results",
     "results_by_protocol",
     "results_table",
-    "task_labels",
     "uncertainty_note",
 ]
 
 PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
-_CLASS_COLUMNS = ("category_id", "seen", "num_gt", "AP", "AP50", "AP75")
 
 
 def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
-    """
-    All results of an analysis, detections first: {protocol: {model: its numbers}}.
-
-    A protocol that no model has results on is left out.
-    """
+    """{protocol: {model: its numbers}}, detections first; without empty protocols."""
     models = summary["models"].items()
     results = {
         "detections": {name: x for name, x in models if "segm" in x},
@@ -59,33 +45,6 @@ def pseudo_mask_results(summary: Mapping) -> dict[str, Mapping]:
     }
 
 
-def task_labels(summary: Mapping) -> dict[str, str]:
-    """Tasks in the order of the report, and what it calls their objects."""
-    threshold = summary["settings"]["overlap_threshold"]
-    return {
-        "segm_unseen": "unseen classes",
-        "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}",
-        "segm_seen": "seen classes",
-        "segm": "all classes",
-    }
-
-
-def format_number(value: float | None, digits: int = 1, sign: bool = False) -> str:
-    """A number with a fixed count of digits, "+" if asked for; "-" where it is None or nan."""
-    if value is None or math.isnan(value):
-        return "-"
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    # "-0.0" would claim a direction.
-    return text if any(c in "123456789" for c in text) else text.lstrip("+-")
-
-
-def format_interval(interval: Sequence[float] | None, digits: int = 1) -> str:
-    """ "[low, high]"; "" where there is none."""
-    if interval is None:
-        return ""
-    return f"[{format_number(interval[0], digits)}, {format_number(interval[1], digits)}]"
-
-
 def uncertainty_note(difference: Mapping) -> str:
     """Why a difference is not established, in two or three words; "" where it is."""
     if difference["interval"] is None:
@@ -94,21 +53,6 @@ def uncertainty_note(difference: Mapping) -> str:
         return "contains 0"
     # All objects are in one image, which every resample repeats.
     return "too few images" if difference["interval"][0] == difference["interval"][1] else ""
-
-
-def format_difference(entry: Mapping) -> str:
-    """ "+1.2 [0.3, 2.1]", with a note where it is not established; "-" where it is undefined."""
-    if entry["difference"] is None:
-        return "-"
-    note = uncertainty_note(entry)
-    text = f"{format_number(entry['difference'], sign=True)} {format_interval(entry['interval'])}"
-    return text.rstrip() + (f" ({note})" if note else "")
-
-
-def bin_label(one_bin: Mapping) -> str:
-    """The overlaps of a bin in words: "O = 0", "0.1 < O ≤ 0.2"."""
-    low, high = one_bin["low"], one_bin["high"]
-    return f"O = {high:g}" if low == high else f"{low:g} < O ≤ {high:g}"
 
 
 def results_table(summary: Mapping, protocol: str) -> pd.DataFrame:
@@ -120,7 +64,7 @@ def results_table(summary: Mapping, protocol: str) -> pd.DataFrame:
             **{m: _cell(x[task][m], x["intervals"][task][m]) for m in METRICS},
             "num_gt": f"{x[task]['num_gt']:,}",
         }
-        for task, label in task_labels(summary).items()
+        for task, label in _task_labels(summary).items()
         for model, x in results_by_protocol(summary)[protocol].items()
     )
 
@@ -128,8 +72,8 @@ def results_table(summary: Mapping, protocol: str) -> pd.DataFrame:
 def differences_table(summary: Mapping, difference: Mapping) -> pd.DataFrame:
     """Model minus baseline, one row per task, one column per metric."""
     return _frame(
-        {"objects": label} | {m: format_difference(difference["tasks"][task][m]) for m in METRICS}
-        for task, label in task_labels(summary).items()
+        {"objects": label} | {m: _difference(difference["tasks"][task][m]) for m in METRICS}
+        for task, label in _task_labels(summary).items()
     )
 
 
@@ -138,7 +82,7 @@ def bins_table(results: Mapping[str, Mapping], metric: str, digits: int = 1) -> 
     rows = zip(*(x["overlap_bins"] for x in results.values()))
     return _frame(
         {
-            "overlap": bin_label(row[0]),
+            "overlap": f"{row[0]['low']:g} < O ≤ {row[0]['high']:g}" if row[0]["high"] else "O = 0",
             "objects": f"{row[0]['num_gt']:,}" + (" (few)" if row[0].get("few") else ""),
             **{
                 model: _cell(x[metric], x.get(f"{metric}_interval"), digits)
@@ -186,73 +130,41 @@ def class_table(summary: Mapping, protocol: str) -> pd.DataFrame:
             "masks": "seen" if one["seen"] else "unseen",
             "objects": f"{one['num_gt']:,}",
             **{name: _cell(x[k]["AP"], x[k]["interval"]) for name, x in columns.items()},
-            **{name: format_difference(x[k]) for name, x in pairs.items()},
+            **{name: _difference(x[k]) for name, x in pairs.items()},
         }
         for k, one in enumerate(next(iter(columns.values())))
     )
 
 
-def csv_tables(analysis: Analysis) -> dict[str, pd.DataFrame]:
-    """AP of the tasks and of the classes in long form, and the objects: {file name: rows}."""
-    results = [
-        ({"model": model, "protocol": protocol}, x)
-        for protocol, of_model in results_by_protocol(analysis.summary).items()
-        for model, x in of_model.items()
-    ]
-    models = (
-        {**key, "task": task, "metric": metric, "value": value}
-        | _ends(x["intervals"][task].get(metric))
-        for key, x in results
-        for task in TASKS
-        for metric, value in x[task].items()
-    )
-    classes = (
-        {
-            **key,
-            "class": one["name"],
-            **{k: one[k] for k in _CLASS_COLUMNS},
-            **_ends(one["interval"]),
-        }
-        for key, x in results
-        for one in x["per_class"]
-    )
-    tables = {"models": models, "per_class": classes, "objects": _object_rows(analysis)}
-    return {f"{name}.csv": _frame(rows) for name, rows in tables.items()}
+def _task_labels(summary: Mapping) -> dict[str, str]:
+    threshold = summary["settings"]["overlap_threshold"]
+    return {
+        "segm_unseen": "unseen classes",
+        "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}",
+        "segm_seen": "seen classes",
+        "segm": "all classes",
+    }
 
 
 def _frame(rows: Iterable[Mapping]) -> pd.DataFrame:
     import pandas as pd
 
-    # object: whole numbers stay whole where others are undefined.
-    return pd.DataFrame(list(rows), dtype=object)
+    return pd.DataFrame(list(rows))
 
 
-def _cell(value: float | None, interval: Sequence[float] | None, digits: int = 1) -> str:
-    return f"{format_number(value, digits)} {format_interval(interval, digits)}".rstrip()
+def _cell(
+    value: float | None, interval: Sequence[float] | None, digits: int = 1, sign: str = ""
+) -> str:
+    """ "1.2 [0.3, 2.1]"; "-" where the value is undefined."""
+    if value is None or math.isnan(value):
+        return "-"
+    # + 0.0: "-0.0" would claim a direction.
+    value, *ends = (round(x, digits) + 0.0 for x in (value, *(interval or ())))
+    text = f"{value:{sign}.{digits}f}"
+    return f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else text
 
 
-def _ends(interval: Sequence[float] | None) -> dict:
-    return dict(zip(("low", "high"), interval or (None, None)))
-
-
-def _object_rows(analysis: Analysis) -> Iterator[dict]:
-    coco = analysis.coco
-    for model, table in analysis.objects.items():
-        for row, annotation_id in enumerate(table.annotation_ids.tolist()):
-            annotation = coco.anns[annotation_id]
-            background, seen, unseen = table.false_positives[row].tolist()
-            yield {
-                "model": model,
-                "protocol": table.protocol,
-                "annotation_id": annotation_id,
-                "image_id": annotation["image_id"],
-                "class": coco.cats[annotation["category_id"]]["name"],
-                "seen": not bool(table.is_unseen[row]),
-                "overlap": round(float(table.overlaps[row]), 6),
-                "score": round(float(table.scores[row]), 6),
-                "iou": round(float(table.ious[row]), 6),
-                "boundary_iou": round(float(table.boundary_ious[row]), 6),
-                "false_positives_background": background,
-                "false_positives_seen": seen,
-                "false_positives_unseen": unseen,
-            }
+def _difference(entry: Mapping) -> str:
+    note = uncertainty_note(entry)
+    text = _cell(entry["difference"], entry["interval"], sign="+")
+    return f"{text} ({note})" if note and text != "-" else text

@@ -1,14 +1,13 @@
 """Evaluation on subsets of classes and objects, independent of how a model was trained."""
 
-from .coco_evaluation import PartiallySupervisedCOCOEvaluator, warn_of_many_objects
-from .overlap import OverlapBin, compute_overlaps, overlap_bins
-from .pixel_errors import (
-    ObjectRegions,
-    boundary_iou,
-    count_pixels,
-    find_object_regions,
+from .coco_evaluation import (
+    PartiallySupervisedCOCOEvaluator,
+    comparison_table,
+    results_table,
+    warn_of_many_objects,
 )
-from .results_table import comparison_table, results_table
+from .overlap import OverlapBin, compute_overlaps, overlap_bins
+from .pixel_errors import ObjectRegions, boundary_iou, count_pixels, find_object_regions
 from .subset_ap import (
     AREA_RANGES,
     IOU_THRESHOLDS,
