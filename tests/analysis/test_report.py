@@ -14,12 +14,16 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.text, self._skipped = [], [], False
+        self.tags, self.text, self.rows, self._skipped = [], [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         self._skipped = tag in ("script", "style")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         self._skipped = False
@@ -27,6 +31,8 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if not self._skipped:
             self.text.append(data)
+        if self.lasttag in ("th", "td") and data.strip():
+            self.rows[-1][-1] += data
 
     def words(self):
         return re.sub(r"\s+", " ", "".join(self.text))
@@ -79,3 +85,27 @@ def test_names_of_the_input_are_text_wherever_they_stand(tmp_path):
     assert "<script>alert" not in text and "<img src=x" not in text
     # Plotly reads some HTML in its texts, so names are escaped there once more.
     assert "\\u003cscript\\u003ealert(1)" not in text
+
+
+def test_tables_of_the_report(tmp_path):
+    rows = write(example_analysis(tmp_path), tmp_path).rows
+
+    def table(*header):
+        """Its rows by their first cells; of equal ones, the last table's."""
+        start, *_ = [i for i, x in enumerate(rows) if x[: len(header)] == list(header)]
+        end = next((i for i in range(start + 1, len(rows)) if rows[i][0] == header[0]), None)
+        return rows[start + 1 : end]
+
+    results = table("objects", "model", "AP", "AP50")[:8]
+    assert [x[1] for x in results] == ["exact", "swollen"] * 4
+    assert results[0][2] == "100.0 [100.0, 100.0]" and results[0][7] == "-"
+    assert [x[-1] for x in results] == ["12"] * 2 + ["6"] * 4 + ["18"] * 2
+    assert table("objects", "AP")[2][:2] == ["seen classes", "+0.0 [0.0, 0.0] (contains 0)"]
+    bins = [x for x in rows if x[0] == "0.4 < O ≤ 0.5"]
+    assert ["0.4 < O ≤ 0.5", "6 (few)", "1.000", "0.833"] in bins
+    assert ["overlap", "objects", "swollen: threshold", "swollen: interact"] in rows
+    pixels = table("model", "boxes")[:4]
+    assert [x[3] for x in pixels] == ["-", "100.0 % (600 px)"] * 2
+    classes = table("class", "masks", "objects", "exact", "swollen", "swollen − exact")
+    assert [x[0] for x in classes[:3]] == ["dog", "pole", "kite"]
+    assert classes[0][-1] == "+0.0 [0.0, 0.0] (contains 0)"

@@ -7,13 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .objects import PIXEL_COLORS
-from .tables import PROTOCOL_LABELS, pseudo_mask_results, results_by_protocol, uncertainty_note
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["make_figures", "model_color"]
+__all__ = [
+    "PROTOCOL_LABELS",
+    "make_figures",
+    "model_color",
+    "pseudo_mask_results",
+    "results_by_protocol",
+    "uncertainty_note",
+]
 
+PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
 # Okabe and Ito's colours, as far as they have contrast on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
 # Colour is never the only sign of a model.
@@ -23,6 +30,35 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 def model_color(index: int) -> str:
     """Colour of the model at a position of the command line, "#rrggbb"."""
     return _COLORS[index % len(_COLORS)]
+
+
+def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
+    """{protocol: {model: its numbers}}, detections first; without empty protocols."""
+    models = summary["models"].items()
+    results = {
+        "detections": {name: x for name, x in models if "segm" in x},
+        "gt_boxes": {name: x["gt_boxes"] for name, x in models if "gt_boxes" in x},
+    }
+    return {protocol: x for protocol, x in results.items() if x}
+
+
+def pseudo_mask_results(summary: Mapping) -> dict[str, Mapping]:
+    """The quality of the pseudo masks of each method, {"MODEL: METHOD": its numbers}."""
+    return {
+        f"{name}: {method}": quality
+        for name, x in summary["models"].items()
+        for method, quality in x.get("pseudo_masks", {}).get("methods", {}).items()
+    }
+
+
+def uncertainty_note(difference: Mapping) -> str:
+    """Why a difference is not established, in two or three words; "" where it is."""
+    if difference["interval"] is None:
+        return "no interval"
+    if difference["includes_zero"]:
+        return "contains 0"
+    # All objects are in one image, which every resample repeats.
+    return "too few images" if difference["interval"][0] == difference["interval"][1] else ""
 
 
 def make_figures(summary: Mapping) -> dict[str, go.Figure]:

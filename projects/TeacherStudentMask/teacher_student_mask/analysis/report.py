@@ -6,13 +6,20 @@ import importlib.resources
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from . import tables
-from .figures import make_figures, model_color
+from ..evaluation import METRICS
+from .figures import (
+    PROTOCOL_LABELS,
+    make_figures,
+    model_color,
+    pseudo_mask_results,
+    results_by_protocol,
+    uncertainty_note,
+)
 from .objects import PIXEL_COLORS, draw_objects
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ def write_report(
     """
     try:
         import jinja2
-        import pandas as pd
+        import plotly.express  # noqa: F401 (needs pandas)
         import plotly.offline
     except ImportError as e:
         raise InputError(
@@ -82,17 +89,17 @@ def write_report(
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(_read_template),
     )
-    with pd.option_context("display.max_colwidth", None):
-        page = environment.get_template("report.html.j2").render(
-            _content(analysis.summary),
-            css=_read_template("report.css"),
-            plotly_js=plotly.offline.get_plotlyjs(),
-            shown=shown,
-            shown_protocol=tables.PROTOCOL_LABELS[protocol],
-            pictures=pictures,
-            num_grey=num_grey,
-            pixel_colors=PIXEL_COLORS,
-        )
+    environment.filters |= {"cell": _format_cell, "difference": _format_difference}
+    page = environment.get_template("report.html.j2").render(
+        _content(analysis.summary),
+        css=_read_template("report.css"),
+        plotly_js=plotly.offline.get_plotlyjs(),
+        shown=shown,
+        protocol_shown=protocol,
+        pictures=pictures,
+        num_grey=num_grey,
+        pixel_colors=PIXEL_COLORS,
+    )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -100,7 +107,6 @@ def write_report(
 
 def _content(summary: Mapping) -> dict:
     """The variables of templates/report.html.j2, without the pictures."""
-    results, labels = tables.results_by_protocol(summary), tables.PROTOCOL_LABELS
     figures = {
         name: figure.to_html(
             full_html=False,
@@ -110,39 +116,53 @@ def _content(summary: Mapping) -> dict:
         )
         for name, figure in make_figures(summary).items()
     }
-    curves = [("overlap-detections", "detections", "AP", 1)]
-    curves += [("overlap-AP", "gt_boxes", "AP", 1)]
-    curves += [(f"overlap-{x}", "gt_boxes", x, 3) for x in ("mask_iou", "boundary_iou")]
-    quality = tables.pseudo_mask_results(summary)
-    differences = {
-        f"{x['model']} minus {x['baseline']}, {labels[x['protocol']]}": x
-        for x in summary["differences"]
-    }
-
-    def html(table) -> str:
-        return table.to_html(index=False, border=0, escape=True)
-
+    overlap = [
+        ("overlap-detections", "detections", "AP", "AP on detected boxes", 1),
+        ("overlap-AP", "gt_boxes", "AP", "AP on ground-truth boxes", 1),
+        ("overlap-mask_iou", "gt_boxes", "mask_iou", "mask IoU on ground-truth boxes", 3),
+        (
+            "overlap-boundary_iou",
+            "gt_boxes",
+            "boundary_iou",
+            "boundary IoU on ground-truth boxes",
+            3,
+        ),
+    ]
     return {
         "summary": summary,
         "colors": {name: model_color(i) for i, name in enumerate(summary["models"])},
         "figures": figures,
-        "results": {labels[x]: html(tables.results_table(summary, x)) for x in results},
-        "differences": {
-            pair: html(tables.differences_table(summary, x)) for pair, x in differences.items()
+        "labels": PROTOCOL_LABELS,
+        "metrics": METRICS,
+        "tasks": {
+            "segm_unseen": "unseen classes",
+            "segm_unseen_overlap": f"unseen, overlap ≥ {summary['settings']['overlap_threshold']:g}",
+            "segm_seen": "seen classes",
+            "segm": "all classes",
         },
-        "overlap": [
-            (
-                name,
-                f"{metric.replace('_iou', ' IoU')} on {labels[protocol]}",
-                html(tables.bins_table(results[protocol], metric, digits)),
-            )
-            for name, protocol, metric, digits in curves
-            if name in figures
-        ],
-        "false_positives": html(tables.false_positives_table(summary)),
-        "pseudo_masks": html(tables.bins_table(quality, "mask_iou", 3)) if quality else "",
-        "classes": {labels[x]: html(tables.class_table(summary, x)) for x in results},
+        "results": results_by_protocol(summary),
+        "overlap": [x for x in overlap if x[0] in figures],
+        "pseudo_masks": pseudo_mask_results(summary),
     }
+
+
+def _format_cell(
+    value: float | None, interval: Sequence[float] | None = None, digits: int = 1, sign: str = ""
+) -> str:
+    """ "1.2 [0.3, 2.1]"; "-" where the value is undefined."""
+    if value is None:
+        return "-"
+    # + 0.0: "-0.0" would claim a direction.
+    value, *ends = (round(x, digits) + 0.0 for x in (value, *(interval or ())))
+    text = f"{value:{sign}.{digits}f}"
+    return f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else text
+
+
+def _format_difference(entry: Mapping) -> str:
+    """ "+1.2 [0.3, 2.1]", with a note where it is not established."""
+    text = _format_cell(entry["difference"], entry["interval"], sign="+")
+    note = uncertainty_note(entry)
+    return f"{text} ({note})" if note and text != "-" else text
 
 
 def _read_template(name: str) -> str:

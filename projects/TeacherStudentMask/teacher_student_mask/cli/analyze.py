@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ..analysis import Settings, analyze, write_report
-    from ..analysis.tables import PROTOCOL_LABELS, results_by_protocol
+    from ..analysis.figures import PROTOCOL_LABELS, results_by_protocol
     from ..evaluation import comparison_table
 
     setup_logger(name="teacher_student_mask")
