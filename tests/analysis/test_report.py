@@ -72,11 +72,9 @@ def test_page_asks_nothing_of_a_network(tmp_path):
 
 def test_names_of_the_input_are_text_wherever_they_stand(tmp_path):
     analysis = example_analysis(tmp_path, names=("a", HOSTILE), classes=("dog", HOSTILE, "kite"))
-    for image in analysis.coco.imgs.values():
-        image["file_name"] = HOSTILE
     analysis.summary["command"] = HOSTILE
     analysis.summary["warnings"] = [{"file": HOSTILE, "message": HOSTILE, "count": 1}]
-    path = write_report(analysis, tmp_path / "out")
+    path = write_report(analysis, tmp_path / "out", image_root=str(tmp_path))
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert HOSTILE in page.words()

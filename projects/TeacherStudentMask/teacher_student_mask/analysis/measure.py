@@ -22,17 +22,11 @@ from ..class_splits import resolve_seen_classes
 from ..coco_json import Finding, load_ground_truth, load_results
 from ..errors import InputError
 from ..evaluation import (
-    AREA_RANGES,
     METRICS,
-    Matches,
-    PrecisionOfSubsets,
-    Subset,
-    at_iou,
+    TaskMetrics,
     compute_overlaps,
     find_candidate_pairs,
-    mean_percent,
     overlap_bins,
-    subset_metrics,
     warn_of_many_objects,
 )
 from .objects import ObjectTable, measure_objects
@@ -67,8 +61,7 @@ class Settings:
         overlap_bins: edges, rising from 0 to 1.
         score_threshold: smallest score of a detection whose false positives are attributed.
         min_objects_per_bin: bins with fewer are flagged.
-        ties: whose a false-positive pixel is that seen and unseen objects cover: "seen" or
-            "smaller".
+        ties: whose a pixel is that seen and unseen objects cover: "seen" or "smaller".
         max_detections: of a class in an image, that count; 100 as in COCO.
 
     Raises:
@@ -155,13 +148,10 @@ def analyze(
     for annotation in coco.dataset["annotations"]:
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
-    models: dict[str, dict] = {
-        name: {
-            "results": files["detections"].get(name),
-            "gt_box_results": files["gt_boxes"].get(name),
-        }
-        for name in names
-    }
+    models: dict[str, dict] = {}
+    for name in names:
+        paths = (of_protocol.get(name) for of_protocol in files.values())
+        models[name] = dict(zip(("results", "gt_box_results"), paths))
     objects: dict[str, dict[str, ObjectTable]] = {protocol: {} for protocol in files}
     statistics: dict[str, dict[str, _Statistics]] = {protocol: {} for protocol in files}
     for name, protocol in itertools.product(names, files):
@@ -233,47 +223,13 @@ class _Dataset:
         self.overlaps = compute_overlaps(coco)
 
     def measure_ap(self, detections: Sequence[dict], title: str) -> _Statistics:
-        """AP of the tasks, of each bin ("bin 3") and class ("class 17"), also on resamples."""
+        """All values of :class:`TaskMetrics`, also on resampled images."""
         pairs = find_candidate_pairs(
             self.coco, detections, max_detections=self.settings.max_detections
         )
-        # Crowds have no overlap, and count nowhere.
-        overlaps = np.array([self.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
-        is_unseen = np.isin(pairs.gt_classes, list(self.unseen))
-        bins = {f"bin {k}": is_unseen & x.contains(overlaps) for k, x in enumerate(self.bins)}
-        counts = {
-            "segm": np.ones(len(overlaps), dtype=bool),
-            "segm_seen": ~is_unseen,
-            "segm_unseen": is_unseen,
-            "segm_unseen_overlap": is_unseen & (overlaps >= self.settings.overlap_threshold),
-            **bins,
-            **{f"class {k}": pairs.gt_classes == k for k in range(len(self.class_names))},
-        }
-        subsets = {name: Subset(mask) for name, mask in bins.items()}
-        for name, area in itertools.product(("segm", "segm_unseen_overlap"), AREA_RANGES):
-            subsets[f"{name}/{area}"] = Subset(counts[name], area)
-        evaluate = PrecisionOfSubsets(Matches(pairs), subsets)
-
-        def measure(weights: np.ndarray | None = None) -> dict[Key, np.ndarray]:
-            precision = evaluate(weights)
-            tasks = {
-                "segm": subset_metrics(precision, "segm"),
-                "segm_seen": subset_metrics(precision, "segm", self.seen),
-                "segm_unseen": subset_metrics(precision, "segm", self.unseen),
-                "segm_unseen_overlap": subset_metrics(precision, "segm_unseen_overlap"),
-            }
-            values = {(task, metric): x for task in tasks for metric, x in tasks[task].items()}
-            for name in bins:
-                values[name, "AP"] = mean_percent(precision[name])
-                values[name, "AP50"] = mean_percent(at_iou(precision[name], 0.5))
-            all_iou = precision["segm/all"]
-            rows = {"AP": all_iou, "AP50": at_iou(all_iou, 0.5), "AP75": at_iou(all_iou, 0.75)}
-            for metric, x in rows.items():
-                # Of one class, all thresholds are defined or none.
-                per_class = 100 * x.mean(axis=-2)
-                values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}
-            return values
-
+        measure = TaskMetrics(
+            pairs, self.overlaps, self.seen, self.settings.overlap_threshold, self.bins
+        )
         values = {key: float(x) for key, x in measure().items()}
         size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
         num_resamples = self.settings.num_resamples
@@ -284,8 +240,7 @@ class _Dataset:
             total = -(-num_resamples // size)
             sampled = list(tqdm(batches, desc=title, total=total, disable=None))
         samples = {key: np.concatenate([np.zeros(0), *(x[key] for x in sampled)]) for key in values}
-        num_gt = {name: int((mask & ~pairs.gt_is_crowd).sum()) for name, mask in counts.items()}
-        return _Statistics(values, samples, num_gt, self.settings.confidence)
+        return _Statistics(values, samples, measure.num_gt, self.settings.confidence)
 
     def summarize(self, statistics: _Statistics, table: ObjectTable) -> dict:
         """All numbers of one model under one protocol."""
@@ -366,14 +321,13 @@ class _Dataset:
         }
 
     def describe(self, path: str) -> dict:
-        annotations = self.coco.dataset["annotations"]
-        objects = [x for x in annotations if not x["iscrowd"]]
+        objects = [x for x in self.coco.dataset["annotations"] if not x["iscrowd"]]
         num_unseen = sum(x["category_id"] in self.unseen_ids for x in objects)
         return {
             "annotations": str(path),
             "num_images": len(self.coco.imgs),
             "num_objects": len(objects),
-            "num_crowd": len(annotations) - len(objects),
+            "num_crowd": len(self.coco.anns) - len(objects),
             "num_seen": len(objects) - num_unseen,
             "num_unseen": num_unseen,
             "seen_classes": [self.class_names[k] for k in sorted(self.seen)],
@@ -394,20 +348,12 @@ def _mask_quality(table: ObjectTable, chosen: np.ndarray) -> dict:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """
-    All AP of one result file.
-
-    Args:
-        values: in 0-100, nan where there is no object.
-        samples: shape (resamples,) each, the values on resampled images.
-        num_gt: {the first part of the keys: number of objects that count}.
-        confidence: of the intervals.
-    """
+    """All AP of one result file, in 0-100, nan where there is no object."""
 
     values: dict[Key, float]
-    samples: dict[Key, np.ndarray]
-    num_gt: dict[str, int]
-    confidence: float
+    samples: dict[Key, np.ndarray]  # (resamples,) each, on resampled images
+    num_gt: dict[str, int]  # objects that count, by the first part of the keys
+    confidence: float  # of the intervals
 
     def interval(self, key: Key) -> list[float] | None:
         return percentile_interval(self.samples[key], self.confidence)
@@ -437,8 +383,7 @@ def percentile_interval(samples: np.ndarray, confidence: float) -> list[float] |
     Interval between the percentiles that leave out the same share of the samples on either side.
 
     Args:
-        samples: shape (resamples,), values of the statistic; nan where a resample left it
-            undefined, which is left out.
+        samples: shape (resamples,); nan, where a resample left it undefined, is left out.
         confidence: share of the samples inside, in (0, 1).
 
     Returns:

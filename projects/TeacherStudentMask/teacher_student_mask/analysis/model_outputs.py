@@ -6,13 +6,12 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -213,10 +212,8 @@ def _unseen_objects(
     The unseen objects that have a true mask, and a box with area in their image; image by image.
 
     Image and exclusion masks come from the mapper of the training, which forgets unseen masks
-    before anything else; the true masks from a second one, whose seen classes are all.
-
-    Yields:
-        The model's input; what training knows of the objects; their true masks; their overlaps.
+    before anything else; the true masks from a second one, whose seen classes are all. Yields the
+    model's input, what training knows of the objects, their true masks, and their overlaps.
     """
     json_file, image_root = find_test_dataset(trained.cfg)
     coco = load_ground_truth(json_file, reads_masks=False)
@@ -224,9 +221,14 @@ def _unseen_objects(
     cfg = resolve_auto_settings(trained.cfg).clone()
     # By the model's ids, as the annotations below.
     seen = resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, trained.class_names)
-    mapper = _make_mapper(cfg, seen)
+    # The mapper looks there for the classes, which the training data need not be at hand to tell.
+    cfg.DATASETS.TRAIN, cfg.DATASETS.SEEN_CLASSES = cfg.DATASETS.TEST[:1], "all"
+    # Of the training, but for the resize of testing in the place of augmentations.
+    resize = {"is_train": True, "augmentations": utils.build_augmentation(cfg, is_train=False)}
+    mapper = TeacherStudentDatasetMapper(cfg, seen_classes=seen, **resize)
     cfg.INPUT.RECTANGLE_AS_BOX_ONLY = False
-    truth_mapper = _make_mapper(cfg, range(len(trained.class_names)))
+    every_class = range(len(trained.class_names))
+    truth_mapper = TeacherStudentDatasetMapper(cfg, seen_classes=every_class, **resize)
     names, _ = dataset_classes(cfg.DATASETS.TEST[0])
     model_ids = match_classes(names, trained.class_names, json_file)
     num_left_out = 0
@@ -264,17 +266,6 @@ def _unseen_objects(
             f"{json_file}: the pseudo masks of {num_left_out} unseen objects are not measured: they"
             " have no true mask, or a box without area in their image."
         )
-
-
-def _make_mapper(cfg: CfgNode, seen_classes: Collection[int]) -> TeacherStudentDatasetMapper:
-    """Of the training, but for the resize of testing in the place of augmentations."""
-    cfg = cfg.clone()
-    # The mapper looks there for the classes, which the training data need not be at hand to tell.
-    cfg.DATASETS.TRAIN, cfg.DATASETS.SEEN_CLASSES = cfg.DATASETS.TEST[:1], "all"
-    augmentations = utils.build_augmentation(cfg, is_train=False)
-    return TeacherStudentDatasetMapper(
-        cfg, is_train=True, augmentations=augmentations, seen_classes=seen_classes
-    )
 
 
 def _summarize(overlaps: np.ndarray, ious: np.ndarray, bins: list[OverlapBin]) -> dict:

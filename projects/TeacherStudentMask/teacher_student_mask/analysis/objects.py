@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,8 @@ __all__ = [
     "measure_objects",
     "select_objects",
 ]
+
+logger = logging.getLogger(__name__)
 
 # What the pixels of a picture are; false positives are in the same colours in the figures.
 PIXEL_COLORS = {
@@ -143,12 +146,12 @@ def _match(objects: list[dict], detections: list[dict], by_iou: bool) -> list[tu
     """Pairs of an object and a detection, one to one; detections by falling score."""
     if not objects:
         return []
-    gt_boxes, dt_boxes = (np.array([x["bbox"] for x in rows]) for rows in (objects, detections))
-    gt_classes, dt_classes = (
-        np.array([x["category_id"] for x in rows]) for rows in (objects, detections)
+    gt_boxes, dt_boxes = (
+        np.array([x["bbox"] for x in rows], dtype=float) for rows in (objects, detections)
     )
-    ious = mask_util.iou(dt_boxes.astype(float), gt_boxes.astype(float), [False] * len(objects))
-    ious[dt_classes[:, None] != gt_classes] = 0
+    gt_classes, dt_classes = ([x["category_id"] for x in rows] for rows in (objects, detections))
+    ious = mask_util.iou(dt_boxes, gt_boxes, [False] * len(objects))
+    ious[np.not_equal.outer(dt_classes, gt_classes)] = 0
     d, g = np.nonzero(ious >= 0.5)
     # The best pairs first, or each detection in turn.
     order = np.lexsort((g, d, -ious[d, g])) if by_iou else np.lexsort((g, -ious[d, g], d))
@@ -194,38 +197,38 @@ def draw_objects(
     coco: COCO,
     summary: Mapping,
     tables: Sequence[ObjectTable],
-    image_root: str | None,
+    image_root: str,
     num_objects: int,
-) -> tuple[list[dict], int]:
+) -> list[dict]:
     """
     Draw the objects that :func:`select_objects` chooses: the true mask, then that of each model.
 
     Args:
         coco, summary: of an :class:`Analysis`.
         tables: its objects of one or two models.
-        image_root: folder of the images; with None, and where an image is missing, broken, of
-            another size, or outside of the folder, the masks stand on grey.
+        image_root: folder of the images. Objects whose image is missing, broken, of another size,
+            or outside of the folder are left out with a warning.
         num_objects: how many pictures at most.
 
     Returns:
-        The variables of the report's template for each picture, and how many pictures are grey.
+        The variables of the report's template for each picture.
     """
     unseen_names = set(summary["dataset"]["unseen_classes"])
     unseen_ids = {i for i, x in coco.cats.items() if x["name"] in unseen_names}
-    pictures, num_grey = [], 0
-    for row in select_objects(tables, num_objects).tolist():
+    pictures = []
+    rows = select_objects(tables, num_objects).tolist()
+    for row in rows:
         annotation = coco.anns[int(tables[0].annotation_ids[row])]
         image = coco.imgs[annotation["image_id"]]
         pixels = _read_grey(image, image_root)
-        num_grey += pixels is None
         if pixels is None:
-            pixels = np.full((image["height"], image["width"]), 150, np.uint8)
+            continue
         regions = _regions(coco, image["id"], unseen_ids, summary["settings"]["ties"])
         panels = _draw_panels(pixels, annotation, [x.rles[row] for x in tables], regions)
         _, data = cv2.imencode(".jpg", panels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
         picture = {
             "annotation_id": annotation["id"],
-            "file_name": image.get("file_name", ""),
+            "file_name": image["file_name"],
             "class_name": coco.cats[annotation["category_id"]]["name"],
             "is_unseen": bool(tables[0].is_unseen[row]),
             "overlap": float(tables[0].overlaps[row]),
@@ -235,13 +238,14 @@ def draw_objects(
             "source": "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii"),
         }
         pictures.append(picture)
-    return pictures, num_grey
+    if len(pictures) < len(rows):
+        num_lost = len(rows) - len(pictures)
+        logger.warning(f"{image_root}: the images of {num_lost} shown objects cannot be used.")
+    return pictures
 
 
-def _read_grey(image: Mapping, image_root: str | None) -> np.ndarray | None:
+def _read_grey(image: Mapping, image_root: str) -> np.ndarray | None:
     """uint8, shape (H, W); None where the image cannot be used."""
-    if image_root is None:
-        return None
     # A report is passed on: a json of a stranger must not put a private picture into it.
     root = os.path.abspath(image_root)
     path = os.path.abspath(os.path.join(root, image.get("file_name", "")))
@@ -259,7 +263,13 @@ def _draw_panels(
     pixels: np.ndarray, annotation: Mapping, masks: Sequence[dict], regions: ObjectRegions
 ) -> np.ndarray:
     """The true mask and, for each predicted mask, what its pixels are; panels side by side, RGB."""
-    x0, y0, x1, y1 = _crop_window(annotation["bbox"], *pixels.shape)
+    # A square around the box, 30 % larger, as far as it is in the image.
+    x, y, w, h = annotation["bbox"]
+    ends = []
+    for centre, length in ((x + w / 2, pixels.shape[1]), (y + h / 2, pixels.shape[0])):
+        centre, half = min(max(centre, 0), length), 0.65 * max(w, h, 18.0)
+        ends.append((max(0, round(centre - half)), min(length, round(centre + half))))
+    (x0, x1), (y0, y1) = ends
     scale = _PANEL_SIZE / max(y1 - y0, x1 - x0)
     size = (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale)))
     grey = 0.8 * cv2.resize(pixels[y0:y1, x0:x1], size, interpolation=cv2.INTER_AREA)[..., None]
@@ -283,12 +293,3 @@ def _draw_panels(
         panel = np.ascontiguousarray(panel.astype(np.uint8))
         panels += [gap, cv2.drawContours(panel, outlines, -1, (255, 255, 255), 1)]
     return np.hstack(panels[1:])
-
-
-def _crop_window(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """A square around a box XYWH, 30 % larger, as far as it is in the image; X0Y0X1Y1."""
-    x, y, w, h = box
-    half = 0.65 * max(w, h, 18.0)
-    centre_x, centre_y = np.clip(x + w / 2, 0, width), np.clip(y + h / 2, 0, height)
-    x0, y0 = max(0, round(centre_x - half)), max(0, round(centre_y - half))
-    return x0, y0, min(width, round(centre_x + half)), min(height, round(centre_y + half))

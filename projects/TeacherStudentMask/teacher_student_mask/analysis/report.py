@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["write_report"]
 
-logger = logging.getLogger(__name__)
-
 
 def write_report(
     analysis: Analysis,
@@ -45,7 +42,7 @@ def write_report(
     Args:
         analysis: of one or more models; not changed.
         output_dir: made if new; an earlier report is replaced.
-        image_root: folder of the images. None: the pictures show the masks on grey.
+        image_root: folder of the images; None: the report has no pictures of objects.
         num_objects: how many objects to picture at most. 200 take about 5 MB.
 
     Returns:
@@ -73,15 +70,10 @@ def write_report(
     # IoU on detected and on ground-truth boxes do not compare.
     protocol = next(iter(analysis.objects.values())).protocol
     shown = [name for name, x in analysis.objects.items() if x.protocol == protocol][:2]
-    pictures, num_grey = draw_objects(
-        analysis.coco,
-        analysis.summary,
-        [analysis.objects[x] for x in shown],
-        image_root,
-        num_objects,
-    )
-    if num_grey and image_root is not None:
-        logger.warning(f"{image_root}: {num_grey} images of shown objects cannot be used.")
+    pictures = []
+    if image_root is not None:
+        chosen = [analysis.objects[x] for x in shown]
+        pictures = draw_objects(analysis.coco, analysis.summary, chosen, image_root, num_objects)
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -97,7 +89,6 @@ def write_report(
         shown=shown,
         protocol_shown=protocol,
         pictures=pictures,
-        num_grey=num_grey,
         pixel_colors=PIXEL_COLORS,
     )
     path = folder / "report.html"
@@ -116,15 +107,18 @@ def _content(summary: Mapping) -> dict:
         )
         for name, figure in make_figures(summary).items()
     }
+    threshold = summary["settings"]["overlap_threshold"]
+    on_gt = "on ground-truth boxes"
     overlap = [
+        # Its figure, protocol, metric, title, digits.
         ("overlap-detections", "detections", "AP", "AP on detected boxes", 1),
-        ("overlap-AP", "gt_boxes", "AP", "AP on ground-truth boxes", 1),
-        ("overlap-mask_iou", "gt_boxes", "mask_iou", "mask IoU on ground-truth boxes", 3),
+        ("overlap-AP", "gt_boxes", "AP", f"AP {on_gt}", 1),
+        ("overlap-mask_iou", "gt_boxes", "mask_iou", f"mask IoU {on_gt}", 3),
         (
             "overlap-boundary_iou",
             "gt_boxes",
             "boundary_iou",
-            "boundary IoU on ground-truth boxes",
+            f"boundary IoU {on_gt}",
             3,
         ),
     ]
@@ -136,7 +130,7 @@ def _content(summary: Mapping) -> dict:
         "metrics": METRICS,
         "tasks": {
             "segm_unseen": "unseen classes",
-            "segm_unseen_overlap": f"unseen, overlap ≥ {summary['settings']['overlap_threshold']:g}",
+            "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}",
             "segm_seen": "seen classes",
             "segm": "all classes",
         },

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
@@ -18,16 +17,7 @@ from ..class_splits import match_classes, resolve_seen_classes
 from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import compute_overlaps, overlap_bins
-from .subset_ap import (
-    AREA_RANGES,
-    METRICS,
-    Matches,
-    PrecisionOfSubsets,
-    Subset,
-    find_candidate_pairs,
-    mean_percent,
-    subset_metrics,
-)
+from .subset_ap import METRICS, TaskMetrics, find_candidate_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +41,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
 
     - "segm_seen", "segm_unseen": the objects of the seen and of the unseen classes;
     - "segm_unseen_overlap": the objects of unseen classes with an overlap, Eq. (1) of the paper, of
-      at least the threshold. All other objects are ignored: a detection matched to one is neither
-      right nor wrong. A detection matched to no object is a false positive as always.
+      at least the threshold. All others are ignored: a detection matched to one is neither right
+      nor wrong. A detection matched to no object is a false positive as always.
 
     Each has AP, AP50, AP75, APs, APm, APl in 0-100, and num_gt, the number of non-crowd objects
     that count; an AP over no objects is nan. With ``overlap_bin_edges`` there is also
@@ -63,8 +53,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
     Classes are matched by name: the dataset may list the model's under other ids, or a part of
     them; predictions of the classes that it lacks are left out.
 
-    Mask AP needs a mask on every object, of unseen classes too. With annotations that have no masks
-    at all, boxes alone are evaluated.
+    Mask AP needs a mask on every object; where no object has one, boxes alone are evaluated.
     """
 
     def __init__(
@@ -163,38 +152,23 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             return results
         coco = self._coco_api
         image_ids = set(coco.imgs if coco_eval is None else coco_eval.params.imgIds)
-        objects = [
-            x
+        results["num_gt"] = sum(
+            x["image_id"] in image_ids and x["category_id"] in coco.cats and not x["iscrowd"]
             for x in coco.dataset["annotations"]
-            if x["image_id"] in image_ids and x["category_id"] in coco.cats and not x["iscrowd"]
-        ]
-        results["num_gt"] = len(objects)
+        )
         self._results[iou_type] = results
         if coco_eval is None and self._tasks is None:
             # Without any prediction the parent infers the task "bbox" alone.
             self._results["segm"] = dict(results)
             iou_type = "segm"
         if iou_type == "segm":
-            self._results.update(self._derive_subset_results(coco_eval, objects))
+            self._results.update(self._derive_subset_results(coco_eval))
         return results
 
-    def _derive_subset_results(
-        self, coco_eval: COCOeval | None, objects: list[dict]
-    ) -> dict[str, dict[str, float]]:
-        seen_ids = {x for k, x in enumerate(sorted(self._coco_api.cats)) if k in self._seen_classes}
-        overlap_of = compute_overlaps(self._coco_api)
-        overlaps = [overlap_of[x["id"]] for x in objects if x["category_id"] not in seen_ids]
-        num_gt = {
-            "segm_seen": len(objects) - len(overlaps),
-            "segm_unseen": len(overlaps),
-            "segm_unseen_overlap": sum(x >= self._overlap_threshold for x in overlaps),
-        }
-        bins = {
-            "AP_0" if x.high == 0 else f"AP_{x.low:g}_{x.high:g}": x for x in self._overlap_bins
-        }
-        results = {task: dict.fromkeys(METRICS, float("nan")) for task in num_gt}
-        of_bins = dict.fromkeys(bins, float("nan"))
-        if coco_eval is not None:
+    def _derive_subset_results(self, coco_eval: COCOeval | None) -> dict[str, dict[str, float]]:
+        if coco_eval is None:
+            pairs = find_candidate_pairs(self._coco_api, [])
+        else:
             pairs = find_candidate_pairs(
                 coco_eval.cocoGt,
                 coco_eval.cocoDt.dataset["annotations"],
@@ -202,27 +176,23 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 image_ids=coco_eval.params.imgIds,
                 ious=coco_eval.ious,
             )
-            # Crowds have no overlap, and count nowhere.
-            overlaps = np.array([overlap_of.get(x, 0.0) for x in pairs.gt_ids.tolist()])
-            is_unseen = ~np.isin(pairs.gt_classes, list(self._seen_classes))
-            is_overlapped = is_unseen & (overlaps >= self._overlap_threshold)
-            subsets = {name: Subset(is_unseen & x.contains(overlaps)) for name, x in bins.items()}
-            for area in AREA_RANGES:
-                subsets[f"all/{area}"] = Subset(np.ones_like(is_unseen), area)
-                subsets[f"overlap/{area}"] = Subset(is_overlapped, area)
-            precision = PrecisionOfSubsets(Matches(pairs), subsets)()
-            unseen = set(range(len(pairs.category_ids))) - self._seen_classes
-            results = {
-                "segm_seen": subset_metrics(precision, "all", self._seen_classes),
-                "segm_unseen": subset_metrics(precision, "all", unseen),
-                "segm_unseen_overlap": subset_metrics(precision, "overlap"),
-            }
-            of_bins = {name: float(mean_percent(precision[name])) for name in bins}
+        overlaps = compute_overlaps(self._coco_api)
+        evaluate = TaskMetrics(
+            pairs, overlaps, self._seen_classes, self._overlap_threshold, self._overlap_bins
+        )
+        # As the parent, which evaluates nothing where nothing is found.
+        nan = float("nan")
+        values = {key: nan if coco_eval is None else float(x) for key, x in evaluate().items()}
         results = {
-            task: {**{k: float(x) for k, x in of_task.items()}, "num_gt": num_gt[task]}
-            for task, of_task in results.items()
+            task: {**{m: values[task, m] for m in METRICS}, "num_gt": evaluate.num_gt[task]}
+            for task in TASKS[2:]
         }
-        return results | ({"segm_unseen_overlap_bins": of_bins} if bins else {})
+        if self._overlap_bins:
+            results["segm_unseen_overlap_bins"] = {
+                f"AP_{x.low:g}_{x.high:g}" if x.high else "AP_0": values[f"bin {k}", "AP"]
+                for k, x in enumerate(self._overlap_bins)
+            }
+        return results
 
 
 def warn_of_many_objects(

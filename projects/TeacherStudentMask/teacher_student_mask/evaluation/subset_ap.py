@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
+
+from .overlap import OverlapBin
 
 __all__ = [
     "AREA_RANGES",
@@ -18,6 +21,7 @@ __all__ = [
     "Matches",
     "PrecisionOfSubsets",
     "Subset",
+    "TaskMetrics",
     "at_iou",
     "find_candidate_pairs",
     "mean_percent",
@@ -417,6 +421,70 @@ def mean_percent(precision: np.ndarray) -> np.ndarray:
     count = is_defined.sum(axis=(-2, -1))
     total = np.where(is_defined, precision, 0).sum(axis=(-2, -1))
     return np.where(count > 0, 100 * total / np.maximum(count, 1), np.nan)
+
+
+class TaskMetrics:
+    """
+    AP of the tasks "segm", "segm_seen", "segm_unseen" and "segm_unseen_overlap" with six metrics
+    each, of each overlap bin ("bin 3": AP, AP50) and of each class ("class 17": AP, AP50, AP75).
+
+    Args:
+        pairs: detections and objects.
+        overlaps: {annotation id: overlap} of the non-crowd objects.
+        seen: positions of the seen classes.
+        threshold: smallest overlap of an object in "segm_unseen_overlap".
+        bins: hold objects of unseen classes.
+    """
+
+    def __init__(
+        self,
+        pairs: CandidatePairs,
+        overlaps: Mapping[int, float],
+        seen: Collection[int],
+        threshold: float,
+        bins: Sequence[OverlapBin],
+    ):
+        # Crowds have no overlap, and count nowhere.
+        values = np.array([overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
+        is_unseen = ~np.isin(pairs.gt_classes, list(seen))
+        self._seen = set(seen)
+        self._unseen = set(range(len(pairs.category_ids))) - self._seen
+        self._bins = {f"bin {k}": is_unseen & x.contains(values) for k, x in enumerate(bins)}
+        counts = {
+            "segm": np.ones_like(is_unseen),
+            "segm_seen": ~is_unseen,
+            "segm_unseen": is_unseen,
+            "segm_unseen_overlap": is_unseen & (values >= threshold),
+            **self._bins,
+            **{f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))},
+        }
+        #: {task, bin or class: number of its non-crowd objects}
+        self.num_gt = {name: int((x & ~pairs.gt_is_crowd).sum()) for name, x in counts.items()}
+        subsets = {name: Subset(mask) for name, mask in self._bins.items()}
+        for name, area in itertools.product(("segm", "segm_unseen_overlap"), AREA_RANGES):
+            subsets[f"{name}/{area}"] = Subset(counts[name], area)
+        self._evaluate = PrecisionOfSubsets(Matches(pairs), subsets)
+
+    def __call__(self, image_weights: np.ndarray | None = None) -> dict[tuple, np.ndarray]:
+        """{(task, bin or class, metric): AP in 0-100}; see :meth:`PrecisionOfSubsets.__call__`."""
+        precision = self._evaluate(image_weights)
+        tasks = {
+            "segm": subset_metrics(precision, "segm"),
+            "segm_seen": subset_metrics(precision, "segm", self._seen),
+            "segm_unseen": subset_metrics(precision, "segm", self._unseen),
+            "segm_unseen_overlap": subset_metrics(precision, "segm_unseen_overlap"),
+        }
+        values = {(task, metric): x for task in tasks for metric, x in tasks[task].items()}
+        for name in self._bins:
+            values[name, "AP"] = mean_percent(precision[name])
+            values[name, "AP50"] = mean_percent(at_iou(precision[name], 0.5))
+        of_all = precision["segm/all"]
+        rows = {"AP": of_all, "AP50": at_iou(of_all, 0.5), "AP75": at_iou(of_all, 0.75)}
+        for metric, x in rows.items():
+            # Of one class, all thresholds are defined or none.
+            per_class = 100 * x.mean(axis=-2)
+            values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}
+        return values
 
 
 def _in_range(areas: np.ndarray, name: str) -> np.ndarray:
