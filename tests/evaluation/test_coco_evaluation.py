@@ -52,15 +52,14 @@ def register(tmp_path):
     """Write a COCO json, register it, and unregister it after the test."""
     names = []
 
-    def _register(images, annotations, categories=CATEGORIES, load=True):
+    def _register(images, annotations, categories=CATEGORIES):
         name = f"evaluation_test_{next(_register.counter)}"
         path = tmp_path / f"{name}.json"
         data = {"images": images, "annotations": annotations, "categories": categories}
         path.write_text(json.dumps({"info": {}, **data}))
         register_coco_instances(name, {}, str(path), str(tmp_path))
         names.append(name)
-        if load:
-            DatasetCatalog.get(name)
+        DatasetCatalog.get(name)
         return name
 
     _register.counter = itertools.count()
@@ -159,22 +158,18 @@ def make_instances(boxes, classes, scores, masks=None):
     return instances
 
 
-def run(evaluator, outputs, **kwargs):
+def evaluate(name, outputs, seen_classes, **kwargs):
+    evaluator = PartiallySupervisedCOCOEvaluator(
+        name, distributed=False, seen_classes=seen_classes, **kwargs
+    )
     evaluator.reset()
     for image_id, instances in outputs.items():
         evaluator.process([{"image_id": image_id}], [{"instances": instances}])
     with contextlib.redirect_stdout(io.StringIO()):
-        return evaluator.evaluate(**kwargs)
+        return evaluator.evaluate()
 
 
-def evaluate(name, outputs, seen_classes, img_ids=None, **kwargs):
-    evaluator = PartiallySupervisedCOCOEvaluator(
-        name, distributed=False, seen_classes=seen_classes, **kwargs
-    )
-    return run(evaluator, outputs, **({} if img_ids is None else {"img_ids": img_ids}))
-
-
-def run_pycocotools(images, annotations, outputs, category_ids=None, img_ids=None, iou="segm"):
+def run_pycocotools(images, annotations, outputs, category_ids=None, iou="segm"):
     """The six AP of a COCOeval of its own."""
     detections = []
     for image_id, x in outputs.items():
@@ -196,7 +191,6 @@ def run_pycocotools(images, annotations, outputs, category_ids=None, img_ids=Non
         coco.createIndex()
         coco_eval = COCOeval(coco, coco.loadRes(detections), iou)
         coco_eval.params.catIds = category_ids or coco_eval.params.catIds
-        coco_eval.params.imgIds = img_ids or coco_eval.params.imgIds
         for step in (coco_eval.evaluate, coco_eval.accumulate, coco_eval.summarize):
             step()
     return {metric: 100 * x if x > -1 else math.nan for metric, x in zip(METRICS, coco_eval.stats)}

@@ -20,12 +20,12 @@ def row(text):
     return encode([[c == "#" for c in text]])
 
 
-def count(predicted, own, others=(), crowds=(), ties="seen"):
+def count(predicted, own, others=(), crowds=()):
     """Masks of one row; ``others`` are pairs (mask, is seen). The own object is an unseen one."""
     objects = [row(own), *(row(mask) for mask, _ in others)]
     is_seen = [False, *(seen for _, seen in others)]
     size = (1, len(own))
-    regions = find_object_regions(size, objects, is_seen, [row(x) for x in crowds], ties=ties)
+    regions = find_object_regions(size, objects, is_seen, [row(x) for x in crowds])
     return count_pixels(row(predicted), row(own), regions)
 
 
@@ -40,22 +40,6 @@ def test_each_pixel_counts_once_by_hand():
     # an unseen one; 6 under a crowd alone; 7 on nothing.
     assert (counts.intersection, counts.union) == (1, 8)
     assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (2, 1, 2, 1)
-
-
-@pytest.mark.parametrize(
-    "seen, unseen, ties, expected",
-    [
-        ("####..", "##....", "seen", (2, 0)),
-        ("####..", "##....", "smaller", (0, 2)),
-        ("##....", "####..", "smaller", (2, 0)),
-        # Of equal areas the seen one.
-        ("##....", "##....", "smaller", (2, 0)),
-    ],
-)
-def test_pixels_on_objects_of_both_kinds(seen, unseen, ties, expected):
-    for others in ([(seen, True), (unseen, False)], [(unseen, False), (seen, True)]):
-        counts = count("##....", own="....##", others=others, ties=ties)
-        assert (counts.seen, counts.unseen) == expected
 
 
 @settings(max_examples=60, deadline=None)

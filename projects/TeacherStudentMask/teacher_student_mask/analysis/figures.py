@@ -23,8 +23,6 @@ __all__ = [
 PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
 # Okabe and Ito's colours, as far as they have contrast on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
-# Colour is never the only sign of a model.
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 def model_color(index: int) -> str:
@@ -106,14 +104,13 @@ def _curves(results: Mapping, metric: str, title: str, colors: Mapping) -> go.Fi
         x="overlap",
         y=title,
         color="model",
-        symbol="model",
+        symbol="model",  # colour is never the only sign of a model
         markers=True,
         error_y="above",
         error_y_minus="below",
         hover_data="objects",
         color_discrete_map=colors,
         color_discrete_sequence=_COLORS,
-        symbol_sequence=_SYMBOLS,
         labels={"overlap": "overlap O: upper edge of the bin"},
     )
     figure.update_traces(marker_size=9, error_y={"thickness": 1.2, "width": 3})

@@ -266,9 +266,9 @@ class _Dataset:
         ]
         numbers["overlap_bins"] = []
         for k, x in enumerate(self.bins):
-            key = f"bin {k}"
-            row = {"low": x.low, "high": x.high, "num_gt": num_gt[key]}
-            row["few"] = num_gt[key] < self.settings.min_objects_per_bin
+            key, num = f"bin {k}", num_gt[f"bin {k}"]
+            row = {"low": x.low, "high": x.high, "num_gt": num}
+            row["few"] = num < self.settings.min_objects_per_bin
             row |= {m: values[key, m] for m in ("AP", "AP50")}
             row |= {f"{m}_interval": interval((key, m)) for m in ("AP", "AP50")}
             if is_on_gt_boxes:

@@ -272,9 +272,8 @@ def _summarize(overlaps: np.ndarray, ious: np.ndarray, bins: list[OverlapBin]) -
     def mean(values: np.ndarray) -> float | None:
         return float(values.mean()) if len(values) > 0 else None
 
-    chosen = [(x, ious[x.contains(overlaps)]) for x in bins]
-    rows = [
-        {"low": x.low, "high": x.high, "num_gt": len(values), "mask_iou": mean(values)}
-        for x, values in chosen
-    ]
+    rows = []
+    for x in bins:
+        values = ious[x.contains(overlaps)]
+        rows.append({"low": x.low, "high": x.high, "num_gt": len(values), "mask_iou": mean(values)})
     return {"mask_iou": mean(ious), "overlap_bins": rows}

@@ -66,7 +66,11 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
     for image_id in coco.imgs:
         annotations = [x for x in coco.imgToAnns.get(image_id, []) if not x.get("iscrowd", 0)]
         boxes = np.asarray([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
-        rles = [_to_rle(coco, x) if has_mask(x) else None for x in annotations]
+        rles = []
+        for x in annotations:
+            mask = x.get("segmentation")
+            mask = valid_polygons(mask) if isinstance(mask, list) else mask
+            rles.append(coco.annToRLE({**x, "segmentation": mask}) if has_mask(x) else None)
         num_without_mask += rles.count(None)
         values = _overlaps_of_image(boxes, rles).tolist()
         overlaps.update({x["id"]: value for x, value in zip(annotations, values)})
@@ -76,13 +80,6 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
             "taken to cover nothing."
         )
     return overlaps
-
-
-def _to_rle(coco: COCO, annotation: dict) -> dict:
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        segmentation = valid_polygons(segmentation)
-    return coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
 
 
 def _overlaps_of_image(boxes: np.ndarray, rles: list) -> np.ndarray:
