@@ -67,7 +67,7 @@ def make_files(folder, names=("dog", "pole", "kite"), num_images=6):
 def run(files, names=("exact", "swollen"), settings=Settings(num_resamples=40), **kwargs):
     """The analysis of :func:`make_files`; ``names`` are those of the two models."""
     results = dict(zip(names, (files["exact"], files["swollen"])))
-    kwargs = {"results": results, "seen_classes": "dog", "show_progress": False, **kwargs}
+    kwargs = {"results": results, "seen_classes": "dog", **kwargs}
     return analyze(files["truth"], settings=settings, **kwargs)
 
 

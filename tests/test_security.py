@@ -139,12 +139,10 @@ def test_the_rule_lets_pass(source):
 
 def test_no_template_marks_the_input_as_safe():
     (template,) = PACKAGE.rglob("*.j2")
-    # Of the report: its style sheet, plotly, and html of plotly and pandas, which escape names;
+    # Of the report: its style sheet, plotly, and html of plotly, which escapes names;
     # tests/analysis/test_report.py looks at it.
     marked = re.findall(r"{{[^}]*\|\s*safe\s*}}", template.read_text(encoding="utf-8"))
-    assert set(marked) <= {
-        f"{{{{ {x} | safe }}}}" for x in ("plotly_js", "css", "content", "figures[name]")
-    }
+    assert set(marked) <= {f"{{{{ {x} | safe }}}}" for x in ("plotly_js", "css", "figures[name]")}
     assert "autoescape false" not in template.read_text(encoding="utf-8")
 
 

@@ -1,8 +1,4 @@
-"""
-The figures of the report, by plotly.
-
-Names from the input are escaped here: plotly reads a part of HTML in its texts.
-"""
+"""The figures of the report. Names are escaped: plotly reads a part of HTML in its texts."""
 
 from __future__ import annotations
 
@@ -11,28 +7,56 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .objects import PIXEL_COLORS
-from .tables import PROTOCOL_LABELS, pseudo_mask_results, results_by_protocol, uncertainty_note
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["GT_BOX_METRICS", "make_figures", "model_color"]
+__all__ = [
+    "PROTOCOL_LABELS",
+    "make_figures",
+    "model_color",
+    "pseudo_mask_results",
+    "results_by_protocol",
+    "uncertainty_note",
+]
 
+PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
 # Okabe and Ito's colours, as far as they have contrast on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
-# Colour is never the only sign of a model.
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
-# Of an overlap bin: title of the axis, digits.
-GT_BOX_METRICS = {
-    "AP": ("AP on ground-truth boxes", 1),
-    "mask_iou": ("mean mask IoU on ground-truth boxes", 3),
-    "boundary_iou": ("mean boundary IoU on ground-truth boxes", 3),
-}
 
 
 def model_color(index: int) -> str:
     """Colour of the model at a position of the command line, "#rrggbb"."""
     return _COLORS[index % len(_COLORS)]
+
+
+def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
+    """{protocol: {model: its numbers}}, detections first; without empty protocols."""
+    models = summary["models"].items()
+    results = {
+        "detections": {name: x for name, x in models if "segm" in x},
+        "gt_boxes": {name: x["gt_boxes"] for name, x in models if "gt_boxes" in x},
+    }
+    return {protocol: x for protocol, x in results.items() if x}
+
+
+def pseudo_mask_results(summary: Mapping) -> dict[str, Mapping]:
+    """The quality of the pseudo masks of each method, {"MODEL: METHOD": its numbers}."""
+    return {
+        f"{name}: {method}": quality
+        for name, x in summary["models"].items()
+        for method, quality in x.get("pseudo_masks", {}).get("methods", {}).items()
+    }
+
+
+def uncertainty_note(difference: Mapping) -> str:
+    """Why a difference is not established, in two or three words; "" where it is."""
+    if difference["interval"] is None:
+        return "no interval"
+    if difference["includes_zero"]:
+        return "contains 0"
+    # All objects are in one image, which every resample repeats.
+    return "too few images" if difference["interval"][0] == difference["interval"][1] else ""
 
 
 def make_figures(summary: Mapping) -> dict[str, go.Figure]:
@@ -51,9 +75,9 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     figures = {"false-positives": _false_positive_shares(results)}
     if "detections" in results:
         figures["overlap-detections"] = _curves(results["detections"], "AP", "AP", colors)
-    for metric, (title, _) in GT_BOX_METRICS.items():
-        if "gt_boxes" in results:
-            figures[f"overlap-{metric}"] = _curves(results["gt_boxes"], metric, title, colors)
+    for metric in ("AP", "mask_iou", "boundary_iou") if "gt_boxes" in results else ():
+        title = f"{metric.replace('_iou', ' IoU')} on ground-truth boxes"
+        figures[f"overlap-{metric}"] = _curves(results["gt_boxes"], metric, title, colors)
     quality = pseudo_mask_results(summary)
     if quality:
         figures["pseudo-masks"] = _curves(quality, "mask_iou", "mean IoU", {})
@@ -76,18 +100,17 @@ def _curves(results: Mapping, metric: str, title: str, colors: Mapping) -> go.Fi
     if not rows:
         return None
     figure = px.line(
-        _columns(rows),
+        rows,
         x="overlap",
         y=title,
         color="model",
-        symbol="model",
+        symbol="model",  # colour is never the only sign of a model
         markers=True,
         error_y="above",
         error_y_minus="below",
         hover_data="objects",
         color_discrete_map=colors,
         color_discrete_sequence=_COLORS,
-        symbol_sequence=_SYMBOLS,
         labels={"overlap": "overlap O: upper edge of the bin"},
     )
     figure.update_traces(marker_size=9, error_y={"thickness": 1.2, "width": 3})
@@ -114,7 +137,7 @@ def _false_positive_shares(results: Mapping[str, Mapping]) -> go.Figure | None:
     if not rows:
         return None
     figure = px.bar(
-        _columns(rows),
+        rows,
         x="share, %",
         y="result",
         color="pixels",
@@ -145,7 +168,7 @@ def _class_differences(difference: Mapping) -> go.Figure | None:
         for x in sorted(classes, key=lambda x: x["difference"])
     ]
     figure = px.bar(
-        _columns(rows),
+        rows,
         x="difference in AP",
         y="class",
         color="interval",
@@ -163,14 +186,9 @@ def _class_differences(difference: Mapping) -> go.Figure | None:
 
 
 def _error_bar(value: float, interval: Sequence[float] | None) -> dict:
-    """An interval as plotly wants it: distances from the value."""
     low, high = interval or (value, value)
-    # A percentile interval can lie beside its value.
+    # Distances; a percentile interval can lie beside its value.
     return {"above": max(0, high - value), "below": max(0, value - low)}
-
-
-def _columns(rows: Sequence[Mapping]) -> dict[str, list]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _finish(figure: go.Figure, height: int) -> go.Figure:

@@ -8,8 +8,9 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -21,18 +22,11 @@ from ..class_splits import resolve_seen_classes
 from ..coco_json import Finding, load_ground_truth, load_results
 from ..errors import InputError
 from ..evaluation import (
-    AREA_RANGES,
     METRICS,
-    CandidatePairs,
-    Matches,
-    PrecisionOfSubsets,
-    Subset,
-    at_iou,
+    TaskMetrics,
     compute_overlaps,
     find_candidate_pairs,
-    mean_percent,
     overlap_bins,
-    subset_metrics,
     warn_of_many_objects,
 )
 from .objects import ObjectTable, measure_objects
@@ -41,10 +35,8 @@ __all__ = [
     "Analysis",
     "SCHEMA_VERSION",
     "Settings",
-    "Statistics",
     "TASKS",
     "analyze",
-    "compute_statistics",
     "percentile_interval",
     "resample_images",
 ]
@@ -69,8 +61,7 @@ class Settings:
         overlap_bins: edges, rising from 0 to 1.
         score_threshold: smallest score of a detection whose false positives are attributed.
         min_objects_per_bin: bins with fewer are flagged.
-        ties: whose a false-positive pixel is that seen and unseen objects cover: "seen" or
-            "smaller".
+        ties: whose a pixel is that seen and unseen objects cover: "seen" or "smaller".
         max_detections: of a class in an image, that count; 100 as in COCO.
 
     Raises:
@@ -118,8 +109,6 @@ def analyze(
     settings: Settings = Settings(),
     pseudo_masks: Mapping[str, dict] | None = None,
     baseline: str | None = None,
-    command: str | None = None,
-    show_progress: bool = True,
 ) -> Analysis:
     """
     Measure one or several models on the same ground truth.
@@ -134,55 +123,44 @@ def analyze(
         settings: thresholds, bins, intervals.
         pseudo_masks: {name: quality}, as :func:`measure_pseudo_masks` returns it.
         baseline: the model that all others are compared with; None: every pair is compared.
-        command: for the record; None: that of this process.
-        show_progress: write progress bars to stderr.
 
     Returns:
         The measurements; :func:`write_report` makes files of them.
 
     Raises:
         InputError: a file is not what it should be (the message names file, entry and field), or
-            there are no results, or a name of a class or of the baseline is not known.
+            the name of a class or of the baseline is not known.
     """
-    files = {"detections": dict(results or {}), "gt_boxes": dict(gt_box_results or {})}
+    files = {"detections": results or {}, "gt_boxes": gt_box_results or {}}
     names = list(dict.fromkeys([*files["detections"], *files["gt_boxes"]]))
-    if not names:
-        raise InputError("There is nothing to analyse: give results, gt_box_results, or both.")
     if baseline not in (None, *names):
         raise InputError(
             f"The baseline is {baseline!r}; it must be one of the models: {', '.join(names)}."
         )
     warnings: list[Finding] = []
     coco = load_ground_truth(annotations, warnings=warnings)
-    limit = settings.max_detections
-    raise_it = "--max-detections (Settings.max_detections) raises the number."
-    what = f"objects in {annotations}"
-    has_many = warn_of_many_objects(coco.dataset["annotations"], limit, what, raise_it)
+
+    def warn_of_many(rows: Sequence[dict], what: str) -> bool:
+        raise_it = "--max-detections (Settings.max_detections) raises the number."
+        return warn_of_many_objects(rows, settings.max_detections, what, raise_it)
+
+    has_many = warn_of_many(coco.dataset["annotations"], f"objects in {annotations}")
     for annotation in coco.dataset["annotations"]:
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
-    models: dict[str, dict] = {
-        name: {
-            "results": files["detections"].get(name),
-            "gt_box_results": files["gt_boxes"].get(name),
-        }
-        for name in names
-    }
-    objects: dict[str, dict[str, ObjectTable]] = {"detections": {}, "gt_boxes": {}}
-    statistics: dict[str, dict[str, Statistics]] = {"detections": {}, "gt_boxes": {}}
+    models: dict[str, dict] = {}
+    for name in names:
+        paths = (of_protocol.get(name) for of_protocol in files.values())
+        models[name] = dict(zip(("results", "gt_box_results"), paths))
+    objects: dict[str, dict[str, ObjectTable]] = {protocol: {} for protocol in files}
+    statistics: dict[str, dict[str, _Statistics]] = {protocol: {} for protocol in files}
     for name, protocol in itertools.product(names, files):
         if name not in files[protocol]:
             continue
-        detections = load_results(files[protocol][name], coco, warnings)
-        if not has_many:
-            what = f"entries in {files[protocol][name]}"
-            has_many = warn_of_many_objects(detections, limit, what, raise_it)
-        title = f"{name} ({protocol}): intervals"
-        with tqdm(desc=title, total=settings.num_resamples, disable=not show_progress) as bar:
-            pairs = find_candidate_pairs(coco, detections, max_detections=settings.max_detections)
-            # Crowds have no overlap, and count nowhere.
-            overlaps = np.array([dataset.overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
-            found = compute_statistics(pairs, overlaps, dataset.unseen, settings, bar.update)
+        path = files[protocol][name]
+        detections = load_results(path, coco, warnings)
+        has_many = has_many or warn_of_many(detections, f"entries in {path}")
+        found = dataset.measure_ap(detections, title=f"{name} ({protocol}): intervals")
         table = measure_objects(
             coco,
             detections,
@@ -203,7 +181,7 @@ def analyze(
     summary = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
-        "command": command or " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "versions": {
             "python": platform.python_version(),
             **{x: importlib.metadata.version(x) for x in ("numpy", "pycocotools")},
@@ -214,7 +192,8 @@ def analyze(
         "differences": [
             dataset.compare(of_protocol, first, second, protocol)
             for protocol, of_protocol in statistics.items()
-            for first, second in _pairs(list(of_protocol), baseline)
+            for first, second in itertools.permutations(of_protocol, 2)
+            if (first == baseline if baseline else names.index(first) < names.index(second))
         ],
         "warnings": [
             {"file": x.file, "message": str(x).removeprefix(f"{x.file}: "), "count": x.count}
@@ -228,12 +207,6 @@ def analyze(
     return Analysis(summary, coco, shown)
 
 
-def _pairs(names: list[str], baseline: str | None) -> list[tuple[str, str]]:
-    if baseline is None:
-        return list(itertools.combinations(names, 2))
-    return [(baseline, name) for name in names if name != baseline and baseline in names]
-
-
 class _Dataset:
     """What all models of one analysis share: ground truth, split, overlaps and settings."""
 
@@ -241,21 +214,35 @@ class _Dataset:
         self.coco, self.settings = coco, settings
         self.category_ids = sorted(coco.cats)
         self.class_names = [coco.cats[i]["name"] for i in self.category_ids]
-        if isinstance(seen_classes, str):
-            self.seen = set(resolve_seen_classes(seen_classes, self.class_names))
-        else:
-            unknown = sorted(set(seen_classes) - set(self.class_names))
-            if unknown:
-                raise InputError(
-                    f"Unknown seen classes {unknown}; the dataset has {self.class_names}."
-                )
-            self.seen = {self.class_names.index(x) for x in seen_classes}
-        self.unseen = [k for k in range(len(self.class_names)) if k not in self.seen]
+        # A test set may have no seen class at all.
+        spec = seen_classes if isinstance(seen_classes, str) else f", {json.dumps(seen_classes)}"
+        self.seen = set(resolve_seen_classes(spec, self.class_names)) if seen_classes else set()
+        self.unseen = set(range(len(self.class_names))) - self.seen
         self.unseen_ids = {self.category_ids[k] for k in self.unseen}
         self.bins = overlap_bins(settings.overlap_bins)
         self.overlaps = compute_overlaps(coco)
 
-    def summarize(self, statistics: Statistics, table: ObjectTable) -> dict:
+    def measure_ap(self, detections: Sequence[dict], title: str) -> _Statistics:
+        """All values of :class:`TaskMetrics`, also on resampled images."""
+        pairs = find_candidate_pairs(
+            self.coco, detections, max_detections=self.settings.max_detections
+        )
+        measure = TaskMetrics(
+            pairs, self.overlaps, self.seen, self.settings.overlap_threshold, self.bins
+        )
+        values = {key: float(x) for key, x in measure().items()}
+        size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
+        num_resamples = self.settings.num_resamples
+        draws = resample_images(len(pairs.image_ids), num_resamples, self.settings.seed, size)
+        # numpy lets other threads run while it computes.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            batches = pool.map(measure, draws)
+            total = -(-num_resamples // size)
+            sampled = list(tqdm(batches, desc=title, total=total, disable=None))
+        samples = {key: np.concatenate([np.zeros(0), *(x[key] for x in sampled)]) for key in values}
+        return _Statistics(values, samples, measure.num_gt, self.settings.confidence)
+
+    def summarize(self, statistics: _Statistics, table: ObjectTable) -> dict:
         """All numbers of one model under one protocol."""
         values, num_gt, interval = statistics.values, statistics.num_gt, statistics.interval
         is_on_gt_boxes = table.protocol == "gt_boxes"
@@ -279,9 +266,9 @@ class _Dataset:
         ]
         numbers["overlap_bins"] = []
         for k, x in enumerate(self.bins):
-            key = f"bin {k}"
-            row = {"low": x.low, "high": x.high, "num_gt": num_gt[key]}
-            row["few"] = num_gt[key] < self.settings.min_objects_per_bin
+            key, num = f"bin {k}", num_gt[f"bin {k}"]
+            row = {"low": x.low, "high": x.high, "num_gt": num}
+            row["few"] = num < self.settings.min_objects_per_bin
             row |= {m: values[key, m] for m in ("AP", "AP50")}
             row |= {f"{m}_interval": interval((key, m)) for m in ("AP", "AP50")}
             if is_on_gt_boxes:
@@ -304,12 +291,15 @@ class _Dataset:
         return numbers
 
     def compare(
-        self, statistics: Mapping[str, Statistics], baseline: str, model: str, protocol: str
+        self, statistics: Mapping[str, _Statistics], baseline: str, model: str, protocol: str
     ) -> dict:
         """Model minus baseline, both measured on the same draws of the images."""
+        first, second = statistics[baseline], statistics[model]
 
         def difference(key: Key) -> dict:
-            value, interval = statistics[model].difference(statistics[baseline], key)
+            value = second.values[key] - first.values[key]
+            samples = second.samples[key] - first.samples[key]
+            interval = percentile_interval(samples, self.settings.confidence)
             # Without an interval nothing is established.
             includes_zero = interval is None or interval[0] <= 0 <= interval[1]
             return {"difference": value, "interval": interval, "includes_zero": includes_zero}
@@ -323,7 +313,7 @@ class _Dataset:
                 {
                     "name": name,
                     "seen": k in self.seen,
-                    "num_gt": statistics[model].num_gt[f"class {k}"],
+                    "num_gt": second.num_gt[f"class {k}"],
                     **difference((f"class {k}", "AP")),
                 }
                 for k, name in enumerate(self.class_names)
@@ -331,18 +321,17 @@ class _Dataset:
         }
 
     def describe(self, path: str) -> dict:
-        annotations = self.coco.dataset["annotations"]
-        objects = [x for x in annotations if not x["iscrowd"]]
+        objects = [x for x in self.coco.dataset["annotations"] if not x["iscrowd"]]
         num_unseen = sum(x["category_id"] in self.unseen_ids for x in objects)
         return {
             "annotations": str(path),
             "num_images": len(self.coco.imgs),
             "num_objects": len(objects),
-            "num_crowd": len(annotations) - len(objects),
+            "num_crowd": len(self.coco.anns) - len(objects),
             "num_seen": len(objects) - num_unseen,
             "num_unseen": num_unseen,
             "seen_classes": [self.class_names[k] for k in sorted(self.seen)],
-            "unseen_classes": [self.class_names[k] for k in self.unseen],
+            "unseen_classes": [self.class_names[k] for k in sorted(self.unseen)],
         }
 
 
@@ -358,99 +347,16 @@ def _mask_quality(table: ObjectTable, chosen: np.ndarray) -> dict:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """
-    All AP of one result file.
-
-    Args:
-        values: in 0-100, nan where there is no object.
-        samples: shape (resamples,) each, the values on resampled images.
-        num_gt: {the first part of the keys: number of objects that count}.
-        confidence: of the intervals.
-    """
+class _Statistics:
+    """All AP of one result file, in 0-100, nan where there is no object."""
 
     values: dict[Key, float]
-    samples: dict[Key, np.ndarray]
-    num_gt: dict[str, int]
-    confidence: float
+    samples: dict[Key, np.ndarray]  # (resamples,) each, on resampled images
+    num_gt: dict[str, int]  # objects that count, by the first part of the keys
+    confidence: float  # of the intervals
 
     def interval(self, key: Key) -> list[float] | None:
-        """Low and high end of the confidence interval; None where it is undefined."""
         return percentile_interval(self.samples[key], self.confidence)
-
-    def difference(self, baseline: Statistics, key: Key) -> tuple[float, list[float] | None]:
-        """Difference to another model, measured on the same draws, and its interval."""
-        samples = self.samples[key] - baseline.samples[key]
-        interval = percentile_interval(samples, self.confidence)
-        return self.values[key] - baseline.values[key], interval
-
-
-def compute_statistics(
-    pairs: CandidatePairs,
-    overlaps: np.ndarray,
-    unseen: Collection[int],
-    settings: Settings,
-    progress: Callable[[int], object] = lambda num_done: None,
-) -> Statistics:
-    """
-    The tasks of :data:`TASKS` with six metrics each, "bin k" (unseen objects of the k-th bin; AP,
-    AP50) and "class k" (AP, AP50, AP75).
-
-    Args:
-        pairs: detections and objects.
-        overlaps: shape (G,), in [0, 1], of the objects of ``pairs``; any value for crowds.
-        unseen: positions of the unseen classes.
-        settings: of the overlap and of the bootstrap.
-        progress: called with the number of resamples done since the last call.
-    """
-    is_unseen = np.isin(pairs.gt_classes, list(unseen))
-    bins = overlap_bins(settings.overlap_bins)
-    counts = {
-        "segm": np.ones(len(overlaps), dtype=bool),
-        "segm_seen": ~is_unseen,
-        "segm_unseen": is_unseen,
-        "segm_unseen_overlap": is_unseen & (overlaps >= settings.overlap_threshold),
-        **{f"bin {k}": is_unseen & x.contains(overlaps) for k, x in enumerate(bins)},
-        **{f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))},
-    }
-    subsets = {f"bin {k}": Subset(counts[f"bin {k}"]) for k in range(len(bins))}
-    for name, area in itertools.product(("segm", "segm_unseen_overlap"), AREA_RANGES):
-        subsets[f"{name}/{area}"] = Subset(counts[name], area)
-    evaluate = PrecisionOfSubsets(Matches(pairs), subsets)
-    seen = set(range(len(pairs.category_ids))) - set(unseen)
-
-    def measure(weights: np.ndarray | None = None) -> dict[Key, np.ndarray]:
-        precision = evaluate(weights)
-        tasks = {
-            "segm": subset_metrics(precision, "segm"),
-            "segm_seen": subset_metrics(precision, "segm", seen),
-            "segm_unseen": subset_metrics(precision, "segm", unseen),
-            "segm_unseen_overlap": subset_metrics(precision, "segm_unseen_overlap"),
-        }
-        values = {(task, metric): x for task in tasks for metric, x in tasks[task].items()}
-        for k in range(len(bins)):
-            values[f"bin {k}", "AP"] = mean_percent(precision[f"bin {k}"])
-            values[f"bin {k}", "AP50"] = mean_percent(at_iou(precision[f"bin {k}"], 0.5))
-        of_classes = precision["segm/all"]
-        rows = {"AP": of_classes, "AP50": at_iou(of_classes, 0.5), "AP75": at_iou(of_classes, 0.75)}
-        for metric, x in rows.items():
-            # Of one class, all thresholds are defined or none.
-            per_class = 100 * x.mean(axis=-2)
-            values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}
-        return values
-
-    values = {key: float(x) for key, x in measure().items()}
-    size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
-    draws = resample_images(len(pairs.image_ids), settings.num_resamples, settings.seed, size)
-    sampled = []
-    # numpy lets other threads run while it computes.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in pool.map(measure, draws):
-            sampled.append(batch)
-            progress(len(batch["segm", "AP"]))
-    samples = {key: np.concatenate([np.zeros(0), *(x[key] for x in sampled)]) for key in values}
-    num_gt = {name: int((mask & ~pairs.gt_is_crowd).sum()) for name, mask in counts.items()}
-    return Statistics(values, samples, num_gt, settings.confidence)
 
 
 def resample_images(
@@ -459,8 +365,7 @@ def resample_images(
     """
     Draw images with replacement, as many as there are (Efron's bootstrap).
 
-    The same seed draws the same images, whatever the batch size, so that models are compared on the
-    same resamples.
+    The same seed draws the same images, whatever the batch size.
 
     Yields:
         int, shape (batch, num_images), how often each image was drawn; ``num_resamples`` rows in
@@ -478,8 +383,7 @@ def percentile_interval(samples: np.ndarray, confidence: float) -> list[float] |
     Interval between the percentiles that leave out the same share of the samples on either side.
 
     Args:
-        samples: shape (resamples,), values of the statistic; nan where a resample left it
-            undefined, which is left out.
+        samples: shape (resamples,); nan, where a resample left it undefined, is left out.
         confidence: share of the samples inside, in (0, 1).
 
     Returns:

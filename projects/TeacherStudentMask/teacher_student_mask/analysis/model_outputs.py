@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.data import detection_utils as utils
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from tqdm import tqdm
 
 from ..class_splits import AUTO, match_classes, resolve_seen_classes
@@ -29,6 +28,7 @@ from ..model_classes import dataset_classes
 from ..modeling import (
     PSEUDO_MASK_METHODS,
     DenseCRF,
+    GTBoxInference,
     PseudoMaskGenerator,
     TeacherStudentROIHeads,
 )
@@ -44,15 +44,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelResults:
     """
-    Where :func:`run_model` wrote what.
-
-    Attributes:
-        annotations: path of the dataset's json.
-        image_root: folder of its images.
-        seen_classes: names of the seen classes, from ``TEST.SEEN_CLASSES``, or
-            ``DATASETS.SEEN_CLASSES`` where that is empty.
-        results: {head: result file}, on the boxes that the model detects.
-        gt_box_results: {head: result file}, on the ground-truth boxes and classes.
+    Where :func:`run_model` wrote what: {head: result file}, on the boxes that the model detects
+    and on the ground-truth boxes and classes; the dataset's json and folder of images, and the
+    names of its seen classes.
     """
 
     annotations: str
@@ -75,14 +69,11 @@ def run_model(
     The files are ``<output_dir>/<head>.json`` and ``<output_dir>/<head>_gt_boxes.json``, for the
     head "student" and, where there is one, "teacher". They hold the entries, in their order, that
     ``train_net.py --eval-only`` writes with ``TEST.MASK_HEAD <head>`` and with ``TEST.GT_BOXES``
-    off and on. An image goes through the backbone and the detector once; both heads get the same
-    boxes. The first dataset of ``DATASETS.TEST`` is run.
+    off and on. The first dataset of ``DATASETS.TEST`` is run.
 
     Args:
-        config_file: of the model, as for ``train_net.py``.
-        weights: checkpoint; None = the config's ``MODEL.WEIGHTS``.
+        config_file, weights, opts: as for :func:`load_model`.
         output_dir: made if new.
-        opts: KEY, VALUE, KEY, VALUE, ...; they win over the config file.
 
     Raises:
         InputError: the config, the weights or the dataset is wrong or lacking.
@@ -100,16 +91,23 @@ def run_model(
     mapper = TeacherStudentDatasetMapper(cfg, is_train=False, model_class_ids=model_ids)
     loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0], mapper=mapper)
 
-    found = {f"{head}{end}": [] for end in ("", "_gt_boxes") for head in trained.heads}
+    model, roi_heads = trained.model, trained.model.roi_heads
+    programs = {"": model, "_gt_boxes": GTBoxInference(model)}
+    found = {f"{head}{end}": [] for end in programs for head in trained.heads}
     title = f"{cfg.DATASETS.TEST[0]}, {' and '.join(trained.heads)}"
     for inputs in tqdm(loader, desc=title, unit="image"):
-        for name, outputs in _run_heads(trained, inputs):
-            for image, instances in zip(inputs, outputs):
+        for head, (end, program) in itertools.product(trained.heads, programs.items()):
+            if isinstance(roi_heads, TeacherStudentROIHeads):
+                roi_heads.test_mask_head = head
+            with torch.no_grad():
+                outputs = program(inputs)
+            for image, output in zip(inputs, outputs):
+                instances = output["instances"].to("cpu")
                 for entry in instances_to_coco_json(instances, image["image_id"]):
                     # The dataset may lack classes of the model.
                     if entry["category_id"] in category_ids:
                         entry["category_id"] = category_ids[entry["category_id"]]
-                        found[name].append(entry)
+                        found[f"{head}{end}"].append(entry)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, entries in found.items():
@@ -123,43 +121,6 @@ def run_model(
     )
 
 
-@torch.no_grad()
-def _run_heads(trained: TrainedModel, inputs: list[dict]) -> Iterator[tuple[str, list[Instances]]]:
-    """Name of each result file, and the instances of each image in the original image's frame."""
-    model = trained.model
-    images = model.preprocess_image(inputs)
-    features = model.backbone(images.tensor)
-    proposals, _ = model.proposal_generator(images, features, None)
-    boxes = {"_gt_boxes": [_as_detections(x["instances"]).to(model.device) for x in inputs]}
-    for head in trained.heads:
-        if isinstance(model.roi_heads, TeacherStudentROIHeads):
-            model.roi_heads.test_mask_head = head
-        for end in ("", "_gt_boxes"):
-            if end in boxes:
-                # Copies, for the masks are added, and the boxes rescaled, in place.
-                given = [_copy_boxes(x) for x in boxes[end]]
-                found = model.roi_heads.forward_with_given_boxes(features, given)
-            else:
-                found, _ = model.roi_heads(images, features, proposals, None)
-                boxes[end] = [_copy_boxes(x) for x in found]
-            yield f"{head}{end}", [
-                detector_postprocess(x, image["height"], image["width"]).to("cpu")
-                for x, image in zip(found, inputs)
-            ]
-
-
-def _as_detections(targets: Instances) -> Instances:
-    boxes, scores = targets.gt_boxes, torch.ones(len(targets))
-    classes = targets.gt_classes
-    return Instances(targets.image_size, pred_boxes=boxes, scores=scores, pred_classes=classes)
-
-
-def _copy_boxes(x: Instances) -> Instances:
-    boxes = Boxes(x.pred_boxes.tensor.clone())
-    classes = x.pred_classes
-    return Instances(x.image_size, pred_boxes=boxes, scores=x.scores, pred_classes=classes)
-
-
 def measure_pseudo_masks(
     config_file: str,
     weights: str | None,
@@ -167,36 +128,30 @@ def measure_pseudo_masks(
     methods: Sequence[str] = PSEUDO_MASK_METHODS,
     overlap_bins: Sequence[float] = tuple(k / 10 for k in range(11)),
     opts: Sequence = (),
-    max_images: int | None = None,
 ) -> dict:
     """
     Compare pseudo masks with the true masks of unseen objects, without training.
 
     For every non-crowd object of an unseen class in the first dataset of ``DATASETS.TEST`` both
     heads run on its ground-truth box. Each method then makes the target that the student would be
-    trained on: threshold, clipping and exclusion are the config's, and the exclusion masks are
-    those of the image's objects of ``DATASETS.SEEN_CLASSES``. The true mask is cropped to the same
-    M x M cells as a training target and used for the comparison only. Unlike in training the model
-    is in evaluation mode, there is no augmentation but the resize of testing, and the ROI is the
-    ground-truth box, as with ``TRAIN_ON_GT_BOXES``.
+    trained on, by the config's threshold, clipping and exclusion. The true mask is cropped to the
+    same M x M cells as a training target and used for the comparison only. Unlike in training the
+    model is in evaluation mode, there is no augmentation but the resize of testing, and the ROI is
+    the ground-truth box.
 
     IoU is measured over the cells. "none" gives soft masks, so for all methods intersection and
     union are the sums of the cells' minima and maxima; of binary masks that is the usual IoU. If
     both masks are empty it is 0, as in pycocotools.
 
     Args:
-        config_file: of a model with a teacher, as for ``train_net.py``.
-        weights: checkpoint; None = the config's ``MODEL.WEIGHTS``.
+        config_file, weights, opts: of a model with a teacher, as for :func:`load_model`.
         methods: of :data:`PSEUDO_MASK_METHODS`.
         overlap_bins: edges of the bins over the overlap O, Eq. (1), rising from 0 to 1.
-        opts: KEY, VALUE, KEY, VALUE, ...; they win over the config file.
-        max_images: only the first images of the dataset, by image id; None = all.
 
     Returns:
         ``{"num_objects": n, "mask_side": M, "methods": {METHOD: {"mask_iou": mean,
-        "overlap_bins": [{"low", "high", "num_gt", "mask_iou"}, ...]}}}``. The first bin is O = 0
-        (low = high = 0), the others are low < O <= high. A mean over no object, and M where no
-        object was measured, is None.
+        "overlap_bins": [{"low", "high", "num_gt", "mask_iou"}, ...]}}}``. A mean over no object,
+        and M where no object was measured, is None.
 
     Raises:
         InputError: the config, the weights or the dataset is wrong or lacking, or the model has no
@@ -224,18 +179,21 @@ def measure_pseudo_masks(
     overlaps: list[float] = []
     ious: dict[str, list[float]] = {method: [] for method in generators}
     mask_side = None
-    for inputs, rois, truth, overlaps_of_image in _unseen_objects(trained, max_images):
+    for inputs, rois, truth, overlaps_of_image in _unseen_objects(trained):
         rois = rois.to(model.device)
         with torch.no_grad():
             images = model.preprocess_image([inputs])
             features = model.backbone(images.tensor)
             teacher_logits, student_logits, _ = heads.compute_mask_logits(features, [rois])
         mask_side = student_logits.shape[-1]
-        true_masks = crop_gt_masks([truth], mask_side, model.device)
+        true_masks = crop_gt_masks([truth], mask_side, model.device).double()
         pixels = crop_pixels(heads.to_rgb(images.tensor), [rois.proposal_boxes], mask_side)
         for method, generator in generators.items():
             probs = teacher_logits.sigmoid(), student_logits.sigmoid()
-            ious[method] += _soft_ious(generator(*probs, [rois], pixels), true_masks).tolist()
+            masks = generator(*probs, [rois], pixels).double()
+            unions = torch.maximum(masks, true_masks).sum(dim=(1, 2)).clamp(min=1e-9)
+            intersections = torch.minimum(masks, true_masks).sum(dim=(1, 2))
+            ious[method] += (intersections / unions).tolist()
         overlaps += overlaps_of_image
     return {
         "num_objects": len(overlaps),
@@ -248,18 +206,14 @@ def measure_pseudo_masks(
 
 
 def _unseen_objects(
-    trained: TrainedModel, max_images: int | None
+    trained: TrainedModel,
 ) -> Iterator[tuple[dict, Instances, Instances, list[float]]]:
     """
     The unseen objects that have a true mask, and a box with area in their image; image by image.
 
     Image and exclusion masks come from the mapper of the training, which forgets unseen masks
-    before anything else; the true masks from a second one, whose seen classes are all.
-
-    Yields:
-        The model's input, which holds nothing of the objects; what training knows of the objects
-        (``proposal_boxes``, ``gt_boxes``, ``gt_classes``, ``gt_exclusion_masks``); their true masks
-        (``proposal_boxes``, ``gt_masks``, ``gt_has_mask``); and the overlap O of each.
+    before anything else; the true masks from a second one, whose seen classes are all. Yields the
+    model's input, what training knows of the objects, their true masks, and their overlaps.
     """
     json_file, image_root = find_test_dataset(trained.cfg)
     coco = load_ground_truth(json_file, reads_masks=False)
@@ -267,13 +221,18 @@ def _unseen_objects(
     cfg = resolve_auto_settings(trained.cfg).clone()
     # By the model's ids, as the annotations below.
     seen = resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, trained.class_names)
-    mapper = _make_mapper(cfg, seen)
+    # The mapper looks there for the classes, which the training data need not be at hand to tell.
+    cfg.DATASETS.TRAIN, cfg.DATASETS.SEEN_CLASSES = cfg.DATASETS.TEST[:1], "all"
+    # Of the training, but for the resize of testing in the place of augmentations.
+    resize = {"is_train": True, "augmentations": utils.build_augmentation(cfg, is_train=False)}
+    mapper = TeacherStudentDatasetMapper(cfg, seen_classes=seen, **resize)
     cfg.INPUT.RECTANGLE_AS_BOX_ONLY = False
-    truth_mapper = _make_mapper(cfg, range(len(trained.class_names)))
+    every_class = range(len(trained.class_names))
+    truth_mapper = TeacherStudentDatasetMapper(cfg, seen_classes=every_class, **resize)
     names, _ = dataset_classes(cfg.DATASETS.TEST[0])
     model_ids = match_classes(names, trained.class_names, json_file)
     num_left_out = 0
-    images = load_partial_coco_json(json_file, image_root)[:max_images]
+    images = load_partial_coco_json(json_file, image_root)
     for image in tqdm(images, desc=f"{cfg.DATASETS.TEST[0]}, pseudo masks", unit="image"):
         unseen, overlaps = [], []
         # Both lists are in the order of the json.
@@ -301,31 +260,12 @@ def _unseen_objects(
         rois.proposal_boxes = truth.proposal_boxes = truth.gt_boxes
         union = example["instances"].gt_exclusion_masks.tensor
         rois.gt_exclusion_masks = ImageMask(union, len(rois))
-        inputs = {"image": example["image"], "file_name": image["file_name"]}
-        yield inputs, rois, truth, overlaps
+        yield {"image": example["image"]}, rois, truth, overlaps
     if num_left_out:
         logger.warning(
             f"{json_file}: the pseudo masks of {num_left_out} unseen objects are not measured: they"
             " have no true mask, or a box without area in their image."
         )
-
-
-def _make_mapper(cfg: CfgNode, seen_classes: Collection[int]) -> TeacherStudentDatasetMapper:
-    """Of the training, but for the resize of testing in the place of augmentations."""
-    cfg = cfg.clone()
-    # The mapper looks there for the classes, which the training data need not be at hand to tell.
-    cfg.DATASETS.TRAIN, cfg.DATASETS.SEEN_CLASSES = cfg.DATASETS.TEST[:1], "all"
-    augmentations = utils.build_augmentation(cfg, is_train=False)
-    return TeacherStudentDatasetMapper(
-        cfg, is_train=True, augmentations=augmentations, seen_classes=seen_classes
-    )
-
-
-def _soft_ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    # (R, M, M) each, in [0, 1] -> (R,).
-    masks, truth = masks.double().flatten(1), truth.double().flatten(1)
-    unions = torch.maximum(masks, truth).sum(dim=1)
-    return torch.minimum(masks, truth).sum(dim=1) / unions.clamp(min=1e-9)
 
 
 def _summarize(overlaps: np.ndarray, ious: np.ndarray, bins: list[OverlapBin]) -> dict:
@@ -334,7 +274,6 @@ def _summarize(overlaps: np.ndarray, ious: np.ndarray, bins: list[OverlapBin]) -
 
     rows = []
     for x in bins:
-        chosen = ious[x.contains(overlaps)]
-        row = {"low": x.low, "high": x.high, "num_gt": len(chosen), "mask_iou": mean(chosen)}
-        rows.append(row)
+        values = ious[x.contains(overlaps)]
+        rows.append({"low": x.low, "high": x.high, "num_gt": len(values), "mask_iou": mean(values)})
     return {"mask_iou": mean(ious), "overlap_bins": rows}

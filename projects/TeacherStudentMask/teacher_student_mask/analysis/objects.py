@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -11,22 +12,23 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image, ImageOps
+from detectron2.data import detection_utils as utils
+from PIL import Image
 from pycocotools.coco import COCO
 
 from ..evaluation import ObjectRegions, boundary_iou, count_pixels, find_object_regions
 
 __all__ = [
-    "ObjectPicture",
     "ObjectTable",
     "PIXEL_COLORS",
     "draw_objects",
-    "match_boxes",
     "measure_objects",
     "select_objects",
 ]
 
-# What the pixels of a picture are. False positives have the same colours in the figures.
+logger = logging.getLogger(__name__)
+
+# What the pixels of a picture are; false positives are in the same colours in the figures.
 PIXEL_COLORS = {
     "correct": "#0072b2",
     "missed": "#ffffff",
@@ -34,23 +36,19 @@ PIXEL_COLORS = {
     "seen": "#e69f00",
     "unseen": "#cc79a7",
 }
-
-# Of the box of a detection and the box of the object that it is taken for.
-_MIN_BOX_IOU = 0.5
 _PANEL_SIZE = 160  # of a picture, longer side in pixels
 
 
 @dataclass(frozen=True)
 class ObjectTable:
     """
-    One row per non-crowd object of the ground truth, in its order.
+    One row per non-crowd object of the ground truth, in its order: n rows.
 
     Args:
         annotation_ids: int, shape (n,).
         overlaps: shape (n,), in [0, 1], Eq. (1) of the paper.
         is_unseen: bool, shape (n,).
-        scores: shape (n,), of the matched detection; nan where there is none, as in the IoUs.
-        ious: shape (n,), mask IoU in [0, 1].
+        scores, ious: shape (n,), of the matched detection; nan where there is none.
         boundary_ious: shape (n,), in [0, 1]; nan everywhere if not measured.
         false_positives: int, shape (n, 3), pixels on background, seen and unseen objects.
         crowd_pixels: int, shape (n,), false positives under crowds alone, counted nowhere else.
@@ -77,33 +75,6 @@ class ObjectTable:
         return ~np.isnan(self.ious)
 
 
-def match_boxes(
-    gt_boxes: np.ndarray, dt_boxes: np.ndarray, *, by_iou: bool = False
-) -> list[tuple[int, int]]:
-    """
-    Assign detections of one image and class to objects, one to one, at a box IoU of at least 0.5.
-
-    Args:
-        gt_boxes, dt_boxes: shape (G, 4) and (D, 4), XYWH absolute; detections by falling score.
-        by_iou: assign the pairs of the highest IoU first. Otherwise detections choose in their
-            order, each the free object of the highest IoU.
-
-    Returns:
-        Pairs (object, detection).
-    """
-    if len(gt_boxes) == 0 or len(dt_boxes) == 0:
-        return []
-    gt_boxes, dt_boxes = np.asarray(gt_boxes, float), np.asarray(dt_boxes, float)
-    ious = mask_util.iou(dt_boxes, gt_boxes, [False] * len(gt_boxes))
-    d, g = np.nonzero(ious >= _MIN_BOX_IOU)
-    order = np.lexsort((g, d, -ious[d, g])) if by_iou else np.lexsort((g, -ious[d, g], d))
-    object_of: dict[int, int] = {}
-    for i, j in zip(d[order].tolist(), g[order].tolist()):
-        if i not in object_of and j not in object_of.values():
-            object_of[i] = j
-    return [(j, i) for i, j in object_of.items()]
-
-
 def measure_objects(
     coco: COCO,
     detections: Sequence[dict],
@@ -117,8 +88,8 @@ def measure_objects(
     """
     Find the detection of each object and compare the masks.
 
-    With the protocol "detections", those of at least ``score_threshold`` take part and choose
-    among the objects of their class by falling score. With "gt_boxes", detections were made on
+    They have one class and a box IoU of at least 0.5. With the protocol "detections", those of at
+    least ``score_threshold`` choose by falling score. With "gt_boxes", detections were made on
     ground-truth boxes: all take part, the best fitting boxes first, and boundary IoU is measured.
 
     Args:
@@ -144,7 +115,7 @@ def measure_objects(
         detections_of[x["image_id"]].append(x)
     for image_id, found in detections_of.items():
         objects_of_image = [x for x in coco.imgToAnns.get(image_id, []) if not x["iscrowd"]]
-        pairs = _match_image(objects_of_image, found, by_iou=is_on_gt_boxes)
+        pairs = _match(objects_of_image, found, by_iou=is_on_gt_boxes)
         regions = _regions(coco, image_id, unseen_ids, ties) if pairs else None
         for annotation, detection in pairs:
             row = rows[annotation["id"]]
@@ -171,18 +142,24 @@ def measure_objects(
     )
 
 
-def _match_image(
-    objects: list[dict], detections: list[dict], by_iou: bool
-) -> list[tuple[dict, dict]]:
-    """Pairs of an object and a detection of its class; detections by falling score."""
-    pairs = []
-    for category_id in {x["category_id"] for x in objects}:
-        gts, dts = (
-            [x for x in rows if x["category_id"] == category_id] for rows in (objects, detections)
-        )
-        gt_boxes, dt_boxes = (np.array([x["bbox"] for x in rows]) for rows in (gts, dts))
-        pairs += [(gts[g], dts[d]) for g, d in match_boxes(gt_boxes, dt_boxes, by_iou=by_iou)]
-    return pairs
+def _match(objects: list[dict], detections: list[dict], by_iou: bool) -> list[tuple[dict, dict]]:
+    """Pairs of an object and a detection, one to one; detections by falling score."""
+    if not objects:
+        return []
+    gt_boxes, dt_boxes = (
+        np.array([x["bbox"] for x in rows], dtype=float) for rows in (objects, detections)
+    )
+    gt_classes, dt_classes = ([x["category_id"] for x in rows] for rows in (objects, detections))
+    ious = mask_util.iou(dt_boxes, gt_boxes, [False] * len(objects))
+    ious[np.not_equal.outer(dt_classes, gt_classes)] = 0
+    d, g = np.nonzero(ious >= 0.5)
+    # The best pairs first, or each detection in turn.
+    order = np.lexsort((g, d, -ious[d, g])) if by_iou else np.lexsort((g, -ious[d, g], d))
+    object_of: dict[int, int] = {}
+    for i, j in zip(d[order].tolist(), g[order].tolist()):
+        if i not in object_of and j not in object_of.values():
+            object_of[i] = j
+    return [(objects[j], detections[i]) for i, j in object_of.items()]
 
 
 def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int], ties: str) -> ObjectRegions:
@@ -197,32 +174,12 @@ def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int], ties: str) 
     )
 
 
-@dataclass(frozen=True)
-class ObjectPicture:
-    """One object as the report shows it: a panel for the true mask, and one for each model."""
-
-    annotation_id: int
-    file_name: str
-    class_name: str
-    is_unseen: bool
-    overlap: float
-    ious: tuple[float, ...]  # one per model
-    width: int
-    height: int
-    source: str  # data URI
-
-
 def select_objects(tables: Sequence[ObjectTable], num_objects: int) -> np.ndarray:
     """
-    The objects to show: of unseen classes first, then of seen ones, within each the clearest first.
+    Rows of the tables to show, those of unseen classes first.
 
-    Args:
-        tables: of two models: objects that both have a mask for, by falling difference of the IoU.
-            Of one model: objects with false-positive pixels, by their falling share of the mask.
-        num_objects: how many at most.
-
-    Returns:
-        Rows of the tables; objects that are equal stand in the order of the tables.
+    Of two models: objects that both have a mask for, by falling difference of the IoU. Of one:
+    objects with false-positive pixels, by their falling share of the mask.
     """
     if len(tables) == 1:
         pixels = tables[0].false_positives.sum(axis=1)
@@ -240,63 +197,62 @@ def draw_objects(
     coco: COCO,
     summary: Mapping,
     tables: Sequence[ObjectTable],
-    image_root: str | None,
+    image_root: str,
     num_objects: int,
-) -> tuple[list[ObjectPicture], int]:
+) -> list[dict]:
     """
-    Draw the objects that :func:`select_objects` chooses.
+    Draw the objects that :func:`select_objects` chooses: the true mask, then that of each model.
 
     Args:
         coco, summary: of an :class:`Analysis`.
         tables: its objects of one or two models.
-        image_root: folder of the images; with None, and where an image is missing, broken, of
-            another size, or outside of the folder, the masks stand on grey.
+        image_root: folder of the images. Objects whose image is missing, broken, of another size,
+            or outside of the folder are left out with a warning.
         num_objects: how many pictures at most.
 
     Returns:
-        The pictures, and how many of them are grey.
+        The variables of the report's template for each picture.
     """
     unseen_names = set(summary["dataset"]["unseen_classes"])
     unseen_ids = {i for i, x in coco.cats.items() if x["name"] in unseen_names}
-    pictures, num_grey = [], 0
-    for row in select_objects(tables, num_objects).tolist():
+    pictures = []
+    rows = select_objects(tables, num_objects).tolist()
+    for row in rows:
         annotation = coco.anns[int(tables[0].annotation_ids[row])]
         image = coco.imgs[annotation["image_id"]]
         pixels = _read_grey(image, image_root)
-        num_grey += pixels is None
         if pixels is None:
-            pixels = np.full((image["height"], image["width"]), 150, np.uint8)
+            continue
         regions = _regions(coco, image["id"], unseen_ids, summary["settings"]["ties"])
         panels = _draw_panels(pixels, annotation, [x.rles[row] for x in tables], regions)
         _, data = cv2.imencode(".jpg", panels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-        picture = ObjectPicture(
-            annotation_id=annotation["id"],
-            file_name=image.get("file_name", ""),
-            class_name=coco.cats[annotation["category_id"]]["name"],
-            is_unseen=bool(tables[0].is_unseen[row]),
-            overlap=float(tables[0].overlaps[row]),
-            ious=tuple(float(x.ious[row]) for x in tables),
-            width=panels.shape[1],
-            height=panels.shape[0],
-            source="data:image/jpeg;base64," + base64.b64encode(data).decode("ascii"),
-        )
+        picture = {
+            "annotation_id": annotation["id"],
+            "file_name": image["file_name"],
+            "class_name": coco.cats[annotation["category_id"]]["name"],
+            "is_unseen": bool(tables[0].is_unseen[row]),
+            "overlap": float(tables[0].overlaps[row]),
+            "ious": [float(x.ious[row]) for x in tables],
+            "width": panels.shape[1],
+            "height": panels.shape[0],
+            "source": "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii"),
+        }
         pictures.append(picture)
-    return pictures, num_grey
+    if len(pictures) < len(rows):
+        num_lost = len(rows) - len(pictures)
+        logger.warning(f"{image_root}: the images of {num_lost} shown objects cannot be used.")
+    return pictures
 
 
-def _read_grey(image: Mapping, image_root: str | None) -> np.ndarray | None:
+def _read_grey(image: Mapping, image_root: str) -> np.ndarray | None:
     """uint8, shape (H, W); None where the image cannot be used."""
-    if image_root is None:
-        return None
     # A report is passed on: a json of a stranger must not put a private picture into it.
     root = os.path.abspath(image_root)
     path = os.path.abspath(os.path.join(root, image.get("file_name", "")))
-    if os.path.commonpath([root, path]) != root:
+    if not path.startswith(os.path.join(root, "")):
         return None
     try:
-        with Image.open(path) as file:
-            # As Detectron2 reads images: the camera's orientation is applied.
-            pixels = np.asarray(ImageOps.exif_transpose(file).convert("RGB").convert("L"))
+        pixels = utils.read_image(path, "L")[..., 0]
     # Pillow raises SyntaxError for some broken PNG files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
@@ -307,7 +263,13 @@ def _draw_panels(
     pixels: np.ndarray, annotation: Mapping, masks: Sequence[dict], regions: ObjectRegions
 ) -> np.ndarray:
     """The true mask and, for each predicted mask, what its pixels are; panels side by side, RGB."""
-    x0, y0, x1, y1 = _crop_window(annotation["bbox"], *pixels.shape)
+    # A square around the box, 30 % larger, as far as it is in the image.
+    x, y, w, h = annotation["bbox"]
+    ends = []
+    for centre, length in ((x + w / 2, pixels.shape[1]), (y + h / 2, pixels.shape[0])):
+        centre, half = min(max(centre, 0), length), 0.65 * max(w, h, 18.0)
+        ends.append((max(0, round(centre - half)), min(length, round(centre + half))))
+    (x0, x1), (y0, y1) = ends
     scale = _PANEL_SIZE / max(y1 - y0, x1 - x0)
     size = (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale)))
     grey = 0.8 * cv2.resize(pixels[y0:y1, x0:x1], size, interpolation=cv2.INTER_AREA)[..., None]
@@ -331,16 +293,3 @@ def _draw_panels(
         panel = np.ascontiguousarray(panel.astype(np.uint8))
         panels += [gap, cv2.drawContours(panel, outlines, -1, (255, 255, 255), 1)]
     return np.hstack(panels[1:])
-
-
-def _crop_window(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """A window around a box XYWH: 30 % larger, not too small, inside the image; X0Y0X1Y1."""
-    x, y, w, h = box
-    # A ski would otherwise be a strip in which nothing can be recognised.
-    sides = max(1.3 * w, h, 24.0), max(1.3 * h, w, 24.0)
-    ends = []
-    for centre, side, limit in ((x + w / 2, sides[0], width), (y + h / 2, sides[1], height)):
-        side = min(round(side), limit)
-        start = min(max(0, round(centre - side / 2)), limit - side)
-        ends.append((start, start + side))
-    return ends[0][0], ends[1][0], ends[0][1], ends[1][1]

@@ -8,13 +8,12 @@ the false-positive pixels of unseen objects lie on; differences between the mode
 
 Inputs are a COCO ground truth with a mask on every object, and either
   result files   --annotations and --results, and --gt-box-results for masks that were made on the
-                 ground-truth boxes (as TEST.GT_BOXES or box-prompted SAM gives them). A result file
-                 is a list of {"image_id", "category_id", "segmentation", "score", "bbox"}, such as
+                 ground-truth boxes (as TEST.GT_BOXES or box-prompted SAM gives them), such as
                  Detectron2's coco_instances_results.json or MMDetection's *.segm.json;
   a trained model  --config-file and --weights, which runs on its test dataset first. Student and
                  teacher become two models of the report; the quality of the pseudo masks is added.
-Both may be combined. DIR then holds report.html (one file, no network needed), analysis.json and
-CSV files; docs/ANALYSIS.md says what is where.
+Both may be combined. DIR then holds report.html (one file, no network needed) and analysis.json;
+docs/ANALYSIS.md says what is where.
 
 examples:
   two result files, masks of the 20 VOC classes in training:
@@ -24,18 +23,12 @@ examples:
   a model of this project, on its own test dataset:
     tsmask analyze --config-file output/ts/config.yaml --weights output/ts/model_final.pth \\
         --output-dir output/ts/report
-
-  SAM prompted with the boxes, against the mask head on the same boxes:
-    tsmask analyze --annotations val.json --seen "dog, pole" --output-dir report \\
-        --gt-box-results sam=sam.json student=student_gt_boxes.json
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import sys
 
 from ..errors import InputError
 from .main import add_model_arguments
@@ -48,52 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="made if new")
     add = parser.add_argument_group("result files").add_argument
     add("--annotations", metavar="JSON", help="COCO ground truth")
-    for option, boxes in (("results", "detected"), ("gt-box-results", "ground-truth")):
-        add(
-            f"--{option}",
-            nargs="+",
-            default=[],
-            type=_named_file,
-            metavar="NAME=FILE",
-            help=f"COCO result files, masks on {boxes} boxes",
-        )
-    add(
-        "--seen",
-        metavar="SPEC",
-        help='classes with masks in training: "voc", "nonvoc", "all", names separated by commas, '
-        "or the path of a list (default: that of the config)",
-    )
+    for option, boxes in (("--results", "detected"), ("--gt-box-results", "ground-truth")):
+        text = f"COCO result files, masks on {boxes} boxes"
+        add(option, nargs="+", default=[], type=_named_file, metavar="NAME=FILE", help=text)
+    text = 'classes with masks in training: "voc", "nonvoc", "all", names separated by commas, '
+    text += "or the path of a list (default: that of the config)"
+    add("--seen", metavar="SPEC", help=text)
     add("--baseline", metavar="NAME", help="compare the others with it (default: each pair)")
     add("--images", metavar="DIR", help="folder of the images, for the report's pictures")
     group = parser.add_argument_group("a trained model")
     add_model_arguments(group, required=False)
-    group.add_argument(
-        "--no-pseudo-masks", action="store_true", help="do not measure the pseudo masks"
-    )
+    text = "do not measure the pseudo masks"
+    group.add_argument("--no-pseudo-masks", action="store_true", help=text)
     add = parser.add_argument_group("what is measured").add_argument
     add("--threshold", type=float, default=0.3, metavar="O", help="smallest overlap (%(default)s)")
-    add(
-        "--bins",
-        type=float,
-        nargs="+",
-        default=[k / 10 for k in range(11)],
-        metavar="O",
-        help="edges of the overlap bins; O = 0 has a bin of its own (default: 0 0.1 ... 1)",
-    )
-    add(
-        "--score-threshold",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="smallest score of a detection whose false positives are attributed (%(default)s)",
-    )
-    add(
-        "--ties",
-        choices=("seen", "smaller"),
-        default="seen",
-        help="whose a false-positive pixel is that seen and unseen objects cover (%(default)s; "
-        '"smaller": that of the smaller object)',
-    )
+    text = "edges of the overlap bins; O = 0 has a bin of its own (default: 0 0.1 ... 1)"
+    edges = [k / 10 for k in range(11)]
+    add("--bins", type=float, nargs="+", default=edges, metavar="O", help=text)
+    text = "smallest score of a detection whose false positives are attributed (%(default)s)"
+    add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
+    text = "whose a false-positive pixel is that seen and unseen objects cover (%(default)s)"
+    add("--ties", choices=("seen", "smaller"), default="seen", help=text)
     text = "detections of a class in an image that count (%(default)s, as in COCO)"
     add("--max-detections", type=int, default=100, metavar="N", help=text)
     add("--resamples", type=int, default=1000, metavar="N", help="0: no intervals (%(default)s)")
@@ -114,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ..analysis import Settings, analyze, write_report
+    from ..analysis.figures import PROTOCOL_LABELS, results_by_protocol
     from ..evaluation import comparison_table
 
     setup_logger(name="teacher_student_mask")
@@ -150,18 +119,12 @@ def run(args: argparse.Namespace) -> None:
         settings=settings,
         pseudo_masks=pseudo_masks,
         baseline=args.baseline,
-        command=shlex.join(sys.argv),
     )
     report = write_report(
         analysis, args.output_dir, image_root=images, num_objects=args.num_pictures
     )
-    models = analysis.summary["models"]
-    for title, by_model in (
-        ("Detected boxes", {k: x for k, x in models.items() if "segm" in x}),
-        ("Ground-truth boxes", {k: x["gt_boxes"] for k, x in models.items() if "gt_boxes" in x}),
-    ):
-        if by_model:
-            print(f"{title}:\n{comparison_table(by_model)}\n")
+    for protocol, by_model in results_by_protocol(analysis.summary).items():
+        print(f"{PROTOCOL_LABELS[protocol].capitalize()}:\n{comparison_table(by_model)}\n")
     print(f"Report: {report}")
 
 

@@ -1,31 +1,27 @@
 """Evaluation on subsets of classes and objects, independent of how a model was trained."""
 
-from .coco_evaluation import PartiallySupervisedCOCOEvaluator, warn_of_many_objects
-from .overlap import OverlapBin, compute_overlaps, overlap_bins
-from .pixel_errors import (
-    ObjectRegions,
-    boundary_iou,
-    count_pixels,
-    find_object_regions,
+from .coco_evaluation import (
+    PartiallySupervisedCOCOEvaluator,
+    comparison_table,
+    results_table,
+    warn_of_many_objects,
 )
-from .results_table import comparison_table, results_table
+from .overlap import OverlapBin, compute_overlaps, overlap_bins
+from .pixel_errors import ObjectRegions, boundary_iou, count_pixels, find_object_regions
 from .subset_ap import (
     AREA_RANGES,
     IOU_THRESHOLDS,
     METRICS,
-    CandidatePairs,
     Matches,
     PrecisionOfSubsets,
     Subset,
-    at_iou,
+    TaskMetrics,
     find_candidate_pairs,
-    mean_percent,
     subset_metrics,
 )
 
 __all__ = [
     "AREA_RANGES",
-    "CandidatePairs",
     "IOU_THRESHOLDS",
     "METRICS",
     "Matches",
@@ -34,14 +30,13 @@ __all__ = [
     "PartiallySupervisedCOCOEvaluator",
     "PrecisionOfSubsets",
     "Subset",
-    "at_iou",
+    "TaskMetrics",
     "boundary_iou",
     "comparison_table",
     "compute_overlaps",
     "count_pixels",
     "find_candidate_pairs",
     "find_object_regions",
-    "mean_percent",
     "overlap_bins",
     "results_table",
     "subset_metrics",

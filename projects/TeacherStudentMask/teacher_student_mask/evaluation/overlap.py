@@ -36,11 +36,8 @@ def overlap_bins(edges: Sequence[float]) -> list[OverlapBin]:
     """
     The bins of Fig. 2 of the paper: objects that stand alone, O = 0, then one per two edges.
 
-    Args:
-        edges: rising, from 0 to 1 (``TEST.OVERLAP_BINS``), so that every object is in one bin.
-
     Raises:
-        InputError: the edges do not rise, or do not begin with 0 and end with 1.
+        InputError: the edges (``TEST.OVERLAP_BINS``) do not rise from 0 to 1.
     """
     edges = [float(x) for x in edges]
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not all(np.diff(edges) > 0):
@@ -58,12 +55,8 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
 
     O_i is the largest share of the box b_i that the mask s_j of one other object covers. i and j
     range over all non-crowd annotations of the image, of any class. A pixel counts with the
-    fraction of it that lies in b_i, so COCO's fractional boxes are measured exactly.
-
-    Objects without a mask cover nothing, of which is warned; a box without area has overlap 0.
-
-    Args:
-        coco: the annotations; not changed.
+    fraction of it that lies in b_i, so COCO's fractional boxes are measured exactly. Objects
+    without a mask cover nothing, of which is warned; a box without area has overlap 0.
 
     Returns:
         {annotation id: overlap in [0, 1]} for all non-crowd annotations of the listed images.
@@ -73,23 +66,20 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
     for image_id in coco.imgs:
         annotations = [x for x in coco.imgToAnns.get(image_id, []) if not x.get("iscrowd", 0)]
         boxes = np.asarray([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
-        rles = [_to_rle(coco, x) if has_mask(x) else None for x in annotations]
-        values = _overlaps_of_image(boxes, rles)
-        overlaps.update(zip((x["id"] for x in annotations), values.tolist()))
+        rles = []
+        for x in annotations:
+            mask = x.get("segmentation")
+            mask = valid_polygons(mask) if isinstance(mask, list) else mask
+            rles.append(coco.annToRLE({**x, "segmentation": mask}) if has_mask(x) else None)
         num_without_mask += rles.count(None)
+        values = _overlaps_of_image(boxes, rles).tolist()
+        overlaps.update({x["id"]: value for x, value in zip(annotations, values)})
     if num_without_mask:
         logger.warning(
             f"Overlaps of {len(overlaps)} objects: {num_without_mask} have no mask, so they are "
             "taken to cover nothing."
         )
     return overlaps
-
-
-def _to_rle(coco: COCO, annotation: dict) -> dict:
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        segmentation = valid_polygons(segmentation)
-    return coco.annToRLE({"image_id": annotation["image_id"], "segmentation": segmentation})
 
 
 def _overlaps_of_image(boxes: np.ndarray, rles: list) -> np.ndarray:
@@ -111,7 +101,7 @@ def _overlaps_of_image(boxes: np.ndarray, rles: list) -> np.ndarray:
         rows = _pixel_coverage(y0[others], y1[others], top, height)
         columns = _pixel_coverage(x0[others], x1[others], left, width)
         # The fraction of a pixel inside a box is the product of its row's and its column's.
-        # einsum rather than @: on matrices this small BLAS threads cost more than they save.
+        # einsum, not @: on matrices this small BLAS threads cost more than they save.
         covered = (np.einsum("np,pq->nq", rows, window) * columns).sum(axis=1)
         shares = covered / (widths[others] * heights[others])
         overlaps[others] = np.maximum(overlaps[others], shares)
@@ -120,11 +110,7 @@ def _overlaps_of_image(boxes: np.ndarray, rles: list) -> np.ndarray:
 
 
 def _pixel_coverage(starts: np.ndarray, ends: np.ndarray, first: int, length: int) -> np.ndarray:
-    """
-    The fraction of each pixel inside each of n intervals [start, end] along one axis.
-
-    The pixels are first .. first + length - 1; pixel p is [p, p + 1]. Shape (n, length).
-    """
+    # How much of each pixel [p, p + 1] lies in each of n intervals along one axis: (n, length).
     pixels = first + np.arange(length)
     inside = np.minimum(ends[:, None], pixels + 1) - np.maximum(starts[:, None], pixels)
     return np.clip(inside, 0.0, 1.0)

@@ -12,16 +12,10 @@ import pycocotools.mask as mask_util
 __all__ = [
     "ObjectRegions",
     "PixelCounts",
-    "TIE_RULES",
     "boundary_iou",
-    "boundary_region",
     "count_pixels",
     "find_object_regions",
 ]
-
-TIE_RULES = ("seen", "smaller")
-# Boundaries are as wide as this share of the image's diagonal, the value for COCO in the paper.
-_WIDTH_RATIO = 0.02
 
 
 @dataclass(frozen=True)
@@ -75,23 +69,18 @@ def find_object_regions(
         crowds: compressed RLE of the crowds.
         ties: whose a pixel is that objects of both kinds cover: "seen" (the seen one's), or
             "smaller" (that of the object with the smallest area, of equal ones the seen one's).
-
-    Raises:
-        ValueError: ``ties`` is neither.
     """
-    if ties not in TIE_RULES:
-        raise ValueError(f"ties is {ties!r}; allowed: {', '.join(TIE_RULES)}.")
-    empty = mask_util.encode(np.zeros(size, dtype=np.uint8, order="F"))
-    objects = list(objects)
-    if ties == "seen":
-        seen = mask_util.merge([empty, *(x for x, s in zip(objects, is_seen) if s)])
+    seen = np.zeros(size, dtype=np.uint8, order="F")
+    empty = mask_util.encode(seen)
+    every = mask_util.merge([empty, *objects])
+    if ties == "smaller":
+        # Painted last wins: from large to small, seen after unseen.
+        for mask, value in sorted(zip(objects, is_seen), key=lambda x: (-_area(x[0]), x[1])):
+            seen[mask_util.decode(mask).astype(bool)] = value
+        seen = mask_util.encode(seen)
     else:
-        seen = _region_of_smaller(size, objects, is_seen)
-    return ObjectRegions(
-        seen=seen,
-        objects=mask_util.merge([empty, *objects]),
-        all=mask_util.merge([empty, *objects, *crowds]),
-    )
+        seen = mask_util.merge([empty, *(x for x, s in zip(objects, is_seen) if s)])
+    return ObjectRegions(seen=seen, objects=every, all=mask_util.merge([every, *crowds]))
 
 
 def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCounts:
@@ -101,7 +90,7 @@ def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCou
     Args:
         predicted: compressed RLE of the prediction.
         own: compressed RLE of the object that it belongs to.
-        regions: of the image; may contain ``own``, whose pixels are no false positives.
+        regions: of the image, ``own`` included.
     """
     # On runs rather than pixels: no image is ever decoded.
     true_positive = _intersect(predicted, own)
@@ -110,8 +99,7 @@ def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCou
     def count_outside_own(region: dict) -> int:
         return _area(_intersect(predicted, region)) - _area(_intersect(true_positive, region))
 
-    regions = (regions.seen, regions.objects, regions.all)
-    seen, objects, all_ = (count_outside_own(x) for x in regions)
+    seen, objects, all_ = map(count_outside_own, (regions.seen, regions.objects, regions.all))
     return PixelCounts(
         intersection=num_tp,
         union=num_predicted + _area(own) - num_tp,
@@ -135,41 +123,16 @@ def boundary_iou(mask: dict, other: dict) -> float:
         In [0, 1]; nan if both are empty.
     """
     height, width = mask["size"]
-    distance = max(1, round(_WIDTH_RATIO * float(np.hypot(height, width))))
-    masks = mask_util.decode([mask, other]).astype(bool)
+    distance = max(1, round(0.02 * float(np.hypot(height, width))))
+    masks = mask_util.decode([mask, other])
     # Pixels outside both boxes say nothing.
     left, top, width, height = mask_util.toBbox(mask_util.merge([mask, other])).astype(int)
-    masks = masks[top : top + height, left : left + width]
-    first, second = (boundary_region(masks[..., i], distance) for i in (0, 1))
+    # With a frame of background: what touches the image's border is boundary, too.
+    masks = np.pad(masks[top : top + height, left : left + width], ((1, 1), (1, 1), (0, 0)))
+    eroded = cv2.erode(masks, np.ones((3, 3), np.uint8), iterations=distance)
+    first, second = np.moveaxis(masks > eroded, -1, 0)
     union = np.count_nonzero(first | second)
     return np.count_nonzero(first & second) / union if union else float("nan")
-
-
-def boundary_region(mask: np.ndarray, distance: int) -> np.ndarray:
-    """
-    The pixels of a mask within a distance of its outline.
-
-    Args:
-        mask: bool, shape (H, W). What lies beyond the array is background.
-        distance: in pixels, in the maximum norm; 1 gives the outermost pixels.
-
-    Returns:
-        bool, shape (H, W), a subset of ``mask``.
-    """
-    if mask.size == 0:
-        return mask.copy()
-    padded = np.pad(mask.astype(np.uint8), 1)
-    eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
-    return mask & (eroded[1:-1, 1:-1] == 0)
-
-
-def _region_of_smaller(size: tuple[int, int], objects: list, is_seen: Sequence[bool]) -> dict:
-    is_seen_pixel = np.zeros(size, dtype=np.uint8, order="F")
-    # Painted last wins: from large to small, seen after unseen.
-    order = sorted(range(len(objects)), key=lambda i: (-_area(objects[i]), is_seen[i]))
-    for i in order:
-        is_seen_pixel[mask_util.decode(objects[i]).astype(bool)] = is_seen[i]
-    return mask_util.encode(is_seen_pixel)
 
 
 def _intersect(first: dict, second: dict) -> dict:

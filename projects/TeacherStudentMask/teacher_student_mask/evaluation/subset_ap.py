@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
+
+from .overlap import OverlapBin
 
 __all__ = [
     "AREA_RANGES",
@@ -18,6 +21,7 @@ __all__ = [
     "Matches",
     "PrecisionOfSubsets",
     "Subset",
+    "TaskMetrics",
     "at_iou",
     "find_candidate_pairs",
     "mean_percent",
@@ -65,10 +69,6 @@ class CandidatePairs:
     pair_gt: np.ndarray
     pair_iou: np.ndarray
 
-    def positions_of_classes(self, category_ids: Collection[int]) -> list[int]:
-        """Positions in ``category_ids`` of those ids of the json that are there."""
-        return np.flatnonzero(np.isin(self.category_ids, list(category_ids))).tolist()
-
 
 def find_candidate_pairs(
     coco: COCO,
@@ -96,12 +96,8 @@ def find_candidate_pairs(
     image_ids = np.unique(coco.getImgIds() if image_ids is None else image_ids)
     category_ids = np.unique(coco.getCatIds())
     known = set(category_ids.tolist())
-    objects = [
-        x
-        for i in image_ids.tolist()
-        for x in coco.imgToAnns.get(i, [])
-        if x["category_id"] in known
-    ]
+    objects = [x for i in image_ids.tolist() for x in coco.imgToAnns.get(i, [])]
+    objects = [x for x in objects if x["category_id"] in known]
     gt_images = np.searchsorted(image_ids, _column(objects, "image_id", np.int64))
     gt_classes = np.searchsorted(category_ids, _column(objects, "category_id", np.int64))
     is_crowd = _column(objects, "iscrowd", bool)
@@ -136,10 +132,8 @@ def find_candidate_pairs(
             iou = np.asarray(ious[int(image_ids[image]), int(category_ids[category])])
         d, g = np.nonzero(iou >= IOU_THRESHOLDS[0])
         pairs.append((position[dts[d]], gts[g], iou[d, g]))
-    pair_dt, pair_gt, pair_iou = (
-        np.concatenate(column) if pairs else np.zeros(0, dtype)
-        for column, dtype in zip(zip(*pairs) if pairs else [[]] * 3, (np.int64, np.int64, float))
-    )
+    none = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    pair_dt, pair_gt, pair_iou = (np.concatenate(x) for x in zip(none, *pairs))
     order = np.lexsort((pair_gt, pair_dt))
     return CandidatePairs(
         image_ids=image_ids,
@@ -171,32 +165,21 @@ class Matches:
     def __init__(self, pairs: CandidatePairs):
         self.pairs = pairs
         num_candidates = np.bincount(pairs.pair_dt, minlength=len(pairs.dt_images))
-        is_crowd_pair = pairs.gt_is_crowd[pairs.pair_gt]
-        num_crowds = np.bincount(pairs.pair_dt[is_crowd_pair], minlength=len(pairs.dt_images))
-        has_choice = (num_candidates > 1) & (num_crowds < num_candidates)
+        # What is on a crowd goes the longer way, too, although it has no choice.
+        has_choice = num_candidates > 1
+        has_choice[pairs.pair_dt[pairs.gt_is_crowd[pairs.pair_gt]]] = True
         group = pairs.dt_classes * len(pairs.image_ids) + pairs.dt_images
-        in_choice_group = np.isin(group, group[has_choice])
-        pair_has_choice = in_choice_group[pairs.pair_dt]
+        pair_has_choice = np.isin(group, group[has_choice])[pairs.pair_dt]
         chosen = np.flatnonzero(pair_has_choice)
         self._groups = [chosen[x] for x in _by_group(group[pairs.pair_dt[chosen]]).values()]
 
-        dt, gt = self._match_without_choice(~pair_has_choice & ~is_crowd_pair)
-        only_crowd = np.flatnonzero((num_crowds > 0) & ~in_choice_group)
-        crowd_iou = np.zeros(len(pairs.dt_images))
-        np.maximum.at(crowd_iou, pairs.pair_dt[is_crowd_pair], pairs.pair_iou[is_crowd_pair])
-        dt = [
-            np.concatenate([d, only_crowd[crowd_iou[only_crowd] >= t]])
-            for d, t in zip(dt, _reachable(IOU_THRESHOLDS))
-        ]
-        gt = [np.concatenate([g, np.full(len(d) - len(g), _CROWD)]) for d, g in zip(dt, gt)]
+        dt, gt = self._match_without_choice(~pair_has_choice)
         choosing = np.unique(pairs.pair_dt[pair_has_choice])
         self._choosing = choosing
-        self._num_thresholds = len(IOU_THRESHOLDS)
         threshold = np.repeat(np.arange(len(dt)), [len(d) + len(choosing) for d in dt])
         position = np.concatenate([np.concatenate([d, choosing]) for d in dt])
-        matched = np.concatenate(
-            [np.concatenate([g, np.full(len(choosing), _UNDECIDED)]) for g in gt]
-        )
+        undecided = np.full(len(choosing), _UNDECIDED)
+        matched = np.concatenate([np.concatenate([g, undecided]) for g in gt])
         order = np.lexsort((position, threshold))
         #: Threshold and detection of all entries that are matched for some ignored objects.
         self.threshold, self.position = threshold[order], position[order]
@@ -213,7 +196,7 @@ class Matches:
             none, -2 for a crowd.
         """
         result = self._matched.copy()
-        table = np.full((self._num_thresholds, len(self._choosing)), _NOTHING)
+        table = np.full((len(IOU_THRESHOLDS), len(self._choosing)), _NOTHING)
         for group in self._groups:
             self._match_group(group, ignored, table)
         result[self._choosing_entries] = table.ravel()
@@ -226,7 +209,7 @@ class Matches:
         order = np.lexsort((dt, gt))
         dt, gt, iou = dt[order], gt[order], iou[order]
         dts, gts = [], []
-        for t in _reachable(IOU_THRESHOLDS):
+        for t in IOU_THRESHOLDS:
             reaches = iou >= t
             d, g = dt[reaches], gt[reaches]
             is_first = np.diff(g, prepend=-1) != 0
@@ -244,7 +227,7 @@ class Matches:
         for d, g, iou in zip(dts.tolist(), gts.tolist(), pairs.pair_iou[group].tolist()):
             by_dt[d].append((is_ignored[g], g, iou))
         columns = np.searchsorted(self._choosing, list(by_dt))
-        for row, t in enumerate(_reachable(IOU_THRESHOLDS)):
+        for row, t in enumerate(IOU_THRESHOLDS):
             taken = set()
             # Detections stand in the order of falling scores.
             for column, candidates in zip(columns, by_dt.values()):
@@ -288,14 +271,11 @@ class PrecisionOfSubsets:
     def __init__(self, matches: Matches, subsets: Mapping[str, Subset]):
         self._pairs = pairs = matches.pairs
         self._entry_images = pairs.dt_images[matches.position]
-        self._is_matched = matches.unrestricted != -1
-        self._dt_counts = {
-            area: _in_range(pairs.dt_areas, area) for area in {x.area for x in subsets.values()}
-        }
-        self._entry_counts = {
-            area: self._is_matched & counts[matches.position]
-            for area, counts in self._dt_counts.items()
-        }
+        is_matched = matches.unrestricted != _NOTHING
+        self._counts = {}
+        for area in {x.area for x in subsets.values()}:
+            counts = _in_range(pairs.dt_areas, area)
+            self._counts[area] = counts, is_matched & counts[matches.position]
         self._subsets = {name: _TruePositives(matches, x) for name, x in subsets.items()}
 
     def __call__(self, image_weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -314,11 +294,8 @@ class PrecisionOfSubsets:
         dt_weights = image_weights[..., self._pairs.dt_images]
         entry_weights = image_weights[..., self._entry_images]
         counts = {
-            area: (
-                _exclusive_cumsum(dt_weights * self._dt_counts[area]),
-                _exclusive_cumsum(entry_weights * self._entry_counts[area]),
-            )
-            for area in self._dt_counts
+            area: (_exclusive_cumsum(dt_weights * dts), _exclusive_cumsum(entry_weights * entries))
+            for area, (dts, entries) in self._counts.items()
         }
         return {
             name: subset.average_precision(*counts[subset.area], image_weights)
@@ -357,7 +334,7 @@ class _TruePositives:
         self._first_entry = np.searchsorted(segment, self._segments)
         self._first_position = np.searchsorted(pairs.dt_classes, self._segments % self._num_classes)
         # Where ignoring objects has changed the matching: false positives more or fewer.
-        change = (matched == -1).astype(np.int32) - (matches.unrestricted == -1)
+        change = (matched == _NOTHING).astype(np.int32) - (matches.unrestricted == _NOTHING)
         change *= _in_range(pairs.dt_areas, subset.area)[matches.position]
         changed = np.flatnonzero(change)
         self._changes = change[changed]
@@ -375,45 +352,41 @@ class _TruePositives:
         ``matched_before``, shape (..., entries + 1), that of the matched ones before each entry.
         """
         num_gt = image_weights.astype(np.float32) @ self._num_gt
-        sums = np.zeros((*num_gt.shape[:-1], len(IOU_THRESHOLDS) * self._num_classes))
-        if len(self._entries):
-            sums[..., self._segments] = self._sum_precision(
-                dts_before, matched_before, image_weights, num_gt
-            )
         shape = (*num_gt.shape[:-1], len(IOU_THRESHOLDS), self._num_classes)
-        return np.where(num_gt[..., None, :] == 0, np.nan, sums.reshape(shape) / len(_RECALLS))
+        precision = np.zeros((*shape[:-2], shape[-2] * shape[-1]))
+        if len(self._entries):
+            num_gt_of_segment = np.maximum(num_gt, 1)[..., self._segments % self._num_classes]
+            precision[..., self._segments] = self._interpolate(
+                dts_before, matched_before, image_weights, num_gt_of_segment
+            )
+        return np.where(num_gt[..., None, :] == 0, np.nan, precision.reshape(shape))
 
-    def _sum_precision(
+    def _interpolate(
         self,
         dts_before: np.ndarray,
         matched_before: np.ndarray,
         image_weights: np.ndarray,
         num_gt: np.ndarray,
     ) -> np.ndarray:
-        """Sum over the recall thresholds of the interpolated precision, per segment."""
+        """Mean over the recall thresholds of the interpolated precision, per segment."""
         weights = _exclusive_cumsum(image_weights[..., self._images])
-        tp = weights[..., 1:] - self._spread(weights[..., self._starts])
+        tp = weights[..., 1:] - np.repeat(weights[..., self._starts], self._lengths, axis=-1)
         offset = dts_before[..., self._first_position] - matched_before[..., self._first_entry]
         fp = dts_before[..., self._positions] - matched_before[..., self._entries]
         if len(self._changes):
             changes = _exclusive_cumsum(image_weights[..., self._changed_images] * self._changes)
             fp += changes[..., self._changes_before]
             offset += changes[..., self._changes_before_segment]
-        fp -= self._spread(offset)
+        fp -= np.repeat(offset, self._lengths, axis=-1)
         precision = tp / (tp + fp + np.spacing(1))
         # The highest precision from each true positive to the end of its segment.
         precision += self._bands
         highest = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1] - self._bands
 
-        num_gt_of_segment = np.maximum(num_gt, 1)[..., self._segments % self._num_classes]
-        reached = _recalls_reached(tp / self._spread(num_gt_of_segment))
+        reached = _recalls_reached(tp / np.repeat(num_gt, self._lengths, axis=-1))
         newly = np.diff(reached, prepend=0, axis=-1)
         newly[..., self._starts] = reached[..., self._starts]
-        return np.add.reduceat(highest * newly, self._starts, axis=-1)
-
-    def _spread(self, values: np.ndarray) -> np.ndarray:
-        """From one value per segment to one per true positive."""
-        return np.repeat(values, self._lengths, axis=-1)
+        return np.add.reduceat(highest * newly, self._starts, axis=-1) / len(_RECALLS)
 
 
 def subset_metrics(
@@ -431,15 +404,8 @@ def subset_metrics(
         {metric: AP in 0-100, shape (...)}, nan where there is no object.
     """
     take = slice(None) if classes is None else np.asarray(sorted(classes), dtype=np.int64)
-    by_area = {area: precision[f"{name}/{area}"][..., take] for area in AREA_RANGES}
-    values = (
-        by_area["all"],
-        at_iou(by_area["all"], 0.5),
-        at_iou(by_area["all"], 0.75),
-        by_area["small"],
-        by_area["medium"],
-        by_area["large"],
-    )
+    any_area, *by_area = (precision[f"{name}/{area}"][..., take] for area in AREA_RANGES)
+    values = any_area, at_iou(any_area, 0.5), at_iou(any_area, 0.75), *by_area
     return {metric: mean_percent(x) for metric, x in zip(METRICS, values)}
 
 
@@ -455,6 +421,70 @@ def mean_percent(precision: np.ndarray) -> np.ndarray:
     count = is_defined.sum(axis=(-2, -1))
     total = np.where(is_defined, precision, 0).sum(axis=(-2, -1))
     return np.where(count > 0, 100 * total / np.maximum(count, 1), np.nan)
+
+
+class TaskMetrics:
+    """
+    AP of the tasks "segm", "segm_seen", "segm_unseen" and "segm_unseen_overlap" with six metrics
+    each, of each overlap bin ("bin 3": AP, AP50) and of each class ("class 17": AP, AP50, AP75).
+
+    Args:
+        pairs: detections and objects.
+        overlaps: {annotation id: overlap} of the non-crowd objects.
+        seen: positions of the seen classes.
+        threshold: smallest overlap of an object in "segm_unseen_overlap".
+        bins: hold objects of unseen classes.
+    """
+
+    def __init__(
+        self,
+        pairs: CandidatePairs,
+        overlaps: Mapping[int, float],
+        seen: Collection[int],
+        threshold: float,
+        bins: Sequence[OverlapBin],
+    ):
+        # Crowds have no overlap, and count nowhere.
+        values = np.array([overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
+        is_unseen = ~np.isin(pairs.gt_classes, list(seen))
+        self._seen = set(seen)
+        self._unseen = set(range(len(pairs.category_ids))) - self._seen
+        self._bins = {f"bin {k}": is_unseen & x.contains(values) for k, x in enumerate(bins)}
+        counts = {
+            "segm": np.ones_like(is_unseen),
+            "segm_seen": ~is_unseen,
+            "segm_unseen": is_unseen,
+            "segm_unseen_overlap": is_unseen & (values >= threshold),
+            **self._bins,
+            **{f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))},
+        }
+        #: {task, bin or class: number of its non-crowd objects}
+        self.num_gt = {name: int((x & ~pairs.gt_is_crowd).sum()) for name, x in counts.items()}
+        subsets = {name: Subset(mask) for name, mask in self._bins.items()}
+        for name, area in itertools.product(("segm", "segm_unseen_overlap"), AREA_RANGES):
+            subsets[f"{name}/{area}"] = Subset(counts[name], area)
+        self._evaluate = PrecisionOfSubsets(Matches(pairs), subsets)
+
+    def __call__(self, image_weights: np.ndarray | None = None) -> dict[tuple, np.ndarray]:
+        """{(task, bin or class, metric): AP in 0-100}; see :meth:`PrecisionOfSubsets.__call__`."""
+        precision = self._evaluate(image_weights)
+        tasks = {
+            "segm": subset_metrics(precision, "segm"),
+            "segm_seen": subset_metrics(precision, "segm", self._seen),
+            "segm_unseen": subset_metrics(precision, "segm", self._unseen),
+            "segm_unseen_overlap": subset_metrics(precision, "segm_unseen_overlap"),
+        }
+        values = {(task, metric): x for task in tasks for metric, x in tasks[task].items()}
+        for name in self._bins:
+            values[name, "AP"] = mean_percent(precision[name])
+            values[name, "AP50"] = mean_percent(at_iou(precision[name], 0.5))
+        of_all = precision["segm/all"]
+        rows = {"AP": of_all, "AP50": at_iou(of_all, 0.5), "AP75": at_iou(of_all, 0.75)}
+        for metric, x in rows.items():
+            # Of one class, all thresholds are defined or none.
+            per_class = 100 * x.mean(axis=-2)
+            values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}
+        return values
 
 
 def _in_range(areas: np.ndarray, name: str) -> np.ndarray:
@@ -473,11 +503,6 @@ def _recalls_reached(recall: np.ndarray) -> np.ndarray:
     # searchsorted(_RECALLS, recall, "right"), but faster: a guess that is right or one too low.
     guess = (recall * 100 - 1e-9).astype(np.int32)
     return guess + 1 + (_NEXT_RECALLS[guess] <= recall)
-
-
-def _reachable(thresholds: np.ndarray) -> np.ndarray:
-    # As COCOeval: an IoU of 1 less rounding reaches a threshold of 1.
-    return np.minimum(thresholds, 1 - 1e-10)
 
 
 def _column(rows: Sequence[dict], key: str, dtype) -> np.ndarray:
