@@ -129,14 +129,12 @@ def test_yolo_names_and_splits_in_all_their_forms(yaml, inputs, monkeypatch):
 
 def test_yolo_labels_without_an_image_are_counted(inputs):
     labels, images = inputs / "yolo/labels/train", inputs / "yolo/images/train"
-    (labels / "old").mkdir()
-    for name in ("old/1.txt", "gone.txt", "OTHER.txt"):
+    for name in ("1.txt", "gone.txt", "OTHER.txt"):
         (labels / name).write_text("0 0.5 0.5 0.5 0.5\n")
     (labels / "classes.txt").write_text("person\ndog\n")
     shutil.copy(images / "street.png", images / "OTHER.PNG")
     dataset = import_yolo(inputs / "yolo/data.yaml")
-    note = f"txts with labels have no image and were left out, such as {labels}/gone.txt"
-    assert dataset.notes[note] == 2
+    assert dataset.notes["txts with labels have no image and were left out"] == 2
 
 
 def test_hidden_copies_are_skipped_and_links_are_followed_once(inputs):
@@ -182,6 +180,12 @@ def test_labelme_reserved_labels_are_no_classes(inputs):
         assert dataset.coco["annotations"][0]["segmentation"] == [[1, 1, 9, 1, 9, 5]]
         assert len(dataset.coco["annotations"]) == 1
         assert dataset.notes["shapes with the label '__ignore__' were left out"] == 1
+
+
+def test_labels_that_differ_by_blanks_or_case_are_told(run, inputs):
+    edit_labelme(inputs, lambda x: x["shapes"][0].update(label=" Hen"))
+    status, _, printed = run("labelme", inputs / "labelme")
+    assert status == 0 and "warning: the classes ' Hen' and 'hen' differ" in printed
 
 
 def test_classes_from_a_file_give_the_ids(run, inputs):
@@ -300,8 +304,8 @@ def test_cvat_for_images(run, tmp_path):
     "old, new, message",
     [
         ('<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the task as"),
-        ("0, 3, 1, 2", "0, 3, 1", "object 3: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
-        ('left="14"', 'left="18"', r"mask of 3x2 pixels at \(18, 6\) is empty, or not inside"),
+        ("0, 3, 1, 2", "0, 3, 1", "object 4: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
+        ('left="14"', 'left="18"', r"mask, 3x2 pixels at \(18, 6\) of 20x10, is empty or not"),
     ],
 )
 def test_broken_xmls_of_cvat_are_named(old, new, message, run, tmp_path):
@@ -327,27 +331,17 @@ def test_lvis_gets_file_names(run, examples, inputs):
     assert status == 0 and "1 images have got a 'file_name'" in printed
     found = examples(output, inputs / "lvis")["000000000001.jpg"]
     assert rows(found, output) == [("antenna", [4, 4, 12, 9], True)]
-    data = json.loads(path.read_text())
-    data["images"][0]["coco_url"] = "1.jpg"
-    path.write_text(json.dumps(data))
-    status, _, printed = run("lvis", path)
-    assert status == 1 and "image 1 has no 'file_name': 'coco_url' is '1.jpg'" in printed
 
 
 @pytest.mark.parametrize(
-    "line, message",
-    [
-        ("0 0.5 0.5 0.5 0.5 0.9", "5 numbers behind the class.*A confidence at the end"),
-        ("2 0.5 0.5 0.5 0.5", "the class is 2; allowed: 0, 1"),
-        ("0 0.5 0.5 0.5 1.2", r"allowed: coordinates in \[0, 1\]"),
-    ],
+    "line", ["0 0.5 0.5 0.5 0.5 0.9", "2 0.5 0.5 0.5 0.5", "0 0.5 0.5 0.5 1.2", "0 0.5 nan 0.5 0.5"]
 )
-def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
+def test_broken_lines_of_yolo_are_named(line, run, inputs):
     labels = inputs / "yolo/labels/train/street.txt"
     labels.write_text(f"0 0.5 0.5 0.5 0.5\n\n{line}\n")
     status, output, printed = run("yolo", inputs / "yolo/data.yaml")
     assert status == 1 and not output.exists()
-    assert re.search(rf"error: {labels}, line 3: .*{message}", printed)
+    assert f"error: {labels}, line 3: it is {line!r}; allowed: a number of 'names'" in printed
 
 
 @pytest.mark.parametrize(
@@ -355,7 +349,7 @@ def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
     [
         ("train: images/train\nnames: [a, yes]", r"got `bool` - at `\$.names\[1\]`"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]", "the labels are keypoints"),
-        ("train: list.txt\nnames: [a]", "none of the 1 images of 'train', .*, has a txt"),
+        ("train: list.txt\nnames: [a]", "none of the 1 images of 'train' has its txt"),
         ("a: [", r"data.yaml: [^\n]*line 1, column 5[^\n]*\.\n$"),
     ],
 )
@@ -429,7 +423,7 @@ def test_a_size_that_is_not_that_of_the_image_is_an_error(run, inputs):
     "arguments, message",
     [
         (["yolo", "none.yaml", "--output", "TMP/a.json"], "none.yaml: cannot be read"),
-        (["voc", "none", "--output", "TMP/a.json"], "none: there is no xml in it"),
+        (["voc", "none", "--output", "TMP/a.json"], "none: there is no .xml in it"),
         (["voc", "FIX/voc", "--output", "TMP/there.json"], "exists; --force replaces it"),
         (["lvis", "TMP/there.json", "--output", "TMP/there.json", "--force"], "the input itself"),
     ],
@@ -442,9 +436,8 @@ def test_paths_that_cannot_be_right(arguments, message, tmp_path, capsys):
     assert (tmp_path / "there.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["it's", "$HOME `a` \\b!", 'say "é"'])
-def test_the_last_line_can_be_pasted(name, inputs, capsys):
-    folder = inputs / name
+def test_the_last_line_can_be_pasted(inputs, capsys):
+    folder = inputs / """it's $HOME `a` \\b! "é\""""
     shutil.copytree(inputs / "labelme", folder)
     edit(folder / "yard.json", "..\\\\labelme\\\\yard.png", "yard.png")
     assert main(["import", "labelme", str(folder), "--output", str(folder / "out.json")]) == 0
