@@ -452,7 +452,7 @@ def _read_cvat_mask(shape: ElementTree.Element, size: tuple[int, int], where: st
 def import_lvis(
     path: str | os.PathLike, image_root: str | os.PathLike | None = None
 ) -> ImportedDataset:
-    """Read a json of LVIS, and give its images a ``file_name``, such as train2017/000000391895.jpg."""
+    """Read a json of LVIS; images get a ``file_name`` such as train2017/000000391895.jpg."""
     dataset = ImportedDataset(read_coco(path), image_root and Path(image_root))
     for image in dataset.coco["images"]:
         if "coco_url" in image and not image.get("file_name"):
