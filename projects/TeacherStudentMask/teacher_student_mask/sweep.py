@@ -21,12 +21,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .class_splits import resolve_seen_classes
 from .coco_json import write_json
 from .errors import InputError
 
 # Each job imports this module again, so what takes long to import is imported where it is needed.
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Run", "plan_sweep", "run_sweep", "write_summary", "write_sweep_report"]
 
@@ -34,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 TRAIN_COMMAND = (sys.executable, "-m", "teacher_student_mask", "train")
 POLL_SECONDS = 1.0
-# Evaluations: the one that ends the training, and others by these names.
-DETECTIONS, ON_GT_BOXES = "detections", "gt_boxes_{head}"
+# The evaluation that ends the training, and those on ground-truth boxes.
+DETECTIONS, STUDENT, TEACHER = "detections", "gt_boxes_student", "gt_boxes_teacher"
 # Column of the summary -> (task, metric) of results.json.
 COLUMNS = {
     "box AP": ("bbox", "AP"),
@@ -142,7 +145,7 @@ def plan_sweep(
             )
             arguments += ["DATASETS.SEEN_CLASSES", str(Path(seen_path).resolve())]
         has_teacher = cfg.MODEL.ROI_HEADS.NAME == "TeacherStudentROIHeads"
-        heads = ("student", "teacher") if has_teacher else ("student",)
+        heads = {STUDENT: "student", **({TEACHER: "teacher"} if has_teacher else {})}
         parts = [label, *([seen_set] if seen_set else []), f"seed_{seed}"]
         run = Run(
             name="/".join(parts),
@@ -154,8 +157,8 @@ def plan_sweep(
             num_seen_classes=num_seen,
             arguments=[*arguments, "SEED", str(seed)],
             evaluations={
-                ON_GT_BOXES.format(head=x): ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", x]
-                for x in heads
+                name: ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", head]
+                for name, head in heads.items()
                 if report
             },
         )
@@ -284,7 +287,7 @@ def write_summary(output_dir: str | os.PathLike) -> str:
         output_dir: of the sweep; all runs in it count, not the last call's alone.
 
     Returns:
-        The tables, in Markdown.
+        The table, in Markdown.
     """
     import pandas as pd
 
@@ -301,27 +304,16 @@ def write_summary(output_dir: str | os.PathLike) -> str:
         return "No run has finished."
     results = pd.DataFrame(rows).astype(dict.fromkeys(COLUMNS, float))
     results.to_csv(output / "results.csv", index=False)
-    keys = ["config", *(x for x in ("num_seen_classes", "seen_set") if results[x].notna().any())]
-    tables = []
-    for evaluation, of_evaluation in results.groupby("evaluation"):
-        groups = of_evaluation.groupby(keys, dropna=False)
-        # The standard deviation is that of the sample; NaN for one seed.
-        cells = groups[list(COLUMNS)].mean().map("{:.2f}".format)
-        spread = groups[list(COLUMNS)].std().map(lambda x: "" if pd.isna(x) else f" ± {x:.2f}")
-        cells = (cells + spread).replace("nan", "-")
-        cells.insert(0, "seeds", groups.size())
-        title = "Masks and boxes detected by the model"
-        if evaluation != DETECTIONS:
-            head = evaluation.split("_")[-1]
-            title = f"Masks of the {head} on the ground-truth boxes and classes"
-        table = cells.reset_index().to_markdown(index=False, disable_numparse=True)
-        tables.append(f"{title}:\n\n{table}")
-    text = "\n\n".join(tables)
-    (output / "summary.md").write_text(
-        "COCO AP in percent: mean ± standard deviation (of the sample) over the seeds; a value "
-        f"without ± is one run.\n\n{text}\n",
-        encoding="utf-8",
+    keys = [x for x in ("num_seen_classes", "seen_set") if results[x].notna().any()]
+    groups = results.groupby(["evaluation", "config", *keys], dropna=False)
+    cells = groups[list(COLUMNS)].agg(_mean_and_deviation)
+    cells.insert(0, "seeds", groups.size())
+    text = (
+        "COCO AP in percent, mean ± standard deviation (of the sample) over the seeds, of the "
+        "detections; gt_boxes: of the masks on the ground-truth boxes and classes.\n\n"
+        + cells.reset_index().to_markdown(index=False, disable_numparse=True)
     )
+    (output / "summary.md").write_text(text + "\n", encoding="utf-8")
     if results["num_seen_classes"].nunique() > 1:
         # AP of unseen classes over the number of seen ones: Fig. 8 of the paper.
         detected = results[results["evaluation"] == DETECTIONS]
@@ -330,6 +322,12 @@ def write_summary(output_dir: str | os.PathLike) -> str:
         ax = aps.mean().unstack().plot(yerr=errors, marker="o", ylabel="unseen AP")
         ax.figure.savefig(output / "summary.png", dpi=150)
     return text
+
+
+def _mean_and_deviation(values: pd.Series) -> str:
+    if values.isna().any():
+        return "-"
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
 
 
 def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -> Path:
@@ -347,12 +345,11 @@ def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -
     from .analysis.model_outputs import measure_pseudo_masks
     from .trained_model import find_test_dataset, load_config
 
-    student, teacher = (ON_GT_BOXES.format(head=x) for x in ("student", "teacher"))
     on_gt_boxes, quality = {}, {}
     for name, run in runs.items():
-        on_gt_boxes[name] = _result_file(run.folder / student)
-        if teacher in run.evaluations:
-            on_gt_boxes[f"{name}, teacher"] = _result_file(run.folder / teacher)
+        on_gt_boxes[name] = _result_file(run.folder / STUDENT)
+        if TEACHER in run.evaluations:
+            on_gt_boxes[f"{name}, teacher"] = _result_file(run.folder / TEACHER)
             model = run.folder / "config.yaml", run.folder / "model_final.pth"
             quality[name] = measure_pseudo_masks(*map(str, model))
     baseline = next(iter(runs))

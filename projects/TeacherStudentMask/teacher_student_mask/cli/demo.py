@@ -1,5 +1,5 @@
 """
-The whole path on a small drawn dataset: write it, train three models, evaluate, analyse, draw.
+The whole path on a small drawn dataset: write it, train three models, evaluate, analyse.
 
 The models, on the same data, schedule and seed, half of the classes without masks in training:
 
@@ -7,7 +7,7 @@ The models, on the same data, schedule and seed, half of the classes without mas
   teacher_student          the paper's method ("interact")
   teacher_student_box_fit  ours: pseudo masks that fit their boxes
 
-DIR then holds summary.md, report/report.html, demo.png, the dataset in datasets/shapes, and a
+DIR then holds summary.md, report/report.html with pictures, the dataset in datasets/shapes, and a
 folder per model with config.yaml, log.txt, metrics.json and model_final.pth. What is there is used
 again, and an interrupted call goes on where it stopped.
 
@@ -36,7 +36,6 @@ MODELS = {
 DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
 SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
 SHORT_OPTIONS = ("SOLVER.MAX_ITER", "24", "MODEL.PSEUDO_MASK.WARMUP_ITERS", "12")
-NUM_PICTURES = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +74,10 @@ def run(args: argparse.Namespace) -> int:
     }
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
-    _draw_pictures(data, [run.folder / "gt_boxes_student" for run in runs.values()], output)
     named = {label: runs[name] for name, label in MODELS.items()}
     report = write_sweep_report(named, output / "report")
     print(write_summary(output))
     print("\nOne seed and no intervals: no difference here is established.")
-    print(f"Pictures: {output}/demo.png: image, ground truth, {', '.join(MODELS)}")
     print(f"Report, to be opened in a browser: {report}")
     return 0
 
@@ -97,31 +94,3 @@ def _write_dataset(root: Path, settings: dict) -> None:
     generate_shapes(str(root), **settings)
     # Last, so that an interrupted dataset is written again.
     marker.write_text(json.dumps(settings))
-
-
-def _draw_pictures(data: Path, folders: list[Path], output: Path) -> None:
-    """Write demo.png: images, true masks, and the results in the OUTPUT_DIRs of evaluations."""
-    import cv2
-    import numpy as np
-
-    from ..data.shapes import SHAPES_SEEN_CLASSES
-    from ..drawing import SEEN_COLOR, UNSEEN_COLOR, annotations_to_detections, draw_instances
-
-    coco = json.loads((data / "annotations" / "instances_val.json").read_text())
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    columns = [[], coco["annotations"]]
-    for folder in folders:
-        path = folder / "inference" / "coco_instances_results.json"
-        columns.append(json.loads(path.read_text()) if path.is_file() else [])
-    rows = []
-    for image in coco["images"][:NUM_PICTURES]:
-        pixels = cv2.imread(str(data / "val" / image["file_name"]))
-        row = []
-        for objects in columns:
-            found = [x for x in objects if x["image_id"] == image["id"]]
-            classes = [names[x["category_id"]] for x in found]
-            colors = [SEEN_COLOR if x in SHAPES_SEEN_CLASSES else UNSEEN_COLOR for x in classes]
-            detections = annotations_to_detections(found, pixels.shape[:2], range(len(found)))
-            row.append(draw_instances(pixels, detections, classes, colors=colors, scale=3))
-        rows.append(np.hstack(row))
-    cv2.imwrite(str(output / "demo.png"), np.vstack(rows))

@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> None:
     from .. import importers
     from ..coco_json import check_coco, write_json
 
-    if args.output.resolve() == args.input.resolve():
-        raise InputError(f"--output {args.output}: the input itself; it is never replaced.")
-    if args.output.exists() and not args.force:
-        raise InputError(f"--output {args.output}: exists; --force replaces it.")
+    is_input = args.output.resolve() == args.input.resolve()
+    if args.output.exists() and (is_input or not args.force):
+        problem = "the input itself, which is never replaced" if is_input else "--force replaces it"
+        raise InputError(f"--output {args.output}: exists; {problem}.")
     names = ("split", "class_names", "image_root", "zero_based")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if options.get("class_names"):
