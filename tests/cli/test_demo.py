@@ -43,7 +43,7 @@ def test_the_demo_trains_its_configs_on_its_data_and_does_nothing_twice(
             trained.append(run)
             results = dict.fromkeys(TASKS, METRICS)
             run.folder.mkdir()
-            record = {"config": run.config, "num_seen_classes": None, "seen_set": None, "seed": 1}
+            record = {"config": run.config, "seen_set": None, "seed": 1}
             record["results"] = dict.fromkeys(["detections", *run.evaluations], results)
             (run.folder / "run.json").write_text(json.dumps(record))
         return []

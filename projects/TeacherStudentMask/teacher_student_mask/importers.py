@@ -380,6 +380,7 @@ def import_cvat(
             dataset.notes["masks drawn with the brush are no longer marked as crowds"] += 1
         rotation = (annotation.get("attributes") or {}).get("rotation")
         if not segmentation and rotation:
+            del annotation["attributes"]["rotation"]  # the box has it now
             x, y, w, h = annotation["bbox"]
             corners = np.array([[x, y], [x + w, y + h]])
             low, high = _box_around(corners, rotation, dataset.notes)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .class_splits import resolve_seen_classes
 from .coco_json import write_json
 from .errors import InputError
 
@@ -62,7 +61,6 @@ class Run:
         opts: KEY, VALUE, ... of the config, without what the sweep sets.
         seed: of the training.
         seen_set: name of the set of seen classes; None = the config's own.
-        num_seen_classes: of the set; None without one.
         arguments: of ``tsmask train``, without OUTPUT_DIR.
         evaluations: {name: KEY, VALUE, ...} of the evaluations beside the training's own.
     """
@@ -73,7 +71,6 @@ class Run:
     opts: list[str]
     seed: int
     seen_set: str | None
-    num_seen_classes: int | None
     arguments: list[str]
     evaluations: dict[str, list[str]]
 
@@ -115,8 +112,6 @@ def plan_sweep(
         InputError: a config, a list or a change is missing, wrong or there twice, or a config is
             there with other changes.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     from .trained_model import load_config
 
     opts = [str(x) for x in opts]
@@ -134,15 +129,10 @@ def plan_sweep(
         arguments = ["--resume", "--config-file", str(Path(path).resolve()), *device, *own, *opts]
         if num_gpus > 1:
             arguments = ["--num-gpus", str(num_gpus), "--dist-url", "auto", *arguments]
-        seen_set = num_seen = None
+        seen_set = seen_path and Path(seen_path).stem
         if seen_path:
-            train = cfg.DATASETS.TRAIN[0]
-            if not MetadataCatalog.get(train).get("thing_classes"):
-                DatasetCatalog.get(train)  # many datasets know their classes only now
-            seen_set = Path(seen_path).stem
-            num_seen = len(
-                resolve_seen_classes(seen_path, MetadataCatalog.get(train).thing_classes)
-            )
+            if not os.path.isfile(seen_path):
+                raise InputError(f"The list of seen classes {seen_path} does not exist.")
             arguments += ["DATASETS.SEEN_CLASSES", str(Path(seen_path).resolve())]
         has_teacher = cfg.MODEL.ROI_HEADS.NAME == "TeacherStudentROIHeads"
         heads = {STUDENT: "student", **({TEACHER: "teacher"} if has_teacher else {})}
@@ -154,7 +144,6 @@ def plan_sweep(
             opts=[*own, *opts],
             seed=seed,
             seen_set=seen_set,
-            num_seen_classes=num_seen,
             arguments=[*arguments, "SEED", str(seed)],
             evaluations={
                 name: ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", head]
@@ -281,7 +270,7 @@ def _run_job(run: Run, command: Sequence[str], environment: dict[str, str]) -> N
 
 def write_summary(output_dir: str | os.PathLike) -> str:
     """
-    Write results.csv, summary.md and, for sets of several sizes, summary.png.
+    Write results.csv, summary.md and, for several sets of seen classes, summary.png.
 
     Args:
         output_dir: of the sweep; all runs in it count, not the last call's alone.
@@ -295,7 +284,7 @@ def write_summary(output_dir: str | os.PathLike) -> str:
     records = [json.loads(path.read_text()) for path in sorted(output.glob("**/run.json"))]
     rows = [
         {"evaluation": evaluation}
-        | {key: record[key] for key in ("config", "num_seen_classes", "seen_set", "seed")}
+        | {key: record[key] for key in ("config", "seen_set", "seed")}
         | {name: found.get(task, {}).get(metric) for name, (task, metric) in COLUMNS.items()}
         for record in records
         for evaluation, found in record.get("results", {}).items()
@@ -304,8 +293,7 @@ def write_summary(output_dir: str | os.PathLike) -> str:
         return "No run has finished."
     results = pd.DataFrame(rows).astype(dict.fromkeys(COLUMNS, float))
     results.to_csv(output / "results.csv", index=False)
-    keys = [x for x in ("num_seen_classes", "seen_set") if results[x].notna().any()]
-    groups = results.groupby(["evaluation", "config", *keys], dropna=False)
+    groups = results.groupby(["evaluation", "config", "seen_set"], dropna=False)
     cells = groups[list(COLUMNS)].agg(_mean_and_deviation)
     cells.insert(0, "seeds", groups.size())
     text = (
@@ -314,10 +302,10 @@ def write_summary(output_dir: str | os.PathLike) -> str:
         + cells.reset_index().to_markdown(index=False, disable_numparse=True)
     )
     (output / "summary.md").write_text(text + "\n", encoding="utf-8")
-    if results["num_seen_classes"].nunique() > 1:
-        # AP of unseen classes over the number of seen ones: Fig. 8 of the paper.
+    if results["seen_set"].nunique() > 1:
+        # Fig. 8 of the paper.
         detected = results[results["evaluation"] == DETECTIONS]
-        aps = detected.groupby(["num_seen_classes", "config"])["unseen AP"]
+        aps = detected.groupby(["seen_set", "config"])["unseen AP"]
         errors = aps.std().unstack().fillna(0)
         ax = aps.mean().unstack().plot(yerr=errors, marker="o", ylabel="unseen AP")
         ax.figure.savefig(output / "summary.png", dpi=150)

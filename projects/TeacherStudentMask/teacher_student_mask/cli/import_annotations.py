@@ -83,8 +83,6 @@ def run(args: argparse.Namespace) -> None:
     for name in set(class_names) - set(by_letters.values()):
         other = by_letters["".join(name.split()).casefold()]
         print(f"warning: the classes {name!r} and {other!r} differ by blanks or case alone")
-    if not dataset.coco["annotations"]:
-        raise InputError(f"{args.input}: there is no object to import; allowed: at least one.")
     report = check_coco(
         args.input,
         data=dataset.coco,

@@ -5,8 +5,7 @@ DIR then holds
   runs/CONFIG/SET/seed_N/  what a training writes; run.json: settings, command, results
   jobs/                    what the trainings printed
   results.csv, summary.md  all results; their mean and standard deviation over the seeds
-  summary.png              with --seen-sets of several sizes: AP of unseen classes over the number
-                           of seen classes (Fig. 8 of the paper)
+  summary.png              AP of unseen classes over several --seen-sets (Fig. 8 of the paper)
   reports/SET/seed_N/      with --report: report.html, analysis.json, tables
 
 Runs that are finished are not repeated, and one that was interrupted goes on from its last
