@@ -232,8 +232,8 @@ def _environment(slot: int, num_slots: int, num_gpus: int) -> dict[str, str]:
     if num_gpus:
         import torch
 
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
         chosen = [gpus[(slot * num_gpus + i) % len(gpus)] for i in range(num_gpus)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
     return environment
@@ -283,8 +283,8 @@ def write_summary(output_dir: str | os.PathLike) -> str:
     output = Path(output_dir)
     records = [json.loads(path.read_text()) for path in sorted(output.glob("**/run.json"))]
     rows = [
-        {"evaluation": evaluation}
-        | {key: record[key] for key in ("config", "seen_set", "seed")}
+        {"evaluation": evaluation, "config": record["config"], "seed": record["seed"]}
+        | {"seen_set": record["seen_set"] or "-"}
         | {name: found.get(task, {}).get(metric) for name, (task, metric) in COLUMNS.items()}
         for record in records
         for evaluation, found in record.get("results", {}).items()
@@ -293,7 +293,7 @@ def write_summary(output_dir: str | os.PathLike) -> str:
         return "No run has finished."
     results = pd.DataFrame(rows).astype(dict.fromkeys(COLUMNS, float))
     results.to_csv(output / "results.csv", index=False)
-    groups = results.groupby(["evaluation", "config", "seen_set"], dropna=False)
+    groups = results.groupby(["evaluation", "config", "seen_set"])
     cells = groups[list(COLUMNS)].agg(_mean_and_deviation)
     cells.insert(0, "seeds", groups.size())
     text = (

@@ -14,7 +14,7 @@ examples:
 The COCO json of Label Studio needs no import: name it in DATASETS.TRAIN.
 
 labelme and voc name classes in each file: without --classes, the ids follow the alphabet of those
-that occur, so training and test data get the same ids only if both have objects of all classes.
+that occur.
 """
 
 from __future__ import annotations
