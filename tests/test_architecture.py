@@ -76,8 +76,7 @@ ALLOWED = {
     "structures": set(),
     "coco_json": BASE,
     "drawing": {"coco_json"},
-    "imported_dataset": BASE,
-    "importers": BASE | {"imported_dataset"},
+    "importers": BASE,
     # The three meet in the fields of Instances alone.
     "data": BASE | {"structures"},
     "modeling": {"errors", "structures"},  # whether an instance has a mask is data: no class lists

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -129,14 +128,12 @@ def test_yolo_names_and_splits_in_all_their_forms(yaml, inputs, monkeypatch):
 
 def test_yolo_labels_without_an_image_are_counted(inputs):
     labels, images = inputs / "yolo/labels/train", inputs / "yolo/images/train"
-    (labels / "old").mkdir()
-    for name in ("old/1.txt", "gone.txt", "OTHER.txt"):
+    for name in ("1.txt", "gone.txt", "OTHER.txt"):
         (labels / name).write_text("0 0.5 0.5 0.5 0.5\n")
     (labels / "classes.txt").write_text("person\ndog\n")
     shutil.copy(images / "street.png", images / "OTHER.PNG")
     dataset = import_yolo(inputs / "yolo/data.yaml")
-    note = f"txts with labels have no image and were left out, such as {labels}/gone.txt"
-    assert dataset.notes[note] == 2
+    assert dataset.notes["txts with labels have no image and were left out"] == 2
 
 
 def test_hidden_copies_are_skipped_and_links_are_followed_once(inputs):
@@ -182,6 +179,12 @@ def test_labelme_reserved_labels_are_no_classes(inputs):
         assert dataset.coco["annotations"][0]["segmentation"] == [[1, 1, 9, 1, 9, 5]]
         assert len(dataset.coco["annotations"]) == 1
         assert dataset.notes["shapes with the label '__ignore__' were left out"] == 1
+
+
+def test_labels_that_differ_by_blanks_or_case_are_told(run, inputs):
+    edit_labelme(inputs, lambda x: x["shapes"][0].update(label=" Hen"))
+    status, _, printed = run("labelme", inputs / "labelme")
+    assert status == 0 and "warning: the classes ' Hen' and 'hen' differ" in printed
 
 
 def test_classes_from_a_file_give_the_ids(run, inputs):
@@ -245,20 +248,20 @@ def test_brush_masks_of_cvat_are_no_crowds(run, examples):
     assert "1 masks drawn with the brush are no longer marked" in printed
 
 
-def test_turned_boxes_of_cvat_become_the_boxes_around_them(inputs):
+def test_turned_boxes_of_cvat_become_the_boxes_around_them(run, inputs):
     path = inputs / "cvat/annotations/instances_default.json"
     data = json.loads(path.read_text())
     (box,) = [x for x in data["annotations"] if x["segmentation"] == []]
     box.update(bbox=[4, 4, 8, 2], attributes={"rotation": 90.0})  # about (8, 5), of 20x10
     path.write_text(json.dumps(data))
-    dataset = import_cvat(path)
-    assert dataset.coco["annotations"][2]["bbox"] == [7, 1, 2, 8]
+    status, output, printed = run("cvat", path)
+    assert status == 0 and "turned" in printed and "warning" not in printed
+    assert json.loads(output.read_text())["annotations"][2]["bbox"] == [7, 1, 2, 8]
     box["attributes"]["rotation"] = 45  # half a diagonal: 5 / sqrt(2)
     path.write_text(json.dumps(data))
     half = 5 / 2**0.5
     expected = [8 - half, 5 - half, 2 * half, 2 * half]
     assert boxes_of(import_cvat(path))[2] == pytest.approx(expected, abs=1e-5)
-    assert dataset.notes["turned boxes have become the upright boxes around them"] == 1
 
 
 CVAT_XML = """<?xml version="1.0" encoding="utf-8"?>
@@ -300,8 +303,8 @@ def test_cvat_for_images(run, tmp_path):
     "old, new, message",
     [
         ('<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the task as"),
-        ("0, 3, 1, 2", "0, 3, 1", "object 3: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
-        ('left="14"', 'left="18"', r"mask of 3x2 pixels at \(18, 6\) is empty, or not inside"),
+        ("0, 3, 1, 2", "0, 3, 1", "object 4: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
+        ('left="14"', 'left="18"', r"mask, 3x2 pixels at \(18, 6\) of 20x10, is empty or not"),
     ],
 )
 def test_broken_xmls_of_cvat_are_named(old, new, message, run, tmp_path):
@@ -327,27 +330,17 @@ def test_lvis_gets_file_names(run, examples, inputs):
     assert status == 0 and "1 images have got a 'file_name'" in printed
     found = examples(output, inputs / "lvis")["000000000001.jpg"]
     assert rows(found, output) == [("antenna", [4, 4, 12, 9], True)]
-    data = json.loads(path.read_text())
-    data["images"][0]["coco_url"] = "1.jpg"
-    path.write_text(json.dumps(data))
-    status, _, printed = run("lvis", path)
-    assert status == 1 and "image 1 has no 'file_name': 'coco_url' is '1.jpg'" in printed
 
 
 @pytest.mark.parametrize(
-    "line, message",
-    [
-        ("0 0.5 0.5 0.5 0.5 0.9", "5 numbers behind the class.*A confidence at the end"),
-        ("2 0.5 0.5 0.5 0.5", "the class is 2; allowed: 0, 1"),
-        ("0 0.5 0.5 0.5 1.2", r"allowed: coordinates in \[0, 1\]"),
-    ],
+    "line", ["0 0.5 0.5 0.5 0.5 0.9", "2 0.5 0.5 0.5 0.5", "0 0.5 0.5 0.5 1.2", "0 0.5 nan 0.5 0.5"]
 )
-def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
+def test_broken_lines_of_yolo_are_named(line, run, inputs):
     labels = inputs / "yolo/labels/train/street.txt"
     labels.write_text(f"0 0.5 0.5 0.5 0.5\n\n{line}\n")
     status, output, printed = run("yolo", inputs / "yolo/data.yaml")
     assert status == 1 and not output.exists()
-    assert re.search(rf"error: {labels}, line 3: .*{message}", printed)
+    assert f"error: {labels}, line 3: it is {line!r}; allowed: a number of 'names'" in printed
 
 
 @pytest.mark.parametrize(
@@ -355,7 +348,7 @@ def test_broken_lines_of_yolo_are_named(line, message, run, inputs):
     [
         ("train: images/train\nnames: [a, yes]", r"got `bool` - at `\$.names\[1\]`"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]", "the labels are keypoints"),
-        ("train: list.txt\nnames: [a]", "none of the 1 images of 'train', .*, has a txt"),
+        ("train: list.txt\nnames: [a]", "none of the 1 images of 'train' has its txt"),
         ("a: [", r"data.yaml: [^\n]*line 1, column 5[^\n]*\.\n$"),
     ],
 )
@@ -384,26 +377,21 @@ def test_a_broken_xml_is_named(old, new, message, run, inputs):
     assert status == 1 and re.search(f"error: .*2008_000001.xml.*{message}", printed)
 
 
-def turn(path, orientation):
-    """Save the picture at `path` again, as it is stored, with an EXIF orientation."""
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_yolo_fractions_are_of_the_image_as_exif_turns_it(orientation, run, examples, inputs):
+    path = inputs / "yolo/images/train/street.png"
+    (inputs / "yolo/labels/train/street.txt").write_text("0 0.5 0.25 0.5 0.5\n")
     exif = Image.Exif()
     exif[0x0112] = orientation
     with Image.open(path) as picture:
         picture.copy().save(path, exif=exif)
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_yolo_fractions_are_of_the_image_as_exif_turns_it(orientation, run, examples, inputs):
-    path = inputs / "yolo/images/train/street.png"
-    (inputs / "yolo/labels/train/street.txt").write_text("0 0.5 0.25 0.5 0.5\n")
-    turn(path, orientation)
     status, output, printed = run("yolo", inputs / "yolo/data.yaml")
     # The file is stored as 80x60. The mapper, which turns it, compares its size with the json.
     found = examples(output, path.parent)["street.png"]
     width, height = (60, 80) if orientation > 4 else (80, 60)
     assert status == 0 and found.image_size == (height, width)
     assert rows(found, output) == [("person", [width / 4, 0, 3 * width / 4, height / 2], False)]
-    assert ("warning: " in printed) == (orientation > 1)
+    assert "warning: " in printed
 
 
 def test_a_size_that_is_not_that_of_the_image_is_an_error(run, inputs):
@@ -419,17 +407,13 @@ def test_a_size_that_is_not_that_of_the_image_is_an_error(run, inputs):
         assert status == (1 if message else 0) and (not message or message in printed)
         assert output.exists() == (not message)
         output.unlink(missing_ok=True)
-    edit_labelme(inputs, lambda x: x.update(imageWidth=64, imageHeight=48))
-    turn(image, 8)
-    _, _, printed = run("labelme", inputs / "labelme")
-    assert "has 48, 64, turned by EXIF orientation 8" in printed
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["yolo", "none.yaml", "--output", "TMP/a.json"], "none.yaml: cannot be read"),
-        (["voc", "none", "--output", "TMP/a.json"], "none: there is no xml in it"),
+        (["voc", "none", "--output", "TMP/a.json"], "none: there is no .xml in it"),
         (["voc", "FIX/voc", "--output", "TMP/there.json"], "exists; --force replaces it"),
         (["lvis", "TMP/there.json", "--output", "TMP/there.json", "--force"], "the input itself"),
     ],
@@ -440,16 +424,3 @@ def test_paths_that_cannot_be_right(arguments, message, tmp_path, capsys):
     arguments = [re.sub("TMP|FIX", lambda x: places[x[0]], a) for a in arguments]
     assert main(["import", *arguments]) == 1 and message in capsys.readouterr().err
     assert (tmp_path / "there.json").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["it's", "$HOME `a` \\b!", 'say "é"'])
-def test_the_last_line_can_be_pasted(name, inputs, capsys):
-    folder = inputs / name
-    shutil.copytree(inputs / "labelme", folder)
-    edit(folder / "yard.json", "..\\\\labelme\\\\yard.png", "yard.png")
-    assert main(["import", "labelme", str(folder), "--output", str(folder / "out.json")]) == 0
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    cfg.merge_from_list(shlex.split(capsys.readouterr().out.splitlines()[-1]))
-    assert cfg.DATASETS.TRAIN == (str(folder / "out.json"),)
-    assert cfg.DATASETS.TRAIN_IMAGE_ROOT == str(folder)

@@ -15,35 +15,132 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree  # nosec B405  # expat limits entities and reads none from files
-from xml.etree.ElementTree import Element  # nosec B405  # As above.
 
 import msgspec
 import numpy as np
+import pycocotools.mask as mask_util
 import yaml
 from PIL import Image
 
-from .coco_json import read_coco
+from .coco_json import TRANSPOSED, orientation_of, read_coco
 from .errors import InputError
-from .imported_dataset import (
-    ImportedDataset,
-    files_in,
-    image_size,
-    input_error,
-    number_or_nan,
-    paste_mask,
-    read_text,
-    to_outline,
-)
 
-__all__ = ["import_cvat", "import_labelme", "import_lvis", "import_voc", "import_yolo"]
+__all__ = [
+    "ImportedDataset",
+    "import_cvat",
+    "import_labelme",
+    "import_lvis",
+    "import_voc",
+    "import_yolo",
+    "read_text",
+]
 
 # What Ultralytics takes for images, where Pillow reads them.
 _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
-# Rounding may carry a coordinate this far out of [0, 1].
-_TOLERANCE = 0.01
+# The first lines of LabelMe's own labels.txt; shapes of these names are no objects.
+_LABELME_RESERVED = ("__ignore__", "_background_")
+
+
+@dataclass
+class ImportedDataset:
+    """
+    Images, classes and objects in COCO's format; coordinates are pixels from the upper left corner.
+
+    Attributes:
+        coco: content of a COCO json.
+        image_root: folder that the file names are relative to; None where the input does not say.
+        notes: what was changed or left out on the way -> how often.
+    """
+
+    coco: dict
+    image_root: Path | None
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of_classes(cls, names: Mapping[int, str], image_root: Path | None) -> ImportedDataset:
+        """Begin a dataset without images; ``names`` are by category id."""
+        categories = [{"id": i, "name": name} for i, name in sorted(names.items())]
+        return cls({"images": [], "annotations": [], "categories": categories}, image_root)
+
+    def add_image(self, path: Path, where: str, declared: tuple = (0, 0)) -> tuple[int, int]:
+        """
+        Begin a new image, to which the objects that follow belong; returns (width, height).
+
+        Args:
+            path: of the image; without ``image_root``, its name.
+            where: how the message of an InputError begins, if the image cannot be read.
+            declared: width and height in the input. Where it has none, the image is read; training
+                turns images by their EXIF orientation.
+        """
+        size = tuple(int(float(x or 0)) for x in declared)
+        if min(size) < 1:
+            try:
+                with Image.open(path) as picture:
+                    is_turned = orientation_of(picture) in TRANSPOSED
+                    size = picture.size[::-1] if is_turned else picture.size
+            # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, ...
+            except Exception as error:
+                raise InputError(f"{where}: its image {path} cannot be read: {error}.") from error
+        if self.image_root is not None:
+            path = Path(os.path.relpath(path, self.image_root))
+        image = {"id": len(self.coco["images"]) + 1, "file_name": path.as_posix()}
+        self.coco["images"].append({**image, "width": size[0], "height": size[1]})
+        return size
+
+    def add_shapes(self, shapes: Iterable[tuple], where: str) -> None:
+        """
+        Add objects to the last image; shapes of one class and group are one object.
+
+        The mask of an object is the union of its outlines and masks. One that has neither has no
+        mask; a box beside them does not count.
+
+        Args:
+            shapes: (class name, group or None, kind, array). The array of a "box" is float (N, 2),
+                x and y of corners in pixels; of an "outline" the same of N >= 3 points; of a
+                "mask" bool (H, W) of the image, not empty.
+            where: how the message of an InputError begins, if there is no class of such a name.
+        """
+        ids = {x["name"]: x["id"] for x in self.coco["categories"]}
+        objects: dict[tuple, list[tuple[str, np.ndarray]]] = {}
+        for number, (name, group, *shape) in enumerate(shapes):
+            if name not in ids:
+                here = f"{where}, object {number}"
+                raise _input_error(here, "the class", repr(name), ", ".join(ids))
+            key = ids[name], group, number if group is None else None
+            objects.setdefault(key, []).append(shape)
+        image, annotations = self.coco["images"][-1], self.coco["annotations"]
+        for (category_id, *_), parts in objects.items():
+            annotation = {"id": len(annotations) + 1, "image_id": image["id"], "iscrowd": 0}
+            annotation |= {"category_id": category_id, **self._geometry(parts, image)}
+            annotations.append(annotation)
+
+    def _geometry(self, parts: list[tuple[str, np.ndarray]], image: dict) -> dict:
+        boxes, outlines, masks = (
+            [x for kind, x in parts if kind == wanted] for wanted in ("box", "outline", "mask")
+        )
+        if boxes and (outlines or masks):
+            self.notes["boxes are in a group with an outline, which counts alone"] += len(boxes)
+        given = outlines or boxes
+        cut = [x.clip(0, [image["width"], image["height"]]) for x in given]
+        if not all(map(np.array_equal, cut, given)):
+            self.notes["boxes or outlines reached out of their image and were cut there"] += 1
+        if cut:
+            low, high = np.concatenate(cut).min(axis=0), np.concatenate(cut).max(axis=0)
+            found = {"bbox": [*low.tolist(), *(high - low).tolist()]}
+        if not outlines and not masks:
+            return {**found, "area": float(np.prod(high - low))}
+        flat = [x.ravel().tolist() for x in cut if outlines]
+        rles = mask_util.frPyObjects(flat, image["height"], image["width"]) if flat else []
+        rles += [mask_util.encode(np.asfortranarray(x, dtype=np.uint8)) for x in masks]
+        rle = mask_util.merge(rles)
+        if masks:
+            found = {"bbox": mask_util.toBbox(rle).tolist()}
+            flat = {**rle, "counts": rle["counts"].decode("ascii")}
+        return {**found, "area": float(mask_util.area(rle)), "segmentation": flat}
 
 
 class _YoloSettings(msgspec.Struct):
@@ -60,61 +157,52 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
         split: key of the yaml: "train", "val" or "test".
     """
     path = Path(data_yaml)
-    settings, names = _read_yolo_settings(path, split)
-    root = path.parent / str(settings.get("path") or "")
-    if not root.is_dir():
-        root = Path(settings["path"])  # from the current folder
-    entries = settings[split] if isinstance(settings[split], list) else [settings[split]]
-    # Exports of Roboflow begin with "../" too much; Ultralytics does the same.
-    choices = [(root / str(x), root / str(x).removeprefix("../")) for x in entries]
-    places = [given if given.exists() else other for given, other in choices]
-    images = sorted(x for place in places for x in _yolo_images(place, root))
-    if not any(_yolo_labels(image).is_file() for image in images):
-        what = f"{len(images)} images of {split!r}, {', '.join(map(str, places))}"
-        raise InputError(f"{path}: none of the {what}, has a txt with its labels.")
-    common = Path(os.path.commonpath([x.parent.absolute() for x in images]))
-    dataset = ImportedDataset.of_classes(names, common)
-    for image in images:
-        size = image_size(image, str(path))
-        dataset.add_image(image, size)
-        labels = _yolo_labels(image)
-        if not labels.is_file():
-            dataset.notes["images have no txt, and so no objects"] += 1
-            continue
-        for number, line in enumerate(read_text(labels).splitlines(), start=1):
-            if line.strip():
-                _add_yolo_line(dataset, line, f"{labels}, line {number}", size)
-    folders = {_yolo_labels(x / "any.png").parent for x in places if x.is_dir()}
-    found = {x for folder in folders for x in files_in(folder, (".txt",))}
-    # Programs for labelling leave a list of the class names beside the labels.
-    orphans = [x for x in found.difference(map(_yolo_labels, images)) if x.stem != "classes"]
-    if orphans:
-        note = f"txts with labels have no image and were left out, such as {min(orphans)}"
-        dataset.notes[note] = len(orphans)
-    return dataset
-
-
-def _read_yolo_settings(path: Path, split: str) -> tuple[dict, dict[int, str]]:
-    """The content of a data.yaml, and the class names by number."""
     try:
         settings = yaml.safe_load(read_text(path))
         names = msgspec.convert(settings, _YoloSettings).names
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}.") from error
     if not settings.get(split):
-        raise input_error(path, repr(split), "missing", f"one of {', '.join(map(str, settings))}")
+        raise _input_error(path, repr(split), "missing", f"one of {', '.join(map(str, settings))}")
     if "kpt_shape" in settings:
         raise InputError(f"{path}: 'kpt_shape' says that the labels are keypoints, not outlines.")
-    names = dict(enumerate(names)) if isinstance(names, list) else names
-    return settings, {i: str(name) for i, name in names.items()}
-
-
-def _yolo_images(place: Path, root: Path) -> list[Path]:
-    if place.is_dir():
-        return list(files_in(place, _IMAGE_SUFFIXES))
-    lines = filter(None, map(str.strip, read_text(place).splitlines()))
-    # In such a list "./" is the folder of the list.
-    return [(place.parent if line.startswith("./") else root) / line for line in lines]
+    root = path.parent / str(settings.get("path") or "")
+    root = root if root.is_dir() else Path(settings["path"])  # from the current folder
+    entries = settings[split] if isinstance(settings[split], list) else [settings[split]]
+    # Exports of Roboflow begin with "../" too much; Ultralytics does the same.
+    choices = [(root / str(x), root / str(x).removeprefix("../")) for x in entries]
+    places = [given if given.exists() else other for given, other in choices]
+    images: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            images += _files_in(place, *_IMAGE_SUFFIXES)
+        else:  # a list of images, relative to its folder
+            images += [place.parent / x.strip() for x in read_text(place).split("\n") if x.strip()]
+    if not any(_yolo_labels(image).is_file() for image in images):
+        raise InputError(f"{path}: none of the {len(images)} images of {split!r} has its txt.")
+    common = Path(os.path.commonpath([x.parent.absolute() for x in images]))
+    by_id = enumerate(names) if isinstance(names, list) else names.items()
+    names = {i: str(name) for i, name in by_id}
+    dataset = ImportedDataset.of_classes(names, common)
+    for image in sorted(images):
+        size = dataset.add_image(image, str(path))
+        labels = _yolo_labels(image)
+        if not labels.is_file():
+            dataset.notes["images have no txt, and so no objects"] += 1
+            continue
+        shapes = [
+            _read_yolo_line(line, names, f"{labels}, line {number}", size)
+            for number, line in enumerate(read_text(labels).split("\n"), start=1)
+            if line.strip()
+        ]
+        dataset.add_shapes(shapes, str(labels))
+    folders = {_yolo_labels(image).parent for image in images}
+    found = {x for folder in folders for x in folder.glob("[!.]*.txt")}
+    orphans = found.difference(map(_yolo_labels, images))
+    # Programs for labelling leave a list of the class names, classes.txt, beside the labels.
+    note = "txts with labels have no image and were left out"
+    dataset.notes.update(note for x in orphans if x.stem != "classes")
+    return dataset
 
 
 def _yolo_labels(image: Path) -> Path:
@@ -124,32 +212,24 @@ def _yolo_labels(image: Path) -> Path:
     return Path(path).with_suffix(".txt")
 
 
-def _add_yolo_line(dataset: ImportedDataset, line: str, where: str, size: tuple[int, int]) -> None:
-    class_index, *values = map(number_or_nan, line.split())
-    numbers = [x["id"] for x in dataset.coco["categories"]]
-    if class_index not in numbers:
-        allowed = f"{', '.join(map(str, numbers))}, the numbers of 'names'"
-        raise input_error(where, "the class", line.split()[0], allowed)
-    is_box = len(values) == 4
-    if not is_box and (len(values) < 6 or len(values) % 2):
-        raise InputError(
-            f"{where}: {len(values)} numbers behind the class; allowed: 4 of a box, or x and y of "
-            "at least 3 points of an outline. A confidence at the end must be taken out."
-        )
-    if not all(-_TOLERANCE <= x <= 1 + _TOLERANCE for x in values):  # nan fails, too
-        allowed = "coordinates in [0, 1], fractions of the width and height of the image"
-        raise input_error(where, "it", repr(line), allowed)
+def _read_yolo_line(
+    line: str, names: Mapping[int, str], where: str, size: tuple[int, int]
+) -> tuple[str, None, str, np.ndarray]:
+    try:
+        class_index, *values = map(float, line.split())
+    except ValueError:
+        class_index, values = -1, []
+    is_outline = len(values) >= 6 and len(values) % 2 == 0
+    # Rounding may carry a coordinate a little out of [0, 1]; nan fails, too.
+    are_fractions = all(-0.01 <= x <= 1.01 for x in values)
+    if class_index not in names or not (len(values) == 4 or is_outline) or not are_fractions:
+        allowed = "a number of 'names', then a box or at least 3 points in [0, 1], no confidence"
+        raise _input_error(where, "it", repr(line), allowed)
     points = np.reshape(values, (-1, 2)) * size
-    if is_box:
-        center, half = points[0], points[1] / 2
-        dataset.add_object(int(class_index), boxes=[np.array([center - half, center + half])])
-    else:
-        dataset.add_object(int(class_index), polygons=[points])
-
-
-_LABELME_KINDS = ("polygon", "rectangle", "mask")
-# The first lines of LabelMe's own labels.txt; shapes of these names are no objects.
-_LABELME_RESERVED = ("__ignore__", "_background_")
+    if is_outline:
+        return names[class_index], None, "outline", points
+    center, half = points[0], points[1] / 2
+    return names[class_index], None, "box", np.array([center - half, center + half])
 
 
 class _LabelMeShape(msgspec.Struct):
@@ -158,10 +238,6 @@ class _LabelMeShape(msgspec.Struct):
     shape_type: str | None = None
     group_id: int | float | str | None = None
     mask: str | None = None  # a picture in base64, of the part between the two points
-
-    @property
-    def kind(self) -> str:
-        return self.shape_type or "polygon"  # as LabelMe itself takes it
 
 
 class _LabelMeFile(msgspec.Struct):
@@ -182,60 +258,47 @@ def import_labelme(
         class_names: in the order of their ids; None: the labels that occur, by the alphabet.
     """
     contents: dict[Path, _LabelMeFile] = {}
-    for path in sorted(files_in(Path(folder), (".json",))):
+    for path in _files_in(Path(folder), ".json"):
         try:
             contents[path] = msgspec.json.decode(read_text(path), type=_LabelMeFile)
         except ValueError as error:
             raise InputError(f"{path}: {error}.") from error
-    if not contents:
-        raise InputError(f"{folder}: there is no json in it.")
-    if class_names is None:
-        class_names = sorted({x.label for content in contents.values() for x in content.shapes})
-    class_names = [x for x in class_names if x not in _LABELME_RESERVED]
+    found = {x.label for content in contents.values() for x in content.shapes}
+    class_names = [x for x in class_names or sorted(found) if x not in _LABELME_RESERVED]
     dataset = ImportedDataset.of_classes(dict(enumerate(class_names, start=1)), Path(folder))
     for path, content in contents.items():
         # LabelMe on Windows writes backslashes.
         image = path.parent / PurePosixPath(content.imagePath.replace("\\", "/"))
-        size = content.imageWidth, content.imageHeight
-        size = size if all(size) else image_size(image, str(path))
-        dataset.add_image(image, size)
-        objects: dict[object, list[_LabelMeShape]] = {}
+        size = dataset.add_image(image, str(path), (content.imageWidth, content.imageHeight))
+        shapes = []
         for number, shape in enumerate(content.shapes):
+            where = f"{path}, shape {number} ({shape.label})"
+            kind = shape.shape_type or "polygon"  # as LabelMe itself takes it
             if shape.label in _LABELME_RESERVED:
                 dataset.notes[f"shapes with the label {shape.label!r} were left out"] += 1
-            elif shape.kind not in _LABELME_KINDS:
-                dataset.notes[f"shapes of the kind {shape.kind!r} were left out"] += 1
-            else:  # shapes of one label and group are one object
-                key = number if shape.group_id is None else (shape.label, shape.group_id)
-                objects.setdefault(key, []).append(shape)
-        for shapes in objects.values():
-            where = f"{path}, shape {content.shapes.index(shapes[0])} ({shapes[0].label})"
-            polygons, boxes, masks = (
-                [_read_labelme_shape(x, size, where) for x in shapes if x.kind == kind]
-                for kind in _LABELME_KINDS
-            )
-            category_id = dataset.category_id(shapes[0].label, where)
-            dataset.add_object(category_id, boxes, polygons, masks)
+                continue
+            if kind == "polygon":
+                part = "outline", _to_points(shape.points, where, "the outline", 3)
+            elif kind == "rectangle":
+                part = "box", _to_points(shape.points, where, "'points'", 2)
+            elif kind == "mask":
+                part = "mask", _read_labelme_mask(shape, size, where)
+            else:
+                dataset.notes[f"shapes of the kind {kind!r} were left out"] += 1
+                continue
+            shapes.append((shape.label, shape.group_id, *part))
+        dataset.add_shapes(shapes, str(path))
     return dataset
 
 
-def _read_labelme_shape(shape: _LabelMeShape, size: tuple[int, int], where: str) -> np.ndarray:
-    """The points of a polygon or of a box, or a mask of the whole image."""
-    points = np.array(shape.points, dtype=float)
-    if shape.kind == "polygon":
-        return to_outline(shape.points, where)
-    if len(points) < 2:
-        raise input_error(where, "'points'", shape.points, f"two corners of a {shape.kind}")
-    if shape.kind == "rectangle":
-        return points
+def _read_labelme_mask(shape: _LabelMeShape, size: tuple[int, int], where: str) -> np.ndarray:
+    left, top = np.trunc(_to_points(shape.points, where, "'points'", 2).min(axis=0))
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape.mask))) as picture:
             part = np.array(picture.convert("L")) > 0
-    # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, ...
     except Exception as error:
         raise InputError(f"{where}: 'mask' is no picture in base64: {error}.") from error
-    left, top = np.trunc(points.min(axis=0))
-    return paste_mask(part, left, top, size, where)
+    return _paste_mask(part, left, top, size, where)
 
 
 def import_voc(
@@ -252,65 +315,49 @@ def import_voc(
         image_root: folder of the images; None: ``folder``.
         class_names: in the order of their ids; None: those that occur, by the alphabet.
         zero_based: whether 0 is the left border of the image. In VOC 1 is the first pixel, and
-            xmax the last pixel that belongs to the object. Outlines are not of VOC: the programs
-            that write them count from 0.
+            xmax the last pixel of the object. Outlines, which VOC itself lacks, count from 0.
     """
     image_root = Path(folder if image_root is None else image_root)
-    roots = {x: _read_xml(x) for x in sorted(files_in(Path(folder), (".xml",)))}
-    if not roots:
-        raise InputError(f"{folder}: there is no xml in it.")
-    if class_names is None:
-        found = {_text(x, "name") for root in roots.values() for x in root.findall("object")}
-        class_names = sorted(found - {""})
+    roots = {x: _read_xml(x) for x in _files_in(Path(folder), ".xml")}
+    found = {_text(x, "name") for root in roots.values() for x in root.findall("object")}
+    class_names = class_names or sorted(found - {""})
     dataset = ImportedDataset.of_classes(dict(enumerate(class_names, start=1)), image_root)
     for path, root in roots.items():
-        image = image_root / _text(root, "filename")
-        declared = [number_or_nan(_text(root, f"size/{x}") or 0) for x in ("width", "height")]
-        is_declared = all(x >= 1 for x in declared)
-        size = tuple(map(int, declared)) if is_declared else image_size(image, str(path))
-        dataset.add_image(image, size)
+        declared = _text(root, "size/width"), _text(root, "size/height")
+        dataset.add_image(image_root / _text(root, "filename"), str(path), declared)
         if _text(root, "segmented") == "1" and root.find(".//polygon") is None:
             dataset.notes["images have masks in SegmentationObject, which is not read"] += 1
+        shapes = []
         for number, element in enumerate(root.findall("object")):
             where = f"{path}, object {number}"
-            category_id = dataset.category_id(_text(element, "name"), where)
-            outlines = [_voc_points(x) for x in element.findall("polygon")]
-            polygons = [to_outline(points, where) for points in outlines if points]
-            if polygons:
-                dataset.add_object(category_id, polygons=polygons)
-                continue
-            texts = [_text(element, f"bndbox/{x}") for x in ("xmin", "ymin", "xmax", "ymax")]
-            box = _read_corners(texts, where, "<bndbox>")
-            dataset.add_object(category_id, boxes=[box if zero_based else box - [[1], [0]]])
+            outlines = [x for x in element.findall("polygon") if "".join(x.itertext()).strip()]
+            parts = [("outline", _read_voc_polygon(x, where)) for x in outlines]
+            if not parts:
+                texts = [_text(element, f"bndbox/{x}") for x in ("xmin", "ymin", "xmax", "ymax")]
+                box = _to_points(texts, where, "<bndbox>", 2)
+                if (box[0] > box[1]).any():
+                    raise _input_error(where, "<bndbox>", texts, "minima not above the maxima")
+                parts = [("box", box if zero_based else box - [[1], [0]])]
+            shapes += [(_text(element, "name"), number, *part) for part in parts]
+        dataset.add_shapes(shapes, str(path))
     return dataset
 
 
-def _read_xml(path: Path) -> Element:
+def _read_xml(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()  # nosec B314  # As above.
     except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:
         raise InputError(f"{path}: no xml that can be read: {error}.") from error
 
 
-def _text(element: Element, name: str) -> str:
+def _text(element: ElementTree.Element, name: str) -> str:
     return (element.findtext(name) or "").strip()
 
 
-def _read_corners(texts: Sequence[str | None], where: str, field: str) -> np.ndarray:
-    """Float64 [[left, top], [right, bottom]]."""
-    x0, y0, x1, y1 = map(number_or_nan, texts)
-    if not (x0 <= x1 and y0 <= y1):  # nan fails, too
-        allowed = "left, top, right, bottom: finite numbers, the latter not below the former"
-        raise input_error(where, field, texts, allowed)
-    return np.array([[x0, y0], [x1, y1]])
-
-
-def _voc_points(polygon: Element) -> list:
-    # <x1>, <y1>, <x2>, <y2>, ..., or <pt> with <x> and <y>; else its text, which is no outline.
-    numbers = sorted(int(x.tag[1:]) for x in polygon if re.fullmatch(r"x\d+", x.tag))
-    numbered = [(polygon.findtext(f"x{i}"), polygon.findtext(f"y{i}")) for i in numbers]
-    pairs = numbered or [(x.findtext("x"), x.findtext("y")) for x in polygon.findall("pt")]
-    return pairs or "".join(polygon.itertext()).split()
+def _read_voc_polygon(polygon: ElementTree.Element, where: str) -> np.ndarray:
+    # <x1>, <y1>, <x2>, <y2>, ..., or <pt> with <x> and <y>.
+    x, y = ([e.text for e in polygon.iter() if re.fullmatch(rf"{axis}\d*", e.tag)] for axis in "xy")
+    return _to_points(list(zip(x, y)), where, "the outline", 3)
 
 
 def import_cvat(
@@ -321,87 +368,76 @@ def import_cvat(
 
     The json marks every object that has a bitmap for a mask with "iscrowd" 1, and training leaves
     crowds out; the mark is taken away. Turned boxes become the box around them.
-
-    Args:
-        path: of the json or xml.
-        image_root: folder of the images, if it is known.
     """
     image_root = image_root and Path(image_root)
     if str(path).lower().endswith(".xml"):
         return _import_cvat_xml(Path(path), image_root)
     dataset = ImportedDataset(read_coco(path), image_root)
-    sizes = {x["id"]: (x["width"], x["height"]) for x in dataset.coco["images"]}
     for annotation in dataset.coco["annotations"]:
         segmentation = annotation.get("segmentation")
         if annotation.get("iscrowd") == 1 and isinstance(segmentation, dict):
             annotation["iscrowd"] = 0
             dataset.notes["masks drawn with the brush are no longer marked as crowds"] += 1
-        rotation = number_or_nan((annotation.get("attributes") or {}).get("rotation", 0))
-        size = sizes.get(annotation["image_id"])
-        if not segmentation and rotation % 360 > 0 and size:
+        rotation = (annotation.get("attributes") or {}).get("rotation")
+        if not segmentation and rotation:
+            del annotation["attributes"]["rotation"]  # the box has it now
             x, y, w, h = annotation["bbox"]
             corners = np.array([[x, y], [x + w, y + h]])
-            low, high = _box_around(corners, rotation, dataset.notes).clip(0, size)
-            sides = high - low
-            annotation.update(bbox=[*low.tolist(), *sides.tolist()], area=float(sides.prod()))
+            low, high = _box_around(corners, rotation, dataset.notes)
+            annotation["bbox"] = [*low.tolist(), *(high - low).tolist()]
     return dataset
 
 
 def _import_cvat_xml(path: Path, image_root: Path | None) -> ImportedDataset:
     root = _read_xml(path)
     if root.find("track") is not None:
-        raise InputError(
-            f"{path}: it has the tracks of a video; export the task as 'COCO 1.0', which has the "
-            "objects of each frame."
-        )
+        raise InputError(f"{path}: it has the tracks of a video; export the task as 'COCO 1.0'.")
     # A part of a skeleton names its <parent>.
-    labels = [x for x in root.iterfind("meta//labels/label") if x.find("parent") is None]
-    names = [_text(x, "name") for x in labels]
+    labels = root.iterfind("meta//labels/label")
+    names = [_text(x, "name") for x in labels if x.find("parent") is None]
     dataset = ImportedDataset.of_classes(dict(enumerate(names, start=1)), image_root)
     for image in root.findall("image"):
-        name, declared = image.get("name", ""), (image.get("width"), image.get("height"))
+        name = image.get("name", "")
         where = f"{path}: image {name!r}"
-        if not all(number_or_nan(x) >= 1 for x in declared):
-            raise input_error(where, "its size", declared, "'width' and 'height' in pixels")
-        size = tuple(int(float(x)) for x in declared)
-        dataset.add_image(name if image_root is None else image_root / name, size)
-        objects: dict[object, list[Element]] = {}
+        declared = image.get("width"), image.get("height")
+        size = dataset.add_image(Path(image_root or "", name), where, declared)
+        shapes = []
         for number, shape in enumerate(image):
-            if shape.tag not in ("box", "polygon", "mask"):
+            here = f"{where}, object {number}"
+            if shape.tag == "box":
+                texts = [shape.get(x) for x in ("xtl", "ytl", "xbr", "ybr")]
+                corners = _to_points(texts, here, "the box", 2)
+                part = "box", _box_around(corners, shape.get("rotation"), dataset.notes)
+            elif shape.tag == "polygon":
+                texts = re.split("[,;]", shape.get("points", ""))
+                part = "outline", _to_points(texts, here, "the outline", 3)
+            elif shape.tag == "mask":
+                part = "mask", _read_cvat_mask(shape, size, here)
+            else:
                 dataset.notes[f"shapes of the kind {shape.tag!r} were left out"] += 1
                 continue
-            # Shapes of one label and group are one object, such as the parts beside an occluder.
             group = shape.get("group_id", "0")
-            key = number if group == "0" else (shape.get("label"), group)
-            objects.setdefault(key, []).append(shape)
-        for number, shapes in enumerate(objects.values()):
-            here = f"{where}, object {number}"
-            category_id = dataset.category_id(shapes[0].get("label", "").strip(), here)
-            boxes = []
-            for shape in filter(lambda x: x.tag == "box", shapes):
-                texts = [shape.get(x) for x in ("xtl", "ytl", "xbr", "ybr")]
-                rotation = number_or_nan(shape.get("rotation", "0"))
-                corners = _read_corners(texts, here, "the box")
-                boxes.append(_box_around(corners, rotation, dataset.notes))
-            outlines = [re.split("[,;]", x.get("points", "")) for x in shapes if x.tag == "polygon"]
-            polygons = [to_outline(x, here) for x in outlines]
-            masks = [_read_cvat_mask(x, size, here) for x in shapes if x.tag == "mask"]
-            dataset.add_object(category_id, boxes, polygons, masks)
+            shapes.append((shape.get("label"), None if group == "0" else group, *part))
+        dataset.add_shapes(shapes, where)
     return dataset
 
 
-def _box_around(corners: np.ndarray, degrees: float, notes: Counter) -> np.ndarray:
+def _box_around(corners: np.ndarray, degrees: object, notes: Counter) -> np.ndarray:
     """The upright box around one, [[left, top], [right, bottom]], turned about its middle."""
-    if not degrees % 360 > 0:  # nan, too
+    try:
+        angle = math.radians(float(degrees) % 360)
+    except (TypeError, ValueError):  # not said
+        angle = 0.0
+    if not angle > 0:  # nan, too
         return corners
-    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
     half = np.array([[cosine, sine], [sine, cosine]]) @ (corners[1] - corners[0]) / 2
     middle = corners.mean(axis=0)
     notes["turned boxes have become the upright boxes around them"] += 1
     return np.round([middle - half, middle + half], 6)
 
 
-def _read_cvat_mask(shape: Element, size: tuple[int, int], where: str) -> np.ndarray:
+def _read_cvat_mask(shape: ElementTree.Element, size: tuple[int, int], where: str) -> np.ndarray:
     # "rle" are lengths of runs, background first, by the rows of a part of the image.
     texts = [shape.get(x, "") for x in ("left", "top", "width", "height")]
     texts += shape.get("rle", "").split(",")
@@ -410,28 +446,74 @@ def _read_cvat_mask(shape: Element, size: tuple[int, int], where: str) -> np.nda
         part = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
     except ValueError as error:
         allowed = "left, top, width, height and the lengths of runs"
-        raise input_error(where, "the mask", ", ".join(texts), allowed) from error
-    return paste_mask(part, left, top, size, where)
+        raise _input_error(where, "the mask", ", ".join(texts), allowed) from error
+    return _paste_mask(part, left, top, size, where)
 
 
 def import_lvis(
     path: str | os.PathLike, image_root: str | os.PathLike | None = None
 ) -> ImportedDataset:
-    """
-    Read a json of LVIS, and give its images a ``file_name``, such as train2017/000000391895.jpg.
-
-    Args:
-        path: of the json.
-        image_root: folder of the images, if it is known.
-    """
+    """Read a json of LVIS; images get a ``file_name`` such as train2017/000000391895.jpg."""
     dataset = ImportedDataset(read_coco(path), image_root and Path(image_root))
     for image in dataset.coco["images"]:
-        if not image.get("file_name"):
-            parts = str(image.get("coco_url")).split("/")
-            if len(parts) < 2:
-                where = f"{path}: image {image['id']} has no 'file_name'"
-                url = repr(image.get("coco_url"))
-                raise input_error(where, "'coco_url'", url, "one that ends in folder and file")
-            image["file_name"] = "/".join(parts[-2:])
+        if "coco_url" in image and not image.get("file_name"):
+            image["file_name"] = "/".join(str(image["coco_url"]).split("/")[-2:])
             dataset.notes["images have got a 'file_name' from their 'coco_url'"] += 1
     return dataset
+
+
+def _input_error(where: object, field: str, value: object, allowed: str) -> InputError:
+    """Say which value of a field is there, cut to 200 characters, and what is allowed."""
+    return InputError(f"{where}: {field} is {str(value)[:200]}; allowed: {allowed}.")
+
+
+def _files_in(folder: Path, *suffixes: str) -> list[Path]:
+    """
+    Find the files of a folder and of those in it, links to folders included; InputError if none.
+
+    Hidden ones, such as .ipynb_checkpoints and the ._* of macOS, are copies of other programs.
+    """
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:  # by a link, such as one into a folder that contains it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(x for x in folders if not x.startswith("."))
+        names = [x for x in names if x.lower().endswith(suffixes) and not x.startswith(".")]
+        found += [Path(root, x) for x in names]
+    if not found:
+        raise InputError(f"{folder}: there is no {' or '.join(suffixes)} in it.")
+    return sorted(found)
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8, with or without the byte order mark of editors on Windows."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as text in UTF-8: {error}.") from error
+
+
+def _to_points(values: Sequence, where: str, field: str, least: int) -> np.ndarray:
+    """Convert texts, numbers or pairs of them to float64 (N, 2), at least ``least`` points."""
+    try:
+        points = np.array(values, dtype=float).reshape(-1, 2)
+    except (TypeError, ValueError):
+        points = np.empty((0, 2))
+    if len(points) < least or not np.isfinite(points).all():
+        raise _input_error(where, field, values, f"at least {least} pairs of finite numbers")
+    return points
+
+
+def _paste_mask(
+    part: np.ndarray, x: float, y: float, size: tuple[int, int], where: str
+) -> np.ndarray:
+    """Put the mask of a part of an image, bool (h, w), at column x, row y of an empty (H, W)."""
+    height, width = part.shape
+    if not (0 <= x <= size[0] - width and 0 <= y <= size[1] - height and part.any()):
+        part_of = f"{width}x{height} pixels at ({x:g}, {y:g}) of {size[0]}x{size[1]}"
+        raise InputError(f"{where}: its mask, {part_of}, is empty or not inside the image.")
+    mask = np.zeros(size[::-1], dtype=bool)
+    mask[int(y) : int(y) + height, int(x) : int(x) + width] = part
+    return mask

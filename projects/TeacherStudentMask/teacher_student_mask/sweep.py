@@ -8,7 +8,7 @@ submitit's: processes of this machine, or of a Slurm cluster.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -19,17 +19,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .class_splits import resolve_seen_classes
+from .coco_json import write_json
 from .errors import InputError
 
 # Each job imports this module again, so what takes long to import is imported where it is needed.
 if TYPE_CHECKING:
     import pandas as pd
-    from detectron2.config import CfgNode
 
 __all__ = ["Run", "plan_sweep", "run_sweep", "write_summary", "write_sweep_report"]
 
@@ -37,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 TRAIN_COMMAND = (sys.executable, "-m", "teacher_student_mask", "train")
 POLL_SECONDS = 1.0
-# Evaluations: the one that ends the training, and others by these names.
-DETECTIONS, ALWAYS_UNSEEN, ON_GT_BOXES = "detections", "always_unseen", "gt_boxes_{head}"
+# The evaluation that ends the training, and those on ground-truth boxes.
+DETECTIONS, STUDENT, TEACHER = "detections", "gt_boxes_student", "gt_boxes_teacher"
 # Column of the summary -> (task, metric) of results.json.
 COLUMNS = {
     "box AP": ("bbox", "AP"),
@@ -62,7 +61,6 @@ class Run:
         opts: KEY, VALUE, ... of the config, without what the sweep sets.
         seed: of the training.
         seen_set: name of the set of seen classes; None = the config's own.
-        num_seen_classes: of the set; None without one.
         arguments: of ``tsmask train``, without OUTPUT_DIR.
         evaluations: {name: KEY, VALUE, ...} of the evaluations beside the training's own.
     """
@@ -73,9 +71,8 @@ class Run:
     opts: list[str]
     seed: int
     seen_set: str | None
-    num_seen_classes: int | None
     arguments: list[str]
-    evaluations: dict[str, list[str]] = field(default_factory=dict)
+    evaluations: dict[str, list[str]]
 
     @property
     def record(self) -> dict:
@@ -102,9 +99,6 @@ def plan_sweep(
     """
     Build the runs, those with the first seed first, and check them.
 
-    With several sets the unseen classes are others at each of them; each model is then evaluated on
-    the classes that are unseen in all sets, too.
-
     Args:
         configs: paths of yamls, or ``"[NAME=]YAML KEY VALUE ..."`` with changes to one of them.
         output_dir: the runs get the folders ``runs/CONFIG/SET/seed_N`` in it.
@@ -115,52 +109,34 @@ def plan_sweep(
         report: evaluate students and teachers on ground-truth boxes, as a report needs it.
 
     Raises:
-        InputError: a config, a list, a change or a seed is missing, wrong or there twice, or a
-            config is there with other changes.
+        InputError: a config, a list or a change is missing, wrong or there twice, or a config is
+            there with other changes.
     """
     from .trained_model import load_config
 
-    entries = [_parse_config(text) for text in configs]
-    labels, set_names = [label for label, *_ in entries], [Path(x).stem for x in seen_sets]
-    for what, names in ("configs", labels), ("seeds", list(seeds)), ("seen sets", set_names):
-        if len(set(names)) < len(names):
-            raise InputError(f"Several {what} have the same name, of {', '.join(map(str, names))}.")
-    for key in {"SEED", "OUTPUT_DIR", *(["DATASETS.SEEN_CLASSES"] if seen_sets else [])}:
-        if key in opts[::2]:
-            raise InputError(f"{key} cannot be changed: the sweep sets it for each run.")
     opts = [str(x) for x in opts]
     device = ["MODEL.DEVICE", "cuda" if num_gpus else "cpu"]
-    cfgs = [load_config(path, [*device, *own, *opts]) for _, path, own in entries]
-    _check_configs(dict(zip(labels, cfgs)), bool(seen_sets), bool(report or seen_sets))
-    seen_names: dict[str | None, list[str]] = {}
-    for name, path in zip(set_names, seen_sets):
-        if not os.path.isfile(path):
-            raise InputError(f"The list of seen classes {path} does not exist.")
-        classes = _class_names(cfgs[0])
-        seen_names[name] = [classes[i] for i in resolve_seen_classes(path, classes)]
-    ever_seen = ",".join(sorted(set().union(*seen_names.values())))
-    always_unseen = {}
-    if len(seen_names) > 1 and set(ever_seen.split(",")) != set(_class_names(cfgs[0])):
-        # Other sets, other results: they have another name.
-        key = hashlib.sha256(ever_seen.encode()).hexdigest()[:8]
-        always_unseen = {f"{ALWAYS_UNSEEN}_{key}": ["TEST.SEEN_CLASSES", ever_seen]}
-
-    runs = []
-    for seed, seen_set, k in itertools.product(seeds, set_names or [None], range(len(entries))):
-        (label, path, own), cfg = entries[k], cfgs[k]
-        parts = [label, *([seen_set] if seen_set else []), f"seed_{seed}"]
+    runs: dict[Path, Run] = {}
+    for seed, seen_path, text in itertools.product(seeds, seen_sets or [None], configs):
+        path, *own = shlex.split(text)
+        # Folder and stem, because configs of several datasets have the same stem.
+        label, path = path.split("=", 1) if "=" in path else (None, path)
+        label = label or "/".join(Path(path).resolve().with_suffix("").parts[-2:])
+        label = re.sub(r"[^\w./-]|\.\.", "_", label)
+        cfg = load_config(path, [*device, *own, *opts])
+        if len(cfg.DATASETS.TEST) != 1:
+            raise InputError(f"{label}: DATASETS.TEST is {cfg.DATASETS.TEST}; allowed: one.")
         arguments = ["--resume", "--config-file", str(Path(path).resolve()), *device, *own, *opts]
         if num_gpus > 1:
             arguments = ["--num-gpus", str(num_gpus), "--dist-url", "auto", *arguments]
-        if seen_set:
-            seen_path = Path(seen_sets[set_names.index(seen_set)]).resolve()
-            arguments += ["DATASETS.SEEN_CLASSES", str(seen_path)]
+        seen_set = seen_path and Path(seen_path).stem
+        if seen_path:
+            if not os.path.isfile(seen_path):
+                raise InputError(f"The list of seen classes {seen_path} does not exist.")
+            arguments += ["DATASETS.SEEN_CLASSES", str(Path(seen_path).resolve())]
         has_teacher = cfg.MODEL.ROI_HEADS.NAME == "TeacherStudentROIHeads"
-        heads = ("student", "teacher") if has_teacher else ("student",)
-        on_gt_boxes = {
-            ON_GT_BOXES.format(head=x): ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", x]
-            for x in heads
-        }
+        heads = {STUDENT: "student", **({TEACHER: "teacher"} if has_teacher else {})}
+        parts = [label, *([seen_set] if seen_set else []), f"seed_{seed}"]
         run = Run(
             name="/".join(parts),
             folder=Path(output_dir, "runs", *parts).resolve(),
@@ -168,55 +144,21 @@ def plan_sweep(
             opts=[*own, *opts],
             seed=seed,
             seen_set=seen_set,
-            num_seen_classes=len(seen_names[seen_set]) if seen_set else None,
             arguments=[*arguments, "SEED", str(seed)],
-            evaluations=always_unseen | (on_gt_boxes if report else {}),
+            evaluations={
+                name: ["TEST.GT_BOXES", "True", "TEST.MASK_HEAD", head]
+                for name, head in heads.items()
+                if report
+            },
         )
+        if run.folder in runs:
+            raise InputError(f"Two runs are named {run.name}; NAME=YAML gives a config a name.")
         earlier = run.record.get("opts", run.opts)
         if earlier != run.opts:
-            raise InputError(
-                f"{run.folder} was run with other changes, {' '.join(earlier) or 'none'}. Choose "
-                "another output folder, or remove that one."
-            )
-        runs.append(run)
-    return runs
-
-
-def _check_configs(cfgs: dict[str, CfgNode], has_sets: bool, are_compared: bool) -> None:
-    first, first_cfg = next(iter(cfgs.items()))
-    for label, cfg in cfgs.items():
-        if not cfg.DATASETS.TEST:
-            raise InputError(f"{label}: DATASETS.TEST is empty, so there would be no results.")
-        if are_compared and cfg.DATASETS.TEST != first_cfg.DATASETS.TEST:
-            raise InputError(f"{label} is tested on other data than {first}.")
-        if has_sets and cfg.TEST.SEEN_CLASSES:
-            raise InputError(
-                f"{label} sets TEST.SEEN_CLASSES, as the oracle does, so it cannot be compared "
-                "over sets of seen classes. Sweep over it on its own."
-            )
-
-
-def _parse_config(text: str) -> tuple[str, str, list[str]]:
-    """Label, path and changes of "[NAME=]YAML KEY VALUE ..."."""
-    path, *opts = shlex.split(text)
-    label, has_label, rest = path.partition("=")
-    if has_label:
-        path = rest
-    else:
-        # Folder and stem, because configs of several datasets have the same stem.
-        parts = Path(path).resolve().with_suffix("").parts[-2:]
-        changes = [f"{key.split('.')[-1]}_{value}" for key, value in zip(opts[::2], opts[1::2])]
-        label = "_".join(["/".join(parts), *changes])
-    return re.sub(r"[^\w./-]|\.\.", "_", label), path, opts
-
-
-def _class_names(cfg: CfgNode) -> list[str]:
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    name = cfg.DATASETS.TRAIN[0]
-    if not MetadataCatalog.get(name).get("thing_classes"):
-        DatasetCatalog.get(name)  # the names of many are known when their json has been read
-    return list(MetadataCatalog.get(name).thing_classes)
+            changes = " ".join(earlier) or "none"
+            raise InputError(f"{run.folder} has a run with other changes, {changes}; remove it.")
+        runs[run.folder] = run
+    return list(runs.values())
 
 
 def run_sweep(
@@ -263,8 +205,6 @@ def run_sweep(
                 if waiting:
                     run = waiting.pop(0)
                     environment = _environment(slot, jobs, num_gpus) if cluster == "local" else {}
-                    run.folder.mkdir(parents=True, exist_ok=True)
-                    _write_json(run.folder / "run.json", {**_facts(run), **run.record})
                     running[slot] = run, executor.submit(_run_job, run, TRAIN_COMMAND, environment)
                     logger.info(f"{run.name}: started; {len(waiting)} runs are waiting")
             time.sleep(POLL_SECONDS)
@@ -285,10 +225,30 @@ def run_sweep(
     return failed
 
 
+def _environment(slot: int, num_slots: int, num_gpus: int) -> dict[str, str]:
+    # One thread too many makes small models slower than one too few.
+    threads = max(1, (os.cpu_count() or 1) // num_slots)
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    if num_gpus:
+        import torch
+
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+        chosen = [gpus[(slot * num_gpus + i) % len(gpus)] for i in range(num_gpus)]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    return environment
+
+
 def _run_job(run: Run, command: Sequence[str], environment: dict[str, str]) -> None:
     """In a process of its own: train, evaluate, and add the results to run.json after each."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "run.json"
+    facts = dataclasses.asdict(run) | {"folder": str(run.folder)}
+    record = {**facts, "results": {}, **run.record}
 
-    def call(folder: Path, arguments: Sequence[str], results_file: str) -> dict:
+    def call(name: str, folder: Path, arguments: Sequence[str], results_file: str) -> None:
+        if name in record["results"]:
+            return
         # Ended with this process: subprocess.run does so when an interrupt comes.
         ended = subprocess.run(  # nosec B603  # A list of arguments, without a shell.
             [*command, *arguments, "OUTPUT_DIR", str(folder)], env={**os.environ, **environment}
@@ -297,138 +257,65 @@ def _run_job(run: Run, command: Sequence[str], environment: dict[str, str]) -> N
             sys.exit(ended.returncode)
         # NaN is not json, although Python writes it.
         text = (folder / results_file).read_text()
-        results = json.loads(text, parse_constant=lambda _: None)
-        # Of the first of several test datasets.
-        return results if {"bbox", "segm"} & set(results) else next(iter(results.values()))
+        record["results"][name] = json.loads(text, parse_constant=lambda _: None)
+        write_json(path, record)
 
-    path, record = run.folder / "run.json", run.record
-    results = record.setdefault("results", {})
-    if DETECTIONS not in results:
-        start = time.perf_counter()
-        results[DETECTIONS] = call(run.folder, run.arguments, "results.json")
-        record["seconds"] = round(time.perf_counter() - start, 1)
-        _write_json(path, record)
+    write_json(path, record)
+    call(DETECTIONS, run.folder, run.arguments, "results.json")
     model = ["--eval-only", "--config-file", str(run.folder / "config.yaml")]
     model += ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
     for name, opts in run.evaluations.items():
-        if name not in results:
-            results[name] = call(run.folder / name, [*model, *opts], "inference/results.json")
-            _write_json(path, record)
-
-
-def _environment(slot: int, num_slots: int, num_gpus: int) -> dict[str, str]:
-    # One thread too many makes small models slower than one too few.
-    threads = max(1, (os.cpu_count() or 1) // num_slots)
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    if num_gpus:
-        import torch
-
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-        chosen = [gpus[(slot * num_gpus + i) % len(gpus)] for i in range(num_gpus)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-    return environment
-
-
-def _facts(run: Run) -> dict:
-    """What run.json says before the training: what is run, by which code."""
-    import detectron2
-    import torch
-
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(  # nosec B603  # As above.
-        git, cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    keys = ("config", "opts", "seed", "seen_set", "num_seen_classes")
-    return {
-        "run": run.name,
-        **{key: getattr(run, key) for key in keys},
-        "command": shlex.join(["tsmask", "train", *run.arguments, "OUTPUT_DIR", str(run.folder)]),
-        "commit": described.stdout.strip() or None,
-        "versions": {"torch": torch.__version__, "detectron2": detectron2.__version__},
-    }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+        call(name, run.folder / name, [*model, *opts], "inference/results.json")
 
 
 def write_summary(output_dir: str | os.PathLike) -> str:
     """
-    Write results.jsonl, results.csv, summary.md and, for sets of several sizes, summary.png.
+    Write results.csv, summary.md and, for several sets of seen classes, summary.png.
 
     Args:
         output_dir: of the sweep; all runs in it count, not the last call's alone.
 
     Returns:
-        The tables, in Markdown.
+        The table, in Markdown.
     """
     import pandas as pd
 
     output = Path(output_dir)
-    records = [json.loads(path.read_text()) for path in sorted(output.glob("runs/**/run.json"))]
-    records = [record for record in records if record.get("results")]
-    if not records:
-        return "No run has finished."
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (output / "results.jsonl").write_text(lines, encoding="utf-8")
-    keys = ["config", "num_seen_classes", "seen_set"]
+    records = [json.loads(path.read_text()) for path in sorted(output.glob("**/run.json"))]
     rows = [
-        {"evaluation": evaluation, "seed": record["seed"]}
-        | {key: "-" if record[key] is None else record[key] for key in keys}
+        {"evaluation": evaluation, "config": record["config"], "seed": record["seed"]}
+        | {"seen_set": record["seen_set"] or "-"}
         | {name: found.get(task, {}).get(metric) for name, (task, metric) in COLUMNS.items()}
         for record in records
-        for evaluation, found in record["results"].items()
+        for evaluation, found in record.get("results", {}).items()
     ]
+    if not rows:
+        return "No run has finished."
     results = pd.DataFrame(rows).astype(dict.fromkeys(COLUMNS, float))
     results.to_csv(output / "results.csv", index=False)
-    tables = []
-    for evaluation, rows in results.groupby("evaluation"):
-        # The standard deviation is that of the sample; NaN for one seed.
-        groups = rows.groupby(keys)[list(COLUMNS)]
-        cells = groups.mean().map("{:.2f}".format)
-        spread = groups.std().map(lambda x: "" if pd.isna(x) else f" ± {x:.2f}")
-        cells = (cells + spread).replace("nan", "-")
-        cells.insert(0, "seeds", rows.groupby(keys).size())
-        table = cells.reset_index().to_markdown(index=False, disable_numparse=True)
-        tables.append(f"{_title(evaluation)}:\n\n{table}")
-    text = "\n\n".join(tables)
-    (output / "summary.md").write_text(
-        "# Summary of the sweep\n\nCOCO AP in percent: mean ± standard deviation (of the sample) "
-        f"over the seeds; a value without ± is one run.\n\n{text}\n\n{len(records)} runs; "
-        "results.jsonl says with which command and commit each was made.\n",
-        encoding="utf-8",
+    groups = results.groupby(["evaluation", "config", "seen_set"])
+    cells = groups[list(COLUMNS)].agg(_mean_and_deviation)
+    cells.insert(0, "seeds", groups.size())
+    text = (
+        "COCO AP in percent, mean ± standard deviation (of the sample) over the seeds, of the "
+        "detections; gt_boxes: of the masks on the ground-truth boxes and classes.\n\n"
+        + cells.reset_index().to_markdown(index=False, disable_numparse=True)
     )
-    if results["num_seen_classes"].nunique() > 1:
-        _draw(results, output / "summary.png")
+    (output / "summary.md").write_text(text + "\n", encoding="utf-8")
+    if results["seen_set"].nunique() > 1:
+        # Fig. 8 of the paper.
+        detected = results[results["evaluation"] == DETECTIONS]
+        aps = detected.groupby(["seen_set", "config"])["unseen AP"]
+        errors = aps.std().unstack().fillna(0)
+        ax = aps.mean().unstack().plot(yerr=errors, marker="o", ylabel="unseen AP")
+        ax.figure.savefig(output / "summary.png", dpi=150)
     return text
 
 
-def _title(evaluation: str) -> str:
-    if evaluation == DETECTIONS:
-        return "Masks and boxes detected by the model"
-    if evaluation.startswith(ALWAYS_UNSEEN):
-        return "On the classes that are unseen in all sets"
-    return f"Masks of the {evaluation.split('_')[-1]} on the ground-truth boxes and classes"
-
-
-def _draw(results: pd.DataFrame, path: Path) -> None:
-    """AP of unseen classes over the number of seen ones: Fig. 8 of the paper."""
-    from matplotlib.figure import Figure
-
-    results = results[~results["evaluation"].str.startswith("gt_boxes")]
-    groups = results.groupby("evaluation")
-    figure = Figure(figsize=(5.4 * len(groups), 4.4), layout="constrained")
-    for ax, (evaluation, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
-        for config, of_config in rows.groupby("config"):
-            points = of_config.groupby("num_seen_classes")["unseen AP"].agg(["mean", "std"])
-            spread = points["std"].fillna(0)
-            ax.errorbar(points.index, points["mean"], spread, marker="o", label=config)
-        ax.set(title=_title(evaluation), xlabel="number of seen classes", ylabel="unseen AP")
-        ax.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def _mean_and_deviation(values: pd.Series) -> str:
+    if values.isna().any():
+        return "-"
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
 
 
 def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -> Path:
@@ -448,13 +335,11 @@ def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -
 
     on_gt_boxes, quality = {}, {}
     for name, run in runs.items():
-        on_gt_boxes[name] = _result_file(run.folder / ON_GT_BOXES.format(head="student"))
-        if ON_GT_BOXES.format(head="teacher") in run.evaluations:
-            folder = run.folder / ON_GT_BOXES.format(head="teacher")
-            on_gt_boxes[f"{name}, teacher"] = _result_file(folder)
-            quality[name] = measure_pseudo_masks(
-                str(run.folder / "config.yaml"), str(run.folder / "model_final.pth")
-            )
+        on_gt_boxes[name] = _result_file(run.folder / STUDENT)
+        if TEACHER in run.evaluations:
+            on_gt_boxes[f"{name}, teacher"] = _result_file(run.folder / TEACHER)
+            model = run.folder / "config.yaml", run.folder / "model_final.pth"
+            quality[name] = measure_pseudo_masks(*map(str, model))
     baseline = next(iter(runs))
     cfg = load_config(str(runs[baseline].folder / "config.yaml"))
     annotations, image_root = find_test_dataset(cfg)

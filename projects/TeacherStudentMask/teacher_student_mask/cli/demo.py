@@ -1,5 +1,5 @@
 """
-The whole path on a small drawn dataset: write it, train three models, evaluate, analyse, draw.
+The whole path on a small drawn dataset: write it, train three models, evaluate, analyse.
 
 The models, on the same data, schedule and seed, half of the classes without masks in training:
 
@@ -7,7 +7,7 @@ The models, on the same data, schedule and seed, half of the classes without mas
   teacher_student          the paper's method ("interact")
   teacher_student_box_fit  ours: pseudo masks that fit their boxes
 
-DIR then holds results.md, report/report.html, demo.png, the dataset in datasets/shapes, and a
+DIR then holds summary.md, report/report.html with pictures, the dataset in datasets/shapes, and a
 folder per model with config.yaml, log.txt, metrics.json and model_final.pth. What is there is used
 again, and an interrupted call goes on where it stopped.
 
@@ -36,7 +36,6 @@ MODELS = {
 DATASET = {"num_train": 800, "num_val": 200, "image_size": 96, "seed": 0}
 SHORT_DATASET = {**DATASET, "num_train": 40, "num_val": 12}
 SHORT_OPTIONS = ("SOLVER.MAX_ITER", "24", "MODEL.PSEUDO_MASK.WARMUP_ITERS", "12")
-NUM_PICTURES = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     from detectron2.utils.logger import setup_logger
 
-    from ..sweep import plan_sweep, run_sweep, write_sweep_report
+    from ..sweep import plan_sweep, run_sweep, write_summary, write_sweep_report
 
     setup_logger(name="teacher_student_mask")
     opts = list(SHORT_OPTIONS) if args.short else []
@@ -68,26 +67,18 @@ def run(args: argparse.Namespace) -> int:
         json_file = (data / "annotations" / f"instances_{split}.json").resolve()
         opts += [f"DATASETS.{key}", f"('{json_file}',)"]
         opts += [f"DATASETS.{key}_IMAGE_ROOT", str((data / split).resolve())]
-    planned = plan_sweep(
-        [f"{name}={CONFIGS / name}.yaml" for name in MODELS], output, opts=opts, report=True
-    )
+    configs = [f"{name}={CONFIGS / name}.yaml" for name in MODELS]
     runs = {
         run.config: dataclasses.replace(run, folder=(output / run.config).resolve())
-        for run in planned
+        for run in plan_sweep(configs, output, opts=opts, report=True)
     }
-    results_file = output / "results.md"
-    if results_file.is_file() and all(run.is_done for run in runs.values()):
-        print(f"{results_file.read_text()}\nThis was there; remove {output} to do it again.")
-        return 0
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
-    _draw_pictures(data, {x: runs[x].folder / "gt_boxes_student" for x in MODELS}, output)
-    report = write_sweep_report(
-        {label: runs[name] for name, label in MODELS.items()}, output / "report"
-    )
-    text = _results_text(data, {name: runs[name].record["results"] for name in MODELS})
-    results_file.write_text(text, encoding="utf-8")
-    print(f"{text}\nPictures: {output}/demo.png\nReport, to be opened in a browser: {report}")
+    named = {label: runs[name] for name, label in MODELS.items()}
+    report = write_sweep_report(named, output / "report")
+    print(write_summary(output))
+    print("\nOne seed and no intervals: no difference here is established.")
+    print(f"Report, to be opened in a browser: {report}")
     return 0
 
 
@@ -103,71 +94,3 @@ def _write_dataset(root: Path, settings: dict) -> None:
     generate_shapes(str(root), **settings)
     # Last, so that an interrupted dataset is written again.
     marker.write_text(json.dumps(settings))
-
-
-def _results_text(data: Path, results: dict[str, dict[str, dict]]) -> str:
-    """results.md of {model: {evaluation: {task: {metric: value}}}}."""
-    from ..data.shapes import SHAPES_SEEN_CLASSES
-    from ..evaluation import comparison_table
-
-    rows = ("segm_seen", "segm_unseen", "segm_unseen_overlap")
-    coco = json.loads((data / "annotations" / "instances_val.json").read_text())
-    classes = [category["name"] for category in coco["categories"]]
-    on_gt_boxes = {
-        f"{name}: {evaluation.removeprefix('gt_boxes_')}": found
-        for name, by_evaluation in results.items()
-        for evaluation, found in by_evaluation.items()
-        if evaluation.startswith("gt_boxes_")
-    }
-    on_detections = {name: found["detections"] for name, found in results.items()}
-    num_gt = {row: next(iter(on_detections.values()))[row]["num_gt"] for row in rows}
-    return f"""# Results of the demo
-
-Classes with masks in training: {", ".join(SHAPES_SEEN_CLASSES)}; with boxes only: \
-{", ".join(x for x in classes if x not in SHAPES_SEEN_CLASSES)}. COCO AP in percent on \
-{len(coco["images"])} validation images with {num_gt["segm_seen"]} objects of seen and \
-{num_gt["segm_unseen"]} of unseen classes, {num_gt["segm_unseen_overlap"]} of these overlapped \
-(O >= 0.3).
-
-Masks and boxes detected by the model:
-
-{comparison_table(on_detections, rows=("bbox", *rows))}
-
-Masks alone, on the ground-truth boxes and classes:
-
-{comparison_table(on_gt_boxes, rows=rows)}
-
-One seed and no intervals: no difference here is established.
-"""
-
-
-def _draw_pictures(data: Path, folders: dict[str, Path], output: Path) -> None:
-    """Write demo.png: images, true masks, and the results of {title: evaluation's OUTPUT_DIR}."""
-    import cv2
-    import numpy as np
-
-    from ..data.shapes import SHAPES_SEEN_CLASSES
-    from ..drawing import SEEN_COLOR, UNSEEN_COLOR, annotations_to_detections, draw_instances
-
-    coco = json.loads((data / "annotations" / "instances_val.json").read_text())
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    columns = {"image": [], "ground truth": coco["annotations"]}
-    for title, folder in folders.items():
-        path = folder / "inference" / "coco_instances_results.json"
-        columns[title] = json.loads(path.read_text()) if path.is_file() else []
-    pictures = []
-    for title, objects in columns.items():
-        column = []
-        for image in coco["images"][:NUM_PICTURES]:
-            found = [x for x in objects if x["image_id"] == image["id"]]
-            classes = [names[x["category_id"]] for x in found]
-            size = (image["height"], image["width"])
-            colors = [SEEN_COLOR if x in SHAPES_SEEN_CLASSES else UNSEEN_COLOR for x in classes]
-            pixels = cv2.imread(str(data / "val" / image["file_name"]))
-            detections = annotations_to_detections(found, size, range(len(found)))
-            column.append(draw_instances(pixels, detections, classes, colors=colors, scale=3))
-        header = np.full((36, column[0].shape[1], 3), 255, np.uint8)
-        font = cv2.FONT_HERSHEY_SIMPLEX
-        cv2.putText(header, title, (4, 24), font, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-        pictures.append(np.vstack([header, *column]))
-    cv2.imwrite(str(output / "demo.png"), np.hstack(pictures))

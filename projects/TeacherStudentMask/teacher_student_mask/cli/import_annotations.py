@@ -14,10 +14,7 @@ examples:
 The COCO json of Label Studio needs no import: name it in DATASETS.TRAIN.
 
 labelme and voc name classes in each file: without --classes, the ids follow the alphabet of those
-that occur, so training and test data get the same ids only if both have objects of all classes.
-
-Images are as large as training sees them, which turns them by their EXIF orientation. Where the
-input says another size the import stops, and nothing is written.
+that occur.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ _FORMATS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a parser for each format, with the options that it has."""
+    """Add a parser for each format, with the arguments of its function in importers.py."""
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
     for name, (metavar, text) in _FORMATS.items():
         add = formats.add_parser(name, help=text, description=text).add_argument
@@ -53,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "yolo":
             add("--split", default="train", metavar="KEY", help="of data.yaml: train, val or test")
         if name in ("labelme", "voc"):
-            add("--classes", type=Path, metavar="TXT", help="one class name a line")
+            text = "one class name a line"
+            add("--classes", dest="class_names", type=Path, metavar="TXT", help=text)
         if name in ("voc", "cvat", "lvis"):
-            add("--images", metavar="DIR", help="folder of the images, which are checked then")
+            text = "folder of the images, which are checked then"
+            add("--images", dest="image_root", type=Path, metavar="DIR", help=text)
         if name == "voc":
             text = "coordinates begin with 0, as some tools write them, not with VOC's 1"
             add("--zero-based", action="store_true", help=text)
@@ -63,21 +62,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Import, check and write."""
-
+    from .. import importers
     from ..coco_json import check_coco, write_json
 
-    if args.output.resolve() == args.input.resolve():
-        raise InputError(f"--output {args.output}: the input itself; it is never replaced.")
-    if args.output.exists() and not args.force:
-        raise InputError(f"--output {args.output}: exists; --force replaces it.")
-    dataset = _import(args)
+    is_input = args.output.resolve() == args.input.resolve()
+    if args.output.exists() and (is_input or not args.force):
+        problem = "the input itself, which is never replaced" if is_input else "--force replaces it"
+        raise InputError(f"--output {args.output}: exists; {problem}.")
+    names = ("split", "class_names", "image_root", "zero_based")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if options.get("class_names"):
+        lines = importers.read_text(args.class_names).splitlines()
+        options["class_names"] = [x.strip() for x in lines if x.strip()]
+    dataset = getattr(importers, f"import_{args.format}")(args.input, **options)
     # Before the errors: what was left out may be the reason for them.
     for note, count in dataset.notes.items():
         print(f"note: {count} {note}")
-    for warning in dataset.warnings:
-        print(f"warning: {warning}")
-    if not dataset.coco["annotations"]:
-        raise InputError(f"{args.input}: there is no object to import; allowed: at least one.")
+    class_names = [x["name"] for x in dataset.coco["categories"]]
+    by_letters = {"".join(x.split()).casefold(): x for x in class_names}
+    for name in set(class_names) - set(by_letters.values()):
+        other = by_letters["".join(name.split()).casefold()]
+        print(f"warning: the classes {name!r} and {other!r} differ by blanks or case alone")
     report = check_coco(
         args.input,
         data=dataset.coco,
@@ -95,21 +100,3 @@ def run(args: argparse.Namespace) -> None:
     train = shlex.quote(f"({json.dumps(str(args.output))},)")
     root = "DIR" if dataset.image_root is None else shlex.quote(str(dataset.image_root))
     print(f"DATASETS.TRAIN {train} DATASETS.TRAIN_IMAGE_ROOT {root}")
-
-
-def _import(args: argparse.Namespace):
-    from .. import importers
-    from ..imported_dataset import read_text
-
-    if args.format == "yolo":
-        return importers.import_yolo(args.input, args.split)
-    if args.format == "cvat":
-        return importers.import_cvat(args.input, args.images)
-    if args.format == "lvis":
-        return importers.import_lvis(args.input, args.images)
-    names = None
-    if args.classes:
-        names = [x.strip() for x in read_text(args.classes).splitlines() if x.strip()]
-    if args.format == "labelme":
-        return importers.import_labelme(args.input, names)
-    return importers.import_voc(args.input, args.images, names, args.zero_based)

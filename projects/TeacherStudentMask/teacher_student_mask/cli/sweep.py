@@ -2,15 +2,11 @@
 Train configs x seeds x sets of seen classes, several at once, and put the results side by side.
 
 DIR then holds
-  runs/CONFIG/SET/seed_N/  what a training writes; run.json: settings, versions, results
+  runs/CONFIG/SET/seed_N/  what a training writes; run.json: settings, command, results
   jobs/                    what the trainings printed
-  results.jsonl, .csv      all that is known of each finished run; its results as a table
-  summary.md               mean and standard deviation over the seeds
-  summary.png              with --seen-sets of several sizes: AP of unseen classes over the number
-                           of seen classes (Fig. 8 of the paper)
+  results.csv, summary.md  all results; their mean and standard deviation over the seeds
+  summary.png              AP of unseen classes over several --seen-sets (Fig. 8 of the paper)
   reports/SET/seed_N/      with --report: report.html, analysis.json, tables
-With several sets the unseen classes are others at each of them. So each model is also evaluated on
-the classes that are unseen in all sets, which can be compared.
 
 Runs that are finished are not repeated, and one that was interrupted goes on from its last
 checkpoint: give the same command again. More configs, seeds or sets with the same DIR add to it.
@@ -24,9 +20,11 @@ examples:
     tsmask sweep --output-dir output/teachers --configs configs/coco/teacher_student.yaml \\
         "deep=configs/coco/teacher_student.yaml MODEL.TEACHER_MASK_HEAD.NUM_CONV 12"
 
-  Fig. 8 of the paper, a GPU for each of four runs at a time:
+  Fig. 8 of the paper, four runs at a time; TEST.SEEN_CLASSES is the largest set, so that all are
+  evaluated on the same unseen classes:
     tsmask sweep --output-dir output/fig8 --seen-sets configs/seen_sets/*.json --jobs 4 \\
-        --configs configs/coco/mask_rcnn.yaml configs/coco/teacher_student.yaml
+        --configs configs/coco/mask_rcnn.yaml configs/coco/teacher_student.yaml \\
+        --opts TEST.SEEN_CLASSES configs/seen_sets/seen_70.json
 
   on Slurm, up to 20 runs at once; everything after --opts changes all configs:
     tsmask sweep --output-dir output/fig8 --cluster slurm --slurm partition=gpu time=1440 \\
@@ -39,8 +37,6 @@ import argparse
 import signal
 from pathlib import Path
 
-from ..errors import InputError
-
 __all__ = ["add_arguments", "run"]
 
 
@@ -50,29 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     add("--configs", required=True, nargs="+", metavar="[NAME=]YAML", help="one or more configs")
     add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="(default: 1)")
-    add(
-        "--seen-sets",
-        nargs="+",
-        default=[],
-        metavar="LIST",
-        help="lists of seen classes, json or text, in the place of DATASETS.SEEN_CLASSES",
-    )
-    add(
-        "--report",
-        action="store_true",
-        help="evaluate students and teachers on ground-truth boxes, too, which leaves out what the "
-        "detector does, and compare the first config with each other one",
-    )
+    text = "lists of seen classes, json or text, in the place of DATASETS.SEEN_CLASSES"
+    add("--seen-sets", nargs="+", default=[], metavar="LIST", help=text)
+    text = "evaluate students and teachers on ground-truth boxes, too, and write a report"
+    add("--report", action="store_true", help=text)
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
     add("--num-gpus", type=int, metavar="N", help="of each run; 0 = the CPU (default: 1 if any)")
     add("--cluster", choices=("local", "slurm"), default="local", help="(default: %(default)s)")
-    add(
-        "--slurm",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="options of sbatch, time in minutes (default: three days)",
-    )
+    text = "options of sbatch, time in minutes (default: three days)"
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=text)
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of all configs")
 
 
@@ -84,18 +66,14 @@ def run(args: argparse.Namespace) -> int:
     from ..sweep import plan_sweep, run_sweep, write_summary, write_sweep_report
 
     setup_logger(name="teacher_student_mask")
-    num_gpus = torch.cuda.device_count()
-    if args.num_gpus is None:
-        args.num_gpus = min(1, num_gpus)
-    if args.cluster == "local" and not 0 <= args.num_gpus <= num_gpus:
-        raise InputError(f"--num-gpus is {args.num_gpus}; this machine has {num_gpus}.")
+    num_gpus = min(1, torch.cuda.device_count()) if args.num_gpus is None else args.num_gpus
     runs = plan_sweep(
         args.configs,
         args.output_dir,
         seeds=args.seeds,
         seen_sets=args.seen_sets,
         opts=args.opts,
-        num_gpus=args.num_gpus,
+        num_gpus=num_gpus,
         report=args.report,
     )
     # As from the keyboard: the trainings are stopped, too.
@@ -105,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             runs,
             args.output_dir / "jobs",
             jobs=args.jobs,
-            num_gpus=args.num_gpus,
+            num_gpus=num_gpus,
             cluster=args.cluster,
             cluster_options=dict(option.split("=", 1) for option in args.slurm),
         )
@@ -114,13 +92,11 @@ def run(args: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
-    print("\n" + write_summary(args.output_dir))
-    print(f"\nResults: {args.output_dir}/results.jsonl; summary.md beside it")
-    if args.report:
-        groups: dict[str, dict] = {}
-        for x in runs:
-            if x.is_done:
-                groups.setdefault(x.name.removeprefix(f"{x.config}/"), {})[x.config] = x
-        for folder, group in groups.items():
-            print(f"Report: {write_sweep_report(group, args.output_dir / 'reports' / folder)}")
+    print(f"\n{write_summary(args.output_dir)}\n\nResults: {args.output_dir}/summary.md")
+    groups: dict[str, dict] = {}
+    for x in runs:
+        if args.report and x.is_done:
+            groups.setdefault(x.name.removeprefix(f"{x.config}/"), {})[x.config] = x
+    for folder, group in groups.items():
+        print(f"Report: {write_sweep_report(group, args.output_dir / 'reports' / folder)}")
     return 1 if failed else 0
