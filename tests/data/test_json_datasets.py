@@ -1,7 +1,6 @@
 """Datasets that a config names by the path of their json."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -85,13 +84,6 @@ def test_further_calls_see_what_has_changed(path_cfg, folder):
     assert MetadataCatalog.get(name).image_root == "elsewhere"
 
 
-def test_one_path_has_one_folder(path_cfg):
-    cfg = path_cfg("DATASETS.TRAIN_IMAGE_ROOT", "a", "DATASETS.TEST_IMAGE_ROOT", "b")
-    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
-    with pytest.raises(ValueError, match="in 'a' and in 'b'"):
-        register_json_datasets(cfg)
-
-
 def start(cfg, tmp_path, *flags, opts=()):
     config_file = tmp_path / "given.yaml"
     config_file.write_text(cfg.dump())
@@ -114,8 +106,7 @@ def stop_before_model(monkeypatch):
 def test_a_path_that_is_not_there(path_cfg, tmp_path, stop_before_model):
     for key in ("TRAIN", "TEST"):
         cfg = path_cfg(f"DATASETS.{key}", ("no such.json",))
-        message = rf"DATASETS.{key} names 'no such.json'.*relative paths start at {os.getcwd()}"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="no such.json: cannot be read"):
             start(cfg, tmp_path)
     # Evaluation does without the training data, but for "auto".
     cfg = path_cfg("DATASETS.TRAIN", ("no such.json",), "MODEL.ROI_HEADS.NUM_CLASSES", 3)

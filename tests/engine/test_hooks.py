@@ -289,14 +289,6 @@ def test_weights_spoiled_by_a_gradient_are_not_saved(tmp_path, max_iter):
     assert saved(tmp_path)[1] == "model_0000001.pth"
 
 
-def test_the_batch_before_is_named_where_its_gradient_was_to_blame(tmp_path):
-    # No checkpoint is due in iteration 2: the loss of 3 tells.
-    message = error_of(SmallTrainer(ModelWithBrokenGradient(2), tmp_path))
-    assert "stops at iteration 3: the losses are not finite" in message
-    first, second = message.split("; of the batch before: ")
-    assert "3_0.jpg (image_id 30)" in first and "2_1.jpg (image_id 21)" in second
-
-
 def test_a_spoiled_buffer_is_not_saved_either(tmp_path):
     class Spoil(HookBase):
         def before_step(self):

@@ -1,10 +1,9 @@
 """
 Training data in an order that depends on nothing but the seed, the rank and the iteration.
 
-Detectron2's loader starts its order anew when a training goes on after an interruption, and the
-random numbers of its augmentation depend on the number of workers. Here both are functions of
-the position in the stream, so that ``--resume`` goes on with the images, and the flips, that an
-uninterrupted training would have seen next.
+Order and augmentation are functions of the position in the stream, so ``--resume`` goes on with
+the images, and the flips, that an uninterrupted training would have seen next; Detectron2's loader
+starts its order anew, with random numbers that depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
@@ -22,31 +21,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_batch_data_loader, get_detection_dataset_dicts
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
-from detectron2.data.samplers import (
-    RandomSubsetTrainingSampler,
-    RepeatFactorTrainingSampler,
-    TrainingSampler,
-)
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import InputError
 
-__all__ = [
-    "ResumableTrainLoader",
-    "TrainStream",
-    "build_train_loader",
-    "preserved_generators",
-    "seed_generators",
-]
+__all__ = ["TrainStream", "build_train_loader", "resumable_batches", "seed_generators"]
 
 logger = logging.getLogger(__name__)
-
-_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
-
-# For seed_generators: training itself seeds by iteration, under another number.
-_PURPOSE = 0
 
 
 def seed_generators(
@@ -56,8 +40,7 @@ def seed_generators(
     Seed the global generators of Python, numpy and PyTorch.
 
     Args:
-        key: numbers of 0 or more, such as (SEED, rank, iteration). Every key gives other streams,
-            which neither overlap nor resemble one another.
+        key: numbers of 0 or more, such as (SEED, rank, iteration). Every key gives other streams.
         purpose: 0 or more; keeps users with the same key apart.
         seed_torch: takes the seed for PyTorch, a number of 63 bits.
     """
@@ -68,8 +51,8 @@ def seed_generators(
 
 
 @contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Afterwards the generators of Python, numpy and PyTorch's CPU are as they were before."""
+def _preserved_generators() -> Iterator[None]:
+    # Those of Python, numpy and PyTorch's CPU.
     state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
     try:
@@ -107,11 +90,8 @@ class TrainStream(IterableDataset):
             batch_size: images of a batch of this rank.
             aspect_ratio_grouping: whether the batches are made of images of like aspect ratio.
         """
-        self.sampler = sampler
-        self.mapper = mapper
-        self.seed = seed
-        self.rank = comm.get_rank()
-        self.batch_size = batch_size
+        self.sampler, self.mapper = sampler, mapper
+        self.seed, self.rank, self.batch_size = seed, comm.get_rank(), batch_size
         self.sizes = None
         if aspect_ratio_grouping:
             self.sizes = np.array([(x["width"], x["height"]) for x in dataset_dicts])
@@ -123,10 +103,9 @@ class TrainStream(IterableDataset):
     def after(self, num_batches: int) -> TrainStream:
         """Return what is left of the stream once ``num_batches`` batches were made of it."""
         rest = copy.copy(self)
+        rest.num_taken, rest.waiting = num_batches * self.batch_size, set()
         if self.sizes is None:
-            rest.num_taken = num_batches * self.batch_size
             return rest
-        rest.waiting = set()
 
         def stubs() -> Iterator[dict]:
             # Detectron2's own grouping decides, on sizes alone: no image is read.
@@ -149,60 +128,47 @@ class TrainStream(IterableDataset):
             x for x in enumerate(self.sampler) if x[0] >= self.num_taken or x[0] in self.waiting
         )
         for i, (position, index) in enumerate(remaining):
-            if worker is None or i // chunk_size % worker.num_workers == worker.id:
-                yield self._example(position, index)
-
-    def _example(self, position: int, index: int) -> dict:
-        # In the training process itself, NUM_WORKERS 0, training has its own random numbers.
-        in_training = get_worker_info() is None
-        with preserved_generators() if in_training else nullcontext():
-            seed_generators(
-                (self.seed, self.rank, position), _PURPOSE, torch.default_generator.manual_seed
-            )
-            return self.mapper(self.dataset[index])
+            if worker is not None and i // chunk_size % worker.num_workers != worker.id:
+                continue
+            # In the training process itself, NUM_WORKERS 0, training has its own random numbers.
+            with _preserved_generators():
+                key = (self.seed, self.rank, position)
+                # Not 1: training itself seeds by iteration.
+                seed_generators(key, 0, torch.default_generator.manual_seed)
+                example = self.mapper(self.dataset[index])
+            yield example
 
 
-class ResumableTrainLoader:
+def resumable_batches(
+    stream: TrainStream, make_batches: Callable[[TrainStream], Iterable[list[dict]]]
+) -> Iterator[list[dict]]:
     """
-    Batches from the iteration on that the trainer starts with.
+    Generate batches from the iteration on that the trainer starts with.
 
     ``iter()`` alone does nothing, as Detectron2 0.6 calls it before the checkpoint is loaded; the
     first ``next()`` asks the trainer's event storage for the iteration. Without one it is 0.
+
+    Args:
+        stream: of the whole training.
+        make_batches: makes batches of what is left of it.
     """
-
-    def __init__(
-        self, stream: TrainStream, make_batches: Callable[[TrainStream], Iterable[list[dict]]]
-    ):
-        """
-        Args:
-            stream: of the whole training.
-            make_batches: makes batches of what is left of it.
-        """
-        self.stream = stream
-        self.make_batches = make_batches
-
-    def __iter__(self) -> Iterator[list[dict]]:
-        try:
-            iteration = get_event_storage().iter
-        except AssertionError:  # Detectron2's answer where no training runs
-            iteration = 0
-        stream = self.stream.after(iteration)
-        if iteration > 0:
-            logger.info(
-                f"The data goes on where iteration {iteration - 1} left it: this rank has taken "
-                f"{stream.num_taken} images, of which {len(stream.waiting)} wait for "
-                "another of their aspect ratio."
-            )
-        # A DataLoader that starts draws a number from PyTorch's generator, which a training that
-        # was not interrupted would not have done here.
-        with preserved_generators():
-            batches = iter(self.make_batches(stream))
-            first = next(batches)
-        yield first
-        yield from batches
+    try:
+        iteration = get_event_storage().iter
+    except AssertionError:  # Detectron2's answer where no training runs
+        iteration = 0
+    rest = stream.after(iteration)
+    if iteration > 0:
+        logger.info(f"The data goes on after iteration {iteration - 1}, image {rest.num_taken}.")
+    # A DataLoader that starts draws a number from PyTorch's generator, which a training that was
+    # not interrupted would not have done here.
+    with _preserved_generators():
+        batches = iter(make_batches(rest))
+        first = next(batches)
+    yield first
+    yield from batches
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> ResumableTrainLoader:
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Iterator[list[dict]]:
     """
     Build the loader of a training with a seed; reads the keys that Detectron2's own reads.
 
@@ -211,56 +177,44 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Resumabl
         mapper: makes an example of a dataset dict.
 
     Returns:
-        An iterable without end over batches, lists of IMS_PER_BATCH / world size examples.
+        An iterator without end over batches, lists of IMS_PER_BATCH / world size examples.
 
     Raises:
-        InputError: no seed, or a sampler that is not known here.
+        InputError: a sampler that is not known here.
     """
-    if cfg.SEED < 0:
-        raise InputError(f"SEED must be 0 or more for data in a fixed order, got {cfg.SEED}.")
-    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    name, grouping = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.ASPECT_RATIO_GROUPING
     dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    grouping = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    if name == "TrainingSampler":
+        sampler = TrainingSampler(len(dicts), seed=cfg.SEED)
+    elif name == "RepeatFactorTrainingSampler":
+        # The key REPEAT_SQRT is younger than Detectron2 0.6.
+        has_sqrt = "REPEAT_SQRT" in cfg.DATALOADER
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts,
+            cfg.DATALOADER.REPEAT_THRESHOLD,
+            **({"sqrt": cfg.DATALOADER.REPEAT_SQRT} if has_sqrt else {}),
+        )
+        sampler = RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
+    else:
+        raise InputError(
+            f"DATALOADER.SAMPLER_TRAIN {name!r} is not known with a SEED; allowed: "
+            "TrainingSampler, RepeatFactorTrainingSampler."
+        )
     stream = TrainStream(
         dicts,
-        _build_sampler(cfg, dicts),
+        sampler,
         mapper,
         seed=cfg.SEED,
-        batch_size=batch_size // comm.get_world_size(),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         aspect_ratio_grouping=grouping,
     )
     make_batches = partial(
         build_batch_data_loader,
         sampler=None,
-        total_batch_size=batch_size,
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
         aspect_ratio_grouping=grouping,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    return ResumableTrainLoader(stream, make_batches)
-
-
-def _build_sampler(cfg: CfgNode, dicts: list[dict]) -> Iterable[int]:
-    name, seed = cfg.DATALOADER.SAMPLER_TRAIN, cfg.SEED
-    if name not in _SAMPLERS:
-        raise InputError(
-            f"DATALOADER.SAMPLER_TRAIN {name!r} is not known with a SEED; allowed: "
-            f"{', '.join(_SAMPLERS)}."
-        )
-    logger.info(f"Using training sampler {name} with seed {seed}")
-    if name == "TrainingSampler":
-        return TrainingSampler(len(dicts), seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return RandomSubsetTrainingSampler(len(dicts), ratio, seed_shuffle=seed, seed_subset=seed)
-    # The key REPEAT_SQRT is younger than Detectron2 0.6.
-    options = {}
-    if "REPEAT_SQRT" in cfg.DATALOADER:
-        options["sqrt"] = cfg.DATALOADER.REPEAT_SQRT
-    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-        dicts, cfg.DATALOADER.REPEAT_THRESHOLD, **options
-    )
-    return RepeatFactorTrainingSampler(factors, seed=seed)
+    return resumable_batches(stream, make_batches)

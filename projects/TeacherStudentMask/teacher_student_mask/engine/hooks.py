@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -87,13 +87,12 @@ class UnseenMaskGuard(HookBase):
             instances = example.get("instances")
             if instances is None or not instances.has("gt_masks"):
                 continue
-            classes = instances.gt_classes.tolist()
-            is_marked = [True] * len(classes)
+            classes = instances.gt_classes
             if instances.has("gt_has_mask"):
-                is_marked = instances.gt_has_mask.tolist()
-            found = [k for k, x in zip(classes, is_marked) if x and k not in self.seen_classes]
-            if found:
-                counts = Counter(self.class_names[k] for k in found)
+                classes = classes[instances.gt_has_mask]
+            unseen = [self.class_names[k] for k in classes.tolist() if k not in self.seen_classes]
+            if unseen:
+                counts = Counter(unseen)
                 raise RuntimeError(
                     f"Training stops at iteration {self.trainer.iter}: masks of objects of unseen "
                     "classes would reach the model, "
@@ -120,16 +119,21 @@ class FiniteLoss(HookBase):
     """
 
     def __init__(self) -> None:
-        self._batches: deque[str] = deque(maxlen=2)
+        self._images = "unknown"
 
     def before_train(self) -> None:
         def remember(model: nn.Module, args: tuple) -> None:
             if model.training:
-                self._batches.append(", ".join(_name_of(x) for x in args[0]))
+                self._images = ", ".join(_name_of(x) for x in args[0])
 
-        def check(model: nn.Module, args: tuple, output: Any) -> None:
-            if model.training:
-                self._check(output)
+        def check(model: nn.Module, args: tuple, losses: Any) -> None:
+            if not model.training:
+                return
+            values = torch.stack([x.detach().float().reshape(()) for x in losses.values()])
+            # NaN or infinite as soon as one of them is. The only wait for the device.
+            if not values.sum().isfinite():
+                numbers = ", ".join(f"{k} {x:.6g}" for k, x in zip(losses, values.tolist()))
+                raise FloatingPointError(f"the losses are not finite: {numbers}")
 
         model = self.trainer.model
         self._handles = [
@@ -148,24 +152,15 @@ class FiniteLoss(HookBase):
         return {}
 
     def explain(self, reason: object) -> FloatingPointError:
-        """Return the error that names iteration, rank and images of the last two batches."""
-        broken = _non_finite_tensors(self.trainer.model)
-        *before, images = self._batches or ["unknown"]
-        of_before = f"; of the batch before: {before[0]}" if before and broken else ""
+        """Return the error that names iteration, rank and images of the last batch."""
         return FloatingPointError(
-            f"Training stops at iteration {self.trainer.iter}: {reason}{broken}. Images of the "
-            f"batch on rank {comm.get_rank()}: {images}{of_before}. Nothing is saved: earlier "
-            "checkpoints and last_checkpoint stay as they were. What helps: a lower "
-            "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, clipped gradients "
-            "(SOLVER.CLIP_GRADIENTS.ENABLED True), or a look at these images and their annotations."
+            f"Training stops at iteration {self.trainer.iter}: {reason}"
+            f"{_non_finite_tensors(self.trainer.model)}. Images of the batch on rank "
+            f"{comm.get_rank()}: {self._images}. Nothing is saved: earlier checkpoints and "
+            "last_checkpoint stay as they were. What helps: a lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS, clipped gradients (SOLVER.CLIP_GRADIENTS.ENABLED True), or a "
+            "look at these images, those of the batch before, and their annotations."
         )
-
-    def _check(self, losses: Mapping[str, torch.Tensor]) -> None:
-        values = torch.stack([x.detach().float().reshape(()) for x in losses.values()])
-        # NaN or infinite as soon as one of them is. The only wait for the device.
-        if not values.sum().isfinite():
-            numbers = ", ".join(f"{k} {x:.6g}" for k, x in zip(losses, values.tolist()))
-            raise FloatingPointError(f"the losses are not finite: {numbers}")
 
 
 @torch.no_grad()
@@ -235,13 +230,16 @@ class PseudoMaskWatch(HookBase):
         if now < self._start["iteration"] + _START_ITERS:
             self._start["total"] += foreground
             self._start["count"] += 1
+        foreground, agreement = (
+            [
+                value
+                for value, i in storage.history(f"pseudo_mask/{name}").values()[-_WINDOW_ITERS:]
+                if i > now - _WINDOW_ITERS
+            ]
+            for name in ("fg_ratio", "agreement")
+        )
         first_of_process = storage.history("pseudo_mask/fg_ratio").values()[0][1]
-        if now - first_of_process + 1 >= _WINDOW_ITERS:
-            self._judge()
-
-    def _judge(self) -> None:
-        foreground, agreement = self._window("fg_ratio"), self._window("agreement")
-        if len(foreground) < _MIN_VALUES:
+        if now - first_of_process + 1 < _WINDOW_ITERS or len(foreground) < _MIN_VALUES:
             return
         mean, agreed = (sum(x) / len(x) for x in (foreground, agreement))
         start = self._start["total"] / self._start["count"]
@@ -261,10 +259,5 @@ class PseudoMaskWatch(HookBase):
             "the cells on the same side. The student then learns from wrong masks. What helps: a "
             "larger MODEL.PSEUDO_MASK.WARMUP_ITERS, so that the teacher is surer when they begin; "
             'MODEL.PSEUDO_MASK.METHOD "box_fit", which follows an unsure teacher; and a look at '
-            "the teacher itself (teacher_mask/accuracy in metrics.json, pictures in TensorBoard "
-            "with VIS_PERIOD above 0)."
+            "teacher_mask/accuracy in metrics.json."
         )
-
-    def _window(self, name: str) -> list[float]:
-        history = self.trainer.storage.history(f"pseudo_mask/{name}").values()[-_WINDOW_ITERS:]
-        return [value for value, i in history if i > self.trainer.iter - _WINDOW_ITERS]

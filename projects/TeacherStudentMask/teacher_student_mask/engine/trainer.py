@@ -16,13 +16,9 @@ from typing import IO
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -75,29 +71,20 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        cfg = resolve_auto_settings(cfg)
         # Detectron2's scaling, which is the next to come, then has nothing left to do.
-        super().__init__(self.auto_scale_workers(resolve_auto_settings(cfg), comm.get_world_size()))
+        scaled = self.auto_scale_workers(cfg, comm.get_world_size())
+        if scaled is not cfg:
+            scaled = scaled.clone()
+            scaled.defrost()
+            # An epoch follows the schedule. The warm-ups of this project are numbers of steps and
+            # stay. Up: an epoch has at least one iteration.
+            factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / comm.get_world_size()
+            epoch_iters = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
+            scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = math.ceil(epoch_iters * factor)
+            scaled.freeze()
+        super().__init__(scaled)
         self.checkpointer.path_manager = _AtomicPathManager(self.checkpointer.path_manager)
-
-    @staticmethod
-    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """
-        As the parent's; ``MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS`` is scaled like ``MAX_ITER``.
-
-        It is the length of an epoch, so it follows the schedule. Warm-ups of this project, in
-        ``MODEL.PSEUDO_MASK`` and ``MODEL.BOX_SUPERVISION``, are numbers of steps and stay.
-        """
-        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
-        if scaled is cfg:
-            return cfg
-        scaled = scaled.clone()
-        scaled.defrost()
-        epoch_iters = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
-        factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
-        # Up: an epoch has at least one iteration.
-        scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = math.ceil(epoch_iters * factor)
-        scaled.freeze()
-        return scaled
 
     def build_hooks(self) -> list[HookBase | None]:
         timer, *others = super().build_hooks()
@@ -154,12 +141,15 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
+        # COCO's 100 of each class, also with the 150 detections of the paper's configs, whose AP it
+        # is; whoever asks for more wants them counted.
+        max_dets = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
         return PartiallySupervisedCOCOEvaluator(
             dataset_name,
             seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
             class_names=cls._class_names(cfg),
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
-            max_dets_per_image=_max_detections(cfg),
+            max_dets_per_image=max_dets,
             overlap_threshold=cfg.TEST.OVERLAP_THRESHOLD,
             overlap_bin_edges=cfg.TEST.OVERLAP_BINS,
         )
@@ -187,9 +177,6 @@ class Trainer(DefaultTrainer):
         return results
 
 
-# ---- the program ----
-
-
 def main(args: argparse.Namespace) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
@@ -213,13 +200,16 @@ def main(args: argparse.Namespace) -> dict | None:
         write_class_names(cfg.OUTPUT_DIR, names, ids)
         comm.synchronize()
         evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
-        results = Trainer.test(cfg, model, evaluators)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
+        return Trainer.test(cfg, model, evaluators)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if trainer.start_iter >= trainer.max_iter and answer_of_main_process(lambda: _is_done(cfg)):
+
+    def is_done() -> bool:
+        # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
+        results, last = Path(cfg.OUTPUT_DIR, "results.json"), _last_checkpoint(cfg)
+        return results.is_file() and results.stat().st_mtime >= os.stat(last).st_mtime
+
+    if trainer.start_iter >= trainer.max_iter and answer_of_main_process(is_done):
         logger.info(
             f"The training in {cfg.OUTPUT_DIR} has reached SOLVER.MAX_ITER {trainer.max_iter}, and "
             "its results.json stays as it is; a larger MAX_ITER goes on."
@@ -256,9 +246,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-    register_json_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+    register_json_datasets(cfg)
     # All that can stop a run before the first file is written.
-    answer_of_main_process(lambda: _check_output_dir(cfg, args))
+    if not args.resume and not args.eval_only:
+        answer_of_main_process(lambda: _check_output_dir(cfg.OUTPUT_DIR))
     last = _last_checkpoint(cfg) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
@@ -285,21 +276,15 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _max_detections(cfg: CfgNode) -> int:
-    # COCO's 100 of each class, also with the 150 detections of the paper's configs, whose AP it is;
-    # whoever asks for more wants them counted.
-    return cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
-
-
-def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    found = [x for x in ("config.yaml", "last_checkpoint") if Path(cfg.OUTPUT_DIR, x).exists()]
-    if found and not args.resume and not args.eval_only:
-        numbered = (f"{cfg.OUTPUT_DIR.rstrip('/')}_{i}" for i in itertools.count(2))
+def _check_output_dir(folder: str) -> None:
+    found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
+    if found:
+        numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
         free = next(x for x in numbered if not os.path.exists(x))
         raise InputError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run ({', '.join(found)}), which training "
-            f"would overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that "
-            "run by --resume."
+            f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
+            f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
+            "--resume."
         )
 
 
@@ -307,12 +292,6 @@ def _last_checkpoint(cfg: CfgNode) -> str:
     # "" before the first.
     path = Path(cfg.OUTPUT_DIR, "last_checkpoint")
     return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
-
-
-def _is_done(cfg: CfgNode) -> bool:
-    # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
-    results = Path(cfg.OUTPUT_DIR, "results.json")
-    return results.is_file() and results.stat().st_mtime >= os.stat(_last_checkpoint(cfg)).st_mtime
 
 
 def _write_config(cfg: CfgNode) -> None:
@@ -340,6 +319,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         reads_masks=cfg.MODEL.MASK_ON,
         # With box supervision boxes teach them, too, and with this key masks of models.
         needs_masks=not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks),
+        needs_model_masks=learns_model_masks and not args.eval_only,
         rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
     )
     if args.eval_only:
@@ -357,23 +337,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         )
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
-    if args.eval_only or not learns_model_masks:
-        return names, ids
-    images = (image for name in cfg.DATASETS.TRAIN for image in DatasetCatalog.get(name))
-    if not any(
-        x.get("mask_source") == "model" and x.get("segmentation") and not x.get("iscrowd", 0)
-        for image in images
-        for x in image.get("annotations", ())
-    ):
-        raise InputError(
-            "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but DATASETS.TRAIN "
-            f"{tuple(cfg.DATASETS.TRAIN)} has no mask with 'mask_source' 'model'; "
-            "tsmask complete --grabcut, for instance, makes them."
-        )
     return names, ids
-
-
-# ---- files ----
 
 
 @contextlib.contextmanager
