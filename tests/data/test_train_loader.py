@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, build_batch_data_loader
+from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from teacher_student_mask import TeacherStudentDatasetMapper
 from teacher_student_mask.data import build_train_loader
-from teacher_student_mask.data.train_loader import TrainStream, resumable_batches
+from teacher_student_mask.data.train_loader import train_batches
 
 SIZES = ((64, 48), (48, 64), (50, 50))  # wide, tall, square
 
@@ -33,31 +33,20 @@ def draw(dataset_dict):
     return {**dataset_dict, "numbers": numbers}
 
 
-def make_stream(sizes, batch_size, grouping=True, factors=None, seed=5):
+def make_loader(sizes, batch_size, *, grouping=True, num_workers=0, factors=None, seed=5):
     if factors is None:
         sampler = TrainingSampler(len(sizes), seed=seed)
     else:
         sampler = RepeatFactorTrainingSampler(torch.tensor(factors), seed=seed)
-    return TrainStream(
+    return train_batches(
         dicts_of(sizes),
         sampler,
         draw,
         seed=seed,
         batch_size=batch_size,
         aspect_ratio_grouping=grouping,
-    )
-
-
-def make_loader(sizes, batch_size, *, grouping=True, num_workers=0, **options):
-    stream = make_stream(sizes, batch_size, grouping, **options)
-    make_batches = partial(
-        build_batch_data_loader,
-        sampler=None,
-        total_batch_size=batch_size,
-        aspect_ratio_grouping=grouping,
         num_workers=num_workers,
     )
-    return resumable_batches(stream, make_batches)
 
 
 def batches_of(loader, num_batches, start_iter=0):
@@ -102,10 +91,7 @@ def test_waiting_images_come_first():
     # Alone in its group, an image waits for its like over the interruption.
     sizes = [SIZES[0]] * 5 + [SIZES[1]]
     whole = batches_of(make_loader(sizes, 2), 13)
-    starts = [make_stream(sizes, 2).after(k) for k in range(12)]
-    assert any(start.waiting for start in starts)
-    for k, start in enumerate(starts):
-        assert start.num_taken == 2 * k + len(start.waiting)
+    for k in range(12):
         assert batches_of(make_loader(sizes, 2), 2, start_iter=k) == whole[k : k + 2]
 
 

@@ -154,7 +154,7 @@ def test_the_error_names_image_and_class_before_the_step(tmp_path):
     trainer, error = train_guarded([example("a.png", False), example("b.png", True)], tmp_path)
     assert (
         "Training stops at iteration 1: masks of objects of unseen classes would reach the model, "
-        "1 of 'cat', of b.png (image_id 7). DATASETS.SEEN_CLASSES" in error
+        "1 of 'cat', of b.png (image_id 7). The mapper" in error
     )
     assert trainer.storage.latest()["leak/num_unseen_masks"] == (0, 0)  # of one step
 

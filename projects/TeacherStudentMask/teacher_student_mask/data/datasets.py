@@ -31,11 +31,8 @@ logger = logging.getLogger(__name__)
 # evaluation needs ids.
 _HARMLESS = {"no objects", "annotation.id", "annotation id twice"}
 
-# Versions of files that were found to be good, so that they are not checked at every reading.
-_checked_files: set[tuple] = set()
-
-# Datasets that a config names by their paths: path -> (folder of the images, version of the json).
-_json_datasets: dict[str, tuple[str, tuple | None]] = {}
+# Datasets that a config names by their paths.
+_json_datasets: set[str] = set()
 
 
 def register_partial_coco(name: str, json_file: str, image_root: str) -> None:
@@ -76,11 +73,10 @@ def load_partial_coco_json(
         InputError: what :func:`check_coco` calls an error, but for masks.
     """
     coco = read_json(json_file)
-    if _version_of(json_file) not in _checked_files:
-        # Masks are checked where they are used.
-        for finding in check_coco(json_file, data=coco, reads_masks=False).errors:
-            if finding.rule not in _HARMLESS:
-                raise InputError(str(finding))
+    # Masks are checked where they are used.
+    for finding in check_coco(json_file, data=coco, reads_masks=False).errors:
+        if finding.rule not in _HARMLESS:
+            raise InputError(str(finding))
     classes = classes_of(coco)
     if dataset_name is not None:
         MetadataCatalog.get(dataset_name).set(**classes)
@@ -115,14 +111,6 @@ def load_partial_coco_json(
     return list(records.values())
 
 
-def _version_of(json_file: str) -> tuple | None:
-    # Of the file as it is now; None if there is none.
-    if not os.path.isfile(json_file):
-        return None
-    stat = os.stat(json_file)
-    return json_file, stat.st_mtime_ns, stat.st_size
-
-
 def register_json_datasets(cfg: CfgNode) -> None:
     """
     Register each json that ``DATASETS.TRAIN`` or ``DATASETS.TEST`` names by its path.
@@ -137,16 +125,13 @@ def register_json_datasets(cfg: CfgNode) -> None:
             is_other = path in DatasetCatalog and path not in _json_datasets
             if not path.lower().endswith(".json") or is_other:
                 continue
-            image_root = cfg.DATASETS[f"{key}_IMAGE_ROOT"] or os.path.dirname(path)
-            state = (image_root, _version_of(path))
             if path in DatasetCatalog:
-                if _json_datasets[path] == state:
-                    continue
                 # The classes of a json that was edited may be others; metadata cannot be changed.
                 DatasetCatalog.remove(path)
                 MetadataCatalog.remove(path)
+            image_root = cfg.DATASETS[f"{key}_IMAGE_ROOT"] or os.path.dirname(path)
             register_partial_coco(path, path, image_root)
-            _json_datasets[path] = state
+            _json_datasets.add(path)
 
 
 def answer_of_main_process(ask: Callable[[], Any]) -> Any:
@@ -197,7 +182,7 @@ def check_datasets(
         InputError: the sentence of the first error: file, id, field, value and what is allowed.
     """
 
-    def check() -> tuple[list[tuple], dict[str, dict]]:
+    def check() -> dict[str, dict]:
         classes: dict[str, dict] = {}
         files: dict[str, set[str]] = {"train": set(), "test": set()}
         reports: dict[str, list[Report]] = {"train": [], "test": []}
@@ -233,11 +218,9 @@ def check_datasets(
                 f"{tuple(train)} has no mask with 'mask_source' 'model'; tsmask complete "
                 "--grabcut, for instance, makes them."
             )
-        return [_version_of(x.file) for x in every_report], classes
+        return classes
 
-    versions, classes = answer_of_main_process(check)
-    _checked_files.update(versions)
-    for name, of_dataset in classes.items():
+    for name, of_dataset in answer_of_main_process(check).items():
         MetadataCatalog.get(name).set(**of_dataset)
 
 

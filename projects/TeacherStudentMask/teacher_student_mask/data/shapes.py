@@ -23,12 +23,7 @@ _SUPERSAMPLING = 4
 
 
 def register_shapes(root: str) -> None:
-    """
-    Register ``shapes_train`` and ``shapes_val`` as :func:`generate_shapes` writes them.
-
-    Args:
-        root: folder of the dataset; it is read when a dataset is first used.
-    """
+    """Register ``shapes_train`` and ``shapes_val``, as :func:`generate_shapes` writes them."""
     for split in ("train", "val"):
         register_partial_coco(
             f"shapes_{split}",
@@ -50,20 +45,16 @@ def generate_shapes(
     Write the dataset in COCO's format: PNG images and a json with modal masks, for two splits.
 
     Eight classes differ in shape alone: hue, texture, size and rotation are drawn per object, so
-    that "foreground" can be learned from some classes and holds for all. Objects lie in heaps; a
-    mask is the visible part of its object, a box the tight box around that part, and every object
-    keeps at least 45 % and 60 pixels in view. The background has soft structure of its own.
-
-    The files depend on the arguments alone: image k of a split is the same whatever the number of
-    images is.
+    that "foreground" can be learned from some classes and holds for all. Objects lie in heaps, and
+    each keeps at least 45 % and 60 pixels in view. Image k of a split is the same whatever the
+    number of images is.
 
     Args:
         root: folder to write to; ``annotations/instances_{train,val}.json`` and ``{train,val}/``.
         num_train, num_val: images in the splits.
         image_size: side of the images in pixels; objects scale with it.
         seed: of the whole dataset.
-        flat: write ``{train,val}.json`` and all images to ``images/`` instead, as many people have
-            their own data.
+        flat: write ``{train,val}.json`` and all images to ``images/`` instead.
 
     Raises:
         ValueError: an image size below 32.

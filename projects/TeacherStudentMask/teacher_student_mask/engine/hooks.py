@@ -26,9 +26,8 @@ class SeedEveryIteration(HookBase):
     """
     Seeds all generators before each iteration, as a function of the seed, rank and iteration.
 
-    The numbers that training draws in an iteration, for the sampled proposals above all, then
-    depend neither on where the run started nor on what an evaluation in between has drawn. Belongs
-    before all other hooks.
+    The numbers that an iteration draws, for the sampled proposals above all, then depend neither on
+    where the run started nor on an evaluation in between. Belongs before all other hooks.
     """
 
     def __init__(self, seed: int):
@@ -39,16 +38,13 @@ class SeedEveryIteration(HookBase):
         seed_generators((self.seed, comm.get_rank(), self.trainer.iter), 1)
 
 
-# ---- masks of unseen objects ----
-
-
 class UnseenMaskGuard(HookBase):
     """
     Stops a training when the mask of an object of an unseen class is about to reach the model.
 
-    In every training batch, on each rank, an object of an unseen class must have ``gt_has_mask``
-    False; ``gt_masks`` without ``gt_has_mask`` come from another mapper, which has forgotten no
-    masks. The scalar "leak/num_unseen_masks" is 0 in every training that goes on.
+    In every batch of each rank an object of an unseen class must have ``gt_has_mask`` False;
+    ``gt_masks`` without that field come from another mapper, which has forgotten no masks. The
+    scalar "leak/num_unseen_masks" is 0 in every training that goes on.
     """
 
     @configurable
@@ -58,8 +54,7 @@ class UnseenMaskGuard(HookBase):
             seen_classes: contiguous ids of the classes whose masks training may use.
             class_names: of all classes, by contiguous id; for the message.
         """
-        self.seen_classes = frozenset(seen_classes)
-        self.class_names = tuple(class_names)
+        self.seen_classes, self.class_names = frozenset(seen_classes), class_names
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -92,30 +87,23 @@ class UnseenMaskGuard(HookBase):
                 classes = classes[instances.gt_has_mask]
             unseen = [self.class_names[k] for k in classes.tolist() if k not in self.seen_classes]
             if unseen:
-                counts = Counter(unseen)
+                counts = ", ".join(f"{n} of {name!r}" for name, n in Counter(unseen).items())
                 raise RuntimeError(
                     f"Training stops at iteration {self.trainer.iter}: masks of objects of unseen "
-                    "classes would reach the model, "
-                    f"{', '.join(f'{n} of {name!r}' for name, n in counts.items())}, of "
-                    f"{_name_of(example)}. DATASETS.SEEN_CLASSES says whose masks training may use;"
-                    " the mapper must set gt_has_mask False for all others, as "
-                    "TeacherStudentDatasetMapper does."
+                    f"classes would reach the model, {counts}, of {_name_of(example)}. The mapper "
+                    "must set gt_has_mask False for classes that DATASETS.SEEN_CLASSES does not "
+                    "name, as TeacherStudentDatasetMapper does."
                 )
-
-
-# ---- losses that are not finite ----
 
 
 class FiniteLoss(HookBase):
     """
     Ends training with a message that names the iteration, the images and the losses.
 
-    Detectron2's trainer looks at the mean loss of all ranks, on the main one alone. This hook looks
-    at each rank's own losses as they leave the model; the rank that raises ends the whole group.
-
-    A gradient can overflow where all losses are finite, and then the weights are lost. So
-    :meth:`state_dict`, which every checkpoint asks for before its file is opened, raises where a
-    tensor of the model is not finite.
+    Detectron2's trainer looks at the mean loss of all ranks, on the main one alone; this hook at
+    each rank's own. A gradient can overflow where all losses are finite, so :meth:`state_dict`,
+    which every checkpoint asks for before its file is opened, raises where a tensor of the model is
+    not finite.
     """
 
     def __init__(self) -> None:
@@ -179,25 +167,19 @@ def _name_of(example: Mapping) -> str:
     return f"{example.get('file_name', '?')} (image_id {example.get('image_id', '?')})"
 
 
-# ---- pseudo masks that collapse ----
-
 # Over how many iterations a state has to last, and how many values have to be there: of a GPU's
 # scalars there is one in 20 iterations.
-_WINDOW_ITERS = 100
-_MIN_VALUES = 5
+_WINDOW_ITERS, _MIN_VALUES = 100, 5
 
 # Foreground ratio, of every value of the window, below or above which all masks are empty or full.
-_EMPTY_RATIO = 0.01
-_FULL_RATIO = 0.99
+_EMPTY_RATIO, _FULL_RATIO = 0.01, 0.99
 
 # The collapse of "interact" stops far above 0. It shows by the mean of the window falling below
 # _FALL times that of the first _START_ITERS iterations, while teacher and student put fewer than
 # _AGREEMENT_AFTER_FALL of the cells on the same side: where the teacher itself shrinks its masks,
 # its student follows and agrees. Calibrated on 16 runs on shapes of 600 iterations: the six whose
 # student failed fell to 0.20-0.55 of the start; the ten others never went below 0.92.
-_START_ITERS = 20
-_FALL = 0.7
-_AGREEMENT_AFTER_FALL = 0.75
+_START_ITERS, _FALL, _AGREEMENT_AFTER_FALL = 20, 0.7, 0.75
 
 
 class PseudoMaskWatch(HookBase):
@@ -232,11 +214,11 @@ class PseudoMaskWatch(HookBase):
             self._start["count"] += 1
         foreground, agreement = (
             [
-                value
-                for value, i in storage.history(f"pseudo_mask/{name}").values()[-_WINDOW_ITERS:]
+                x
+                for x, i in storage.history(name).values()[-_WINDOW_ITERS:]
                 if i > now - _WINDOW_ITERS
             ]
-            for name in ("fg_ratio", "agreement")
+            for name in ("pseudo_mask/fg_ratio", "pseudo_mask/agreement")
         )
         first_of_process = storage.history("pseudo_mask/fg_ratio").values()[0][1]
         if now - first_of_process + 1 < _WINDOW_ITERS or len(foreground) < _MIN_VALUES:
@@ -253,11 +235,10 @@ class PseudoMaskWatch(HookBase):
             return
         self._has_warned = True
         logger.warning(
-            f"Iteration {self.trainer.iter}: the pseudo masks {state}: over {_WINDOW_ITERS} "
-            f"iterations their foreground ratio is {mean:.3f}, after {start:.3f} when they began at"
-            f" iteration {self._start['iteration']}, and teacher and student put {agreed:.0%} of "
-            "the cells on the same side. The student then learns from wrong masks. What helps: a "
-            "larger MODEL.PSEUDO_MASK.WARMUP_ITERS, so that the teacher is surer when they begin; "
-            'MODEL.PSEUDO_MASK.METHOD "box_fit", which follows an unsure teacher; and a look at '
-            "teacher_mask/accuracy in metrics.json."
+            f"Iteration {now}: the pseudo masks {state}: over {_WINDOW_ITERS} iterations their "
+            f"foreground ratio is {mean:.3f}, after {start:.3f} when they began at iteration "
+            f"{self._start['iteration']}, and teacher and student put {agreed:.0%} of the cells on "
+            "the same side. The student then learns from wrong masks. What helps: a larger "
+            'MODEL.PSEUDO_MASK.WARMUP_ITERS, so that the teacher is surer; METHOD "box_fit", which '
+            "follows an unsure teacher; and a look at teacher_mask/accuracy in metrics.json."
         )
