@@ -43,8 +43,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
 
     * ``gt_masks``: :class:`PolygonMasks`, or :class:`BitMasks` if the config says so or one of the
-      image's usable masks is an RLE: of a human, of a model where there is none of a human, or else
-      the rectangle of the box.
+      image's usable masks is an RLE: of a human, else of a model, else the rectangle of the box.
     * ``gt_has_mask``: bool tensor of shape (N,); whether there is a usable human mask.
     * ``gt_has_model_mask``: bool tensor of shape (N,); whether ``gt_masks`` holds a model's mask.
     * ``gt_exclusion_masks``: :class:`ImageMask`, the union of the image's usable human masks.
@@ -69,8 +68,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         Args:
             is_train: whether to apply training augmentation and to load annotations.
             seen_classes: contiguous ids of the classes whose masks training may use.
-            use_external_masks: False: forget the masks that a model made, as if they were not
-                there.
+            use_external_masks: False: forget the masks that a model made.
             rectangle_as_box_only: take human masks that are the rectangle of their box for none.
             add_gt_boxes_at_test: if not ``is_train``, give each example ``instances`` with
                 ``gt_boxes`` and ``gt_classes`` of the non-crowd objects, for ``TEST.GT_BOXES``.
@@ -98,11 +96,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
-        Args:
-            dataset_dict: one image in Detectron2's standard dataset format.
-
-        Returns:
-            The format that Detectron2's models take.
+        Map one image in Detectron2's standard dataset format to the format of its models.
 
         Raises:
             InputError: an image or a usable segmentation cannot be read; names the file.
@@ -114,9 +108,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             with PathManager.open(dataset_dict["file_name"], "rb") as f, Image.open(f) as image:
                 mode = image.mode
             if mode.startswith(DEEP_MODES):
-                raise OSError(
-                    f"Values of PIL's mode {mode!r} above 255 would be cut; convert it to 8 bits."
-                )
+                raise OSError(f"Its mode {mode!r} has values above 255; convert it to 8 bits.")
             example = super().__call__(prepared)
         except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
             raise InputError(
@@ -130,7 +122,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         return example
 
     def _forget_masks(self, dataset_dict: dict) -> list[dict]:
-        # First of all, so that no later step can see an unseen mask, nor takes time to copy it.
+        # First of all, so that no later step can see an unseen mask.
         annotations = [dict(x) for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
         for annotation in annotations:
             is_seen = annotation["category_id"] in self.seen_classes
@@ -139,17 +131,13 @@ class TeacherStudentDatasetMapper(DatasetMapper):
                 annotation["segmentation"] = None
             annotation.setdefault("segmentation", None)
         if self.rectangle_as_box_only:
-            boxes = [
-                BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYWH_ABS) for x in annotations
-            ]
-            masks = measure_masks(
-                [x["segmentation"] for x in annotations],
-                np.full((len(annotations), 2), np.nan),
-                np.array(boxes, dtype=np.float64).reshape(-1, 4),
-            )
-            for annotation, is_rectangle in zip(annotations, masks.is_rectangle):
-                if is_rectangle and not is_from_model(annotation):
-                    annotation["segmentation"] = None
+            human = [x for x in annotations if not is_from_model(x)]
+            boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYWH_ABS) for x in human]
+            segmentations = [x["segmentation"] for x in human]
+            sizes = np.full((len(human), 2), np.nan)
+            masks = measure_masks(segmentations, sizes, np.array(boxes, np.float64).reshape(-1, 4))
+            for i in np.flatnonzero(masks.is_rectangle):
+                human[i]["segmentation"] = None
         return annotations
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
@@ -239,11 +227,7 @@ def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: 
 
 
 def box_polygons(annotations: Sequence[dict]) -> list[list[np.ndarray]]:
-    """
-    The rectangles of the boxes of annotations, one polygon for each, shape (8,).
-
-    The corners are those that :class:`BoxMode` gives the box itself, in 32 bits for XYWH.
-    """
+    """The rectangles of the boxes of annotations, one polygon for each, shape (8,)."""
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
     return [[x] for x in corners]

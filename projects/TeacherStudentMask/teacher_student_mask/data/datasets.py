@@ -208,15 +208,13 @@ def check_datasets(
         if shared := files["train"] & files["test"]:
             logger.warning(
                 f"DATASETS.TRAIN and DATASETS.TEST share {len(shared)} images, {min(shared)} for "
-                f"instance (of {len(files['test'])} of DATASETS.TEST): AP on images of the "
-                "training says little about others."
+                "instance: AP on images of the training says little about others."
             )
         num_model_masks = sum(x.model_masks for r in reports["train"] for x in r.classes)
         if needs_model_masks and num_model_masks == 0 and len(is_lacking) == len(train):
             raise InputError(
                 "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but DATASETS.TRAIN "
-                f"{tuple(train)} has no mask with 'mask_source' 'model'; tsmask complete "
-                "--grabcut, for instance, makes them."
+                f"{tuple(train)} has no mask with 'mask_source' 'model'; see tsmask complete."
             )
         return classes
 
@@ -241,18 +239,14 @@ def _check_one(
         return None
     data = read_json(json_file)
     is_ours = metadata.get("reads_mask_source", False)
+    options = {"data": data, "image_root": image_root}
     if use == "test" and (not is_ours or isinstance(data, dict) and "annotations" in data):
-        report = check_coco(json_file, data=data, image_root=image_root, use="evaluation")
+        report = check_coco(json_file, use="evaluation", **options)
     else:
-        report = check_coco(
-            json_file,
-            data=data,
-            image_root=image_root,
-            seen_classes=seen_classes,
-            # The classes of a test set are matched by name.
-            num_classes=num_classes if use == "train" else None,
-            reads_masks=reads_masks,
-        )
+        # The classes of a test set are matched by name.
+        options["num_classes"] = num_classes if use == "train" else None
+        options.update(seen_classes=seen_classes, reads_masks=reads_masks)
+        report = check_coco(json_file, **options)
     if use == "train" and reads_masks and not is_ours and report.classes:
         rows = data["annotations"]
         is_lost = [is_from_model(x) and bool(x.get("segmentation")) for x in rows]
@@ -278,14 +272,13 @@ def _log_classes(report: Report, reads_masks: bool, rectangle_as_box_only: bool)
         f"{len(report.warnings)} kinds of warnings\n{report.class_table()}"
     )
     notes = report.notes
-    num_masks = sum(x.masks for x in report.classes)
-    num_rectangles = sum(x.rectangles for x in report.classes if x.is_seen is not False)
-    if num_masks and not reads_masks:
-        notes.append(f"All {num_masks} human masks are not used because MASK_ON is False.")
-    elif num_rectangles and rectangle_as_box_only:
+    rectangles = sum(x.rectangles for x in report.classes if x.is_seen is not False)
+    if not reads_masks and any(x.masks for x in report.classes):
+        notes.append("No human mask is used because MASK_ON is False.")
+    elif rectangles and rectangle_as_box_only:
         notes.append(
-            f"{num_rectangles} of {num_masks} human masks are not used because they are the "
-            "rectangles of their boxes, see INPUT.RECTANGLE_AS_BOX_ONLY."
+            f"{rectangles} human masks are not used because they are the rectangles of their "
+            "boxes, see INPUT.RECTANGLE_AS_BOX_ONLY."
         )
     for note in notes:
         logger.warning(f"{report.file}: {note}")

@@ -123,11 +123,8 @@ class FiniteLoss(HookBase):
                 numbers = ", ".join(f"{k} {x:.6g}" for k, x in zip(losses, values.tolist()))
                 raise FloatingPointError(f"the losses are not finite: {numbers}")
 
-        model = self.trainer.model
-        self._handles = [
-            model.register_forward_pre_hook(remember),
-            model.register_forward_hook(check),
-        ]
+        register = self.trainer.model.register_forward_pre_hook
+        self._handles = [register(remember), self.trainer.model.register_forward_hook(check)]
 
     def after_train(self) -> None:
         for handle in self._handles:
@@ -158,9 +155,8 @@ def _non_finite_tensors(model: nn.Module) -> str:
     # One transfer for all.
     is_finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
     names = [name.removeprefix("module.") for name, good in zip(tensors, is_finite) if not good]
-    if not names:
-        return ""
-    return f"; {len(names)} of the model's {len(tensors)} tensors are not finite ({names[0]!r})"
+    number = f"{len(names)} of the model's {len(tensors)} tensors"
+    return f"; {number} are not finite ({names[0]!r})" if names else ""
 
 
 def _name_of(example: Mapping) -> str:
@@ -186,10 +182,9 @@ class PseudoMaskWatch(HookBase):
     """
     Warns, once, when the pseudo masks of a training die out, fill up, or shrink.
 
-    It reads "pseudo_mask/fg_ratio" and "pseudo_mask/agreement" of the event storage after each
-    step, and warns when over 100 iterations all pseudo masks are empty or full, or when their
-    foreground has fallen and teacher and student disagree. It changes nothing. The start that a
-    fall is measured from is part of checkpoints. Each rank watches its own objects.
+    It warns when by "pseudo_mask/fg_ratio" of 100 iterations all are empty or full, or when their
+    foreground has fallen and, by "pseudo_mask/agreement", teacher and student disagree. The start
+    that a fall is measured from is part of checkpoints. Each rank watches its own objects.
     """
 
     def __init__(self) -> None:

@@ -104,9 +104,9 @@ class Trainer(DefaultTrainer):
         is_resumed = resume and self.checkpointer.has_checkpoint()
         if is_resumed:
             weights = self.checkpointer.get_checkpoint_file()
-        with safe_loading(weights, self.cfg.MODEL.TRUST_PICKLED_WEIGHTS):
-            with missing_parameters(model) as missing:
-                super().resume_or_load(resume)
+        is_trusted = self.cfg.MODEL.TRUST_PICKLED_WEIGHTS
+        with safe_loading(weights, is_trusted), missing_parameters(model) as missing:
+            super().resume_or_load(resume)
         if is_resumed or len(missing) == len(list(model.parameters())):
             refuse_missing(weights, missing)
         # Not before: a training that cannot begin leaves the files of an earlier one alone.
@@ -141,8 +141,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        # COCO's 100 of each class, also with the 150 detections of the paper's configs, whose AP it
-        # is; whoever asks for more wants them counted.
+        # COCO's 100, also with the 150 of the paper's configs; whoever asks for more means more.
         max_dets = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
         return PartiallySupervisedCOCOEvaluator(
             dataset_name,
@@ -181,8 +180,8 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
 
-    A training writes to ``OUTPUT_DIR``, config.yaml and categories.json once its model is built and
-    loaded; an evaluation writes to the folder "inference" in it alone.
+    Nothing in ``OUTPUT_DIR`` is overwritten before the model is built and loaded; an evaluation
+    writes to the folder "inference" in it alone.
 
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
@@ -191,13 +190,12 @@ def main(args: argparse.Namespace) -> dict | None:
         InputError: config, data or weights cannot be used, or ``OUTPUT_DIR`` holds another run.
     """
     cfg = setup(args)
-    names, ids = _check_data(cfg, args)
+    classes = _check_data(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg, heads=[cfg.TEST.MASK_HEAD])
         _write_config(cfg)
-        # Where Trainer.test looks for them.
-        write_class_names(cfg.OUTPUT_DIR, names, ids)
+        write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
         comm.synchronize()
         evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
         return Trainer.test(cfg, model, evaluators)
@@ -206,8 +204,8 @@ def main(args: argparse.Namespace) -> dict | None:
 
     def is_done() -> bool:
         # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
-        results, last = Path(cfg.OUTPUT_DIR, "results.json"), _last_checkpoint(cfg)
-        return results.is_file() and results.stat().st_mtime >= os.stat(last).st_mtime
+        results, last = Path(cfg.OUTPUT_DIR, "results.json"), Path(_last_checkpoint(cfg))
+        return results.is_file() and results.stat().st_mtime >= last.stat().st_mtime
 
     if trainer.start_iter >= trainer.max_iter and answer_of_main_process(is_done):
         logger.info(
@@ -256,7 +254,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
-        setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
     choose_device(cfg)
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
@@ -301,12 +299,7 @@ def _write_config(cfg: CfgNode) -> None:
 
 
 def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list[int]]:
-    """
-    Stop at errors of the datasets' annotations before anything is built.
-
-    Returns:
-        Names and category ids of the model's classes, by contiguous id.
-    """
+    """Stop at errors of the datasets; return names and category ids of the model's classes."""
     is_rcnn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "GrabCutRCNN")
     learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
     earlier = read_class_names(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else None
@@ -332,8 +325,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         raise InputError(
             f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
             f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
-            f"{', '.join(earlier[0][:50])}; they must be the same in the same order. Name another "
-            "OUTPUT_DIR to train on these."
+            f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
         )
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
@@ -345,9 +337,7 @@ def open_atomically(path: str, mode: str = "w") -> Iterator[IO]:
     """
     Write a local file that takes its name, and the place of an older one, once it is complete.
 
-    Args:
-        path: the file. Until it is complete it is written beside it, as ``path`` + ".partial".
-        mode: "w" for text in UTF-8, "wb" for bytes.
+    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
     """
     partial = f"{path}.partial"
     with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -366,7 +356,7 @@ class _AtomicPathManager:
     def __getattr__(self, name: str):
         return getattr(self._path_manager, name)
 
-    def open(self, path: str, mode: str = "r", **kwargs):
-        if mode in ("w", "wb") and "://" not in path:
+    def open(self, path: str, mode: str = "r"):
+        if mode in ("w", "wb"):
             return open_atomically(path, mode)
-        return self._path_manager.open(path, mode, **kwargs)
+        return self._path_manager.open(path, mode)
