@@ -52,15 +52,10 @@ def generate_shapes(
     Args:
         root: folder to write to; ``annotations/instances_{train,val}.json`` and ``{train,val}/``.
         num_train, num_val: images in the splits.
-        image_size: side of the images in pixels; objects scale with it.
+        image_size: side of the images in pixels, 32 or more; objects scale with it.
         seed: of the whole dataset.
         flat: write ``{train,val}.json`` and all images to ``images/`` instead.
-
-    Raises:
-        ValueError: an image size below 32.
     """
-    if image_size < 32:
-        raise ValueError(f"image_size must be at least 32 pixels, got {image_size}.")
     for split_id, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
         names = (
             ("images", f"{split}.json") if flat else (split, f"annotations/instances_{split}.json")
@@ -162,8 +157,7 @@ def _place(rng: np.random.Generator, name: str, size: int, objects: list) -> np.
     for fill, points in polygons:
         draw.polygon([tuple(p) for p in (points - low) * _SUPERSAMPLING], fill=fill)
     coverage = np.zeros((size, size))
-    cells = np.asarray(image.reduce(_SUPERSAMPLING))
-    coverage[low[1] : high[1], low[0] : high[0]] = cells / 255
+    coverage[low[1] : high[1], low[0] : high[0]] = np.asarray(image.reduce(_SUPERSAMPLING)) / 255
     return coverage
 
 

@@ -223,8 +223,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
     Returns:
         The config, frozen, in which "auto" and NUM_CLASSES 0 have become what the data say. For an
-        evaluation OUTPUT_DIR is the folder "inference" in the one that was given, and
-        MODEL.WEIGHTS the last checkpoint if ``--resume`` asks for it.
+        evaluation OUTPUT_DIR is the folder "inference" in the one given.
 
     Raises:
         InputError: a key, a value, or what it names is wrong.
@@ -245,7 +244,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
     register_json_datasets(cfg)
-    # All that can stop a run before the first file is written.
+    # Before the first file is written.
     if not args.resume and not args.eval_only:
         answer_of_main_process(lambda: _check_output_dir(cfg.OUTPUT_DIR))
     last = _last_checkpoint(cfg) if args.resume else ""
