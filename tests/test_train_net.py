@@ -13,7 +13,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
 import train_net
-from teacher_student_mask import VOC_CLASSES, InputError, register_partial_coco
+from teacher_student_mask import InputError, register_partial_coco
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.engine import trainer
 
@@ -358,53 +358,3 @@ def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path)
     num_evaluated = sum(results[t]["num_gt"] for t in ("segm_seen", "segm_unseen"))
     assert num_evaluated == len(objects)
     assert "**segm_unseen**" in output  # the unseen rows of the table stand out
-
-
-def two_real_images(coco_root, folder):
-    """Datasets "coco_2017_train" and "_val" of 2 images with large seen and unseen objects."""
-    source = Path(coco_root)
-    coco = json.loads((source / "annotations" / "instances_train2017.json").read_text())
-    voc = {c["id"] for c in coco["categories"] if c["name"] in VOC_CLASSES}
-
-    def is_simple(image):
-        objects = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
-        area = image["height"] * image["width"]
-        num_seen = sum(x["category_id"] in voc for x in objects)
-        return 0 < num_seen < len(objects) <= 6 and all(
-            not x["iscrowd"] and x["area"] > 0.01 * area for x in objects
-        )
-
-    chosen = [image for image in coco["images"] if is_simple(image)][:2]
-    ids = {image["id"] for image in chosen}
-    coco["images"] = chosen
-    coco["annotations"] = [x for x in coco["annotations"] if x["image_id"] in ids]
-    assert len(chosen) == 2
-    (folder / "coco" / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (folder / "coco" / f"{split}2017").symlink_to(source / "train2017")
-        path = folder / "coco" / "annotations" / f"instances_{split}2017.json"
-        path.write_text(json.dumps(coco))
-
-
-# The paper's config with a small backbone, on both images in every step.
-SMALL = """
-    MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64
-    MODEL.FPN.OUT_CHANNELS 64 MODEL.FPN.NORM GN MODEL.ROI_BOX_HEAD.FC_DIM 256
-    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 MODEL.RPN.POST_NMS_TOPK_TRAIN 100
-    MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.ROI_MASK_HEAD.CONV_DIM 64 MODEL.ROI_MASK_HEAD.NORM GN
-    MODEL.TEACHER_MASK_HEAD.CONV_DIM 64 MODEL.TEACHER_MASK_HEAD.NORM GN INPUT.MIN_SIZE_TRAIN (128,)
-    INPUT.MIN_SIZE_TEST 128 INPUT.RANDOM_FLIP none SOLVER.IMS_PER_BATCH 2
-    SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.BASE_LR 0.03 SOLVER.LR_SCHEDULER_NAME WarmupCosineLR
-    SOLVER.WARMUP_ITERS 20 SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm
-    SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 DATALOADER.NUM_WORKERS 0
-""".split()
-
-
-@pytest.mark.slow
-def test_two_real_images_are_learned_until_seen_masks_are_segmented(coco_root, tmp_path):
-    two_real_images(coco_root, tmp_path)
-    options = ["OUTPUT_DIR", tmp_path, *SMALL, "SOLVER.MAX_ITER", 150]
-    options += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 75, "MODEL.WEIGHTS", ""]
-    program("--config-file", PAPER, *options, datasets=tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["segm_seen"]["AP50"] > 50, results

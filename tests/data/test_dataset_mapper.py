@@ -86,18 +86,6 @@ def to_bits(masks, instances):
     return np.stack(bits) if bits else np.zeros((0, *instances.image_size), dtype=bool)
 
 
-def within_one_pixel(a, b):
-    """Whether every pixel of one mask is one of, or touches one of, the other's."""
-
-    def grown(mask):
-        padded = np.pad(mask, 1)
-        height, width = mask.shape
-        shifted = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        return np.any(shifted, axis=0)
-
-    return not (a & ~grown(b)).any() and not (b & ~grown(a)).any()
-
-
 @FORMATS
 @pytest.mark.parametrize("is_on", [False, True])
 def test_rectangles_are_boxes_only_where_the_config_says_so(make_image, mask_format, is_on):
@@ -325,55 +313,6 @@ def test_an_unseen_box_without_a_pixel_stays(make_image, mask_format):
     image = make_image([annotation(10, (4.1, 4.1, 4.3, 4.4)), annotation(11, (6, 6, 6, 9))])
     instances = make_mapper(mask_format=mask_format)(image)["instances"]
     assert instances.gt_classes.tolist() == [10]  # the other one has no width
-
-
-@pytest.mark.parametrize(
-    "augmentations",
-    [
-        [],
-        [T.RandomFlip(prob=1.0)],
-        [T.Resize((31, 53))],
-        [T.Resize((90, 77)), T.RandomFlip(prob=1.0)],
-        [T.CropTransform(13, 9, 21, 27)],
-        [T.CropTransform(5, 11, 30, 24), T.Resize((50, 61))],
-    ],
-    ids=["none", "flip", "shrink", "enlarge+flip", "crop", "crop+resize"],
-)
-def test_polygons_and_rle_give_the_same_within_a_pixel(make_image, augmentations):
-    height, width = 44, 60
-    angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    polygons = [
-        np.stack([x + a * np.cos(angles), y + b * np.sin(angles)], axis=1).ravel()
-        for x, y, a, b in [(20, 15, 14, 9), (35, 25, 7, 16), (22, 30, 20, 12)]
-    ]
-    as_polygons, as_rles = [], []
-    for class_id, polygon in enumerate(polygons):
-        box = (*polygon.reshape(-1, 2).min(axis=0), *polygon.reshape(-1, 2).max(axis=0))
-        rle = to_rle(polygons_to_bitmask([polygon], height, width))
-        as_polygons.append(annotation(class_id, box, segmentation=[polygon.tolist()]))
-        as_rles.append(annotation(class_id, box, segmentation=rle))
-    results = []
-    for annotations, mask_format in [
-        (as_polygons, "polygon"),
-        (as_polygons, "bitmask"),
-        (as_rles, "polygon"),
-        (as_rles, "bitmask"),
-    ]:
-        mapper = make_mapper(augmentations, mask_format, recompute_boxes=True)
-        results.append(mapper(make_image(annotations, height, width))["instances"])
-    # A pixel of the original image.
-    scale = max(1, results[0].image_size[0] / height, results[0].image_size[1] / width)
-    reference = to_bits(results[0].gt_masks, results[0])
-    for instances in results[1:]:
-        assert instances.gt_classes.tolist() == [0, 1, 2]
-        boxes = instances.gt_boxes.tensor
-        torch.testing.assert_close(boxes, results[0].gt_boxes.tensor, rtol=0, atol=1.01 * scale)
-        bits = to_bits(instances.gt_masks, instances)
-        assert all(within_one_pixel(a, b) for a, b in zip(bits, reference))
-        assert within_one_pixel(
-            instances.gt_exclusion_masks.tensor.numpy(),
-            results[0].gt_exclusion_masks.tensor.numpy(),
-        )
 
 
 def test_without_masks_it_is_detectron2s_mapper(make_image):

@@ -191,21 +191,16 @@ def test_the_loader_keeps_the_source(make_tiny_coco):
     assert "allowed: 'human' (as without the key), or 'model'" in text
 
 
+IGNORE = ["MODEL.PSEUDO_MASK.EXTERNAL", "ignore"]
+
+
 @pytest.mark.parametrize(
     "opts, is_used",
     [
         ([], True),
         (["MODEL.PSEUDO_MASK.EXTERNAL", "mean"], True),
-        (["MODEL.PSEUDO_MASK.EXTERNAL", "ignore"], False),
-        (
-            [
-                "MODEL.PSEUDO_MASK.EXTERNAL",
-                "ignore",
-                "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS",
-                True,
-            ],
-            True,
-        ),
+        (IGNORE, False),
+        ([*IGNORE, "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS", True], True),
     ],
 )
 def test_the_config_says_whether_they_are_used(tiny_cfg, make_tiny_coco, opts, is_used):

@@ -1,7 +1,6 @@
 """Datasets that a config names by the path of their json."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -71,9 +70,7 @@ def test_further_calls_see_what_has_changed(path_cfg, folder):
     name = cfg.DATASETS.TRAIN[0]
     register_json_datasets(cfg)
     DatasetCatalog.get(name)
-    metadata = MetadataCatalog.get(name)
-    register_json_datasets(cfg)
-    assert MetadataCatalog.get(name) is metadata and metadata.thing_classes[0] == "ant"
+    assert MetadataCatalog.get(name).thing_classes[0] == "ant"
     data = json.loads(Path(name).read_text())
     data["categories"][1]["name"] = "big ant"
     Path(name).write_text(json.dumps(data))
@@ -83,13 +80,6 @@ def test_further_calls_see_what_has_changed(path_cfg, folder):
     cfg.DATASETS.TRAIN_IMAGE_ROOT = "elsewhere"
     register_json_datasets(cfg)
     assert MetadataCatalog.get(name).image_root == "elsewhere"
-
-
-def test_one_path_has_one_folder(path_cfg):
-    cfg = path_cfg("DATASETS.TRAIN_IMAGE_ROOT", "a", "DATASETS.TEST_IMAGE_ROOT", "b")
-    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
-    with pytest.raises(ValueError, match="in 'a' and in 'b'"):
-        register_json_datasets(cfg)
 
 
 def start(cfg, tmp_path, *flags, opts=()):
@@ -114,8 +104,7 @@ def stop_before_model(monkeypatch):
 def test_a_path_that_is_not_there(path_cfg, tmp_path, stop_before_model):
     for key in ("TRAIN", "TEST"):
         cfg = path_cfg(f"DATASETS.{key}", ("no such.json",))
-        message = rf"DATASETS.{key} names 'no such.json'.*relative paths start at {os.getcwd()}"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="no such.json: cannot be read"):
             start(cfg, tmp_path)
     # Evaluation does without the training data, but for "auto".
     cfg = path_cfg("DATASETS.TRAIN", ("no such.json",), "MODEL.ROI_HEADS.NUM_CLASSES", 3)

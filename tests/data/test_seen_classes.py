@@ -1,13 +1,11 @@
 """Which classes are seen, when the training data have to say."""
 
-import ast
-
 import pytest
 from detectron2.data import DatasetCatalog
 
 from teacher_student_mask import TeacherStudentDatasetMapper, resolve_seen_classes
 from teacher_student_mask.class_splits import AUTO
-from teacher_student_mask.data import resolve_auto_settings, seen_classes
+from teacher_student_mask.data import resolve_auto_settings
 from teacher_student_mask.data.seen_classes import training_seen_classes
 from teacher_student_mask.engine import UnseenMaskGuard
 
@@ -35,7 +33,7 @@ def test_a_settled_config_has_names_and_the_number_of_classes(auto_cfg):
     cfg.freeze()
     settled = resolve_auto_settings(cfg)
     assert settled.is_frozen() and settled.MODEL.ROI_HEADS.NUM_CLASSES == 3
-    assert settled.DATASETS.SEEN_CLASSES == settled.TEST.SEEN_CLASSES == "ant, cat"
+    assert settled.DATASETS.SEEN_CLASSES == settled.TEST.SEEN_CLASSES == ', ["ant", "cat"]'
     assert cfg.DATASETS.SEEN_CLASSES == AUTO and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0
     assert resolve_auto_settings(settled) is settled
     only_number = resolve_auto_settings(cfg, needs_seen_classes=False)
@@ -51,7 +49,9 @@ def test_masks_of_all_training_sets_count(auto_cfg, make_tiny_coco):
 
     first, second = make_tiny_coco(), make_tiny_coco(forget_cats)
     cfg = auto_cfg(4, "DATASETS.TRAIN", (first.name, second.name))
-    assert resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == "ant, ship"  # 6, 3 and 4 masks
+    assert (
+        resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == ', ["ant", "ship"]'
+    )  # 6, 3 and 4 masks
 
 
 def test_what_counts(auto_cfg, make_tiny_coco):
@@ -67,9 +67,9 @@ def test_what_counts(auto_cfg, make_tiny_coco):
                 x["segmentation"] = [[1, 1, 9, 1, 9, 9]]
 
     cfg = auto_cfg(1, dataset=make_tiny_coco(change))
-    assert resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == "ant, ship"
+    assert resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == ', ["ant", "ship"]'
     cfg.INPUT.RECTANGLE_AS_BOX_ONLY = True
-    assert resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == "ship"
+    assert resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == ', ["ship"]'
 
 
 def test_mapper_and_guard_follow_the_training_data(auto_cfg):
@@ -92,9 +92,7 @@ def test_what_was_not_counted_says_so():
 def test_training_data_that_are_gone_are_named(auto_cfg):
     for opts in ([], ["MODEL.ROI_HEADS.NUM_CLASSES", 0]):
         cfg = auto_cfg(1, "DATASETS.TRAIN", ("gone",), *opts)
-        with pytest.raises(
-            ValueError, match=r"'auto'.* \('gone',\), but: .*config.yaml in the OUT"
-        ):
+        with pytest.raises(ValueError, match=r"'auto'.* \('gone',\), but: .*config.yaml in the O"):
             resolve_auto_settings(cfg)
     with pytest.raises(ValueError, match="DATASETS.TRAIN is empty"):
         resolve_auto_settings(auto_cfg(1, "DATASETS.TRAIN", ()))
@@ -102,18 +100,23 @@ def test_training_data_that_are_gone_are_named(auto_cfg):
 
 @pytest.mark.parametrize(
     "names",
-    [["cat"], ["1"], ["1", "2.5"], ["all"], ["voc"], [AUTO], ["x.json"], ["ant", "big cat"]]
-    + [["cat, big", "dog"], [" ant"], ['a "b", c', "é"], ["[1]", "x"]],
+    [["cat"], ["1", "2.5"], ["all"], [AUTO], ["x.json"], ["cat, big", "dog"], ['a "b", c', "é"]],
 )
-def test_names_survive_a_config(names, auto_cfg, tmp_path):
+def test_names_survive_a_config(names, auto_cfg, make_tiny_coco, tmp_path):
     """A name such as "1" would be read as a number, "all" as every class, "a, b" as two."""
-    classes = [*names, "another"]
-    cfg = auto_cfg(1)
-    cfg.DATASETS.SEEN_CLASSES = seen_classes._spec_of(names, classes)
+
+    def rename(data):
+        categories = sorted(data["categories"], key=lambda x: x["id"])
+        for x, name in zip(categories, [*names, "another", "third"]):
+            x["name"] = name
+        for x in data["annotations"]:
+            if x["category_id"] not in [c["id"] for c in categories[: len(names)]]:
+                x["segmentation"] = None
+
+    resolved = resolve_auto_settings(auto_cfg(1, dataset=make_tiny_coco(rename)))
     path = tmp_path / "config.yaml"
-    path.write_text(cfg.dump())
+    path.write_text(resolved.dump())
     again = auto_cfg(1)
     again.merge_from_file(str(path))
+    classes = [*names, "another"]
     assert resolve_seen_classes(again.DATASETS.SEEN_CLASSES, classes) == list(range(len(names)))
-    with pytest.raises((SyntaxError, ValueError)):
-        ast.literal_eval(cfg.DATASETS.SEEN_CLASSES)

@@ -103,8 +103,3 @@ def test_it_is_registered_by_the_package(split):
     assert f"shapes_{split}" in DatasetCatalog.list()
     json_file = MetadataCatalog.get(f"shapes_{split}").json_file
     assert json_file.endswith(f"shapes/annotations/instances_{split}.json")
-
-
-def test_too_small_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 32 pixels, got 31"):
-        generate_shapes(str(tmp_path), image_size=31)

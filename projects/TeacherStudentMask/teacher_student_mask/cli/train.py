@@ -6,15 +6,13 @@ looked for under $DETECTRON2_DATASETS (default: ./datasets), COCO in Detectron2'
 
   train:     tsmask train --num-gpus 8 --config-file configs/coco/....yaml
   your data: tsmask train --config-file configs/custom/....yaml DATASETS.TRAIN "('my.json',)"
-  on a CPU:  tsmask train --config-file configs/shapes/....yaml MODEL.DEVICE cpu
   go on:     tsmask train --resume --config-file ...
   evaluate:  tsmask train --eval-only --config-file output/mine/config.yaml MODEL.WEIGHTS model.pth
   the teacher, on ground-truth boxes:  ... --eval-only ... TEST.MASK_HEAD teacher TEST.GT_BOXES True
 
 OUTPUT_DIR then holds config.yaml, categories.json (the classes), log.txt, metrics.json,
-checkpoints, TensorBoard events and results.json. A training does not begin in the folder of
-another; an evaluation writes to the folder inference in it. Classes are matched by name: the test
-json may have other ids, and some of the classes.
+checkpoints, TensorBoard events and results.json; an evaluation writes to the folder inference in
+it. Classes are matched by name: the test json may have other ids, and some of the classes.
 """
 
 from __future__ import annotations

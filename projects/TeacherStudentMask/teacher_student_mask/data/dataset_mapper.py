@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
 from ..coco_json.masks import MaskState, compress_mask, measure_masks, polygons_cover
-from ..coco_json.report import RULES, shorten
+from ..coco_json.report import shorten
 from ..errors import InputError
 from ..structures import ImageMask
 from .seen_classes import training_seen_classes
@@ -30,13 +30,6 @@ __all__ = [
     "usable_segmentations",
 ]
 
-_RULES_OF_STATES = {
-    MaskState.NOT_A_MASK: RULES["not a mask"],
-    MaskState.TOO_FAR: RULES["far polygon"],
-    MaskState.WRONG_SIZE: RULES["RLE of another size"],
-    MaskState.BROKEN_RUNS: RULES["broken runs"],
-}
-
 
 class TeacherStudentDatasetMapper(DatasetMapper):
     """
@@ -46,13 +39,11 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     replaced by the rectangle of its box: objects of unseen classes, and objects that have no mask
     (key missing, ``null``, ``[]``, or a mask that covers nothing of the image; with
     ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box).
-    From there on nothing of an unseen mask exists. A mask with ``mask_source`` "model" is not a
-    human's: its object is one without a human mask, whatever its class. Keypoints are not read.
+    A mask with ``mask_source`` "model" is not a human's, whatever its class. No keypoints are read.
     The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
 
     * ``gt_masks``: :class:`PolygonMasks`, or :class:`BitMasks` if the config says so or one of the
-      image's usable masks is an RLE: of a human, of a model where there is none of a human, or else
-      the rectangle of the box.
+      image's usable masks is an RLE: of a human, else of a model, else the rectangle of the box.
     * ``gt_has_mask``: bool tensor of shape (N,); whether there is a usable human mask.
     * ``gt_has_model_mask``: bool tensor of shape (N,); whether ``gt_masks`` holds a model's mask.
     * ``gt_exclusion_masks``: :class:`ImageMask`, the union of the image's usable human masks.
@@ -77,8 +68,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         Args:
             is_train: whether to apply training augmentation and to load annotations.
             seen_classes: contiguous ids of the classes whose masks training may use.
-            use_external_masks: False: forget the masks that a model made, as if they were not
-                there.
+            use_external_masks: False: forget the masks that a model made.
             rectangle_as_box_only: take human masks that are the rectangle of their box for none.
             add_gt_boxes_at_test: if not ``is_train``, give each example ``instances`` with
                 ``gt_boxes`` and ``gt_classes`` of the non-crowd objects, for ``TEST.GT_BOXES``.
@@ -97,21 +87,16 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         ret = super().from_config(cfg, is_train)
         ret["seen_classes"] = training_seen_classes(cfg) if is_train else ()
-        ret["use_external_masks"] = (
-            cfg.MODEL.PSEUDO_MASK.EXTERNAL != "ignore"
-            or cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
-        )
+        is_ignored = cfg.MODEL.PSEUDO_MASK.EXTERNAL == "ignore"
+        learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
+        ret["use_external_masks"] = learns_model_masks or not is_ignored
         ret["rectangle_as_box_only"] = cfg.INPUT.RECTANGLE_AS_BOX_ONLY
         ret["add_gt_boxes_at_test"] = cfg.TEST.GT_BOXES
         return ret
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
-        Args:
-            dataset_dict: one image in Detectron2's standard dataset format.
-
-        Returns:
-            The format that Detectron2's models take.
+        Map one image in Detectron2's standard dataset format to the format of its models.
 
         Raises:
             InputError: an image or a usable segmentation cannot be read; names the file.
@@ -123,9 +108,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             with PathManager.open(dataset_dict["file_name"], "rb") as f, Image.open(f) as image:
                 mode = image.mode
             if mode.startswith(DEEP_MODES):
-                raise OSError(
-                    f"Values of PIL's mode {mode!r} above 255 would be cut; convert it to 8 bits."
-                )
+                raise OSError(f"Its mode {mode!r} has values above 255; convert it to 8 bits.")
             example = super().__call__(prepared)
         except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
             raise InputError(
@@ -135,14 +118,11 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         # A json may have 480.0; the image has been found to have this size.
         example.update(height=int(example["height"]), width=int(example["width"]))
         if not self.is_train and self.add_gt_boxes_at_test:
-            instances = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
-            if self.model_class_ids is not None:
-                instances.gt_classes = torch.tensor(self.model_class_ids)[instances.gt_classes]
-            example["instances"] = instances
+            example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
         return example
 
     def _forget_masks(self, dataset_dict: dict) -> list[dict]:
-        # First of all, so that no later step can see an unseen mask, nor takes time to copy it.
+        # First of all, so that no later step can see an unseen mask.
         annotations = [dict(x) for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
         for annotation in annotations:
             is_seen = annotation["category_id"] in self.seen_classes
@@ -151,17 +131,13 @@ class TeacherStudentDatasetMapper(DatasetMapper):
                 annotation["segmentation"] = None
             annotation.setdefault("segmentation", None)
         if self.rectangle_as_box_only:
-            boxes = [
-                BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYWH_ABS) for x in annotations
-            ]
-            masks = measure_masks(
-                [x["segmentation"] for x in annotations],
-                np.full((len(annotations), 2), np.nan),
-                np.array(boxes, dtype=np.float64).reshape(-1, 4),
-            )
-            for annotation, is_rectangle in zip(annotations, masks.is_rectangle):
-                if is_rectangle and not is_from_model(annotation):
-                    annotation["segmentation"] = None
+            human = [x for x in annotations if not is_from_model(x)]
+            boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYWH_ABS) for x in human]
+            segmentations = [x["segmentation"] for x in human]
+            sizes = np.full((len(human), 2), np.nan)
+            masks = measure_masks(segmentations, sizes, np.array(boxes, np.float64).reshape(-1, 4))
+            for i in np.flatnonzero(masks.is_rectangle):
+                human[i]["segmentation"] = None
         return annotations
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
@@ -169,21 +145,27 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             return super()._transform_annotations(dataset_dict, transforms, image_shape)
 
         annotations = dataset_dict.pop("annotations")
-        has_mask, has_model_mask = self._split_masks(annotations, dataset_dict)
-        has_rle = any(isinstance(x["segmentation"], dict) for x in annotations)
+        size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
+        masks = usable_segmentations(
+            [x["segmentation"] for x in annotations], size, _name_of(dataset_dict)
+        )
+        is_usable = torch.tensor([x is not None for x in masks], dtype=torch.bool)
+        is_model = torch.tensor([is_from_model(x) for x in annotations], dtype=torch.bool)
+        has_mask, has_model_mask = is_usable & ~is_model, is_usable & is_model
+        has_rle = any(isinstance(x, dict) for x in masks)
         mask_format = "bitmask" if has_rle else self.instance_mask_format
-        for annotation in annotations:
+        for annotation, mask, rectangle in zip(annotations, masks, box_polygons(annotations)):
+            annotation["segmentation"] = rectangle if mask is None else mask
             annotation.pop("keypoints", None)
             utils.transform_instance_annotations(annotation, transforms, image_shape)
         instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
-        if len(instances) == 0:
+        if len(instances) == 0:  # Detectron2 leaves the field out
             instances.gt_masks = PolygonMasks([])
         instances.gt_has_mask = has_mask
         instances.gt_has_model_mask = has_model_mask
 
         if self.recompute_boxes and has_mask.any():
-            # After a crop the box of a mask is tighter than the cropped box. Only for objects with
-            # a mask: for the others there is nothing to tighten to.
+            # After a crop the box of a mask is tighter than the cropped box.
             tight_boxes = instances.gt_masks[has_mask].get_bounding_boxes()
             instances.gt_boxes.tensor[has_mask] = tight_boxes.tensor
         # Not by_mask=True, Detectron2's default, for it would judge the boxes by rectangles.
@@ -192,43 +174,23 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         # a model's is then one without a mask.
         is_visible = lie_in_image(instances.gt_masks, image_shape)
         instances.gt_has_model_mask &= is_visible
-        is_kept = is_visible | ~instances.gt_has_mask
-        if not is_kept.all():
-            instances = instances[is_kept]
+        instances = instances[is_visible | ~instances.gt_has_mask]
         # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
         union = union_of_masks(instances.gt_masks[instances.gt_has_mask], image_shape)
         instances.gt_exclusion_masks = ImageMask(union, len(instances))
         dataset_dict["instances"] = instances
 
-    def _split_masks(
-        self, annotations: list[dict], dataset_dict: dict
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Puts its usable mask, or its box, into each annotation. Returns which have a human mask,
-        # and which a model's; bool, shape (N,) each.
-        size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
-        usable = usable_segmentations(
-            [x["segmentation"] for x in annotations], size, _name_of(dataset_dict)
-        )
-        is_usable = torch.tensor([x is not None for x in usable], dtype=torch.bool)
-        is_model = torch.tensor([is_from_model(x) for x in annotations], dtype=torch.bool)
-        rectangles = box_polygons(annotations)
-        for annotation, mask, rectangle in zip(annotations, usable, rectangles):
-            annotation["segmentation"] = rectangle if mask is None else mask
-        return is_usable & ~is_model, is_usable & is_model
-
-    @staticmethod
-    def _gt_boxes_of(dataset_dict: dict, image_shape: tuple[int, int]) -> Instances:
+    def _gt_boxes_of(self, dataset_dict: dict, image_shape: tuple[int, int]) -> Instances:
         annotations = [x for x in dataset_dict["annotations"] if x.get("iscrowd", 0) == 0]
+        boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+        classes = torch.tensor([x["category_id"] for x in annotations], dtype=torch.int64)
+        if self.model_class_ids is not None:
+            classes = torch.tensor(self.model_class_ids)[classes]
+        instances = Instances(tuple(image_shape), gt_classes=classes)
+        instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
         # At test time the only transform is a resize, so boxes follow from the two sizes.
         scale_x = image_shape[1] / dataset_dict["width"]
-        scale_y = image_shape[0] / dataset_dict["height"]
-        boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-        instances = Instances(tuple(image_shape))
-        instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-        instances.gt_boxes.scale(scale_x, scale_y)
-        instances.gt_classes = torch.tensor(
-            [x["category_id"] for x in annotations], dtype=torch.int64
-        )
+        instances.gt_boxes.scale(scale_x, image_shape[0] / dataset_dict["height"])
         return instances
 
 
@@ -241,8 +203,7 @@ def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: 
     Check the segmentations of an image of a size (height, width), and make RLEs compressed.
 
     Returns:
-        Polygons, a compressed RLE, or None where there is no mask: none is given (missing, null or
-        ``[]``), or it covers nothing of the image.
+        Polygons, a compressed RLE, or None where none is given or it covers nothing of the image.
 
     Raises:
         InputError: one that is broken; the sentence begins with ``where``.
@@ -250,9 +211,11 @@ def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: 
     masks = measure_masks(segmentations, np.full((len(segmentations), 2), size))
     usable = []
     for segmentation, state in zip(segmentations, masks.state.tolist()):
-        if state in _RULES_OF_STATES:
-            remedy = _RULES_OF_STATES[state].remedy
-            raise InputError(f"{where}: 'segmentation' is {shorten(segmentation)}; {remedy}.")
+        if state >= MaskState.NOT_A_MASK:
+            raise InputError(
+                f"{where}: 'segmentation' is {shorten(segmentation)}, which is not a mask of its "
+                "image; tsmask check says what is allowed."
+            )
         if state != MaskState.MASK:
             usable.append(None)
         elif isinstance(segmentation, dict):
@@ -264,11 +227,7 @@ def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: 
 
 
 def box_polygons(annotations: Sequence[dict]) -> list[list[np.ndarray]]:
-    """
-    The rectangles of the boxes of annotations, one polygon for each, shape (8,).
-
-    The corners are those that :class:`BoxMode` gives the box itself, in 32 bits for XYWH.
-    """
+    """The rectangles of the boxes of annotations, one polygon for each, shape (8,)."""
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
     return [[x] for x in corners]

@@ -20,17 +20,10 @@ SHAPES_CLASSES = ("crescent", "disk", "heart", "hexagon", "plus", "ring", "squar
 SHAPES_SEEN_CLASSES = ("crescent", "disk", "ring", "star")
 
 _SUPERSAMPLING = 4
-# What must stay visible of an object that others cover: a share of it, and a number of pixels.
-_MIN_VISIBLE = (0.45, 60)
 
 
 def register_shapes(root: str) -> None:
-    """
-    Register ``shapes_train`` and ``shapes_val`` as :func:`generate_shapes` writes them.
-
-    Args:
-        root: folder of the dataset; it is read when a dataset is first used.
-    """
+    """Register ``shapes_train`` and ``shapes_val``, as :func:`generate_shapes` writes them."""
     for split in ("train", "val"):
         register_partial_coco(
             f"shapes_{split}",
@@ -52,26 +45,17 @@ def generate_shapes(
     Write the dataset in COCO's format: PNG images and a json with modal masks, for two splits.
 
     Eight classes differ in shape alone: hue, texture, size and rotation are drawn per object, so
-    that "foreground" can be learned from some classes and holds for all. Objects lie in heaps; a
-    mask is the visible part of its object, a box the tight box around that part, and every object
-    keeps at least 45 % and 60 pixels in view. The background has soft structure of its own.
-
-    The files depend on the arguments alone: image k of a split is the same whatever the number of
-    images is.
+    that "foreground" can be learned from some classes and holds for all. Objects lie in heaps, and
+    each keeps at least 45 % and 60 pixels in view. Image k of a split is the same whatever the
+    number of images is.
 
     Args:
         root: folder to write to; ``annotations/instances_{train,val}.json`` and ``{train,val}/``.
         num_train, num_val: images in the splits.
-        image_size: side of the images in pixels; objects scale with it.
+        image_size: side of the images in pixels, 32 or more; objects scale with it.
         seed: of the whole dataset.
-        flat: write ``{train,val}.json`` and all images to ``images/`` instead, as many people have
-            their own data.
-
-    Raises:
-        ValueError: an image size below 32.
+        flat: write ``{train,val}.json`` and all images to ``images/`` instead.
     """
-    if image_size < 32:
-        raise ValueError(f"image_size must be at least 32 pixels, got {image_size}.")
     for split_id, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
         names = (
             ("images", f"{split}.json") if flat else (split, f"annotations/instances_{split}.json")
@@ -89,7 +73,19 @@ def generate_shapes(
                 {"id": k + 1, "file_name": file_name, "height": image_size, "width": image_size}
             )
             for class_id, mask in objects:
-                annotations.append(_annotation(len(annotations) + 1, k + 1, class_id, mask))
+                rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+                counts = rle["counts"].decode("ascii")
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": k + 1,
+                        "category_id": class_id + 1,
+                        "bbox": [float(v) for v in mask_util.toBbox(rle)],
+                        "area": int(mask.sum()),
+                        "iscrowd": 0,
+                        "segmentation": {"size": list(mask.shape), "counts": counts},
+                    }
+                )
         coco = {
             "info": {"description": f"shapes, seed {seed}, image size {image_size}"},
             "images": images,
@@ -98,19 +94,6 @@ def generate_shapes(
         }
         with open(path, "w", encoding="utf-8") as f:
             json.dump(coco, f)
-
-
-def _annotation(annotation_id: int, image_id: int, class_id: int, mask: np.ndarray) -> dict:
-    rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": class_id + 1,
-        "bbox": [float(v) for v in mask_util.toBbox(rle)],
-        "area": int(mask.sum()),
-        "iscrowd": 0,
-        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
-    }
 
 
 def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list]:
@@ -128,9 +111,9 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list]:
             mask = coverage >= 0.5
             candidate = [(c, v & ~mask, area) for c, v, area in objects]
             candidate.append((class_id, mask, float(mask.sum())))
-            if _all_visible(candidate) and (
-                not must_overlap or _num_overlapped(candidate) > num_overlapped
-            ):
+            # What must stay visible of an object that others cover.
+            is_visible = all(v.sum() >= max(60, 0.45 * area) for _, v, area in candidate)
+            if is_visible and (not must_overlap or _num_overlapped(candidate) > num_overlapped):
                 objects = candidate
                 pixels += coverage[:, :, None] * (_texture(rng, size) - pixels)
                 break
@@ -138,21 +121,14 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list]:
     return (noisy.clip(0, 1) * 255).round().astype(np.uint8), [(c, m) for c, m, _ in objects]
 
 
-def _all_visible(objects: list) -> bool:
-    min_share, min_pixels = _MIN_VISIBLE
-    return all(v.sum() >= max(min_pixels, min_share * area) for _, v, area in objects)
-
-
 def _num_overlapped(objects: list) -> int:
     """How many objects have 0.31 or more of their box covered by one other object."""
-    masks = [visible for _, visible, _ in objects]
-    shares = [[_share_of_box(m, other) for other in masks if other is not m] for m in masks]
-    return sum(max(s, default=0) >= 0.31 for s in shares)
-
-
-def _share_of_box(boxed: np.ndarray, mask: np.ndarray) -> float:
-    rows, columns = np.nonzero(boxed.any(axis=1))[0], np.nonzero(boxed.any(axis=0))[0]
-    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean()
+    count = 0
+    for _, mask, _ in objects:
+        rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        count += any(x[box].mean() >= 0.31 for _, x, _ in objects if x is not mask)
+    return count
 
 
 def _place(rng: np.random.Generator, name: str, size: int, objects: list) -> np.ndarray:
@@ -172,10 +148,6 @@ def _place(rng: np.random.Generator, name: str, size: int, objects: list) -> np.
         (fill, np.array(outline) @ rotation.T * radius + centre)
         for fill, outline in _outlines(name)
     ]
-    return _rasterize(polygons, size)
-
-
-def _rasterize(polygons: list[tuple[int, np.ndarray]], size: int) -> np.ndarray:
     # Only the window around the first polygon, which holds the others' visible parts.
     low = np.floor(polygons[0][1].min(axis=0)).astype(int).clip(0, size)
     high = np.ceil(polygons[0][1].max(axis=0)).astype(int).clip(0, size)
@@ -185,41 +157,32 @@ def _rasterize(polygons: list[tuple[int, np.ndarray]], size: int) -> np.ndarray:
     for fill, points in polygons:
         draw.polygon([tuple(p) for p in (points - low) * _SUPERSAMPLING], fill=fill)
     coverage = np.zeros((size, size))
-    cells = np.asarray(image.reduce(_SUPERSAMPLING))
-    coverage[low[1] : high[1], low[0] : high[0]] = cells / 255
+    coverage[low[1] : high[1], low[0] : high[0]] = np.asarray(image.reduce(_SUPERSAMPLING)) / 255
     return coverage
 
 
 def _outlines(name: str) -> list[tuple[int, list[tuple[float, float]]]]:
     """Polygons in the unit circle, each filled with 255 (shape) or 0 (hole) in turn."""
     if name == "disk":
-        return [(255, _circle(0.9))]
+        return [(255, _regular([0.9] * 64))]
     if name == "ring":
-        return [(255, _circle(1.0)), (0, _circle(0.5))]
+        return [(255, _regular([1.0] * 64)), (0, _regular([0.5] * 64))]
     if name == "crescent":
-        return [(255, _circle(1.0)), (0, _circle(0.8, centre=(0.55, 0.0)))]
+        hole = [(x + 0.55, y) for x, y in _regular([0.8] * 64)]
+        return [(255, _regular([1.0] * 64)), (0, hole)]
     if name == "square":
         return [(255, _regular([0.95] * 4))]
     if name == "hexagon":
         return [(255, _regular([0.95] * 6))]
     if name == "heart":
-        return [(255, [(x / 17, (y + 2) / 17) for x, y in map(_heart, np.linspace(0, 6.28, 64))])]
+        t = np.linspace(0, 6.28, 64)
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return [(255, list(zip(16 / 17 * np.sin(t) ** 3, (y + 2) / 17)))]
     if name == "star":
         return [(255, _regular([1.1, 0.5] * 5))]
-    if name == "plus":
-        a = 0.4
-        corners = [(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a)]
-        return [(255, corners + [(-x, -y) for x, y in corners])]
-    raise ValueError(f"Unknown shape {name!r}; allowed: {', '.join(SHAPES_CLASSES)}.")
-
-
-def _circle(radius: float, centre: tuple[float, float] = (0.0, 0.0)) -> list[tuple[float, float]]:
-    return [(x + centre[0], y + centre[1]) for x, y in _regular([radius] * 64)]
-
-
-def _heart(t: float) -> tuple[float, float]:
-    x = 16 * math.sin(t) ** 3
-    return x, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+    a = 0.4  # a plus
+    corners = [(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a)]
+    return [(255, corners + [(-x, -y) for x, y in corners])]
 
 
 def _regular(radii: list[float]) -> list[tuple[float, float]]:

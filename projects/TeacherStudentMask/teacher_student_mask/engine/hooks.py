@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +26,8 @@ class SeedEveryIteration(HookBase):
     """
     Seeds all generators before each iteration, as a function of the seed, rank and iteration.
 
-    The numbers that training draws in an iteration, for the sampled proposals above all, then
-    depend neither on where the run started nor on what an evaluation in between has drawn. Belongs
-    before all other hooks.
+    The numbers that an iteration draws, for the sampled proposals above all, then depend neither on
+    where the run started nor on an evaluation in between. Belongs before all other hooks.
     """
 
     def __init__(self, seed: int):
@@ -39,16 +38,13 @@ class SeedEveryIteration(HookBase):
         seed_generators((self.seed, comm.get_rank(), self.trainer.iter), 1)
 
 
-# ---- masks of unseen objects ----
-
-
 class UnseenMaskGuard(HookBase):
     """
     Stops a training when the mask of an object of an unseen class is about to reach the model.
 
-    In every training batch, on each rank, an object of an unseen class must have ``gt_has_mask``
-    False; ``gt_masks`` without ``gt_has_mask`` come from another mapper, which has forgotten no
-    masks. The scalar "leak/num_unseen_masks" is 0 in every training that goes on.
+    In every batch of each rank an object of an unseen class must have ``gt_has_mask`` False;
+    ``gt_masks`` without that field come from another mapper, which has forgotten no masks. The
+    scalar "leak/num_unseen_masks" is 0 in every training that goes on.
     """
 
     @configurable
@@ -58,8 +54,7 @@ class UnseenMaskGuard(HookBase):
             seen_classes: contiguous ids of the classes whose masks training may use.
             class_names: of all classes, by contiguous id; for the message.
         """
-        self.seen_classes = frozenset(seen_classes)
-        self.class_names = tuple(class_names)
+        self.seen_classes, self.class_names = frozenset(seen_classes), class_names
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -87,55 +82,49 @@ class UnseenMaskGuard(HookBase):
             instances = example.get("instances")
             if instances is None or not instances.has("gt_masks"):
                 continue
-            classes = instances.gt_classes.tolist()
-            is_marked = [True] * len(classes)
+            classes = instances.gt_classes
             if instances.has("gt_has_mask"):
-                is_marked = instances.gt_has_mask.tolist()
-            found = [k for k, x in zip(classes, is_marked) if x and k not in self.seen_classes]
-            if found:
-                counts = Counter(self.class_names[k] for k in found)
+                classes = classes[instances.gt_has_mask]
+            unseen = [self.class_names[k] for k in classes.tolist() if k not in self.seen_classes]
+            if unseen:
+                counts = ", ".join(f"{n} of {name!r}" for name, n in Counter(unseen).items())
                 raise RuntimeError(
                     f"Training stops at iteration {self.trainer.iter}: masks of objects of unseen "
-                    "classes would reach the model, "
-                    f"{', '.join(f'{n} of {name!r}' for name, n in counts.items())}, of "
-                    f"{_name_of(example)}. DATASETS.SEEN_CLASSES says whose masks training may use;"
-                    " the mapper must set gt_has_mask False for all others, as "
-                    "TeacherStudentDatasetMapper does."
+                    f"classes would reach the model, {counts}, of {_name_of(example)}. The mapper "
+                    "must set gt_has_mask False for classes that DATASETS.SEEN_CLASSES does not "
+                    "name, as TeacherStudentDatasetMapper does."
                 )
-
-
-# ---- losses that are not finite ----
 
 
 class FiniteLoss(HookBase):
     """
     Ends training with a message that names the iteration, the images and the losses.
 
-    Detectron2's trainer looks at the mean loss of all ranks, on the main one alone. This hook looks
-    at each rank's own losses as they leave the model; the rank that raises ends the whole group.
-
-    A gradient can overflow where all losses are finite, and then the weights are lost. So
-    :meth:`state_dict`, which every checkpoint asks for before its file is opened, raises where a
-    tensor of the model is not finite.
+    Detectron2's trainer looks at the mean loss of all ranks, on the main one alone; this hook at
+    each rank's own. A gradient can overflow where all losses are finite, so :meth:`state_dict`,
+    which every checkpoint asks for before its file is opened, raises where a tensor of the model is
+    not finite.
     """
 
     def __init__(self) -> None:
-        self._batches: deque[str] = deque(maxlen=2)
+        self._images = "unknown"
 
     def before_train(self) -> None:
         def remember(model: nn.Module, args: tuple) -> None:
             if model.training:
-                self._batches.append(", ".join(_name_of(x) for x in args[0]))
+                self._images = ", ".join(_name_of(x) for x in args[0])
 
-        def check(model: nn.Module, args: tuple, output: Any) -> None:
-            if model.training:
-                self._check(output)
+        def check(model: nn.Module, args: tuple, losses: Any) -> None:
+            if not model.training:
+                return
+            values = torch.stack([x.detach().float().reshape(()) for x in losses.values()])
+            # NaN or infinite as soon as one of them is. The only wait for the device.
+            if not values.sum().isfinite():
+                numbers = ", ".join(f"{k} {x:.6g}" for k, x in zip(losses, values.tolist()))
+                raise FloatingPointError(f"the losses are not finite: {numbers}")
 
-        model = self.trainer.model
-        self._handles = [
-            model.register_forward_pre_hook(remember),
-            model.register_forward_hook(check),
-        ]
+        register = self.trainer.model.register_forward_pre_hook
+        self._handles = [register(remember), self.trainer.model.register_forward_hook(check)]
 
     def after_train(self) -> None:
         for handle in self._handles:
@@ -148,24 +137,15 @@ class FiniteLoss(HookBase):
         return {}
 
     def explain(self, reason: object) -> FloatingPointError:
-        """Return the error that names iteration, rank and images of the last two batches."""
-        broken = _non_finite_tensors(self.trainer.model)
-        *before, images = self._batches or ["unknown"]
-        of_before = f"; of the batch before: {before[0]}" if before and broken else ""
+        """Return the error that names iteration, rank and images of the last batch."""
         return FloatingPointError(
-            f"Training stops at iteration {self.trainer.iter}: {reason}{broken}. Images of the "
-            f"batch on rank {comm.get_rank()}: {images}{of_before}. Nothing is saved: earlier "
-            "checkpoints and last_checkpoint stay as they were. What helps: a lower "
-            "SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, clipped gradients "
-            "(SOLVER.CLIP_GRADIENTS.ENABLED True), or a look at these images and their annotations."
+            f"Training stops at iteration {self.trainer.iter}: {reason}"
+            f"{_non_finite_tensors(self.trainer.model)}. Images of the batch on rank "
+            f"{comm.get_rank()}: {self._images}. Nothing is saved: earlier checkpoints and "
+            "last_checkpoint stay as they were. What helps: a lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS, clipped gradients (SOLVER.CLIP_GRADIENTS.ENABLED True), or a "
+            "look at these images, those of the batch before, and their annotations."
         )
-
-    def _check(self, losses: Mapping[str, torch.Tensor]) -> None:
-        values = torch.stack([x.detach().float().reshape(()) for x in losses.values()])
-        # NaN or infinite as soon as one of them is. The only wait for the device.
-        if not values.sum().isfinite():
-            numbers = ", ".join(f"{k} {x:.6g}" for k, x in zip(losses, values.tolist()))
-            raise FloatingPointError(f"the losses are not finite: {numbers}")
 
 
 @torch.no_grad()
@@ -175,44 +155,36 @@ def _non_finite_tensors(model: nn.Module) -> str:
     # One transfer for all.
     is_finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
     names = [name.removeprefix("module.") for name, good in zip(tensors, is_finite) if not good]
-    if not names:
-        return ""
-    return f"; {len(names)} of the model's {len(tensors)} tensors are not finite ({names[0]!r})"
+    number = f"{len(names)} of the model's {len(tensors)} tensors"
+    return f"; {number} are not finite ({names[0]!r})" if names else ""
 
 
 def _name_of(example: Mapping) -> str:
     return f"{example.get('file_name', '?')} (image_id {example.get('image_id', '?')})"
 
 
-# ---- pseudo masks that collapse ----
-
 # Over how many iterations a state has to last, and how many values have to be there: of a GPU's
 # scalars there is one in 20 iterations.
-_WINDOW_ITERS = 100
-_MIN_VALUES = 5
+_WINDOW_ITERS, _MIN_VALUES = 100, 5
 
 # Foreground ratio, of every value of the window, below or above which all masks are empty or full.
-_EMPTY_RATIO = 0.01
-_FULL_RATIO = 0.99
+_EMPTY_RATIO, _FULL_RATIO = 0.01, 0.99
 
 # The collapse of "interact" stops far above 0. It shows by the mean of the window falling below
 # _FALL times that of the first _START_ITERS iterations, while teacher and student put fewer than
 # _AGREEMENT_AFTER_FALL of the cells on the same side: where the teacher itself shrinks its masks,
 # its student follows and agrees. Calibrated on 16 runs on shapes of 600 iterations: the six whose
 # student failed fell to 0.20-0.55 of the start; the ten others never went below 0.92.
-_START_ITERS = 20
-_FALL = 0.7
-_AGREEMENT_AFTER_FALL = 0.75
+_START_ITERS, _FALL, _AGREEMENT_AFTER_FALL = 20, 0.7, 0.75
 
 
 class PseudoMaskWatch(HookBase):
     """
     Warns, once, when the pseudo masks of a training die out, fill up, or shrink.
 
-    It reads "pseudo_mask/fg_ratio" and "pseudo_mask/agreement" of the event storage after each
-    step, and warns when over 100 iterations all pseudo masks are empty or full, or when their
-    foreground has fallen and teacher and student disagree. It changes nothing. The start that a
-    fall is measured from is part of checkpoints. Each rank watches its own objects.
+    It warns when by "pseudo_mask/fg_ratio" of 100 iterations all are empty or full, or when their
+    foreground has fallen and, by "pseudo_mask/agreement", teacher and student disagree. The start
+    that a fall is measured from is part of checkpoints. Each rank watches its own objects.
     """
 
     def __init__(self) -> None:
@@ -235,13 +207,16 @@ class PseudoMaskWatch(HookBase):
         if now < self._start["iteration"] + _START_ITERS:
             self._start["total"] += foreground
             self._start["count"] += 1
+        foreground, agreement = (
+            [
+                x
+                for x, i in storage.history(name).values()[-_WINDOW_ITERS:]
+                if i > now - _WINDOW_ITERS
+            ]
+            for name in ("pseudo_mask/fg_ratio", "pseudo_mask/agreement")
+        )
         first_of_process = storage.history("pseudo_mask/fg_ratio").values()[0][1]
-        if now - first_of_process + 1 >= _WINDOW_ITERS:
-            self._judge()
-
-    def _judge(self) -> None:
-        foreground, agreement = self._window("fg_ratio"), self._window("agreement")
-        if len(foreground) < _MIN_VALUES:
+        if now - first_of_process + 1 < _WINDOW_ITERS or len(foreground) < _MIN_VALUES:
             return
         mean, agreed = (sum(x) / len(x) for x in (foreground, agreement))
         start = self._start["total"] / self._start["count"]
@@ -255,16 +230,10 @@ class PseudoMaskWatch(HookBase):
             return
         self._has_warned = True
         logger.warning(
-            f"Iteration {self.trainer.iter}: the pseudo masks {state}: over {_WINDOW_ITERS} "
-            f"iterations their foreground ratio is {mean:.3f}, after {start:.3f} when they began at"
-            f" iteration {self._start['iteration']}, and teacher and student put {agreed:.0%} of "
-            "the cells on the same side. The student then learns from wrong masks. What helps: a "
-            "larger MODEL.PSEUDO_MASK.WARMUP_ITERS, so that the teacher is surer when they begin; "
-            'MODEL.PSEUDO_MASK.METHOD "box_fit", which follows an unsure teacher; and a look at '
-            "the teacher itself (teacher_mask/accuracy in metrics.json, pictures in TensorBoard "
-            "with VIS_PERIOD above 0)."
+            f"Iteration {now}: the pseudo masks {state}: over {_WINDOW_ITERS} iterations their "
+            f"foreground ratio is {mean:.3f}, after {start:.3f} when they began at iteration "
+            f"{self._start['iteration']}, and teacher and student put {agreed:.0%} of the cells on "
+            "the same side. The student then learns from wrong masks. What helps: a larger "
+            'MODEL.PSEUDO_MASK.WARMUP_ITERS, so that the teacher is surer; METHOD "box_fit", which '
+            "follows an unsure teacher; and a look at teacher_mask/accuracy in metrics.json."
         )
-
-    def _window(self, name: str) -> list[float]:
-        history = self.trainer.storage.history(f"pseudo_mask/{name}").values()[-_WINDOW_ITERS:]
-        return [value for value, i in history if i > self.trainer.iter - _WINDOW_ITERS]

@@ -16,13 +16,9 @@ from typing import IO
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -75,29 +71,20 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode):
+        cfg = resolve_auto_settings(cfg)
         # Detectron2's scaling, which is the next to come, then has nothing left to do.
-        super().__init__(self.auto_scale_workers(resolve_auto_settings(cfg), comm.get_world_size()))
+        scaled = self.auto_scale_workers(cfg, comm.get_world_size())
+        if scaled is not cfg:
+            scaled = scaled.clone()
+            scaled.defrost()
+            # An epoch follows the schedule. The warm-ups of this project are numbers of steps and
+            # stay. Up: an epoch has at least one iteration.
+            factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / comm.get_world_size()
+            epoch_iters = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
+            scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = math.ceil(epoch_iters * factor)
+            scaled.freeze()
+        super().__init__(scaled)
         self.checkpointer.path_manager = _AtomicPathManager(self.checkpointer.path_manager)
-
-    @staticmethod
-    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
-        """
-        As the parent's; ``MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS`` is scaled like ``MAX_ITER``.
-
-        It is the length of an epoch, so it follows the schedule. Warm-ups of this project, in
-        ``MODEL.PSEUDO_MASK`` and ``MODEL.BOX_SUPERVISION``, are numbers of steps and stay.
-        """
-        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
-        if scaled is cfg:
-            return cfg
-        scaled = scaled.clone()
-        scaled.defrost()
-        epoch_iters = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
-        factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / num_workers
-        # Up: an epoch has at least one iteration.
-        scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = math.ceil(epoch_iters * factor)
-        scaled.freeze()
-        return scaled
 
     def build_hooks(self) -> list[HookBase | None]:
         timer, *others = super().build_hooks()
@@ -117,9 +104,9 @@ class Trainer(DefaultTrainer):
         is_resumed = resume and self.checkpointer.has_checkpoint()
         if is_resumed:
             weights = self.checkpointer.get_checkpoint_file()
-        with safe_loading(weights, self.cfg.MODEL.TRUST_PICKLED_WEIGHTS):
-            with missing_parameters(model) as missing:
-                super().resume_or_load(resume)
+        is_trusted = self.cfg.MODEL.TRUST_PICKLED_WEIGHTS
+        with safe_loading(weights, is_trusted), missing_parameters(model) as missing:
+            super().resume_or_load(resume)
         if is_resumed or len(missing) == len(list(model.parameters())):
             refuse_missing(weights, missing)
         # Not before: a training that cannot begin leaves the files of an earlier one alone.
@@ -154,12 +141,14 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
+        # COCO's 100, also with the 150 of the paper's configs; whoever asks for more means more.
+        max_dets = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
         return PartiallySupervisedCOCOEvaluator(
             dataset_name,
             seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
             class_names=cls._class_names(cfg),
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
-            max_dets_per_image=_max_detections(cfg),
+            max_dets_per_image=max_dets,
             overlap_threshold=cfg.TEST.OVERLAP_THRESHOLD,
             overlap_bin_edges=cfg.TEST.OVERLAP_BINS,
         )
@@ -187,15 +176,12 @@ class Trainer(DefaultTrainer):
         return results
 
 
-# ---- the program ----
-
-
 def main(args: argparse.Namespace) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
 
-    A training writes to ``OUTPUT_DIR``, config.yaml and categories.json once its model is built and
-    loaded; an evaluation writes to the folder "inference" in it alone.
+    Nothing in ``OUTPUT_DIR`` is overwritten before the model is built and loaded; an evaluation
+    writes to the folder "inference" in it alone.
 
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
@@ -204,22 +190,24 @@ def main(args: argparse.Namespace) -> dict | None:
         InputError: config, data or weights cannot be used, or ``OUTPUT_DIR`` holds another run.
     """
     cfg = setup(args)
-    names, ids = _check_data(cfg, args)
+    classes = _check_data(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg, heads=[cfg.TEST.MASK_HEAD])
         _write_config(cfg)
-        # Where Trainer.test looks for them.
-        write_class_names(cfg.OUTPUT_DIR, names, ids)
+        write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
         comm.synchronize()
         evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
-        results = Trainer.test(cfg, model, evaluators)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
+        return Trainer.test(cfg, model, evaluators)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if trainer.start_iter >= trainer.max_iter and answer_of_main_process(lambda: _is_done(cfg)):
+
+    def is_done() -> bool:
+        # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
+        results, last = Path(cfg.OUTPUT_DIR, "results.json"), Path(_last_checkpoint(cfg))
+        return results.is_file() and results.stat().st_mtime >= last.stat().st_mtime
+
+    if trainer.start_iter >= trainer.max_iter and answer_of_main_process(is_done):
         logger.info(
             f"The training in {cfg.OUTPUT_DIR} has reached SOLVER.MAX_ITER {trainer.max_iter}, and "
             "its results.json stays as it is; a larger MAX_ITER goes on."
@@ -235,8 +223,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
     Returns:
         The config, frozen, in which "auto" and NUM_CLASSES 0 have become what the data say. For an
-        evaluation OUTPUT_DIR is the folder "inference" in the one that was given, and
-        MODEL.WEIGHTS the last checkpoint if ``--resume`` asks for it.
+        evaluation OUTPUT_DIR is the folder "inference" in the one given.
 
     Raises:
         InputError: a key, a value, or what it names is wrong.
@@ -256,16 +243,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-    register_json_datasets(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
-    # All that can stop a run before the first file is written.
-    answer_of_main_process(lambda: _check_output_dir(cfg, args))
+    register_json_datasets(cfg)
+    # Before the first file is written.
+    if not args.resume and not args.eval_only:
+        answer_of_main_process(lambda: _check_output_dir(cfg.OUTPUT_DIR))
     last = _last_checkpoint(cfg) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
-        setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
     choose_device(cfg)
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
@@ -285,21 +273,15 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _max_detections(cfg: CfgNode) -> int:
-    # COCO's 100 of each class, also with the 150 detections of the paper's configs, whose AP it is;
-    # whoever asks for more wants them counted.
-    return cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
-
-
-def _check_output_dir(cfg: CfgNode, args: argparse.Namespace) -> None:
-    found = [x for x in ("config.yaml", "last_checkpoint") if Path(cfg.OUTPUT_DIR, x).exists()]
-    if found and not args.resume and not args.eval_only:
-        numbered = (f"{cfg.OUTPUT_DIR.rstrip('/')}_{i}" for i in itertools.count(2))
+def _check_output_dir(folder: str) -> None:
+    found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
+    if found:
+        numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
         free = next(x for x in numbered if not os.path.exists(x))
         raise InputError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds another run ({', '.join(found)}), which training "
-            f"would overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that "
-            "run by --resume."
+            f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
+            f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
+            "--resume."
         )
 
 
@@ -309,12 +291,6 @@ def _last_checkpoint(cfg: CfgNode) -> str:
     return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
 
 
-def _is_done(cfg: CfgNode) -> bool:
-    # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
-    results = Path(cfg.OUTPUT_DIR, "results.json")
-    return results.is_file() and results.stat().st_mtime >= os.stat(_last_checkpoint(cfg)).st_mtime
-
-
 def _write_config(cfg: CfgNode) -> None:
     if comm.is_main_process():
         with open_atomically(os.path.join(cfg.OUTPUT_DIR, "config.yaml")) as file:
@@ -322,12 +298,7 @@ def _write_config(cfg: CfgNode) -> None:
 
 
 def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list[int]]:
-    """
-    Stop at errors of the datasets' annotations before anything is built.
-
-    Returns:
-        Names and category ids of the model's classes, by contiguous id.
-    """
+    """Stop at errors of the datasets; return names and category ids of the model's classes."""
     is_rcnn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "GrabCutRCNN")
     learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
     earlier = read_class_names(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else None
@@ -340,6 +311,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         reads_masks=cfg.MODEL.MASK_ON,
         # With box supervision boxes teach them, too, and with this key masks of models.
         needs_masks=not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks),
+        needs_model_masks=learns_model_masks and not args.eval_only,
         rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
     )
     if args.eval_only:
@@ -352,28 +324,11 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         raise InputError(
             f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
             f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
-            f"{', '.join(earlier[0][:50])}; they must be the same in the same order. Name another "
-            "OUTPUT_DIR to train on these."
+            f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
         )
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
-    if args.eval_only or not learns_model_masks:
-        return names, ids
-    images = (image for name in cfg.DATASETS.TRAIN for image in DatasetCatalog.get(name))
-    if not any(
-        x.get("mask_source") == "model" and x.get("segmentation") and not x.get("iscrowd", 0)
-        for image in images
-        for x in image.get("annotations", ())
-    ):
-        raise InputError(
-            "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but DATASETS.TRAIN "
-            f"{tuple(cfg.DATASETS.TRAIN)} has no mask with 'mask_source' 'model'; "
-            "tsmask complete --grabcut, for instance, makes them."
-        )
     return names, ids
-
-
-# ---- files ----
 
 
 @contextlib.contextmanager
@@ -381,9 +336,7 @@ def open_atomically(path: str, mode: str = "w") -> Iterator[IO]:
     """
     Write a local file that takes its name, and the place of an older one, once it is complete.
 
-    Args:
-        path: the file. Until it is complete it is written beside it, as ``path`` + ".partial".
-        mode: "w" for text in UTF-8, "wb" for bytes.
+    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
     """
     partial = f"{path}.partial"
     with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -402,7 +355,7 @@ class _AtomicPathManager:
     def __getattr__(self, name: str):
         return getattr(self._path_manager, name)
 
-    def open(self, path: str, mode: str = "r", **kwargs):
-        if mode in ("w", "wb") and "://" not in path:
+    def open(self, path: str, mode: str = "r"):
+        if mode in ("w", "wb"):
             return open_atomically(path, mode)
-        return self._path_manager.open(path, mode, **kwargs)
+        return self._path_manager.open(path, mode)
