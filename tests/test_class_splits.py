@@ -116,18 +116,11 @@ def test_missing_file_is_an_error(spec):
         resolve_seen_classes(spec, ["bolt", "nut"])
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[nut", "not valid json"),
-        ('{"nut": 1}', "must be a json list of class names"),
-        ("[1, 2]", "must be a json list of class names"),
-    ],
-)
-def test_json_of_another_form_is_an_error(tmp_path, content, message):
+@pytest.mark.parametrize("content", ["[nut", '{"nut": 1}', "[1, 2]"])
+def test_json_of_another_form_is_an_error(tmp_path, content):
     path = tmp_path / "seen.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="must be a json list of class names"):
         resolve_seen_classes(str(path), ["bolt", "nut"])
 
 

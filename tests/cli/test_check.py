@@ -21,10 +21,10 @@ def test_a_clean_file_ends_with_0_and_the_table(tiny_coco, capsys):
     code, output = run(capsys, tiny_coco.json_file, "--seen-classes", "ant, ship")
     assert code == 0
     rows = [line.split() for line in output.out.splitlines()]
-    # Class, split, objects, human and model masks, boxes only, crowd, rectangles, left out.
-    assert ["ant", "seen", "4", "3", "0", "1", "1", "0", "0"] in rows
-    assert ["cat", "unseen", "3", "3", "0", "0", "0", "0", "0"] in rows
-    assert ["ship", "seen", "4", "2", "0", "2", "0", "0", "0"] in rows
+    # Class, split, objects, human and model masks, boxes only, crowd, rectangles.
+    assert ["ant", "seen", "4", "3", "0", "1", "1", "0"] in rows
+    assert ["cat", "unseen", "3", "3", "0", "0", "0", "0"] in rows
+    assert ["ship", "seen", "4", "2", "0", "2", "0", "0"] in rows
     assert "4 images, 12 annotations" in output.out
     assert "0 kinds of errors, 0 kinds of warnings" in output.out
 

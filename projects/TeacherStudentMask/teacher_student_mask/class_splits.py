@@ -26,10 +26,7 @@ VOC_CLASSES = (
     "dog", "horse", "sheep", "cow", "bottle", "chair", "couch", "potted plant", "dining table",
     "tv",
 )
-# fmt: on
-
 # The other 60 of COCO's 80 classes.
-# fmt: off
 NONVOC_CLASSES = (
     "truck", "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "elephant",
     "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
@@ -45,7 +42,7 @@ NONVOC_CLASSES = (
 # The spec that the training data have to answer, see data/seen_classes.py.
 AUTO = "auto"
 
-_NAMED_SPLITS = {"voc": frozenset(VOC_CLASSES), "nonvoc": frozenset(NONVOC_CLASSES)}
+_NAMED_SPLITS = {"voc": VOC_CLASSES, "nonvoc": NONVOC_CLASSES}
 
 
 def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
@@ -77,27 +74,31 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
         InputError: an empty ``spec``, a name that the dataset lacks (with the nearest names), or a
             file of another form.
     """
-    thing_classes = list(thing_classes)
-    spec = spec.strip()
+    spec, problem = spec.strip(), f"DATASETS.SEEN_CLASSES is {spec!r}"
     if spec == AUTO:
         raise InputError(
-            f"SEEN_CLASSES is {AUTO!r}, which only the training annotations can answer: use the "
-            "config.yaml that train_net.py writes to OUTPUT_DIR, which has the names of the "
-            f"classes. A class of this name is meant by ', {AUTO}'."
+            f"{problem}, which only the training annotations can answer: use the config.yaml that "
+            f"train_net.py writes to OUTPUT_DIR. A class of this name is meant by ', {AUTO}'."
         )
     if spec == "all":
         return list(range(len(thing_classes)))
     if spec in _NAMED_SPLITS:
-        return _resolve_named_split(spec, thing_classes)
-
+        foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
+        if foreign:
+            raise InputError(
+                f"{problem}, a split of COCO's 80 classes, but the dataset has other classes: "
+                f"{foreign[:5]}. Name its seen classes instead, separated by commas."
+            )
+        return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
     names = _read_names(spec)
     if not names:
         raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, which names no class. Allowed: 'voc', 'nonvoc', "
-            "'all', class names separated by commas, or a path to a text or json list."
+            f"{problem}, which names no class. Allowed: 'voc', 'nonvoc', 'all', class names "
+            "separated by commas, or a path to a text or json list."
         )
-    problem = f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class"
-    return sorted(set(_find_names(names, thing_classes, problem)))
+    return sorted(
+        set(_find_names(names, thing_classes, f"{problem}, but the dataset has no class"))
+    )
 
 
 def match_classes(names: Sequence[str], model_classes: Sequence[str], source: str) -> list[int]:
@@ -115,22 +116,21 @@ def match_classes(names: Sequence[str], model_classes: Sequence[str], source: st
     Raises:
         InputError: names that the model does not know, with the nearest that it does.
     """
-    return _find_names(
-        names, list(model_classes), f"The model does not know all classes of {source}:"
-    )
+    problem = f"The model does not know all classes of {source}:"
+    return _find_names(names, model_classes, problem)
 
 
-def _find_names(names: Sequence[str], known: list[str], problem: str) -> list[int]:
+def _find_names(names: Sequence[str], known: Sequence[str], problem: str) -> list[int]:
+    ids = {name: i for i, name in enumerate(known)}
     hints = []
     for name in names:
-        if name not in known:
+        if name not in ids:
             near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
             hints.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
     if hints:
         raise InputError(
             f"{problem} {', '.join(hints)}. Its {len(known)} classes: {', '.join(known[:100])}."
         )
-    ids = {name: i for i, name in enumerate(known)}
     return [ids[name] for name in names]
 
 
@@ -160,17 +160,6 @@ def choose_seen_classes(num_masks: Mapping[str, int], min_masks: int) -> list[st
     return seen
 
 
-def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
-    foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
-    if foreign:
-        raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, a split of COCO's 80 classes, but the dataset has "
-            f"other classes: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Name its seen "
-            "classes instead, separated by commas, or give a path to a list."
-        )
-    return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
-
-
 def _read_names(spec: str) -> list[str]:
     text = spec.lstrip(", ")
     if os.path.isfile(spec):
@@ -185,13 +174,11 @@ def _read_names(spec: str) -> list[str]:
         return [name.strip() for name in spec.split(",") if name.strip()]
     try:
         names = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"The list of seen classes {spec!r} is not valid json: {error}."
-        ) from error
+    except json.JSONDecodeError:
+        names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
             f"The list of seen classes {spec!r} must be a json list of class names, "
-            f'such as ["cat", "dog"]; it holds {str(names)[:80]}.'
+            f'such as ["cat", "dog"]; it holds {text[:80]}.'
         )
     return names

@@ -1,10 +1,10 @@
 """
 Looks for what is wrong with a COCO json, in which any object may lack its mask, and its images.
 
-Printed are, for each class, how many objects have a mask or a box only, the crowds, the masks that
-are just the rectangle of their box (boxes that were exported as masks?), and what training leaves
-out and why; notes on masks that are not used, and on classes with few objects; then one sentence
-for each kind of problem, with the first ids:
+Printed are, for each class, how many objects have a mask or a box only, the crowds, and the masks
+that are just the rectangle of their box (boxes that were exported as masks?); notes on masks that
+are not used, and on classes with few objects; then one sentence for each kind of problem, with the
+first ids:
   error    training would stop, or go wrong without a word; the exit status is 1
   warning  training goes on as the sentence says
 

@@ -1,10 +1,9 @@
 """
 Takes masks out of a COCO json. The boxes stay.
 
-  strip  the masks of unseen classes. Training with the output is the same as with the whole json,
-         whose unseen masks the mapper forgets; but whoever has the file can see that no program
-         could have used them. Crowds of these classes lose theirs, too, and masks of models with
-         their "mask_source", for a file cannot prove that no human drew them.
+  strip  the masks of unseen classes, those of crowds and of models included. Training with the
+         output is the same as with the whole json, whose unseen masks the mapper forgets; but
+         whoever has the file can see that no program could have used them.
   hide   the masks of a random share of the objects, class by class, to measure on data that have
          all masks how many a training needs. The choice depends on the seed and the ids alone; what
          is kept of 0.05 is kept of 0.1. Crowds and masks of models stay, and do not count.
@@ -28,7 +27,6 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection
-from fractions import Fraction
 
 from ..errors import InputError
 
@@ -48,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"classes that keep their masks: {spec}"
     strip.add_argument("--seen-classes", required=True, metavar="SPEC", help=text)
     text = "of the masks of each class, from 0 to 1"
-    hide.add_argument("--keep", required=True, type=_share, metavar="SHARE", help=text)
+    hide.add_argument("--keep", required=True, type=float, metavar="SHARE", help=text)
     text = "keep at least so many masks of each class, or all that it has (default: %(default)s)"
     hide.add_argument("--min-per-class", type=int, default=0, metavar="K", help=text)
     text = f'classes that lose masks: {spec}, "auto" (default: %(default)s)'
@@ -63,8 +61,14 @@ def run(args: argparse.Namespace) -> None:
 
     from ..coco_json import check_coco, read_json, write_json
 
-    _check_paths(args)
+    if os.path.exists(args.output):
+        if os.path.exists(args.input) and os.path.samefile(args.input, args.output):
+            raise InputError(f"{args.output}: the input itself; it is never replaced.")
+        if not args.force:
+            raise InputError(f"{args.output}: exists; --force replaces it.")
     is_strip = args.edit == "strip"
+    if not is_strip and not 0 <= args.keep <= 1:
+        raise InputError(f"--keep must be a number from 0 to 1, got {args.keep}.")
     data = read_json(args.input)
     spec = args.seen_classes if is_strip else args.classes
     report = check_coco(args.input, data=data, seen_classes=spec)
@@ -75,43 +79,19 @@ def run(args: argparse.Namespace) -> None:
     chosen = {x.category_id for x in report.classes if x.is_seen}
     if is_strip:
         unseen = {x.category_id for x in report.classes} - chosen
-        before, removed = strip_masks(data["annotations"], unseen)
-        kept = before - removed
+        before, kept = strip_masks(data["annotations"], unseen)
     else:
         at_least = args.min_per_class
         before, kept = hide_masks(data["annotations"], chosen, args.keep, at_least, args.seed)
     write_json(args.output, data)
-    rows = []
-    for x in report.classes:
-        num_kept, num_before = kept[x.category_id], before[x.category_id]
-        boxes = x.num_objects + x.crowd
-        rows.append([x.name, boxes, x.crowd, num_before, num_kept, num_before - num_kept])
-    totals = [sum(numbers) for numbers in list(zip(*rows))[1:]]
-    headers = ["class", "boxes", "of them crowds", "masks before", "masks kept", "masks removed"]
+    rows = [[x.name, before[x.category_id], kept[x.category_id]] for x in report.classes]
+    rows.append(["all", before.total(), kept.total()])
     # Names such as "1e3" are not numbers.
-    print(tabulate([*rows, ["all", *totals]], headers=headers, disable_numparse=[0]))
+    print(tabulate(rows, headers=["class", "masks before", "masks kept"], disable_numparse=[0]))
     emptied = [x.name for x in report.classes if before[x.category_id] and not kept[x.category_id]]
     if emptied and not is_strip:
         print(f"warning: no mask is left of: {', '.join(emptied)}; --min-per-class keeps some")
-    print(f"Written to {args.output}: {totals[4]} masks removed, {totals[3]} kept")
-
-
-def _share(text: str) -> Fraction:
-    # Exactly as it is written: 0.1 of 30 masks is 3.
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None or not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}.")
-    return value
-
-
-def _check_paths(args: argparse.Namespace) -> None:
-    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
-        raise InputError(f"{args.output}: the input itself; it is never replaced.")
-    if os.path.exists(args.output) and not args.force:
-        raise InputError(f"{args.output}: exists; --force replaces it.")
+    print(f"Written to {args.output}: {(before - kept).total()} masks removed")
 
 
 def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Counter, Counter]:
@@ -123,7 +103,7 @@ def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Count
         unseen: category ids.
 
     Returns:
-        The masks there were and those removed of them, {category id: number}.
+        The masks there were and those kept of them, {category id: number}.
     """
     from ..coco_json import has_mask
 
@@ -131,13 +111,13 @@ def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Count
     for annotation in annotations:
         if annotation["category_id"] in unseen:
             _forget_mask(annotation)
-    return num_masks, Counter({k: num for k, num in num_masks.items() if k in unseen})
+    return num_masks, Counter({k: num for k, num in num_masks.items() if k not in unseen})
 
 
 def hide_masks(
     annotations: list[dict],
     classes: Collection[int],
-    keep: Fraction | float,
+    keep: float,
     at_least: int = 0,
     seed: int = 0,
 ) -> tuple[Counter, Counter]:
@@ -161,24 +141,20 @@ def hide_masks(
 
     with_mask = defaultdict(list)
     for row, annotation in enumerate(annotations):
-        is_counted = not annotation.get("iscrowd") and not is_from_model(annotation)
-        if is_counted and has_mask(annotation):
-            # Without an id its row tells an object from the others.
-            key = annotation.get("id", f"row {row}")
-            with_mask[annotation["category_id"]].append((key, annotation))
-    num_masks = Counter({k: len(rows) for k, rows in with_mask.items()})
+        if has_mask(annotation) and not (annotation.get("iscrowd") or is_from_model(annotation)):
+            # Drawn by the id alone (the row, where there is none), not by the place in the file.
+            category_id, key = annotation["category_id"], annotation.get("id", f"row {row}")
+            number = hashlib.sha256(f"{seed} {category_id} {key}".encode()).digest()
+            with_mask[category_id].append((number, row))
+    num_masks = Counter({k: len(drawn) for k, drawn in with_mask.items()})
     num_kept = Counter(num_masks)
     for category_id in with_mask.keys() & set(classes):
-
-        def draw(row: tuple, category_id: int = category_id) -> bytes:
-            # A number drawn for an object whose place in the file does not matter.
-            return hashlib.sha256(f"{seed} {category_id} {row[0]}".encode()).digest()
-
-        rows = sorted(with_mask[category_id], key=draw)
-        share = math.floor(len(rows) * keep + Fraction(1, 2))
-        num_kept[category_id] = min(len(rows), max(at_least, share))
-        for _, annotation in rows[num_kept[category_id] :]:
-            _forget_mask(annotation)
+        drawn = sorted(with_mask[category_id])
+        # Rounded, as 0.29 * 50 is 14.499999999999998.
+        share = math.floor(round(len(drawn) * keep, 6) + 0.5)
+        num_kept[category_id] = min(len(drawn), max(at_least, share))
+        for _, row in drawn[num_kept[category_id] :]:
+            _forget_mask(annotations[row])
     return num_masks, num_kept
 
 

@@ -1,25 +1,30 @@
-"""Json files as large as COCO's, and image files as training reads them."""
+"""Json files as large as COCO's, and the files of their images."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import msgspec
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import InputError
+from .report import Report, shorten
 
 __all__ = [
     "DEEP_MODES",
     "TRANSPOSED",
+    "check_files",
     "orientation_of",
     "paused_gc",
-    "problem_of_image",
     "read_json",
     "write_json",
 ]
@@ -81,16 +86,64 @@ def write_json(path: str | os.PathLike, data: object) -> None:
         raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
 
 
-def problem_of_image(path: str, height: int, width: int) -> tuple[str, str] | None:
+@functools.cache
+def _names_in(folder: str) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (OSError, ValueError):  # no such folder, or a name with characters that no folder has
+        return set()
+
+
+def check_files(
+    report: Report,
+    images: list[dict],
+    image_root: str | os.PathLike,
+    sizes: np.ndarray,
+    reads_files: bool,
+    num_workers: int,
+) -> None:
     """
-    Read an image to its end.
+    Look whether the files of images are there, and read them to their ends.
 
     Args:
-        height, width: in pixels, as the json has them.
-
-    Returns:
-        The worst of what is wrong with it, or odd: the name of the rule, and the value as text.
+        images: n entries of a json.
+        sizes: their (height, width), shape (>= n, 2); nan: not known.
+        reads_files: whether they are opened.
+        num_workers: processes that read them; 1: this one alone.
     """
+    if not os.path.isdir(image_root):
+        report.add_to_file("image root", repr(os.fspath(image_root)))
+        return
+    _names_in.cache_clear()  # one listing a folder, as folders may be far away
+    is_missing, jobs = np.zeros(len(images), dtype=bool), {}
+    for i, image in enumerate(images):
+        if type(image.get("file_name")) is not str or not image["file_name"]:
+            continue
+        path = os.path.join(image_root, image["file_name"])
+        is_missing[i] = os.path.basename(path) not in _names_in(os.path.dirname(path))
+        if reads_files and not is_missing[i] and not np.isnan(sizes[i]).any():
+            jobs[i] = (path, *sizes[i].astype(int).tolist())
+    where = f" (looked for in {os.fspath(image_root)!r})"
+    report.add(
+        "missing file", images, is_missing, lambda i: shorten(images[i]["file_name"]) + where
+    )
+    if not jobs:
+        return
+    with ProcessPoolExecutor(num_workers) if num_workers > 1 else contextlib.nullcontext() as pool:
+        columns = zip(*jobs.values())
+        if pool is None:
+            answers = map(_problem_of_image, *columns)
+        else:
+            answers = pool.map(_problem_of_image, *columns, chunksize=32)
+        progress = tqdm(answers, "Images", total=len(jobs), unit="image")
+        problems = {i: problem for problem, i in zip(progress, jobs) if problem is not None}
+    for kind in sorted({kind for kind, _ in problems.values()}):
+        is_bad = [problems.get(i, "-")[0] == kind for i in range(len(images))]
+        report.add(kind, images, is_bad, lambda i: problems[i][1])
+
+
+def _problem_of_image(path: str, height: int, width: int) -> tuple[str, str] | None:
+    # The worst of what is wrong with it, or odd: the name of the rule, and the value as text.
     name = repr(path)
     try:
         with warnings.catch_warnings():
