@@ -64,6 +64,10 @@ class _Image(TypedDict):
     width: _Pixels
 
 
+class _TrainingImage(_Image):
+    file_name: Annotated[str, Meta(min_length=1)]
+
+
 class _Category(TypedDict):
     id: Whole
     name: Annotated[str, Meta(pattern=r"\S")]
@@ -84,19 +88,13 @@ class _EvaluatedAnnotation(_Annotation):
 
 def read_coco(path: str | os.PathLike) -> dict:
     """
-    Read a COCO json whose values have the types that COCO gives them.
-
-    Masks, and what types cannot say, are left to :func:`check_coco`. Keys that COCO does not have
-    are kept.
+    Read a COCO json whose values have the types that COCO gives them, masks aside.
 
     Raises:
         InputError: the file cannot be read, or a value is of another type; names file and id.
     """
     data, report = read_json(path), Report(os.fspath(path))
-    if _has_layout(report, data):
-        check_types(report, data["images"], "image", _Image)
-        check_types(report, data["annotations"], "annotation", _Annotation)
-        check_types(report, data["categories"], "category", _Category)
+    _has_types(report, data, _Image, _Annotation)
     for finding in report.errors:
         if finding.rule != "no objects":
             raise InputError(str(finding))
@@ -135,10 +133,11 @@ def check_coco(
     """
     Check a COCO json that may have masks on any part of its objects.
 
-    Nothing that a file holds raises an exception. Masks that training does not read, of crowds and
-    unseen classes, make warnings where others make errors, but an outline in a form that is not
-    COCO's is an error wherever any masks are read. Evaluation takes the masks of all objects, and
-    needs ids and areas; without "annotations" there is nothing to evaluate.
+    Nothing that a file holds raises an exception. Values of other types are reported alone, as all
+    else builds on them. Masks that training does not read, of crowds and unseen classes, make
+    warnings where others make errors, but an outline in a form that is not COCO's is an error
+    wherever any masks are read. Evaluation takes the masks of all objects, and needs ids and areas;
+    without "annotations" there is nothing to evaluate.
 
     Args:
         json_file: the annotations.
@@ -162,47 +161,52 @@ def check_coco(
             return report
     if use == "evaluation" and isinstance(data, dict) and "annotations" not in data:
         return report
+    is_evaluation = use == "evaluation"
+    types = (_Image, _EvaluatedAnnotation) if is_evaluation else (_TrainingImage, _Annotation)
     with paused_gc():
-        if _has_layout(report, data):
-            images, annotations = data["images"], data["annotations"]
-            report.num_images, report.num_annotations = len(images), len(annotations)
-            sizes = _check_images(report, images)
+        if _has_types(report, data, *types):
+            images, categories = data["images"], data["categories"]
+            report.num_images, report.num_annotations = len(images), len(data["annotations"])
+            # The last stands for images that are not there.
+            sizes = np.array([*((x["height"], x["width"]) for x in images), (np.nan, np.nan)])
+            _check_images(report, images, sizes)
             if image_root is not None:
                 check_files(report, images, image_root, sizes, check_images, num_workers)
-            names = _check_categories(report, data["categories"], num_classes)
-            _check_annotations(
-                report, data, sizes, names, seen_classes, reads_masks, min_masks_per_class
-            )
+            _check_categories(report, categories, num_classes)
+            if not any("twice" in x.rule for x in report.errors):
+                _check_annotations(
+                    report, data, sizes, seen_classes, reads_masks, min_masks_per_class
+                )
     report.findings.sort(key=lambda finding: finding.severity != "error")  # errors first
     return report
 
 
-def _has_layout(report: Report, data: object) -> bool:
+def _has_types(report: Report, data: object, image_type: type, annotation_type: type) -> bool:
+    # Whether the checks can go on.
     if not isinstance(data, dict):
         report.add_to_file("content", f"a {type(data).__name__}")
         return False
-    for key in ("images", "annotations", "categories"):
+    types = {"images": image_type, "annotations": annotation_type, "categories": _Category}
+    for key in types:
         rows = data.get(key)
         if type(rows) is not list or not set(map(type, rows)) <= {dict}:
             report.add_to_file(key, shorten(rows) if key in data else "missing")
             return False
         if not rows:
             report.add_to_file("no objects" if key == "annotations" else key, "empty")
-    return True
+    for (key, row_type), unit in zip(types.items(), ("image", "annotation", "category")):
+        check_types(report, data[key], unit, row_type)
+    # Training does without ids of annotations.
+    return {x.rule for x in report.errors} <= {"no objects", "annotation.id"}
 
 
-def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> np.ndarray:
+def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> None:
     """
     Add a finding for each field that has values of another type than the TypedDict allows.
 
     Args:
-        rows: n of them; not changed.
         unit: of the report's rules.
-
-    Returns:
-        Which rows have the types they should have, bool, shape (n,).
     """
-    is_good = np.ones(len(rows), dtype=bool)
     bad_rows: dict[str, list[int]] = {}
     for start in range(0, len(rows), _CHUNK_ROWS):
         with contextlib.suppress(msgspec.ValidationError, UnicodeEncodeError):
@@ -217,18 +221,10 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
                 found = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
                 field = found[1] or found[2]
             except UnicodeEncodeError:  # half a surrogate pair, anywhere in the row
-                keys = [x for x in row_type.__annotations__ if "\\ud" in ascii(row.get(x))]
-                field = keys[0]
-            is_good[i] = False
+                field = next(x for x in row_type.__annotations__ if "\\ud" in ascii(row.get(x)))
             bad_rows.setdefault(field, []).append(i)
     for field, indices in bad_rows.items():
         report.add(f"{unit}.{field}", rows, np.isin(np.arange(len(rows)), indices))
-    return is_good
-
-
-def _number_id(row: dict) -> float | None:
-    # The id of an image or category, where it can be one.
-    return row["id"] if type(row.get("id")) in (int, float) else None
 
 
 def _repeated(values: Iterable) -> list[bool]:
@@ -238,72 +234,51 @@ def _repeated(values: Iterable) -> list[bool]:
     return [x is not None and counts[x] > 1 for x in values]
 
 
-def _check_images(report: Report, images: list[dict]) -> np.ndarray:
-    # Returns (height, width) of each and of a last one that stands for images that are not there,
-    # float64; nan where it is not known.
-    is_good = check_types(report, images, "image", _Image)
-    sizes = np.full((len(images) + 1, 2), np.nan)
-    for i in np.flatnonzero(is_good).tolist():
-        sizes[i] = images[i]["height"], images[i]["width"]
-    names = [x.get("file_name") for x in images]
-    names = [x if type(x) is str and x else None for x in names]
-    report.add("image id twice", images, _repeated(map(_number_id, images)))
+def _check_images(report: Report, images: list[dict], sizes: np.ndarray) -> None:
+    report.add("image id twice", images, _repeated(x["id"] for x in images))
     report.add(
         "large image",
         images,
         sizes[:-1].prod(axis=1) >= MAX_PIXELS,
         lambda i: " x ".join(str(int(x)) for x in sizes[i]),
     )
-    report.add("image.file_name", images, [x is None for x in names])
-    report.add("file twice", images, _repeated(names))
-    return sizes
+    if report.use == "training":
+        report.add("file twice", images, _repeated(x["file_name"] for x in images))
 
 
-def _check_categories(
-    report: Report, categories: list[dict], num_classes: int | None
-) -> dict[int, str]:
-    # Returns {category id: name} in the order of the ids, which is that of the model's classes.
-    is_good = check_types(report, categories, "category", _Category)
+def _check_categories(report: Report, categories: list[dict], num_classes: int | None) -> None:
     for field in ("id", "name"):
-        values = [x[field] if good else None for x, good in zip(categories, is_good)]
-        report.add(f"category {field} twice", categories, _repeated(values))
+        is_repeated = _repeated(x[field] for x in categories)
+        report.add(f"category {field} twice", categories, is_repeated)
     if num_classes is not None and len(categories) != num_classes:
         remedy = f"the model has {num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {len(categories)}"
         report.add_to_file("number of classes", f"{len(categories)} classes", remedy)
-    names = {_number_id(x): str(x.get("name")) for x in categories}
-    names.pop(None, None)
-    return dict(sorted(names.items()))
 
 
 def _check_annotations(
     report: Report,
     data: dict,
     sizes: np.ndarray,
-    names: dict[int, str],
     seen_classes: str | None,
     reads_masks: bool,
     min_masks: int,
 ) -> None:
-    annotations, images = data["annotations"], data["images"]
-    is_evaluation = report.use == "evaluation"
-    row_type = _EvaluatedAnnotation if is_evaluation else _Annotation
-    is_good = check_types(report, annotations, "annotation", row_type)
-    index = np.flatnonzero(is_good)
-    rows = annotations if is_good.all() else [annotations[i] for i in index]
+    rows, images = data["annotations"], data["images"]
 
     def find(rule: str, is_bad: Sequence[bool], *rest) -> None:
-        is_bad_row = np.zeros(len(annotations), dtype=bool)
-        is_bad_row[index[np.asarray(is_bad, dtype=bool)]] = True
-        report.add(rule, annotations, is_bad_row, *rest)
+        report.add(rule, rows, is_bad, *rest)
 
-    row_of_image = {_number_id(x): i for i, x in enumerate(images)}
+    # By their ids, as the model's classes are.
+    names = {x["id"]: x["name"] for x in sorted(data["categories"], key=lambda x: x["id"])}
+    row_of_image = {x["id"]: i for i, x in enumerate(images)}
     class_of = {category_id: k for k, category_id in enumerate(names)}
     image = np.array([row_of_image.get(x["image_id"], -1) for x in rows], dtype=int)
     category = np.array([class_of.get(x["category_id"], -1) for x in rows], dtype=int)
     find("unknown image", image < 0)
     find("annotation.category_id", category < 0)
-    find("annotation without id", [x.get("id") is None for x in rows])
-    find("annotation id twice", _repeated(x.get("id") for x in rows))
+    ids = [x.get("id") for x in rows]
+    find("annotation without id", [x is None for x in ids])
+    find("annotation id twice", _repeated(x if type(x) in (int, float, str) else None for x in ids))
     boxes = np.array([x["bbox"] for x in rows], dtype=np.float64).reshape(-1, 4)
     is_crowd = np.array([bool(x.get("iscrowd", 0)) for x in rows], dtype=bool)
     is_model = np.array([is_from_model(x) for x in rows], dtype=bool)
@@ -317,7 +292,7 @@ def _check_annotations(
     find("rotated box", is_turned & ~(is_mask & ~masks.is_rectangle))
     _check_boxes(find, boxes, sizes[image], is_xyxy)
     is_read = np.full(len(rows), reads_masks)
-    if is_evaluation:
+    if report.use == "evaluation":
         if reads_masks:
             _check_masks(find, masks, is_read, True)
             is_lacking = (masks.state == MaskState.NONE) | (masks.state == MaskState.TOO_SHORT)
@@ -474,16 +449,15 @@ def _resolve_seen(
     report: Report, num_masks: dict[str, int], spec: str | None, min_masks: int
 ) -> np.ndarray | None:
     # Bool of shape (number of classes,); None where all masks are to be taken for read.
-    if spec is None or any(x.rule.startswith("category") for x in report.errors):
-        return None
     names = list(num_masks)
     try:
         if spec == AUTO:
             return np.isin(names, choose_seen_classes(num_masks, min_masks))
-        return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
+        if spec is not None:
+            return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
     except (ValueError, OSError) as error:
         report.add_to_file("seen classes", repr(spec), str(error).rstrip("."))
-        return None
+    return None
 
 
 def _check_classes(report: Report, categories: list[dict]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import json
 import os
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -86,59 +85,48 @@ def write_json(path: str | os.PathLike, data: object) -> None:
         raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
 
 
-@functools.cache
-def _names_in(folder: str) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except (OSError, ValueError):  # no such folder, or a name with characters that no folder has
-        return set()
-
-
 def check_files(
     report: Report,
     images: list[dict],
     image_root: str | os.PathLike,
     sizes: np.ndarray,
     reads_files: bool,
-    num_workers: int,
+    num_threads: int,
 ) -> None:
     """
     Look whether the files of images are there, and read them to their ends.
 
     Args:
         images: n entries of a json.
-        sizes: their (height, width), shape (>= n, 2); nan: not known.
+        sizes: their (height, width), shape (>= n, 2).
         reads_files: whether they are opened.
-        num_workers: processes that read them; 1: this one alone.
     """
     if not os.path.isdir(image_root):
         report.add_to_file("image root", repr(os.fspath(image_root)))
         return
-    _names_in.cache_clear()  # one listing a folder, as folders may be far away
-    is_missing, jobs = np.zeros(len(images), dtype=bool), {}
-    for i, image in enumerate(images):
-        if type(image.get("file_name")) is not str or not image["file_name"]:
-            continue
-        path = os.path.join(image_root, image["file_name"])
-        is_missing[i] = os.path.basename(path) not in _names_in(os.path.dirname(path))
-        if reads_files and not is_missing[i] and not np.isnan(sizes[i]).any():
-            jobs[i] = (path, *sizes[i].astype(int).tolist())
+    # One listing a folder, as folders may be far away.
+    names_in: dict[str, set[str]] = {}
+    paths = [os.path.join(image_root, x.get("file_name") or "") for x in images]
+    for folder in {os.path.dirname(x) for x in paths}:
+        names_in[folder] = set()
+        # No such folder, or a name with characters that no folder has.
+        with contextlib.suppress(OSError, ValueError):
+            names_in[folder].update(os.listdir(folder))
+    is_missing = [os.path.basename(x) not in names_in[os.path.dirname(x)] for x in paths]
     where = f" (looked for in {os.fspath(image_root)!r})"
     report.add(
-        "missing file", images, is_missing, lambda i: shorten(images[i]["file_name"]) + where
+        "missing file", images, is_missing, lambda i: shorten(images[i].get("file_name")) + where
     )
-    if not jobs:
+    if not reads_files:
         return
-    with ProcessPoolExecutor(num_workers) if num_workers > 1 else contextlib.nullcontext() as pool:
-        columns = zip(*jobs.values())
-        if pool is None:
-            answers = map(_problem_of_image, *columns)
-        else:
-            answers = pool.map(_problem_of_image, *columns, chunksize=32)
-        progress = tqdm(answers, "Images", total=len(jobs), unit="image")
-        problems = {i: problem for problem, i in zip(progress, jobs) if problem is not None}
-    for kind in sorted({kind for kind, _ in problems.values()}):
-        is_bad = [problems.get(i, "-")[0] == kind for i in range(len(images))]
+    rows = np.flatnonzero(np.logical_not(is_missing)).tolist()
+    with ThreadPoolExecutor(num_threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images and odd metadata, which do no harm
+        answers = pool.map(lambda i: _problem_of_image(paths[i], *sizes[i].astype(int)), rows)
+        answers = list(tqdm(answers, "Images", total=len(rows), unit="image"))
+    problems = dict(zip(rows, answers))
+    for kind in ("unreadable", "depth", "size", "colour", "orientation"):
+        is_bad = [(problems.get(i) or "-")[0] == kind for i in range(len(images))]
         report.add(kind, images, is_bad, lambda i: problems[i][1])
 
 
@@ -146,12 +134,9 @@ def _problem_of_image(path: str, height: int, width: int) -> tuple[str, str] | N
     # The worst of what is wrong with it, or odd: the name of the rule, and the value as text.
     name = repr(path)
     try:
-        with warnings.catch_warnings():
-            # Of large images and odd metadata, which do no harm.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.load()
-                mode, size, orientation = image.mode, image.size, orientation_of(image)
+        with Image.open(path) as image:
+            image.load()
+            mode, size, orientation = image.mode, image.size, orientation_of(image)
     # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         return "unreadable", f"{name}, which cannot be read ({error})"

@@ -73,22 +73,15 @@ class MaskState(enum.IntEnum):
 
 @dataclass
 class MeasuredMasks:
-    """
-    Attributes:
-        state: values of :class:`MaskState`, int8 of shape (n,).
-        has_short_polygon: whether there is a polygon of fewer than three points; bool, shape (n,).
-        is_rectangle: whether the mask is one polygon, the rectangle of the object's box to a pixel;
-            bool, shape (n,).
-        is_crossing: whether the edges of a polygon cross, so that its area by the shoelace formula
-            is less than half of the pixels that pycocotools fills; bool, shape (n,).
-        extents: left, top, right and bottom, shape (n, 4); nan where there is no mask.
-    """
+    """Arrays with a row for each of n objects."""
 
-    state: np.ndarray
-    has_short_polygon: np.ndarray
-    is_rectangle: np.ndarray
+    state: np.ndarray  # values of MaskState, int8
+    has_short_polygon: np.ndarray  # a polygon of fewer than three points; bool
+    is_rectangle: np.ndarray  # one polygon, the rectangle of the object's box to a pixel; bool
+    # Edges of a polygon cross, so that its area by the shoelace formula is less than half of the
+    # pixels that pycocotools fills; bool.
     is_crossing: np.ndarray
-    extents: np.ndarray
+    extents: np.ndarray  # left, top, right and bottom, (n, 4); nan where there is no mask
 
 
 def is_from_model(annotation: dict) -> bool:

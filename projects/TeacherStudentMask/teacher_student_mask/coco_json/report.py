@@ -27,41 +27,35 @@ _repr.maxstring = _repr.maxother = 60
 
 @dataclass(frozen=True)
 class Rule:
-    """
-    A kind of problem.
+    """A kind of problem."""
 
-    Attributes:
-        unit: "image", "annotation", "category", "entry" (of results), or "": the file as a whole.
-        field: of the unit.
-        training, evaluation: "error": it would stop, or go wrong; "warning"; "": not looked for.
-        remedy: what is allowed, or what becomes of it, and what to do.
-    """
-
-    unit: str
-    field: str
-    training: str
+    unit: str  # "image", "annotation", "category", "entry" (of results), or "": the whole file
+    field: str  # of the unit
+    training: str  # "error": it would stop, or go wrong; "warning"; "": not looked for
     evaluation: str
-    remedy: str
+    remedy: str  # what is allowed, or what becomes of it, and what to do
 
 
+_E, _W = "error", "warning"
 _WHOLE = "allowed: a whole number"
 _SIDE = f"allowed: a whole number of pixels from 1 to {MAX_PIXELS - 1}"
 _UNIQUE = "allowed: values that differ"
+_LIST = "allowed: a list of dicts, at least one"
 _BOX = "allowed: four finite numbers [x, y, width, height], the last two not negative"
 _FAR = f"allowed: pixels, at most {MAX_PIXELS_OUTSIDE} outside the image"
+_OUTLINE = "a list of polygons [[x, y, x, y, x, y, ...], ...]"
 _LEFT_OUT = "training leaves the object out; correct the box"
+_SOURCE = f"allowed: {HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made"
 _ONLY_BOXES = "or evaluate boxes alone with tasks=('bbox',)"
-_E, _W = "error", "warning"
 
 # The one table: {unit: {name: (field, in training, in evaluation, remedy)}}. A name with a dot is
 # that of a field whose value is of another type than allowed.
 # fmt: off
 _TABLE = {
     "": {
-        "content": ("content", _E, _E, "allowed: a COCO json in UTF-8 with 'images', "
-                    "'annotations' and 'categories'"),
-        "images": ("images", _E, _E, "allowed: a list of dicts, at least one"),
-        "categories": ("categories", _E, _E, "allowed: a list of dicts, at least one"),
+        "content": ("content", _E, _E, "allowed: a COCO json in UTF-8"),
+        "images": ("images", _E, _E, _LIST),
+        "categories": ("categories", _E, _E, _LIST),
         "annotations": ("annotations", _E, _E, "allowed: a list of dicts"),
         "no objects": ("annotations", _E, "", "allowed: at least one object with 'iscrowd' 0"),
         "number of classes": ("categories", _E, _E, "allowed: as many as the model"),
@@ -77,15 +71,14 @@ _TABLE = {
         "image.file_name": ("file_name", _E, "", "allowed: a name in the image folder"),
         "image id twice": ("id", _E, _E, _UNIQUE),
         "large image": ("height x width", _E, _E, f"allowed: fewer than {MAX_PIXELS} pixels"),
-        "file twice": ("file_name", _W, "", "several images have it, which count each in training"),
+        "file twice": ("file_name", _W, "", "several images have it; each counts in training"),
         "missing file": ("file_name", _E, _E, "allowed: a file in the folder of the images"),
         "many objects": ("annotations", _W, "", "matching them takes memory by their number"),
         "unreadable": ("file_name", _E, _E, "allowed: an image that PIL reads to its end"),
-        "size": ("width, height", _E, _E, "allowed: the size of the file, after it was turned as "
-                 "its EXIF orientation says; correct the json, boxes and masks included"),
+        "size": ("width, height", _E, _E, "correct the json, boxes and masks included, to the size "
+                 "of the file, turned as its EXIF orientation says"),
         "depth": ("file_name", _E, _E, "allowed: 8 bits a channel; convert the image"),
-        "orientation": ("file_name", _W, "", "training turns the image as its EXIF orientation "
-                        "says, so boxes and masks must fit the turned image"),
+        "orientation": ("file_name", _W, "", "training turns it; boxes and masks must fit that"),
         "colour": ("file_name", _W, "", "training converts it to RGB without a colour profile"),
     },
     "category": {
@@ -93,12 +86,11 @@ _TABLE = {
         "category.name": ("name", _E, _E, "allowed: the name of the class"),
         "category id twice": ("id", _E, _E, _UNIQUE),
         "category name twice": ("name", _E, _E, "allowed: names that differ; rename or merge them"),
-        "mostly rectangles": ("name", _W, "", "rectangles teach nothing about shapes; give null "
-                              "where only the box is known"),
+        "mostly rectangles": ("name", _W, "", "give null where only the box is known"),
         "many crowds": ("name", _W, "", "training leaves crowds out; an object in several parts is "
                         "none: give it 'iscrowd' 0"),
-        "root category": ("name", _W, "", "the 'supercategory' of others, without an object: the "
-                          "root that some exports add would be a class of the model; take it out"),
+        "root category": ("name", _W, "", "the 'supercategory' of others, as some exports add it, "
+                          "would be a class of the model; take it out"),
         "seen without mask": ("name", _W, "", "a seen class without a mask is trained as unseen"),
     },
     "annotation": {
@@ -106,11 +98,9 @@ _TABLE = {
         "annotation.image_id": ("image_id", _E, _E, "allowed: an id of 'images'"),
         "annotation.category_id": ("category_id", _E, _E, "allowed: an id of 'categories'"),
         "annotation.iscrowd": ("iscrowd", _E, _E, "allowed: 0 or 1"),
-        "annotation.mask_source": ("mask_source", _E, _E, f"allowed: {HUMAN!r} (as without the "
-                                   f"key), or {MODEL!r} for a mask that a model made"),
+        "annotation.mask_source": ("mask_source", _E, _E, _SOURCE),
         "annotation.area": ("area", "", _E, "allowed: a finite number, not negative"),
-        "unknown image": ("image_id", _E, _W, "allowed: an id of 'images'; COCO's evaluation "
-                          "leaves the object out"),
+        "unknown image": ("image_id", _E, _W, "allowed: an id of 'images'; AP leaves it out"),
         "annotation id twice": ("id", _E, _E, _UNIQUE),
         "annotation without id": ("id", _W, _E, "training does without, but evaluation needs it"),
         "annotation.bbox": ("bbox", _E, _E, _BOX),
@@ -118,40 +108,35 @@ _TABLE = {
         "box without area": ("bbox", _W, "", f"a box without area: {_LEFT_OUT}"),
         "box outside its image": ("bbox", _W, "", f"a box outside its image: {_LEFT_OUT}"),
         "box reaches out": ("bbox", _W, "", "training cuts it at the edge of the image"),
-        "small box": ("bbox", _W, _W, "a box below one pixel: is it normalised to 0 to 1? allowed: "
-                      "pixels"),
+        "small box": ("bbox", _W, _W, "a box below one pixel: is it normalised to 0 to 1?"),
         "XYXY box": ("bbox", _W, _W, "as [x0, y0, x1, y1] it fits its mask or its image; COCO's is "
                      "[x, y, width, height]"),
-        "box beside its mask": ("bbox", _W, _W, "it does not fit the extent of its mask; correct "
-                                "the box or the mask"),
+        "box beside its mask": ("bbox", _W, _W, "it does not fit its mask; correct one of them"),
         "rotated box": ("attributes", _W, _W, "'bbox' is the rectangle before it was turned; give "
                         "the box, or the polygon, of the turned one"),
-        "object twice": ("bbox", _W, _W, "an earlier object is equal in image, class and box (to "
-                         "0.1 pixels); take one out"),
+        "object twice": ("bbox", _W, _W, "an earlier object is equal in image, class and box"),
         "RLE by rows": ("segmentation", _W, _W, "it fits its box if the runs follow the rows of "
                         "the image; COCO's follow its columns"),
-        "not a mask": ("segmentation", _E, _E, "allowed: a list of polygons [[x, y, x, y, x, y, "
-                       "...], ...] of finite numbers, each of 3 points or more in one flat list "
-                       "(not of pairs [x, y]), an RLE with 'size' and 'counts', or null for an "
-                       "object without a mask"),
+        "not a mask": ("segmentation", _E, _E, f"allowed: {_OUTLINE} of finite numbers, each of 3 "
+                       "points or more in one flat list (not of pairs [x, y]), an RLE with 'size' "
+                       "and 'counts', or null for an object without a mask"),
         "far polygon": ("segmentation", _E, _E, _FAR),
-        "RLE of another size": ("segmentation", _E, _E, "allowed: an RLE of the [height, width] of "
-                                "the image in 'images'"),
-        "broken runs": ("segmentation", _E, _E, "allowed: run lengths that add up to the pixels of "
-                        "the image, height x width"),
+        "RLE of another size": ("segmentation", _E, _E, "allowed: an RLE of the image's [height, "
+                                "width]"),
+        "broken runs": ("segmentation", _E, _E, "allowed: run lengths that add up to the image's "
+                        "height x width"),
         "unread mask": ("segmentation", _W, "", "not a usable mask, but training does not read it, "
                         "as it is of a crowd or an unseen class"),
-        "short polygon": ("segmentation", _W, "", "polygons of fewer than 3 points are left out; "
-                          "give null where only the box is known"),
+        "short polygon": ("segmentation", _W, "", "polygons of fewer than 3 points are left out"),
         "mask without a pixel": ("segmentation", _W, "", "it covers nothing of its image, so the "
-                                 "object counts as one without a mask; correct it, or give null"),
+                                 "object counts as one without a mask"),
         "crossing edges": ("segmentation", _W, _W, "edges of the outline cross; the mask is the "
                            "pixels that pycocotools fills; draw the points in order"),
         "no mask": ("segmentation", "", _E, "mask AP needs a mask on every object, of unseen "
                     f"classes too; evaluate on a json that has them, {_ONLY_BOXES}"),
-        "mask of a model": ("mask_source", "", _E, "a mask that a model made is not ground truth; "
-                            f"evaluate on human masks, {_ONLY_BOXES}; one that a human has "
-                            "corrected has 'mask_source' 'human'"),
+        "mask of a model": ("mask_source", "", _E, "a mask that a model made is not ground truth "
+                            f"unless a human corrected it (then it is {HUMAN!r}); evaluate on "
+                            f"human masks, {_ONLY_BOXES}"),
         "source is lost": ("mask_source", _E, "", "load_coco_json leaves the field out, and "
                            "training would take the mask for a human's; register the file with "
                            "register_partial_coco, or give its path in DATASETS.TRAIN"),
@@ -161,10 +146,10 @@ _TABLE = {
         "entry.category_id": ("category_id", "", _E, "allowed: a category id of the ground truth"),
         "entry.score": ("score", "", _E, "allowed: a finite number"),
         "entry.bbox": ("bbox", "", _E, _BOX),
-        "entry.segmentation": ("segmentation", "", _E, "allowed: polygons [[x, y, x, y, x, y, ...],"
-                               " ...] near the image, or an RLE of its size"),
-        "entry twice": ("segmentation", "", _W, "an earlier entry is equal in image, category, "
-                        "score and mask"),
+        "entry.segmentation": ("segmentation", "", _E, f"allowed: {_OUTLINE} or an RLE of the "
+                               "image's size"),
+        "entry twice": ("segmentation", "", _W, "an earlier entry has all of image, class, score "
+                        "and mask"),
     },
 }
 # fmt: on
@@ -178,22 +163,14 @@ def shorten(value: object) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """
-    One kind of problem of a file; as text it is one sentence.
+    """One kind of problem of a file; as text it is one sentence."""
 
-    Attributes:
-        rule: key of ``RULES``.
-        severity: "error" or "warning".
-        count: how many rows have the problem.
-        examples: (id, value) of the first of them.
-    """
-
-    rule: str
-    severity: str
+    rule: str  # key of RULES
+    severity: str  # "error" or "warning"
     file: str
     remedy: str
-    count: int
-    examples: tuple[tuple[str, str], ...]
+    count: int  # how many rows have the problem
+    examples: tuple[tuple[str, str], ...]  # (id, value) of the first of them
 
     def as_warning(self, consequence: str = "") -> Finding:
         """The same as a warning, which says what becomes of it."""
@@ -213,24 +190,16 @@ class Finding:
 
 @dataclass
 class ClassCounts:
-    """
-    What a file has of one class; objects that are not crowds have a mask or a box only.
-
-    Attributes:
-        is_seen: None where the seen classes were not given.
-        masks: of humans.
-        model_masks: masks with "mask_source" "model".
-        rectangles: human masks that are the rectangle of their box: boxes exported as masks?
-    """
+    """What a file has of one class; objects that are not crowds have a mask or a box only."""
 
     name: str
     category_id: int
-    is_seen: bool | None
-    masks: int
+    is_seen: bool | None  # None where the seen classes were not given
+    masks: int  # of humans
     model_masks: int
     boxes_only: int
     crowd: int
-    rectangles: int
+    rectangles: int  # human masks that are the rectangle of their box: boxes exported as masks?
 
     @property
     def num_objects(self) -> int:
@@ -240,15 +209,10 @@ class ClassCounts:
 
 @dataclass
 class Report:
-    """
-    What the checks found in a file, and how much it has of each class.
-
-    Attributes:
-        use: "training" or "evaluation".
-    """
+    """What the checks found in a file, and how much it has of each class."""
 
     file: str
-    use: str = "training"
+    use: str = "training"  # or "evaluation"
     num_images: int = 0
     num_annotations: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -298,16 +262,15 @@ class Report:
     def class_table(self) -> str:
         """The counts of the classes as text, a row for each, and one of their sums."""
         splits = {True: "seen", False: "unseen", None: "-"}
+        columns = ["objects", "human masks", "model masks", "boxes only", "crowd", "rectangles"]
         rows = [
-            [x.name, splits[x.is_seen], x.num_objects, x.masks, x.model_masks, x.boxes_only]
-            + [x.crowd, x.rectangles]
+            [x.num_objects, x.masks, x.model_masks, x.boxes_only, x.crowd, x.rectangles]
             for x in self.classes
         ]
-        rows.append(["total", "", *(sum(numbers) for numbers in list(zip(*rows))[2:])])
-        headers = ["class", "split", "objects", "human masks", "model masks", "boxes only"]
-        headers += ["crowd", "rectangles"]
+        names = [[x.name, splits[x.is_seen]] for x in self.classes] + [["total", ""]]
+        rows = [[*a, *b] for a, b in zip(names, [*rows, map(sum, zip(*rows))])]
         # Names such as "1e3" are not numbers.
-        return tabulate(rows, headers=headers, disable_numparse=[0])
+        return tabulate(rows, headers=["class", "split", *columns], disable_numparse=[0])
 
     def add(
         self,
