@@ -184,12 +184,12 @@ def test_a_smaller_share_is_part_of_a_larger_one(rows, first, second, at_least, 
     for share in (min(first, second), max(first, second)):
         hidden = copy.deepcopy(rows)
         random.shuffle(hidden)  # the choice does not depend on the order of the file
-        before, after = hide_masks(hidden, {1, 2}, share, at_least, seed)
+        before, after = hide_masks(hidden, share, at_least, seed)
         ids = kept(hidden)
         for k in (1, 2, 3):
             of_class = kept(x for x in rows if x["category_id"] == k)
             # Rounded by hand: twice the share of the number, plus one, halved.
-            number = (2 * len(of_class) * share + 1) // 2 if k != 3 else len(of_class)
+            number = (2 * len(of_class) * share + 1) // 2
             number = min(len(of_class), max(number, at_least))
             assert len(ids & of_class) == after[k] == number and before[k] == len(of_class)
         by_id = {x["id"]: x for x in hidden}

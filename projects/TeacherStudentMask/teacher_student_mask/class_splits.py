@@ -154,8 +154,7 @@ def choose_seen_classes(num_masks: Mapping[str, int], min_masks: int) -> list[st
         raise InputError(
             f"DATASETS.SEEN_CLASSES is {AUTO!r}, but no class has DATASETS.MIN_MASKS_PER_CLASS "
             f"{min_masks} masks (crowds and masks of a model do not count). The most masks: "
-            f"{', '.join(f'{name} {num_masks[name]}' for name in most)}. Lower the number, or name "
-            "the seen classes."
+            f"{', '.join(f'{name} {num_masks[name]}' for name in most)}."
         )
     return seen
 

@@ -42,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the model's MODEL.ROI_HEADS.NUM_CLASSES"
     add("--num-classes", type=int, metavar="N", help=text)
     add("--images", action="store_true", help="read every image of --image-root to its end")
-    text = "processes that read images (default: one a core, here %(default)s)"
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         min_masks_per_class=args.min_masks_per_class,
         check_images=args.images,
-        num_workers=args.workers,
+        num_workers=os.cpu_count() or 1,
     )
     if report.classes:
         print(report.class_table())

@@ -16,7 +16,6 @@ examples:
   tsmask edit strip train.json train_stripped.json --seen-classes configs/seen_sets/seen_40.json
   tsmask edit hide train.json train_10_percent.json --keep 0.1
   tsmask edit hide train.json train_few.json --keep 0.01 --min-per-class 10
-  tsmask edit hide train.json train_half.json --keep 0.5 --classes "cat, hair drier"
 """
 
 from __future__ import annotations
@@ -42,15 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("input", metavar="IN.json", help="in COCO's format; not changed")
         one.add_argument("output", metavar="OUT.json", help="must not exist, or see --force")
         one.add_argument("--force", action="store_true", help="replace an OUT.json that exists")
-    spec = '"voc", "nonvoc", "all", names separated by commas, or the path of a list'
-    text = f"classes that keep their masks: {spec}"
+    text = 'keep masks: "voc", "nonvoc", "all", names separated by commas, or the path of a list'
     strip.add_argument("--seen-classes", required=True, metavar="SPEC", help=text)
     text = "of the masks of each class, from 0 to 1"
     hide.add_argument("--keep", required=True, type=float, metavar="SHARE", help=text)
     text = "keep at least so many masks of each class, or all that it has (default: %(default)s)"
     hide.add_argument("--min-per-class", type=int, default=0, metavar="K", help=text)
-    text = f'classes that lose masks: {spec}, "auto" (default: %(default)s)'
-    hide.add_argument("--classes", default="all", metavar="SPEC", help=text)
     text = "of the choice (default: %(default)s)"
     hide.add_argument("--seed", type=int, default=0, metavar="N", help=text)
 
@@ -70,19 +66,17 @@ def run(args: argparse.Namespace) -> None:
     if not is_strip and not 0 <= args.keep <= 1:
         raise InputError(f"--keep must be a number from 0 to 1, got {args.keep}.")
     data = read_json(args.input)
-    spec = args.seen_classes if is_strip else args.classes
-    report = check_coco(args.input, data=data, seen_classes=spec)
+    report = check_coco(args.input, data=data, seen_classes=args.seen_classes if is_strip else None)
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")
     if report.errors:
         raise InputError(f"{args.output}: not written, as the input has errors, see above.")
-    chosen = {x.category_id for x in report.classes if x.is_seen}
     if is_strip:
-        unseen = {x.category_id for x in report.classes} - chosen
+        unseen = {x.category_id for x in report.classes if not x.is_seen}
         before, kept = strip_masks(data["annotations"], unseen)
     else:
-        at_least = args.min_per_class
-        before, kept = hide_masks(data["annotations"], chosen, args.keep, at_least, args.seed)
+        options = (args.keep, args.min_per_class, args.seed)
+        before, kept = hide_masks(data["annotations"], *options)
     write_json(args.output, data)
     rows = [[x.name, before[x.category_id], kept[x.category_id]] for x in report.classes]
     rows.append(["all", before.total(), kept.total()])
@@ -115,11 +109,7 @@ def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Count
 
 
 def hide_masks(
-    annotations: list[dict],
-    classes: Collection[int],
-    keep: float,
-    at_least: int = 0,
-    seed: int = 0,
+    annotations: list[dict], keep: float, at_least: int = 0, seed: int = 0
 ) -> tuple[Counter, Counter]:
     """
     Take the masks of a random share of the objects out of a list of COCO annotations, in place.
@@ -129,7 +119,6 @@ def hide_masks(
 
     Args:
         annotations: without errors.
-        classes: category ids whose masks may go.
         keep: share of the masks of each class that stays, in [0, 1]; halves are rounded up.
         at_least: how many masks of a class stay whatever the share is, if it has so many.
         seed: of the choice.
@@ -147,9 +136,9 @@ def hide_masks(
             number = hashlib.sha256(f"{seed} {category_id} {key}".encode()).digest()
             with_mask[category_id].append((number, row))
     num_masks = Counter({k: len(drawn) for k, drawn in with_mask.items()})
-    num_kept = Counter(num_masks)
-    for category_id in with_mask.keys() & set(classes):
-        drawn = sorted(with_mask[category_id])
+    num_kept = Counter()
+    for category_id, drawn in with_mask.items():
+        drawn.sort()
         # Rounded, as 0.29 * 50 is 14.499999999999998.
         share = math.floor(round(len(drawn) * keep, 6) + 0.5)
         num_kept[category_id] = min(len(drawn), max(at_least, share))

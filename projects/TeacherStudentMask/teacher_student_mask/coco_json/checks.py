@@ -169,10 +169,9 @@ def check_coco(
             report.num_images, report.num_annotations = len(images), len(data["annotations"])
             # The last stands for images that are not there.
             sizes = np.array([*((x["height"], x["width"]) for x in images), (np.nan, np.nan)])
-            _check_images(report, images, sizes)
+            _check_images_and_categories(report, images, sizes, categories, num_classes)
             if image_root is not None:
                 check_files(report, images, image_root, sizes, check_images, num_workers)
-            _check_categories(report, categories, num_classes)
             if not any("twice" in x.rule for x in report.errors):
                 _check_annotations(
                     report, data, sizes, seen_classes, reads_masks, min_masks_per_class
@@ -234,19 +233,18 @@ def _repeated(values: Iterable) -> list[bool]:
     return [x is not None and counts[x] > 1 for x in values]
 
 
-def _check_images(report: Report, images: list[dict], sizes: np.ndarray) -> None:
+def _check_images_and_categories(
+    report: Report,
+    images: list[dict],
+    sizes: np.ndarray,
+    categories: list[dict],
+    num_classes: int | None,
+) -> None:
+    is_large = sizes[:-1].prod(axis=1) >= MAX_PIXELS
+    report.add("large image", images, is_large, lambda i: "{:.0f} x {:.0f}".format(*sizes[i]))
     report.add("image id twice", images, _repeated(x["id"] for x in images))
-    report.add(
-        "large image",
-        images,
-        sizes[:-1].prod(axis=1) >= MAX_PIXELS,
-        lambda i: " x ".join(str(int(x)) for x in sizes[i]),
-    )
     if report.use == "training":
         report.add("file twice", images, _repeated(x["file_name"] for x in images))
-
-
-def _check_categories(report: Report, categories: list[dict], num_classes: int | None) -> None:
     for field in ("id", "name"):
         is_repeated = _repeated(x[field] for x in categories)
         report.add(f"category {field} twice", categories, is_repeated)
@@ -263,6 +261,8 @@ def _check_annotations(
     reads_masks: bool,
     min_masks: int,
 ) -> None:
+    import pandas
+
     rows, images = data["annotations"], data["images"]
 
     def find(rule: str, is_bad: Sequence[bool], *rest) -> None:
@@ -286,8 +286,9 @@ def _check_annotations(
     masks = measure_masks(segmentations, sizes[image], boxes)
     is_mask = masks.state == MaskState.MASK
     is_xyxy = _compare_boxes(find, boxes, sizes[image], segmentations, masks, is_crowd)
-    objects = np.stack([image, np.where(is_crowd, -1, category)], axis=1)
-    _check_repeated(find, objects, boxes)
+    is_compared = np.isfinite(boxes).all(axis=1) & ~is_crowd & (image >= 0) & (category >= 0)
+    objects = pandas.DataFrame(np.column_stack([image, category, is_compared, boxes.round(1)]))
+    find("object twice", is_compared & objects.duplicated().to_numpy())
     is_turned = np.array([_is_turned(x) for x in rows], dtype=bool)
     find("rotated box", is_turned & ~(is_mask & ~masks.is_rectangle))
     _check_boxes(find, boxes, sizes[image], is_xyxy)
@@ -341,7 +342,7 @@ def _compare_boxes(
     is_crowd: np.ndarray,
 ) -> np.ndarray:
     # With the extents of the masks, and with the image where there is no mask. Returns which boxes
-    # seem to be [x0, y0, x1, y1], bool of shape (n,).
+    # seem to be [x0, y0, x1, y1].
     limits, sides = sizes[:, ::-1], boxes[:, 2:]
     with np.errstate(invalid="ignore", over="ignore"):
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + sides], axis=1)
@@ -395,17 +396,6 @@ def _overlaps(
     return both / (of_box + of_mask - both), both / of_mask
 
 
-def _check_repeated(find: Callable, objects: np.ndarray, boxes: np.ndarray) -> None:
-    # objects: image and class, numbers from 0, shape (n, 2); -1: not compared.
-    with np.errstate(over="ignore"):
-        keys = np.concatenate([objects, np.round(boxes, 1)], axis=1)
-    index = np.flatnonzero((objects >= 0).all(axis=1) & np.isfinite(boxes).all(axis=1))
-    index = index[np.lexsort(keys[index].T)]  # stable, so the first of equal ones stays first
-    is_repeated = np.zeros(len(boxes), dtype=bool)
-    is_repeated[index[1:]] = (keys[index[1:]] == keys[index[:-1]]).all(axis=1)
-    find("object twice", is_repeated)
-
-
 def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray, is_xyxy: np.ndarray) -> None:
     limits = sizes[:, ::-1]
     # As Detectron2 computes them, in 32 bits.
@@ -440,7 +430,7 @@ def _check_masks(
     find("RLE of another size", (masks.state == MaskState.WRONG_SIZE) & is_read)
     find("broken runs", (masks.state == MaskState.BROKEN_RUNS) & is_read)
     find("unread mask", (masks.state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
-    find("short polygon", masks.has_short_polygon & (masks.state != MaskState.NOT_A_MASK))
+    find("short polygon", masks.state == MaskState.TOO_SHORT)
     find("mask without a pixel", masks.state == MaskState.EMPTY)
     find("crossing edges", masks.is_crossing)
 

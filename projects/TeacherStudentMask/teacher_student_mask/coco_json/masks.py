@@ -76,7 +76,6 @@ class MeasuredMasks:
     """Arrays with a row for each of n objects."""
 
     state: np.ndarray  # values of MaskState, int8
-    has_short_polygon: np.ndarray  # a polygon of fewer than three points; bool
     is_rectangle: np.ndarray  # one polygon, the rectangle of the object's box to a pixel; bool
     # Edges of a polygon cross, so that its area by the shoelace formula is less than half of the
     # pixels that pycocotools fills; bool.
@@ -136,7 +135,7 @@ def measure_masks(
             not looked for.
     """
     num = len(segmentations)
-    flags, extents = np.zeros((3, num), dtype=bool), np.full((num, 4), np.nan)
+    flags, extents = np.zeros((2, num), dtype=bool), np.full((num, 4), np.nan)
     found = MeasuredMasks(np.zeros(num, np.int8), *flags, extents)
     sizes = np.asarray(sizes, dtype=np.float64).reshape(num, 2)
     for start in range(0, num, _CHUNK_MASKS):
@@ -164,7 +163,6 @@ def _measure_outlines(
     owners = np.repeat(np.array(rows, dtype=int), [len(x) for x in objects])
     lengths = np.array([len(x) for x in polygons], dtype=int)
     is_short = (lengths < _MIN_COORDINATES) | (lengths % 2 == 1)
-    found.has_short_polygon[owners[is_short]] = True
     # Most have nothing but polygons.
     other_forms = [i for i in np.unique(owners[is_short]) if not is_outline(segmentations[i])]
     polygons, owners = valid_polygons(polygons), owners[~is_short]

@@ -127,7 +127,7 @@ _TABLE = {
                         "height x width"),
         "unread mask": ("segmentation", _W, "", "not a usable mask, but training does not read it, "
                         "as it is of a crowd or an unseen class"),
-        "short polygon": ("segmentation", _W, "", "polygons of fewer than 3 points are left out"),
+        "short polygon": ("segmentation", _W, "", "no polygon has 3 points, so it has a box only"),
         "mask without a pixel": ("segmentation", _W, "", "it covers nothing of its image, so the "
                                  "object counts as one without a mask"),
         "crossing edges": ("segmentation", _W, _W, "edges of the outline cross; the mask is the "
