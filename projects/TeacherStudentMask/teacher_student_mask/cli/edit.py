@@ -25,11 +25,10 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection
 
 from ..errors import InputError
 
-__all__ = ["add_arguments", "hide_masks", "run", "strip_masks"]
+__all__ = ["add_arguments", "hide_masks", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,46 +70,28 @@ def run(args: argparse.Namespace) -> None:
         print(f"{finding.severity}: {finding}")
     if report.errors:
         raise InputError(f"{args.output}: not written, as the input has errors, see above.")
+    annotations = data["annotations"]
+    before = Counter(x["category_id"] for x in annotations if _has_human_mask(x))
     if is_strip:
         unseen = {x.category_id for x in report.classes if not x.is_seen}
-        before, kept = strip_masks(data["annotations"], unseen)
+        for annotation in annotations:
+            if annotation["category_id"] in unseen:
+                _forget_mask(annotation)
     else:
-        options = (args.keep, args.min_per_class, args.seed)
-        before, kept = hide_masks(data["annotations"], *options)
+        hide_masks(annotations, args.keep, args.min_per_class, args.seed)
+    kept = Counter(x["category_id"] for x in annotations if _has_human_mask(x))
     write_json(args.output, data)
     rows = [[x.name, before[x.category_id], kept[x.category_id]] for x in report.classes]
     rows.append(["all", before.total(), kept.total()])
     # Names such as "1e3" are not numbers.
-    print(tabulate(rows, headers=["class", "masks before", "masks kept"], disable_numparse=[0]))
-    emptied = [x.name for x in report.classes if before[x.category_id] and not kept[x.category_id]]
+    print(tabulate(rows, headers=["class", "human masks", "kept"], disable_numparse=[0]))
+    emptied = [name for name, num_before, num_kept in rows if num_before and not num_kept]
     if emptied and not is_strip:
         print(f"warning: no mask is left of: {', '.join(emptied)}; --min-per-class keeps some")
-    print(f"Written to {args.output}: {(before - kept).total()} masks removed")
+    print(f"Written to {args.output}")
 
 
-def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Counter, Counter]:
-    """
-    Take the masks of unseen classes out of a list of COCO annotations, in place.
-
-    Args:
-        annotations: without errors.
-        unseen: category ids.
-
-    Returns:
-        The masks there were and those kept of them, {category id: number}.
-    """
-    from ..coco_json import has_mask
-
-    num_masks = Counter(x["category_id"] for x in annotations if has_mask(x))
-    for annotation in annotations:
-        if annotation["category_id"] in unseen:
-            _forget_mask(annotation)
-    return num_masks, Counter({k: num for k, num in num_masks.items() if k not in unseen})
-
-
-def hide_masks(
-    annotations: list[dict], keep: float, at_least: int = 0, seed: int = 0
-) -> tuple[Counter, Counter]:
+def hide_masks(annotations: list[dict], keep: float, at_least: int = 0, seed: int = 0) -> None:
     """
     Take the masks of a random share of the objects out of a list of COCO annotations, in place.
 
@@ -122,29 +103,26 @@ def hide_masks(
         keep: share of the masks of each class that stays, in [0, 1]; halves are rounded up.
         at_least: how many masks of a class stay whatever the share is, if it has so many.
         seed: of the choice.
-
-    Returns:
-        The human masks there were, without crowds, and those kept of them, {category id: number}.
     """
-    from ..coco_json import has_mask, is_from_model
-
     with_mask = defaultdict(list)
     for row, annotation in enumerate(annotations):
-        if has_mask(annotation) and not (annotation.get("iscrowd") or is_from_model(annotation)):
+        if _has_human_mask(annotation):
             # Drawn by the id alone (the row, where there is none), not by the place in the file.
             category_id, key = annotation["category_id"], annotation.get("id", f"row {row}")
             number = hashlib.sha256(f"{seed} {category_id} {key}".encode()).digest()
             with_mask[category_id].append((number, row))
-    num_masks = Counter({k: len(drawn) for k, drawn in with_mask.items()})
-    num_kept = Counter()
-    for category_id, drawn in with_mask.items():
-        drawn.sort()
+    for drawn in with_mask.values():
         # Rounded, as 0.29 * 50 is 14.499999999999998.
-        share = math.floor(round(len(drawn) * keep, 6) + 0.5)
-        num_kept[category_id] = min(len(drawn), max(at_least, share))
-        for _, row in drawn[num_kept[category_id] :]:
+        num_kept = max(at_least, math.floor(round(len(drawn) * keep, 6) + 0.5))
+        for _, row in sorted(drawn)[num_kept:]:
             _forget_mask(annotations[row])
-    return num_masks, num_kept
+
+
+def _has_human_mask(annotation: dict) -> bool:
+    from ..coco_json import has_mask, is_from_model
+
+    is_object = not annotation.get("iscrowd") and not is_from_model(annotation)
+    return is_object and has_mask(annotation)
 
 
 def _forget_mask(annotation: dict) -> None:

@@ -167,8 +167,7 @@ def check_coco(
         if _has_types(report, data, *types):
             images, categories = data["images"], data["categories"]
             report.num_images, report.num_annotations = len(images), len(data["annotations"])
-            # The last stands for images that are not there.
-            sizes = np.array([*((x["height"], x["width"]) for x in images), (np.nan, np.nan)])
+            sizes = np.array([(x["height"], x["width"]) for x in images], dtype=np.float64)
             _check_images_and_categories(report, images, sizes, categories, num_classes)
             if image_root is not None:
                 check_files(report, images, image_root, sizes, check_images, num_workers)
@@ -240,7 +239,7 @@ def _check_images_and_categories(
     categories: list[dict],
     num_classes: int | None,
 ) -> None:
-    is_large = sizes[:-1].prod(axis=1) >= MAX_PIXELS
+    is_large = sizes.prod(axis=1) >= MAX_PIXELS
     report.add("large image", images, is_large, lambda i: "{:.0f} x {:.0f}".format(*sizes[i]))
     report.add("image id twice", images, _repeated(x["id"] for x in images))
     if report.use == "training":
@@ -279,6 +278,9 @@ def _check_annotations(
     ids = [x.get("id") for x in rows]
     find("annotation without id", [x is None for x in ids])
     find("annotation id twice", _repeated(x if type(x) in (int, float, str) else None for x in ids))
+    is_known = (image >= 0) & (category >= 0)
+    rows = [x for x, known in zip(rows, is_known) if known]
+    image, category = image[is_known], category[is_known]
     boxes = np.array([x["bbox"] for x in rows], dtype=np.float64).reshape(-1, 4)
     is_crowd = np.array([bool(x.get("iscrowd", 0)) for x in rows], dtype=bool)
     is_model = np.array([is_from_model(x) for x in rows], dtype=bool)
@@ -286,7 +288,7 @@ def _check_annotations(
     masks = measure_masks(segmentations, sizes[image], boxes)
     is_mask = masks.state == MaskState.MASK
     is_xyxy = _compare_boxes(find, boxes, sizes[image], segmentations, masks, is_crowd)
-    is_compared = np.isfinite(boxes).all(axis=1) & ~is_crowd & (image >= 0) & (category >= 0)
+    is_compared = np.isfinite(boxes).all(axis=1) & ~is_crowd
     objects = pandas.DataFrame(np.column_stack([image, category, is_compared, boxes.round(1)]))
     find("object twice", is_compared & objects.duplicated().to_numpy())
     is_turned = np.array([_is_turned(x) for x in rows], dtype=bool)
@@ -305,14 +307,13 @@ def _check_annotations(
     is_human = is_mask & ~is_crowd & ~is_model
 
     def count(is_counted: np.ndarray) -> list[int]:
-        # Of each class; the unknown class -1 comes first, and is left away.
-        return np.bincount(category[is_counted] + 1, minlength=len(names) + 1)[1:].tolist()
+        return np.bincount(category[is_counted], minlength=len(names)).tolist()
 
-    num_masks = dict(zip(names.values(), count(is_human & (image >= 0))))
+    num_masks = dict(zip(names.values(), count(is_human)))
     is_seen = _resolve_seen(report, num_masks, seen_classes, min_masks)
     # Crowds are left out, and unseen classes lose their masks, unless a model made them.
     if is_seen is not None:
-        is_read &= (np.append(is_seen, False)[category] | is_model) & ~is_crowd
+        is_read &= (is_seen[category] | is_model) & ~is_crowd
     _check_masks(find, masks, is_read, reads_masks)
     seen = [None] * len(names) if is_seen is None else is_seen.tolist()
     counted = (is_human, is_mask & ~is_crowd & is_model, ~is_mask & ~is_crowd, is_crowd)
@@ -321,7 +322,7 @@ def _check_annotations(
     _check_classes(report, data["categories"])
     if rows and is_crowd.all():
         report.add_to_file("no objects", "nothing but crowds")
-    num_objects = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
+    num_objects = np.bincount(image[~is_crowd], minlength=len(images))
     is_many = num_objects > _MANY_OBJECTS
     report.add("many objects", images, is_many, lambda i: f"a list of {num_objects[i]} objects")
 
@@ -387,8 +388,8 @@ def _overlaps(
 ) -> tuple[np.ndarray, np.ndarray]:
     # The IoU, and the share of the extents inside; both are cut to the image, and half a pixel
     # larger on each side, as exports round. nan where there are no extents.
-    low, high = np.maximum(corners[:, :2], 0), np.fmin(corners[:, 2:], limits)
-    mask_low, mask_high = np.maximum(extents[:, :2], 0), np.fmin(extents[:, 2:], limits)
+    low, high = np.maximum(corners[:, :2], 0), np.minimum(corners[:, 2:], limits)
+    mask_low, mask_high = np.maximum(extents[:, :2], 0), np.minimum(extents[:, 2:], limits)
     both = np.minimum(high, mask_high) - np.maximum(low, mask_low) + BOX_TOLERANCE
     both = np.maximum(both, 0).prod(axis=1)
     of_box = np.maximum(high - low + BOX_TOLERANCE, 0).prod(axis=1)

@@ -130,7 +130,7 @@ def measure_masks(
 
     Args:
         segmentations: n values of "segmentation", of any kind, as json holds them.
-        sizes: (height, width) of the images, shape (n, 2); nan: not known, any will do.
+        sizes: (height, width) of the images, shape (n, 2); nan: polygons of any size will do.
         boxes: XYWH of the objects, shape (n, 4); None: rectangles, crossing edges and extents are
             not looked for.
     """
@@ -264,15 +264,14 @@ def _measure_rles(
     for i, rle in enumerate(segmentations):
         if type(rle) is not dict:
             continue
-        runs, size, expected = _runs_of(rle.get("counts")), rle.get("size"), sizes[i].tolist()
-        is_known = not np.isnan(sizes[i]).any()
-        if is_known and (type(size) not in (list, tuple) or list(size) != expected):
+        runs, size = _runs_of(rle.get("counts")), rle.get("size")
+        if type(size) not in (list, tuple) or list(size) != sizes[i].tolist():
             found.state[i] = MaskState.WRONG_SIZE
-        elif runs is None or is_known and runs.sum() != sizes[i].prod():
+        elif runs is None or runs.sum() != sizes[i].prod():
             found.state[i] = MaskState.BROKEN_RUNS
         else:
             found.state[i] = MaskState.MASK if runs[1::2].any() else MaskState.EMPTY
-            if is_known and runs[1::2].any():
+            if runs[1::2].any():
                 masks[i] = rle
     if with_extents:
         found.extents[list(masks)] = extents_of_rles(list(masks.values()))
