@@ -55,24 +55,21 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
     Args:
         spec: one of
 
-            * ``"voc"`` / ``"nonvoc"``: the two halves of COCO's 80 classes. The dataset may have
-              fewer classes than COCO, but no others.
+            * ``"voc"`` / ``"nonvoc"``: the halves of COCO's 80 classes; the dataset has no others.
             * ``"all"``: every class (the fully supervised oracle).
-            * class names separated by commas, e.g. ``"cat, hair drier"``.
+            * names separated by commas, e.g. ``"cat, hair drier"``; after a comma, ``", all"``
+              is a class, too.
             * a path to a ``.json`` file with a list of names, or to a text file with one name a
               line (``#`` starts a comment).
             * a json list after a comma, for names that contain commas: ``', ["cat, big", "dog"]'``
               (without the comma before it a config would read it as a list).
-
-            Names with a comma before them, ``", all"``, are never one of the words above or a file.
         thing_classes: the dataset's class names; the position is the contiguous id.
 
     Returns:
         The contiguous ids of the seen classes, sorted, each once.
 
     Raises:
-        InputError: an empty ``spec``, a name that the dataset lacks (with the nearest names), or a
-            file of another form.
+        InputError: no name, one that the dataset lacks, or a file of another form.
     """
     spec, problem = spec.strip(), f"DATASETS.SEEN_CLASSES is {spec!r}"
     if spec == AUTO:
@@ -86,7 +83,7 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
         foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
         if foreign:
             raise InputError(
-                f"{problem}, a split of COCO's 80 classes, but the dataset has other classes: "
+                f"{problem}, a split of COCO's 80 classes, but the dataset has others: "
                 f"{foreign[:5]}. Name its seen classes instead, separated by commas."
             )
         return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
@@ -114,7 +111,7 @@ def match_classes(names: Sequence[str], model_classes: Sequence[str], source: st
         The model's id of each name.
 
     Raises:
-        InputError: names that the model does not know, with the nearest that it does.
+        InputError: names that the model does not know.
     """
     problem = f"The model does not know all classes of {source}:"
     return _find_names(names, model_classes, problem)

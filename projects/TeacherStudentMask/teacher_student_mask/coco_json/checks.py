@@ -135,22 +135,19 @@ def check_coco(
 
     Nothing that a file holds raises an exception. Values of other types are reported alone, as all
     else builds on them. Masks that training does not read, of crowds and unseen classes, make
-    warnings where others make errors, but an outline in a form that is not COCO's is an error
-    wherever any masks are read. Evaluation takes the masks of all objects, and needs ids and areas;
-    without "annotations" there is nothing to evaluate.
+    warnings where others make errors, unless they are in a form that is not COCO's. Evaluation
+    takes the masks of all objects, and needs ids and areas; no "annotations" are no problem for it.
 
     Args:
-        json_file: the annotations.
         data: the content of ``json_file`` where it has been read already; not changed.
         image_root: folder of the images; None: do not look whether they are there.
-        seen_classes: in the form of ``DATASETS.SEEN_CLASSES``; None: masks of all classes are read.
-            "auto": the classes with enough human masks in this file.
+        seen_classes: in the form of ``DATASETS.SEEN_CLASSES``, "auto" included; None: all masks are
+            read.
         num_classes: of the model, ``MODEL.ROI_HEADS.NUM_CLASSES``; None: any number will do.
         use: "training" or "evaluation".
         reads_masks: whether training or evaluation needs the masks.
         min_masks_per_class: masks a class needs to be chosen by ``seen_classes`` "auto".
-        check_images: open every image of ``image_root`` and read all of it.
-        num_workers: processes that read images; 1: this one alone.
+        check_images: read every image of ``image_root`` to its end, in ``num_workers`` threads.
     """
     report = Report(os.fspath(json_file), use)
     if data is None:

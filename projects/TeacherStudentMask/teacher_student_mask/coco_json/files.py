@@ -36,10 +36,7 @@ TRANSPOSED = (5, 6, 7, 8)
 
 @contextlib.contextmanager
 def paused_gc() -> Iterator[None]:
-    """
-    No garbage collection inside: a large file becomes millions of lists and dicts that all stay,
-    and going through them for cycles would take a third of the time of reading it.
-    """
+    """No garbage collection inside, a third of the time of reading a large file."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -27,7 +27,6 @@ __all__ = [
     "MeasuredMasks",
     "compress_mask",
     "extents_of_rles",
-    "has_empty_run",
     "has_mask",
     "is_from_model",
     "is_outline",
@@ -85,21 +84,15 @@ class MeasuredMasks:
 
 def is_from_model(annotation: dict) -> bool:
     """
-    Whether the mask of an annotation is one that a model made: SAM, an earlier run, ...
-
-    Args:
-        annotation: of a COCO json, or in Detectron2's format; its mask may be missing.
+    Whether the mask of an annotation, in COCO's or Detectron2's format, is one that a model made.
     """
     return annotation.get("mask_source") == MODEL
 
 
 def has_mask(annotation: dict) -> bool:
     """
-    Whether a COCO annotation carries a mask: an RLE, or at least one polygon of three points.
-
-    Args:
-        annotation: one entry of the json's "annotations". A "segmentation" that is missing, null
-            or empty means that the object is known by its box only.
+    Whether a COCO annotation carries a mask: an RLE, or at least one polygon of three points. If
+    not ("segmentation" may be missing, null or empty), the object is known by its box only.
     """
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
@@ -195,8 +188,8 @@ def _measure_outlines(
     is_doubtful &= (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
     for i in np.flatnonzero(is_doubtful).tolist():
         num_pixels = _filled_pixels(polygons[i], extents[i], limits[i])
-        is_thin = num_pixels < _THIN_SHARE * sides[i].prod()
-        found.is_crossing[owners[i]] |= not is_thin and areas[i] < num_pixels / 2
+        is_thick = num_pixels >= _THIN_SHARE * sides[i].prod()
+        found.is_crossing[owners[i]] |= is_thick and areas[i] < num_pixels / 2
 
 
 def _measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -319,11 +312,6 @@ def extents_of_rles(rles: Sequence[dict], by_rows: bool = False) -> np.ndarray:
     return np.concatenate([low[:, order], (low + boxes[:, 2:])[:, order]], axis=1)
 
 
-def has_empty_run(rle: dict) -> bool:
-    """Whether an RLE that can be used has a run of length 0, but for its first."""
-    return not _runs_of(rle["counts"])[1:].all()
-
-
 def compress_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
     """
     Args:
@@ -344,6 +332,6 @@ def compress_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
     elif isinstance(counts, str):
         counts = counts.encode("ascii")
     rle = {"size": size, "counts": counts}
-    if has_empty_run(rle):
+    if not _runs_of(counts)[1:].all():
         rle["counts"] = mask_util.encode(mask_util.decode(rle))["counts"]
     return rle

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from ..errors import InputError
 from .checks import Box, Whole, check_coco, check_types
 from .files import read_json
-from .masks import MaskState, compress_mask, has_empty_run, has_mask, measure_masks, valid_polygons
+from .masks import MaskState, compress_mask, has_mask, measure_masks, valid_polygons
 from .report import Finding, Report
 
 __all__ = ["load_ground_truth", "load_results", "prepare_ground_truth"]
@@ -68,8 +68,8 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     """
     Check annotations and complete them in place.
 
-    Malformed polygons beside others are left out, runs of length 0 joined, missing "iscrowd"
-    becomes 0, and ids are numbered anew unless all are positive whole numbers.
+    Malformed polygons beside others are left out, RLEs compressed, a missing "iscrowd" becomes 0,
+    and ids are numbered anew unless all are positive whole numbers.
 
     Args:
         coco: with "annotations" in its dataset; indexed, if it has not been or ids have changed.
@@ -90,11 +90,9 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     for annotation in annotations:
         annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
         segmentation = annotation.get("segmentation")
-        if not reads_masks:
-            continue
-        if isinstance(segmentation, list):
+        if reads_masks and isinstance(segmentation, list):
             annotation["segmentation"] = valid_polygons(segmentation)
-        elif isinstance(segmentation, dict) and has_empty_run(segmentation):
+        elif reads_masks and isinstance(segmentation, dict):
             annotation["segmentation"] = compress_mask(segmentation, segmentation["size"])
     is_usable = all(type(x["id"]) is int and x["id"] > 0 for x in annotations)
     if not is_usable:
