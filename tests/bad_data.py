@@ -282,6 +282,7 @@ CASES = [
     *of("image_id", ("unknown image", 31)),
     *of("category_id", ("unknown category", 4)),
     *of("iscrowd", ("crowd flag null", None)),
+    *of("mask_source", ("another source of a mask", "sam"), ("source that is a list", ["model"])),
     *of(
         "bbox",
         ("box with NaN", [4, math.nan, 36, 40]),
