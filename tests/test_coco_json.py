@@ -205,6 +205,17 @@ def test_types_are_checked_when_a_json_is_read(tmp_path):
         read_json(tmp_path / "none.json")
 
 
+def test_coco_has_no_findings(coco_root):
+    report = check_coco(
+        f"{coco_root}/annotations/instances_val2017.json",
+        image_root=f"{coco_root}/val2017",
+        seen_classes="voc",
+        num_classes=80,
+    )
+    assert report.findings == []
+    assert sum(x.masks + x.crowd for x in report.classes) == report.num_annotations
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0)), max_size=6))
 def test_masks_of_pycocotools_are_read_with_their_areas(shapes):
