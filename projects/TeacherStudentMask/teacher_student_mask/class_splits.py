@@ -26,10 +26,7 @@ VOC_CLASSES = (
     "dog", "horse", "sheep", "cow", "bottle", "chair", "couch", "potted plant", "dining table",
     "tv",
 )
-# fmt: on
-
 # The other 60 of COCO's 80 classes.
-# fmt: off
 NONVOC_CLASSES = (
     "truck", "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "elephant",
     "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
@@ -45,7 +42,7 @@ NONVOC_CLASSES = (
 # The spec that the training data have to answer, see data/seen_classes.py.
 AUTO = "auto"
 
-_NAMED_SPLITS = {"voc": frozenset(VOC_CLASSES), "nonvoc": frozenset(NONVOC_CLASSES)}
+_NAMED_SPLITS = {"voc": VOC_CLASSES, "nonvoc": NONVOC_CLASSES}
 
 
 def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
@@ -58,46 +55,47 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
     Args:
         spec: one of
 
-            * ``"voc"`` / ``"nonvoc"``: the two halves of COCO's 80 classes. The dataset may have
-              fewer classes than COCO, but no others.
+            * ``"voc"`` / ``"nonvoc"``: the halves of COCO's 80 classes; the dataset has no others.
             * ``"all"``: every class (the fully supervised oracle).
-            * class names separated by commas, e.g. ``"cat, hair drier"``.
+            * names separated by commas, e.g. ``"cat, hair drier"``; after a comma, ``", all"``
+              is a class, too.
             * a path to a ``.json`` file with a list of names, or to a text file with one name a
               line (``#`` starts a comment).
             * a json list after a comma, for names that contain commas: ``', ["cat, big", "dog"]'``
               (without the comma before it a config would read it as a list).
-
-            Names with a comma before them, ``", all"``, are never one of the words above or a file.
         thing_classes: the dataset's class names; the position is the contiguous id.
 
     Returns:
         The contiguous ids of the seen classes, sorted, each once.
 
     Raises:
-        InputError: an empty ``spec``, a name that the dataset lacks (with the nearest names), or a
-            file of another form.
+        InputError: no name, one that the dataset lacks, or a file of another form.
     """
-    thing_classes = list(thing_classes)
-    spec = spec.strip()
+    spec, problem = spec.strip(), f"DATASETS.SEEN_CLASSES is {spec!r}"
     if spec == AUTO:
         raise InputError(
-            f"SEEN_CLASSES is {AUTO!r}, which only the training annotations can answer: use the "
-            "config.yaml that train_net.py writes to OUTPUT_DIR, which has the names of the "
-            f"classes. A class of this name is meant by ', {AUTO}'."
+            f"{problem}, which only the training annotations can answer: use the config.yaml that "
+            f"train_net.py writes to OUTPUT_DIR. A class of this name is meant by ', {AUTO}'."
         )
     if spec == "all":
         return list(range(len(thing_classes)))
     if spec in _NAMED_SPLITS:
-        return _resolve_named_split(spec, thing_classes)
-
+        foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
+        if foreign:
+            raise InputError(
+                f"{problem}, a split of COCO's 80 classes, but the dataset has others: "
+                f"{foreign[:5]}. Name its seen classes instead, separated by commas."
+            )
+        return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
     names = _read_names(spec)
     if not names:
         raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, which names no class. Allowed: 'voc', 'nonvoc', "
-            "'all', class names separated by commas, or a path to a text or json list."
+            f"{problem}, which names no class. Allowed: 'voc', 'nonvoc', 'all', class names "
+            "separated by commas, or a path to a text or json list."
         )
-    problem = f"DATASETS.SEEN_CLASSES is {spec!r}, but the dataset has no class"
-    return sorted(set(_find_names(names, thing_classes, problem)))
+    return sorted(
+        set(_find_names(names, thing_classes, f"{problem}, but the dataset has no class"))
+    )
 
 
 def match_classes(names: Sequence[str], model_classes: Sequence[str], source: str) -> list[int]:
@@ -113,24 +111,23 @@ def match_classes(names: Sequence[str], model_classes: Sequence[str], source: st
         The model's id of each name.
 
     Raises:
-        InputError: names that the model does not know, with the nearest that it does.
+        InputError: names that the model does not know.
     """
-    return _find_names(
-        names, list(model_classes), f"The model does not know all classes of {source}:"
-    )
+    problem = f"The model does not know all classes of {source}:"
+    return _find_names(names, model_classes, problem)
 
 
-def _find_names(names: Sequence[str], known: list[str], problem: str) -> list[int]:
+def _find_names(names: Sequence[str], known: Sequence[str], problem: str) -> list[int]:
+    ids = {name: i for i, name in enumerate(known)}
     hints = []
     for name in names:
-        if name not in known:
+        if name not in ids:
             near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
             hints.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
     if hints:
         raise InputError(
             f"{problem} {', '.join(hints)}. Its {len(known)} classes: {', '.join(known[:100])}."
         )
-    ids = {name: i for i, name in enumerate(known)}
     return [ids[name] for name in names]
 
 
@@ -154,21 +151,9 @@ def choose_seen_classes(num_masks: Mapping[str, int], min_masks: int) -> list[st
         raise InputError(
             f"DATASETS.SEEN_CLASSES is {AUTO!r}, but no class has DATASETS.MIN_MASKS_PER_CLASS "
             f"{min_masks} masks (crowds and masks of a model do not count). The most masks: "
-            f"{', '.join(f'{name} {num_masks[name]}' for name in most)}. Lower the number, or name "
-            "the seen classes."
+            f"{', '.join(f'{name} {num_masks[name]}' for name in most)}."
         )
     return seen
-
-
-def _resolve_named_split(spec: str, thing_classes: list[str]) -> list[int]:
-    foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
-    if foreign:
-        raise InputError(
-            f"DATASETS.SEEN_CLASSES is {spec!r}, a split of COCO's 80 classes, but the dataset has "
-            f"other classes: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Name its seen "
-            "classes instead, separated by commas, or give a path to a list."
-        )
-    return [i for i, name in enumerate(thing_classes) if name in _NAMED_SPLITS[spec]]
 
 
 def _read_names(spec: str) -> list[str]:
@@ -185,13 +170,11 @@ def _read_names(spec: str) -> list[str]:
         return [name.strip() for name in spec.split(",") if name.strip()]
     try:
         names = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"The list of seen classes {spec!r} is not valid json: {error}."
-        ) from error
+    except json.JSONDecodeError:
+        names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(
             f"The list of seen classes {spec!r} must be a json list of class names, "
-            f'such as ["cat", "dog"]; it holds {str(names)[:80]}.'
+            f'such as ["cat", "dog"]; it holds {text[:80]}.'
         )
     return names

@@ -1,10 +1,10 @@
 """
 Looks for what is wrong with a COCO json, in which any object may lack its mask, and its images.
 
-Printed are, for each class, how many objects have a mask or a box only, the crowds, the masks that
-are just the rectangle of their box (boxes that were exported as masks?), and what training leaves
-out and why; notes on masks that are not used, and on classes with few objects; then one sentence
-for each kind of problem, with the first ids:
+Printed are, for each class, how many objects have a mask or a box only, the crowds, and the masks
+that are just the rectangle of their box (boxes that were exported as masks?); notes on masks that
+are not used, and on classes with few objects; then one sentence for each kind of problem, with the
+first ids:
   error    training would stop, or go wrong without a word; the exit status is 1
   warning  training goes on as the sentence says
 
@@ -42,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the model's MODEL.ROI_HEADS.NUM_CLASSES"
     add("--num-classes", type=int, metavar="N", help=text)
     add("--images", action="store_true", help="read every image of --image-root to its end")
-    text = "processes that read images (default: one a core, here %(default)s)"
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         min_masks_per_class=args.min_masks_per_class,
         check_images=args.images,
-        num_workers=args.workers,
+        num_workers=os.cpu_count() or 1,
     )
     if report.classes:
         print(report.class_table())

@@ -1,10 +1,9 @@
 """
 Takes masks out of a COCO json. The boxes stay.
 
-  strip  the masks of unseen classes. Training with the output is the same as with the whole json,
-         whose unseen masks the mapper forgets; but whoever has the file can see that no program
-         could have used them. Crowds of these classes lose theirs, too, and masks of models with
-         their "mask_source", for a file cannot prove that no human drew them.
+  strip  the masks of unseen classes, those of crowds and of models included. Training with the
+         output is the same as with the whole json, whose unseen masks the mapper forgets; but
+         whoever has the file can see that no program could have used them.
   hide   the masks of a random share of the objects, class by class, to measure on data that have
          all masks how many a training needs. The choice depends on the seed and the ids alone; what
          is kept of 0.05 is kept of 0.1. Crowds and masks of models stay, and do not count.
@@ -17,7 +16,6 @@ examples:
   tsmask edit strip train.json train_stripped.json --seen-classes configs/seen_sets/seen_40.json
   tsmask edit hide train.json train_10_percent.json --keep 0.1
   tsmask edit hide train.json train_few.json --keep 0.01 --min-per-class 10
-  tsmask edit hide train.json train_half.json --keep 0.5 --classes "cat, hair drier"
 """
 
 from __future__ import annotations
@@ -27,12 +25,10 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from fractions import Fraction
 
 from ..errors import InputError
 
-__all__ = ["add_arguments", "hide_masks", "run", "strip_masks"]
+__all__ = ["add_arguments", "hide_masks", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("input", metavar="IN.json", help="in COCO's format; not changed")
         one.add_argument("output", metavar="OUT.json", help="must not exist, or see --force")
         one.add_argument("--force", action="store_true", help="replace an OUT.json that exists")
-    spec = '"voc", "nonvoc", "all", names separated by commas, or the path of a list'
-    text = f"classes that keep their masks: {spec}"
+    text = 'keep masks: "voc", "nonvoc", "all", names separated by commas, or the path of a list'
     strip.add_argument("--seen-classes", required=True, metavar="SPEC", help=text)
     text = "of the masks of each class, from 0 to 1"
-    hide.add_argument("--keep", required=True, type=_share, metavar="SHARE", help=text)
+    hide.add_argument("--keep", required=True, type=float, metavar="SHARE", help=text)
     text = "keep at least so many masks of each class, or all that it has (default: %(default)s)"
     hide.add_argument("--min-per-class", type=int, default=0, metavar="K", help=text)
-    text = f'classes that lose masks: {spec}, "auto" (default: %(default)s)'
-    hide.add_argument("--classes", default="all", metavar="SPEC", help=text)
     text = "of the choice (default: %(default)s)"
     hide.add_argument("--seed", type=int, default=0, metavar="N", help=text)
 
@@ -63,84 +56,42 @@ def run(args: argparse.Namespace) -> None:
 
     from ..coco_json import check_coco, read_json, write_json
 
-    _check_paths(args)
+    if os.path.exists(args.output):
+        if os.path.exists(args.input) and os.path.samefile(args.input, args.output):
+            raise InputError(f"{args.output}: the input itself; it is never replaced.")
+        if not args.force:
+            raise InputError(f"{args.output}: exists; --force replaces it.")
     is_strip = args.edit == "strip"
+    if not is_strip and not 0 <= args.keep <= 1:
+        raise InputError(f"--keep must be a number from 0 to 1, got {args.keep}.")
     data = read_json(args.input)
-    spec = args.seen_classes if is_strip else args.classes
-    report = check_coco(args.input, data=data, seen_classes=spec)
+    report = check_coco(args.input, data=data, seen_classes=args.seen_classes if is_strip else None)
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")
     if report.errors:
         raise InputError(f"{args.output}: not written, as the input has errors, see above.")
-    chosen = {x.category_id for x in report.classes if x.is_seen}
+    annotations = data["annotations"]
+    before = Counter(x["category_id"] for x in annotations if _has_human_mask(x))
     if is_strip:
-        unseen = {x.category_id for x in report.classes} - chosen
-        before, removed = strip_masks(data["annotations"], unseen)
-        kept = before - removed
+        unseen = {x.category_id for x in report.classes if not x.is_seen}
+        for annotation in annotations:
+            if annotation["category_id"] in unseen:
+                _forget_mask(annotation)
     else:
-        at_least = args.min_per_class
-        before, kept = hide_masks(data["annotations"], chosen, args.keep, at_least, args.seed)
+        hide_masks(annotations, args.keep, args.min_per_class, args.seed)
+    kept = Counter(x["category_id"] for x in annotations if _has_human_mask(x))
     write_json(args.output, data)
-    rows = []
-    for x in report.classes:
-        num_kept, num_before = kept[x.category_id], before[x.category_id]
-        boxes = x.num_objects + x.crowd
-        rows.append([x.name, boxes, x.crowd, num_before, num_kept, num_before - num_kept])
-    totals = [sum(numbers) for numbers in list(zip(*rows))[1:]]
-    headers = ["class", "boxes", "of them crowds", "masks before", "masks kept", "masks removed"]
+    rows = [[x.name, before[x.category_id], kept[x.category_id]] for x in report.classes]
+    rows.append(["all", before.total(), kept.total()])
     # Names such as "1e3" are not numbers.
-    print(tabulate([*rows, ["all", *totals]], headers=headers, disable_numparse=[0]))
-    emptied = [x.name for x in report.classes if before[x.category_id] and not kept[x.category_id]]
+    print(tabulate(rows, headers=["class", "human masks", "kept"], disable_numparse=[0]))
+    emptied = [name for name, num_before, num_kept in rows if num_before and not num_kept]
     if emptied and not is_strip:
         print(f"warning: no mask is left of: {', '.join(emptied)}; --min-per-class keeps some")
-    print(f"Written to {args.output}: {totals[4]} masks removed, {totals[3]} kept")
+    print(f"Written to {args.output}")
 
 
-def _share(text: str) -> Fraction:
-    # Exactly as it is written: 0.1 of 30 masks is 3.
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = None
-    if value is None or not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}.")
-    return value
-
-
-def _check_paths(args: argparse.Namespace) -> None:
-    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
-        raise InputError(f"{args.output}: the input itself; it is never replaced.")
-    if os.path.exists(args.output) and not args.force:
-        raise InputError(f"{args.output}: exists; --force replaces it.")
-
-
-def strip_masks(annotations: list[dict], unseen: Collection[int]) -> tuple[Counter, Counter]:
-    """
-    Take the masks of unseen classes out of a list of COCO annotations, in place.
-
-    Args:
-        annotations: without errors.
-        unseen: category ids.
-
-    Returns:
-        The masks there were and those removed of them, {category id: number}.
-    """
-    from ..coco_json import has_mask
-
-    num_masks = Counter(x["category_id"] for x in annotations if has_mask(x))
-    for annotation in annotations:
-        if annotation["category_id"] in unseen:
-            _forget_mask(annotation)
-    return num_masks, Counter({k: num for k, num in num_masks.items() if k in unseen})
-
-
-def hide_masks(
-    annotations: list[dict],
-    classes: Collection[int],
-    keep: Fraction | float,
-    at_least: int = 0,
-    seed: int = 0,
-) -> tuple[Counter, Counter]:
+def hide_masks(annotations: list[dict], keep: float, at_least: int = 0, seed: int = 0) -> None:
     """
     Take the masks of a random share of the objects out of a list of COCO annotations, in place.
 
@@ -149,37 +100,29 @@ def hide_masks(
 
     Args:
         annotations: without errors.
-        classes: category ids whose masks may go.
         keep: share of the masks of each class that stays, in [0, 1]; halves are rounded up.
         at_least: how many masks of a class stay whatever the share is, if it has so many.
         seed: of the choice.
-
-    Returns:
-        The human masks there were, without crowds, and those kept of them, {category id: number}.
     """
-    from ..coco_json import has_mask, is_from_model
-
     with_mask = defaultdict(list)
     for row, annotation in enumerate(annotations):
-        is_counted = not annotation.get("iscrowd") and not is_from_model(annotation)
-        if is_counted and has_mask(annotation):
-            # Without an id its row tells an object from the others.
-            key = annotation.get("id", f"row {row}")
-            with_mask[annotation["category_id"]].append((key, annotation))
-    num_masks = Counter({k: len(rows) for k, rows in with_mask.items()})
-    num_kept = Counter(num_masks)
-    for category_id in with_mask.keys() & set(classes):
+        if _has_human_mask(annotation):
+            # Drawn by the id alone (the row, where there is none), not by the place in the file.
+            category_id, key = annotation["category_id"], annotation.get("id", f"row {row}")
+            number = hashlib.sha256(f"{seed} {category_id} {key}".encode()).digest()
+            with_mask[category_id].append((number, row))
+    for drawn in with_mask.values():
+        # Rounded, as 0.29 * 50 is 14.499999999999998.
+        num_kept = max(at_least, math.floor(round(len(drawn) * keep, 6) + 0.5))
+        for _, row in sorted(drawn)[num_kept:]:
+            _forget_mask(annotations[row])
 
-        def draw(row: tuple, category_id: int = category_id) -> bytes:
-            # A number drawn for an object whose place in the file does not matter.
-            return hashlib.sha256(f"{seed} {category_id} {row[0]}".encode()).digest()
 
-        rows = sorted(with_mask[category_id], key=draw)
-        share = math.floor(len(rows) * keep + Fraction(1, 2))
-        num_kept[category_id] = min(len(rows), max(at_least, share))
-        for _, annotation in rows[num_kept[category_id] :]:
-            _forget_mask(annotation)
-    return num_masks, num_kept
+def _has_human_mask(annotation: dict) -> bool:
+    from ..coco_json import has_mask, is_from_model
+
+    is_object = not annotation.get("iscrowd") and not is_from_model(annotation)
+    return is_object and has_mask(annotation)
 
 
 def _forget_mask(annotation: dict) -> None:

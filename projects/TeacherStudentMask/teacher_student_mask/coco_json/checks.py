@@ -12,19 +12,16 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 from msgspec import Meta
-from tqdm import tqdm
 
 from ..class_splits import AUTO, choose_seen_classes, resolve_seen_classes
 from ..errors import InputError
-from .files import paused_gc, problem_of_image, read_json
-from .geometry import check_geometry, check_repeated
+from .files import check_files, paused_gc, read_json
 from .masks import (
     BOX_TOLERANCE,
     MAX_PIXELS,
@@ -32,10 +29,11 @@ from .masks import (
     MODEL,
     MaskState,
     MeasuredMasks,
+    extents_of_rles,
     is_from_model,
     measure_masks,
 )
-from .report import MIN_SHARE_OF_CROWDS, ClassCounts, Report, shorten
+from .report import ClassCounts, Report, shorten
 
 __all__ = ["Box", "Whole", "check_coco", "check_types", "classes_of", "read_coco"]
 
@@ -43,8 +41,16 @@ __all__ = ["Box", "Whole", "check_coco", "check_types", "classes_of", "read_coco
 _EMPTY_SIDE = 1e-5
 # Beyond this, matching objects with anchors needs much memory.
 _MANY_OBJECTS = 1000
+# Share of a class, of two crowds or more, from which on they may be no crowds.
+_SHARE_OF_CROWDS = 0.25
 # Rows whose types are checked at a time, so that the checked copies fill no memory.
 _CHUNK_ROWS = 2**14
+# Boxes and the extents of their masks, a pixel of tolerance aside, that cannot be of one object.
+_MIN_BOX_IOU, _MAX_SHARE_OUTSIDE = 0.5, 0.3
+# IoU of what fits when it is read in another way, and how much better that has to be.
+_GOOD_IOU, _GAIN = 0.9, 0.05
+# Share of boxes that leave their image, from which on those of objects without masks may be XYXY.
+_SHARE_REACHING_OUT = 0.1
 
 # A whole number of 64 bits, 1 or 1.0.
 Whole = Annotated[float, Meta(multiple_of=1, ge=-(2.0**63), lt=2.0**63)]
@@ -56,6 +62,10 @@ class _Image(TypedDict):
     id: Whole
     height: _Pixels
     width: _Pixels
+
+
+class _TrainingImage(_Image):
+    file_name: Annotated[str, Meta(min_length=1)]
 
 
 class _Category(TypedDict):
@@ -78,19 +88,13 @@ class _EvaluatedAnnotation(_Annotation):
 
 def read_coco(path: str | os.PathLike) -> dict:
     """
-    Read a COCO json whose values have the types that COCO gives them.
-
-    Masks, and what types cannot say, are left to :func:`check_coco`. Keys that COCO does not have
-    are kept.
+    Read a COCO json whose values have the types that COCO gives them, masks aside.
 
     Raises:
         InputError: the file cannot be read, or a value is of another type; names file and id.
     """
     data, report = read_json(path), Report(os.fspath(path))
-    if _has_layout(report, data):
-        check_types(report, data["images"], "image", _Image)
-        check_types(report, data["annotations"], "annotation", _Annotation)
-        check_types(report, data["categories"], "category", _Category)
+    _has_types(report, data, _Image, _Annotation)
     for finding in report.errors:
         if finding.rule != "no objects":
             raise InputError(str(finding))
@@ -129,23 +133,21 @@ def check_coco(
     """
     Check a COCO json that may have masks on any part of its objects.
 
-    Nothing that a file holds raises an exception. Masks that training does not read, of crowds and
-    unseen classes, make warnings where others make errors, but an outline in a form that is not
-    COCO's is an error wherever any masks are read. Evaluation takes the masks of all objects, and
-    needs ids and areas; without "annotations" there is nothing to evaluate.
+    Nothing that a file holds raises an exception. Values of other types are reported alone, as all
+    else builds on them. Masks that training does not read, of crowds and unseen classes, make
+    warnings where others make errors, unless they are in a form that is not COCO's. Evaluation
+    takes the masks of all objects, and needs ids and areas; no "annotations" are no problem for it.
 
     Args:
-        json_file: the annotations.
         data: the content of ``json_file`` where it has been read already; not changed.
         image_root: folder of the images; None: do not look whether they are there.
-        seen_classes: in the form of ``DATASETS.SEEN_CLASSES``; None: masks of all classes are read.
-            "auto": the classes with enough human masks in this file.
+        seen_classes: in the form of ``DATASETS.SEEN_CLASSES``, "auto" included; None: all masks are
+            read.
         num_classes: of the model, ``MODEL.ROI_HEADS.NUM_CLASSES``; None: any number will do.
         use: "training" or "evaluation".
         reads_masks: whether training or evaluation needs the masks.
         min_masks_per_class: masks a class needs to be chosen by ``seen_classes`` "auto".
-        check_images: open every image of ``image_root`` and read all of it.
-        num_workers: processes that read images; 1: this one alone.
+        check_images: read every image of ``image_root`` to its end, in ``num_workers`` threads.
     """
     report = Report(os.fspath(json_file), use)
     if data is None:
@@ -156,56 +158,50 @@ def check_coco(
             return report
     if use == "evaluation" and isinstance(data, dict) and "annotations" not in data:
         return report
+    is_evaluation = use == "evaluation"
+    types = (_Image, _EvaluatedAnnotation) if is_evaluation else (_TrainingImage, _Annotation)
     with paused_gc():
-        if _has_layout(report, data):
-            images, annotations = data["images"], data["annotations"]
-            report.num_images, report.num_annotations = len(images), len(annotations)
-            row_of_image, sizes = _check_images(report, images)
+        if _has_types(report, data, *types):
+            images, categories = data["images"], data["categories"]
+            report.num_images, report.num_annotations = len(images), len(data["annotations"])
+            sizes = np.array([(x["height"], x["width"]) for x in images], dtype=np.float64)
+            _check_images_and_categories(report, images, sizes, categories, num_classes)
             if image_root is not None:
-                _check_files(report, images, image_root, sizes, check_images, num_workers)
-            names = _check_categories(report, data["categories"], num_classes)
-            _check_annotations(
-                report,
-                annotations,
-                images,
-                row_of_image,
-                sizes,
-                names,
-                data["categories"],
-                seen_classes,
-                reads_masks,
-                min_masks_per_class,
-            )
+                check_files(report, images, image_root, sizes, check_images, num_workers)
+            if not any("twice" in x.rule for x in report.errors):
+                _check_annotations(
+                    report, data, sizes, seen_classes, reads_masks, min_masks_per_class
+                )
     report.findings.sort(key=lambda finding: finding.severity != "error")  # errors first
     return report
 
 
-def _has_layout(report: Report, data: object) -> bool:
+def _has_types(report: Report, data: object, image_type: type, annotation_type: type) -> bool:
+    # Whether the checks can go on.
     if not isinstance(data, dict):
         report.add_to_file("content", f"a {type(data).__name__}")
         return False
-    for key in ("images", "annotations", "categories"):
+    types = {"images": image_type, "annotations": annotation_type, "categories": _Category}
+    for key in types:
         rows = data.get(key)
         if type(rows) is not list or not set(map(type, rows)) <= {dict}:
             report.add_to_file(key, shorten(rows) if key in data else "missing")
             return False
         if not rows:
             report.add_to_file("no objects" if key == "annotations" else key, "empty")
-    return True
+    for (key, row_type), unit in zip(types.items(), ("image", "annotation", "category")):
+        check_types(report, data[key], unit, row_type)
+    # Training does without ids of annotations.
+    return {x.rule for x in report.errors} <= {"no objects", "annotation.id"}
 
 
-def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> np.ndarray:
+def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> None:
     """
     Add a finding for each field that has values of another type than the TypedDict allows.
 
     Args:
-        rows: n of them; not changed.
         unit: of the report's rules.
-
-    Returns:
-        Which rows have the types they should have, bool, shape (n,).
     """
-    is_good = np.ones(len(rows), dtype=bool)
     bad_rows: dict[str, list[int]] = {}
     for start in range(0, len(rows), _CHUNK_ROWS):
         with contextlib.suppress(msgspec.ValidationError, UnicodeEncodeError):
@@ -220,227 +216,209 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
                 found = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
                 field = found[1] or found[2]
             except UnicodeEncodeError:  # half a surrogate pair, anywhere in the row
-                keys = [x for x in row_type.__annotations__ if "\\ud" in ascii(row.get(x))]
-                field = keys[0]
-            is_good[i] = False
+                field = next(x for x in row_type.__annotations__ if "\\ud" in ascii(row.get(x)))
             bad_rows.setdefault(field, []).append(i)
     for field, indices in bad_rows.items():
         report.add(f"{unit}.{field}", rows, np.isin(np.arange(len(rows)), indices))
-    return is_good
 
 
-def _check_images(report: Report, images: list[dict]) -> tuple[dict[int, int], np.ndarray]:
-    # Returns {image id: row}, and (height, width) of each row and of a last one that stands for
-    # images that are not there, float64; nan where it is not known.
-    is_good = check_types(report, images, "image", _Image)
-    sizes = np.full((len(images) + 1, 2), np.nan)
-    for i in np.flatnonzero(is_good).tolist():
-        sizes[i] = images[i]["height"], images[i]["width"]
-    row_of, row_of_name = {}, {}
-    is_repeated, is_name, is_same_file = np.zeros((3, len(images)), dtype=bool)
-    for i, image in enumerate(images):
-        if type(image.get("id")) in (int, float):
-            is_repeated[i] = row_of.setdefault(image["id"], i) != i
-        name = image.get("file_name")
-        if type(name) is str and name:
-            is_name[i] = True
-            is_same_file[i] = row_of_name.setdefault(name, i) != i
-    report.add("image id twice", images, is_repeated)
-    report.add(
-        "large image",
-        images,
-        sizes[:-1].prod(axis=1) >= MAX_PIXELS,
-        lambda i: " x ".join(str(int(x)) for x in sizes[i]),
-    )
-    report.add("image.file_name", images, ~is_name)
-    report.add("file twice", images, is_same_file)
-    return row_of, sizes
+def _repeated(values: Iterable) -> list[bool]:
+    # Which values others have, too. None: not compared.
+    values = list(values)
+    counts = Counter(values)
+    return [x is not None and counts[x] > 1 for x in values]
 
 
-def _check_files(
+def _check_images_and_categories(
     report: Report,
     images: list[dict],
-    image_root: str | os.PathLike,
     sizes: np.ndarray,
-    reads_files: bool,
-    num_workers: int,
+    categories: list[dict],
+    num_classes: int | None,
 ) -> None:
-    if not os.path.isdir(image_root):
-        report.add_to_file("image root", repr(os.fspath(image_root)))
-        return
-    # One listing a folder, as folders may be far away.
-    files_in: dict[str, set[str]] = {}
-    is_missing, jobs = np.zeros(len(images), dtype=bool), {}
-    for i, image in enumerate(images):
-        if type(image.get("file_name")) is not str or not image["file_name"]:
-            continue
-        path = os.path.join(image_root, image["file_name"])
-        folder, name = os.path.split(path)
-        if folder not in files_in:
-            files_in[folder] = set()
-            # No such folder, or a name with characters that no folder has.
-            with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
-                files_in[folder] = {entry.name for entry in entries if entry.is_file()}
-        is_missing[i] = name not in files_in[folder]
-        if not is_missing[i] and not np.isnan(sizes[i]).any():
-            jobs[i] = (path, *sizes[i].astype(int).tolist())
-    where = f" (looked for in {os.fspath(image_root)!r})"
-    report.add(
-        "missing file", images, is_missing, lambda i: shorten(images[i]["file_name"]) + where
-    )
-    if not reads_files or not jobs:
-        return
-    with contextlib.ExitStack() as stack:
-        if num_workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(num_workers))
-            answers = pool.map(problem_of_image, *zip(*jobs.values()), chunksize=32)
-        else:
-            answers = map(problem_of_image, *zip(*jobs.values()))
-        progress = tqdm(answers, "Images", total=len(jobs), unit="image")
-        problems = {i: problem for problem, i in zip(progress, jobs) if problem is not None}
-    for kind in ("unreadable", "depth", "size", "colour", "orientation"):
-        is_bad = [i in problems and problems[i][0] == kind for i in range(len(images))]
-        report.add(kind, images, is_bad, lambda i: problems[i][1])
-
-
-def _check_categories(
-    report: Report, categories: list[dict], num_classes: int | None
-) -> dict[int, str]:
-    # Returns {category id: name} in the order of the ids, which is that of the model's classes.
-    is_good = check_types(report, categories, "category", _Category)
+    is_large = sizes.prod(axis=1) >= MAX_PIXELS
+    report.add("large image", images, is_large, lambda i: "{:.0f} x {:.0f}".format(*sizes[i]))
+    report.add("image id twice", images, _repeated(x["id"] for x in images))
+    if report.use == "training":
+        report.add("file twice", images, _repeated(x["file_name"] for x in images))
     for field in ("id", "name"):
-        counts = Counter(x[field] for x, good in zip(categories, is_good) if good)
-        is_repeated = [good and counts[x[field]] > 1 for x, good in zip(categories, is_good)]
+        is_repeated = _repeated(x[field] for x in categories)
         report.add(f"category {field} twice", categories, is_repeated)
     if num_classes is not None and len(categories) != num_classes:
         remedy = f"the model has {num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {len(categories)}"
         report.add_to_file("number of classes", f"{len(categories)} classes", remedy)
-    known = [x for x in categories if type(x.get("id")) in (int, float)]
-    return {x["id"]: str(x.get("name")) for x in sorted(known, key=lambda x: x["id"])}
 
 
 def _check_annotations(
     report: Report,
-    annotations: list[dict],
-    images: list[dict],
-    row_of_image: dict[int, int],
+    data: dict,
     sizes: np.ndarray,
-    names: dict[int, str],
-    categories: list[dict],
     seen_classes: str | None,
     reads_masks: bool,
     min_masks: int,
 ) -> None:
-    is_evaluation = report.use == "evaluation"
-    row_type = _EvaluatedAnnotation if is_evaluation else _Annotation
-    is_good = check_types(report, annotations, "annotation", row_type)
-    index = np.flatnonzero(is_good)
-    rows = annotations if is_good.all() else [annotations[i] for i in index]
+    rows, images = data["annotations"], data["images"]
 
-    def find(rule: str, is_bad: np.ndarray, *rest) -> None:
-        is_bad_row = np.zeros(len(annotations), dtype=bool)
-        is_bad_row[index[np.asarray(is_bad, dtype=bool)]] = True
-        report.add(rule, annotations, is_bad_row, *rest)
+    def find(rule: str, is_bad: Sequence[bool], *rest) -> None:
+        report.add(rule, rows, is_bad, *rest)
 
+    # By their ids, as the model's classes are.
+    names = {x["id"]: x["name"] for x in sorted(data["categories"], key=lambda x: x["id"])}
+    row_of_image = {x["id"]: i for i, x in enumerate(images)}
     class_of = {category_id: k for k, category_id in enumerate(names)}
     image = np.array([row_of_image.get(x["image_id"], -1) for x in rows], dtype=int)
     category = np.array([class_of.get(x["category_id"], -1) for x in rows], dtype=int)
     find("unknown image", image < 0)
     find("annotation.category_id", category < 0)
-    counts = Counter(x["id"] for x in rows if x.get("id") is not None)
-    find("annotation without id", [x.get("id") is None for x in rows])
-    find("annotation id twice", [counts[x.get("id")] > 1 for x in rows])
+    ids = [x.get("id") for x in rows]
+    find("annotation without id", [x is None for x in ids])
+    find("annotation id twice", _repeated(x if type(x) in (int, float, str) else None for x in ids))
+    is_known = (image >= 0) & (category >= 0)
+    rows = [x for x, known in zip(rows, is_known) if known]
+    image, category = image[is_known], category[is_known]
     boxes = np.array([x["bbox"] for x in rows], dtype=np.float64).reshape(-1, 4)
     is_crowd = np.array([bool(x.get("iscrowd", 0)) for x in rows], dtype=bool)
     is_model = np.array([is_from_model(x) for x in rows], dtype=bool)
-    masks = measure_masks([x.get("segmentation") for x in rows], sizes[image], boxes)
-    is_mask = masks.state == MaskState.MASK
     segmentations = [x.get("segmentation") for x in rows]
-    objects = np.stack([image, np.where(is_crowd | (image < 0), -1, category)], axis=1)
-    is_xyxy = check_geometry(find, boxes, sizes[image], segmentations, masks, is_crowd)
-    check_repeated(find, objects, boxes)
-    find("rotated box", _rotations(rows, is_mask & ~masks.is_rectangle))
-    if is_evaluation:
+    masks = measure_masks(segmentations, sizes[image], boxes)
+    is_mask = masks.state == MaskState.MASK
+    is_xyxy = _compare_boxes(find, boxes, sizes[image], segmentations, masks, is_crowd)
+    is_compared = np.isfinite(boxes).all(axis=1) & ~is_crowd
+    objects = np.column_stack([image, category, boxes.round(1)])
+    # Equal objects stand beside one another, in the order of the file.
+    order = np.lexsort(objects.T)
+    order = order[is_compared[order]]
+    is_twice = np.zeros(len(rows), dtype=bool)
+    is_twice[order[1:]] = (objects[order[1:]] == objects[order[:-1]]).all(axis=1)
+    find("object twice", is_twice)
+    is_turned = np.array([_is_turned(x) for x in rows], dtype=bool)
+    find("rotated box", is_turned & ~(is_mask & ~masks.is_rectangle))
+    _check_boxes(find, boxes, sizes[image], is_xyxy)
+    is_read = np.full(len(rows), reads_masks)
+    if report.use == "evaluation":
         if reads_masks:
-            _check_masks(find, masks, np.ones_like(is_mask), True)
+            _check_masks(find, masks, is_read, True)
             is_lacking = (masks.state == MaskState.NONE) | (masks.state == MaskState.TOO_SHORT)
             if not is_lacking.all():
                 find("no mask", is_lacking)
             num = f"{MODEL!r} (of {len(rows)} objects {(is_model & ~is_lacking).sum()})"
             find("mask of a model", is_model & ~is_lacking, lambda i: num)
-        _check_boxes(find, boxes, sizes[image], is_xyxy)
         return
-    is_left_out = _check_boxes(find, boxes, sizes[image], is_xyxy)
     is_human = is_mask & ~is_crowd & ~is_model
 
     def count(is_counted: np.ndarray) -> list[int]:
-        # Of each class; the unknown class -1 comes first, and is left away.
-        return np.bincount(category[is_counted] + 1, minlength=len(names) + 1)[1:].tolist()
+        return np.bincount(category[is_counted], minlength=len(names)).tolist()
 
-    num_masks = dict(zip(names.values(), count(is_human & (image >= 0))))
+    num_masks = dict(zip(names.values(), count(is_human)))
     is_seen = _resolve_seen(report, num_masks, seen_classes, min_masks)
     # Crowds are left out, and unseen classes lose their masks, unless a model made them.
-    is_read = np.full(len(rows), reads_masks)
     if is_seen is not None:
-        is_read &= (np.append(is_seen, False)[category] | is_model) & ~is_crowd
+        is_read &= (is_seen[category] | is_model) & ~is_crowd
     _check_masks(find, masks, is_read, reads_masks)
-    numbers = {
-        "masks": count(is_human),
-        "model_masks": count(is_mask & ~is_crowd & is_model),
-        "boxes_only": count(~is_mask & ~is_crowd),
-        "crowd": count(is_crowd),
-        "rectangles": count(masks.is_rectangle & is_human),
-        "left_out": count(is_left_out & ~is_crowd),
-    }
-    for k, (category_id, name) in enumerate(names.items()):
-        seen = None if is_seen is None else bool(is_seen[k])
-        of_class = {key: x[k] for key, x in numbers.items()}
-        report.classes.append(ClassCounts(name, category_id, seen, **of_class))
-    _check_classes(report, categories)
+    seen = [None] * len(names) if is_seen is None else is_seen.tolist()
+    counted = (is_human, is_mask & ~is_crowd & is_model, ~is_mask & ~is_crowd, is_crowd)
+    columns = [count(x) for x in (*counted, masks.is_rectangle & is_human)]
+    report.classes = [ClassCounts(*x) for x in zip(names.values(), names, seen, *columns)]
+    _check_classes(report, data["categories"])
     if rows and is_crowd.all():
         report.add_to_file("no objects", "nothing but crowds")
-    num_objects = np.bincount(image[(image >= 0) & ~is_crowd], minlength=len(images))
+    num_objects = np.bincount(image[~is_crowd], minlength=len(images))
     is_many = num_objects > _MANY_OBJECTS
     report.add("many objects", images, is_many, lambda i: f"a list of {num_objects[i]} objects")
 
 
-def _rotations(rows: list[dict], has_mask: np.ndarray) -> list[bool]:
-    # CVAT's, in degrees, of objects that are a box only.
-    attributes = [x.get("attributes") for x in rows]
-    angles = [x.get("rotation") if type(x) is dict else None for x in attributes]
-    is_turned = [
-        type(x) in (int, float) and x % 360 != 0 and not known for x, known in zip(angles, has_mask)
-    ]
-    return is_turned
+def _is_turned(annotation: dict) -> bool:
+    # CVAT's angle of a box, in degrees.
+    attributes = annotation.get("attributes")
+    angle = attributes.get("rotation") if type(attributes) is dict else None
+    return type(angle) in (int, float) and angle % 360 != 0
 
 
-def _check_boxes(
-    find: Callable, boxes: np.ndarray, sizes: np.ndarray, is_told: np.ndarray
+def _compare_boxes(
+    find: Callable,
+    boxes: np.ndarray,
+    sizes: np.ndarray,
+    segmentations: Sequence,
+    masks: MeasuredMasks,
+    is_crowd: np.ndarray,
 ) -> np.ndarray:
-    # is_told: another finding says that they may reach out of their image. Returns which objects
-    # training leaves out, bool of shape (n,).
+    # With the extents of the masks, and with the image where there is no mask. Returns which boxes
+    # seem to be [x0, y0, x1, y1].
+    limits, sides = sizes[:, ::-1], boxes[:, 2:]
+    with np.errstate(invalid="ignore", over="ignore"):
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + sides], axis=1)
+        is_sound = (sides > _EMPTY_SIDE).all(axis=1)
+        is_small = is_sound & (sides < 1).all(axis=1)
+        # All of them, those that fill their image included.
+        if is_sound.all() and (boxes >= 0).all() and (corners <= 1.01).all():
+            is_small[:] = True
+        find("small box", is_small)
+        shown, share_inside = _overlaps(corners, masks.extents, limits)
+        as_xyxy, _ = _overlaps(boxes, masks.extents, limits)
+        # What is wrong with the box alone is told elsewhere.
+        is_sound &= (corners[:, 2:] > 0).all(axis=1) & ~(corners[:, :2] >= limits).any(axis=1)
+        others = np.isnan(shown) & ~is_crowd & ~is_small
+        is_compared = ~np.isnan(shown) & ~is_crowd & ~is_small & is_sound
+        is_xyxy = is_compared & (as_xyxy >= _GOOD_IOU) & (as_xyxy > shown + _GAIN)
+        is_beside = is_compared & ~is_xyxy
+        is_beside &= (shown < _MIN_BOX_IOU) | (share_inside < 1 - _MAX_SHARE_OUTSIDE)
+        # Without masks: all of them would do as corners, and some leave their image as they are.
+        may_be_xyxy = (sides > boxes[:, :2]).all(axis=1) & (boxes >= -BOX_TOLERANCE).all(axis=1)
+        may_be_xyxy &= (sides <= limits + BOX_TOLERANCE).all(axis=1)
+        reaches_out = (corners[:, 2:] > limits + BOX_TOLERANCE).any(axis=1) & others
+    if is_compared.any():
+        is_likely = 2 * is_xyxy.sum() > is_compared.sum()
+    else:
+        is_likely = reaches_out.sum() > max(1, _SHARE_REACHING_OUT * others.sum())
+    if is_likely and may_be_xyxy[others].all():
+        is_xyxy |= others
+    find("XYXY box", is_xyxy)
+
+    rows = [i for i in np.flatnonzero(is_beside).tolist() if type(segmentations[i]) is dict]
+    extents = extents_of_rles([segmentations[i] for i in rows], by_rows=True)
+    is_by_rows = np.zeros(len(boxes), dtype=bool)
+    is_by_rows[rows] = _overlaps(corners[rows], extents, limits[rows])[0] >= _GOOD_IOU
+    find("RLE by rows", is_by_rows)
+    find("box beside its mask", is_beside & ~is_by_rows)
+    return is_xyxy
+
+
+def _overlaps(
+    corners: np.ndarray, extents: np.ndarray, limits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    # The IoU, and the share of the extents inside; both are cut to the image, and half a pixel
+    # larger on each side, as exports round. nan where there are no extents.
+    low, high = np.maximum(corners[:, :2], 0), np.minimum(corners[:, 2:], limits)
+    mask_low, mask_high = np.maximum(extents[:, :2], 0), np.minimum(extents[:, 2:], limits)
+    both = np.minimum(high, mask_high) - np.maximum(low, mask_low) + BOX_TOLERANCE
+    both = np.maximum(both, 0).prod(axis=1)
+    of_box = np.maximum(high - low + BOX_TOLERANCE, 0).prod(axis=1)
+    of_mask = (mask_high - mask_low + BOX_TOLERANCE).prod(axis=1)
+    return both / (of_box + of_mask - both), both / of_mask
+
+
+def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray, is_xyxy: np.ndarray) -> None:
     limits = sizes[:, ::-1]
     # As Detectron2 computes them, in 32 bits.
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-        is_far = ((low < -MAX_PIXELS_OUTSIDE) | (high > limits + MAX_PIXELS_OUTSIDE)).any(axis=1)
         low32, high32 = low.astype(np.float32), high.astype(np.float32)
-        is_empty = (high32 - low32 <= _EMPTY_SIDE).any(axis=1)
         inside = np.minimum(high32, limits) - np.maximum(low32, 0)
-    found = {
-        "annotation.bbox": ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1),
-        "far box": is_far,
-        "box without area": is_empty,
-        "box outside its image": (inside <= _EMPTY_SIDE).any(axis=1),
-        "box reaches out": ((low < -BOX_TOLERANCE) | (high > limits + BOX_TOLERANCE)).any(axis=1),
-    }
-    found["box reaches out"] &= ~is_told
-    is_told = np.zeros(len(boxes), dtype=bool)
-    for rule in found:
-        found[rule] &= ~is_told
-        find(rule, found[rule])
-        is_told |= found[rule]
-    return found["box without area"] | found["box outside its image"]
+
+        def ends_beyond(reach: float) -> np.ndarray:
+            return ((low < -reach) | (high > limits + reach)).any(axis=1)
+
+        # The first that fits is told.
+        is_told = np.zeros(len(boxes), dtype=bool)
+        for rule, is_bad in (
+            ("annotation.bbox", ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1)),
+            ("far box", ends_beyond(MAX_PIXELS_OUTSIDE)),
+            ("box without area", (high32 - low32 <= _EMPTY_SIDE).any(axis=1)),
+            ("box outside its image", (inside <= _EMPTY_SIDE).any(axis=1)),
+            ("box reaches out", ends_beyond(BOX_TOLERANCE) & ~is_xyxy),
+        ):
+            find(rule, is_bad & ~is_told)
+            is_told |= is_bad
 
 
 def _check_masks(
@@ -453,7 +431,7 @@ def _check_masks(
     find("RLE of another size", (masks.state == MaskState.WRONG_SIZE) & is_read)
     find("broken runs", (masks.state == MaskState.BROKEN_RUNS) & is_read)
     find("unread mask", (masks.state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
-    find("short polygon", masks.has_short_polygon & (masks.state != MaskState.NOT_A_MASK))
+    find("short polygon", masks.state == MaskState.TOO_SHORT)
     find("mask without a pixel", masks.state == MaskState.EMPTY)
     find("crossing edges", masks.is_crossing)
 
@@ -462,56 +440,53 @@ def _resolve_seen(
     report: Report, num_masks: dict[str, int], spec: str | None, min_masks: int
 ) -> np.ndarray | None:
     # Bool of shape (number of classes,); None where all masks are to be taken for read.
-    if spec is None or any(x.unit == "category" for x in report.errors):
-        return None
     names = list(num_masks)
     try:
         if spec == AUTO:
             return np.isin(names, choose_seen_classes(num_masks, min_masks))
-        return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
+        if spec is not None:
+            return np.isin(np.arange(len(names)), resolve_seen_classes(spec, names))
     except (ValueError, OSError) as error:
         report.add_to_file("seen classes", repr(spec), str(error).rstrip("."))
-        return None
+    return None
 
 
 def _check_classes(report: Report, categories: list[dict]) -> None:
     classes = report.classes
     rows = [{"id": x.category_id, "name": x.name} for x in classes]
+
+    def find(
+        rule: str, is_bad: Callable[[ClassCounts], bool], describe: Callable[[ClassCounts], str]
+    ) -> None:
+        values = [f"{x.name!r}, a class with {describe(x)}" for x in classes]
+        report.add(rule, rows, [is_bad(x) for x in classes], values.__getitem__)
+
     # Parents by their name, but for those that are their own.
-    parents = {
-        x["supercategory"]
-        for x in categories
-        if type(x.get("supercategory")) is str and x["supercategory"] != x.get("name")
-    }
+    parents = [
+        x.get("supercategory") for x in categories if x.get("supercategory") != x.get("name")
+    ]
     if any(x.num_objects + x.crowd for x in classes):
-        is_root = [x.name in parents and not x.num_objects + x.crowd for x in classes]
-        report.add("root category", rows, is_root)
-    report.add(
+        find(
+            "root category",
+            lambda x: x.name in parents and not x.num_objects + x.crowd,
+            lambda x: "no objects",
+        )
+    find(
         "many crowds",
-        rows,
-        [
-            x.crowd > 1 and x.crowd >= MIN_SHARE_OF_CROWDS * (x.crowd + x.num_objects)
-            for x in classes
-        ],
-        lambda k: f"{classes[k].name!r}, a class with {classes[k].crowd} of "
-        f"{classes[k].crowd + classes[k].num_objects} objects marked as crowds",
+        lambda x: x.crowd > 1 and x.crowd >= _SHARE_OF_CROWDS * (x.crowd + x.num_objects),
+        lambda x: f"{x.crowd} of {x.crowd + x.num_objects} objects marked as crowds",
     )
-    report.add(
+    find(
         "mostly rectangles",
-        rows,
-        [2 * x.rectangles > x.masks for x in classes],
-        lambda k: f"{classes[k].name!r}, a class with {classes[k].masks} masks, "
-        f"{classes[k].rectangles} of them the box itself",
+        lambda x: 2 * x.rectangles > x.masks,
+        lambda x: f"{x.masks} masks, {x.rectangles} of them the box itself",
     )
-    if all(x.is_seen is None or not x.num_objects for x in classes):
-        return
-    if not any(x.masks for x in classes if x.is_seen):
-        report.add_to_file("no seen mask", "classes without any mask")
-        return
-    report.add(
-        "seen without mask",
-        rows,
-        [x.is_seen and not x.masks for x in classes],
-        lambda k: f"{classes[k].name!r}, a class with {classes[k].num_objects} objects and no "
-        "human mask",
-    )
+    if any(x.is_seen is not None and x.num_objects for x in classes):
+        if any(x.masks for x in classes if x.is_seen):
+            find(
+                "seen without mask",
+                lambda x: x.is_seen and not x.masks,
+                lambda x: f"{x.num_objects} objects and no human mask",
+            )
+        else:
+            report.add_to_file("no seen mask", "classes without any mask")

@@ -1,4 +1,4 @@
-"""Json files as large as COCO's, and image files as training reads them."""
+"""Json files as large as COCO's, and the files of their images."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import InputError
+from .report import Report, shorten
 
 __all__ = [
     "DEEP_MODES",
     "TRANSPOSED",
+    "check_files",
     "orientation_of",
     "paused_gc",
-    "problem_of_image",
     "read_json",
     "write_json",
 ]
@@ -32,10 +36,7 @@ TRANSPOSED = (5, 6, 7, 8)
 
 @contextlib.contextmanager
 def paused_gc() -> Iterator[None]:
-    """
-    No garbage collection inside: a large file becomes millions of lists and dicts that all stay,
-    and going through them for cycles would take a third of the time of reading it.
-    """
+    """No garbage collection inside, a third of the time of reading a large file."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -81,24 +82,58 @@ def write_json(path: str | os.PathLike, data: object) -> None:
         raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
 
 
-def problem_of_image(path: str, height: int, width: int) -> tuple[str, str] | None:
+def check_files(
+    report: Report,
+    images: list[dict],
+    image_root: str | os.PathLike,
+    sizes: np.ndarray,
+    reads_files: bool,
+    num_threads: int,
+) -> None:
     """
-    Read an image to its end.
+    Look whether the files of images are there, and read them to their ends.
 
     Args:
-        height, width: in pixels, as the json has them.
-
-    Returns:
-        The worst of what is wrong with it, or odd: the name of the rule, and the value as text.
+        images: n entries of a json.
+        sizes: their (height, width), shape (>= n, 2).
+        reads_files: whether they are opened.
     """
+    if not os.path.isdir(image_root):
+        report.add_to_file("image root", repr(os.fspath(image_root)))
+        return
+    # One listing a folder, as folders may be far away.
+    names_in: dict[str, set[str]] = {}
+    paths = [os.path.join(image_root, x.get("file_name") or "") for x in images]
+    for folder in {os.path.dirname(x) for x in paths}:
+        names_in[folder] = set()
+        # No such folder, or a name with characters that no folder has.
+        with contextlib.suppress(OSError, ValueError):
+            names_in[folder].update(os.listdir(folder))
+    is_missing = [os.path.basename(x) not in names_in[os.path.dirname(x)] for x in paths]
+    where = f" (looked for in {os.fspath(image_root)!r})"
+    report.add(
+        "missing file", images, is_missing, lambda i: shorten(images[i].get("file_name")) + where
+    )
+    if not reads_files:
+        return
+    rows = np.flatnonzero(np.logical_not(is_missing)).tolist()
+    with ThreadPoolExecutor(num_threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images and odd metadata, which do no harm
+        answers = pool.map(lambda i: _problem_of_image(paths[i], *sizes[i].astype(int)), rows)
+        answers = list(tqdm(answers, "Images", total=len(rows), unit="image"))
+    problems = dict(zip(rows, answers))
+    for kind in ("unreadable", "depth", "size", "colour", "orientation"):
+        is_bad = [(problems.get(i) or "-")[0] == kind for i in range(len(images))]
+        report.add(kind, images, is_bad, lambda i: problems[i][1])
+
+
+def _problem_of_image(path: str, height: int, width: int) -> tuple[str, str] | None:
+    # The worst of what is wrong with it, or odd: the name of the rule, and the value as text.
     name = repr(path)
     try:
-        with warnings.catch_warnings():
-            # Of large images and odd metadata, which do no harm.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.load()
-                mode, size, orientation = image.mode, image.size, orientation_of(image)
+        with Image.open(path) as image:
+            image.load()
+            mode, size, orientation = image.mode, image.size, orientation_of(image)
     # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         return "unreadable", f"{name}, which cannot be read ({error})"

@@ -26,12 +26,11 @@ __all__ = [
     "MaskState",
     "MeasuredMasks",
     "compress_mask",
-    "extents_by_rows",
+    "extents_of_rles",
     "has_mask",
     "is_from_model",
     "is_outline",
     "measure_masks",
-    "measure_polygons",
     "polygons_cover",
     "valid_polygons",
 ]
@@ -73,43 +72,27 @@ class MaskState(enum.IntEnum):
 
 @dataclass
 class MeasuredMasks:
-    """
-    Attributes:
-        state: values of :class:`MaskState`, int8 of shape (n,).
-        has_short_polygon: whether there is a polygon of fewer than three points; bool, shape (n,).
-        is_rectangle: whether the mask is one polygon, the rectangle of the object's box to a pixel;
-            bool, shape (n,).
-        has_empty_run: whether an RLE has a run of length 0 that is not its first; bool, shape (n,).
-        is_crossing: whether the edges of a polygon cross, so that its area by the shoelace formula
-            is less than half of the pixels that pycocotools fills; bool, shape (n,).
-        extents: left, top, right and bottom, shape (n, 4); nan where there is no mask.
-    """
+    """Arrays with a row for each of n objects."""
 
-    state: np.ndarray
-    has_short_polygon: np.ndarray
-    is_rectangle: np.ndarray
-    has_empty_run: np.ndarray
+    state: np.ndarray  # values of MaskState, int8
+    is_rectangle: np.ndarray  # one polygon, the rectangle of the object's box to a pixel; bool
+    # Edges of a polygon cross, so that its area by the shoelace formula is less than half of the
+    # pixels that pycocotools fills; bool.
     is_crossing: np.ndarray
-    extents: np.ndarray
+    extents: np.ndarray  # left, top, right and bottom, (n, 4); nan where there is no mask
 
 
 def is_from_model(annotation: dict) -> bool:
     """
-    Whether the mask of an annotation is one that a model made: SAM, an earlier run, ...
-
-    Args:
-        annotation: of a COCO json, or in Detectron2's format; its mask may be missing.
+    Whether the mask of an annotation, in COCO's or Detectron2's format, is one that a model made.
     """
     return annotation.get("mask_source") == MODEL
 
 
 def has_mask(annotation: dict) -> bool:
     """
-    Whether a COCO annotation carries a mask: an RLE, or at least one polygon of three points.
-
-    Args:
-        annotation: one entry of the json's "annotations". A "segmentation" that is missing, null
-            or empty means that the object is known by its box only.
+    Whether a COCO annotation carries a mask: an RLE, or at least one polygon of three points. If
+    not ("segmentation" may be missing, null or empty), the object is known by its box only.
     """
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
@@ -140,31 +123,29 @@ def measure_masks(
 
     Args:
         segmentations: n values of "segmentation", of any kind, as json holds them.
-        sizes: (height, width) of the images, shape (n, 2); nan: not known, any will do.
-        boxes: XYWH of the objects, shape (n, 4); None: no mask is compared with its box, and
-            crossing edges are not looked for.
+        sizes: (height, width) of the images, shape (n, 2); nan: polygons of any size will do.
+        boxes: XYWH of the objects, shape (n, 4); None: rectangles, crossing edges and extents are
+            not looked for.
     """
     num = len(segmentations)
-    extents = np.full((num, 4), np.nan)
-    found = MeasuredMasks(np.zeros(num, np.int8), *np.zeros((4, num), dtype=bool), extents)
+    flags, extents = np.zeros((2, num), dtype=bool), np.full((num, 4), np.nan)
+    found = MeasuredMasks(np.zeros(num, np.int8), *flags, extents)
     sizes = np.asarray(sizes, dtype=np.float64).reshape(num, 2)
     for start in range(0, num, _CHUNK_MASKS):
         part = slice(start, start + _CHUNK_MASKS)
         views = MeasuredMasks(*(x[part] for x in vars(found).values()))
         of_part = None if boxes is None else boxes[part]
-        _measure_objects_of_polygons(views, segmentations[part], sizes[part], of_part)
-        _measure_rles(views, segmentations[part], sizes[part])
+        _measure_outlines(views, segmentations[part], sizes[part], of_part)
+        _measure_rles(views, segmentations[part], sizes[part], boxes is not None)
     return found
 
 
-def _measure_objects_of_polygons(
+def _measure_outlines(
     found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray | None
 ) -> None:
     rows, objects = [], []
     for i, segmentation in enumerate(segmentations):
-        if segmentation is None or type(segmentation) is dict:
-            continue
-        if type(segmentation) is list and not segmentation:
+        if segmentation is None or segmentation == [] or type(segmentation) is dict:
             continue
         try:
             objects.append(msgspec.convert(segmentation, list[list[float]]))
@@ -175,11 +156,10 @@ def _measure_objects_of_polygons(
     owners = np.repeat(np.array(rows, dtype=int), [len(x) for x in objects])
     lengths = np.array([len(x) for x in polygons], dtype=int)
     is_short = (lengths < _MIN_COORDINATES) | (lengths % 2 == 1)
-    found.has_short_polygon[owners[is_short]] = True
     # Most have nothing but polygons.
     other_forms = [i for i in np.unique(owners[is_short]) if not is_outline(segmentations[i])]
     polygons, owners = valid_polygons(polygons), owners[~is_short]
-    extents, areas = measure_polygons(polygons)
+    extents, areas = _measure_polygons(polygons)
     limits = sizes[owners, ::-1]
     is_far = (extents[:, :2] < -MAX_PIXELS_OUTSIDE).any(axis=1)
     is_far |= (extents[:, 2:] > limits + MAX_PIXELS_OUTSIDE).any(axis=1)
@@ -194,9 +174,8 @@ def _measure_objects_of_polygons(
     if boxes is None or not len(owners):
         return
     first = np.flatnonzero(np.diff(owners, prepend=-1))
-    low = np.minimum.reduceat(extents[:, :2], first)
-    high = np.maximum.reduceat(extents[:, 2:], first)
-    found.extents[owners[first]] = np.concatenate([low, high], axis=1)
+    found.extents[owners[first], :2] = np.minimum.reduceat(extents[:, :2], first)
+    found.extents[owners[first], 2:] = np.maximum.reduceat(extents[:, 2:], first)
     sides = extents[:, 2:] - extents[:, :2]
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)[owners]
     # A polygon as large as its extents is a rectangle.
@@ -209,19 +188,13 @@ def _measure_objects_of_polygons(
     is_doubtful &= (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
     for i in np.flatnonzero(is_doubtful).tolist():
         num_pixels = _filled_pixels(polygons[i], extents[i], limits[i])
-        is_thin = num_pixels < _THIN_SHARE * sides[i].prod()
-        found.is_crossing[owners[i]] |= not is_thin and areas[i] < num_pixels / 2
+        is_thick = num_pixels >= _THIN_SHARE * sides[i].prod()
+        found.is_crossing[owners[i]] |= is_thick and areas[i] < num_pixels / 2
 
 
-def measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Args:
-        polygons: n of them, each [x, y, x, y, ...] of numbers, or an array; none empty.
-
-    Returns:
-        Left, top, right and bottom of each, shape (n, 4), and the area, shape (n,); nan where one
-        has anything but finite numbers.
-    """
+def _measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    # Left, top, right and bottom of each, shape (n, 4), and the area, shape (n,); nan where one has
+    # anything but finite numbers.
     if not polygons:
         return np.zeros((0, 4)), np.zeros(0)
     points = np.fromiter(chain.from_iterable(polygons), np.float64).reshape(-1, 2)
@@ -250,12 +223,10 @@ def polygons_cover(objects: Sequence[Sequence[np.ndarray]], size: tuple[int, int
         bool, shape (number of objects,).
     """
     owners = np.repeat(np.arange(len(objects)), [len(x) for x in objects])
-    found = np.zeros(len(objects), dtype=bool)
     polygons = list(chain.from_iterable(objects))
-    extents, areas = measure_polygons(polygons)
     limits = np.full((len(polygons), 2), size[::-1], dtype=np.float64)
-    found[owners[_covers(polygons, extents, areas, limits)]] = True
-    return found
+    covers = _covers(polygons, *_measure_polygons(polygons), limits)
+    return np.isin(np.arange(len(objects)), owners[covers])
 
 
 def _covers(
@@ -279,145 +250,88 @@ def _filled_pixels(polygon: Sequence[float], extents: np.ndarray, limits: np.nda
     return int(mask_util.area(rle))
 
 
-def _measure_rles(found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray) -> None:
-    rows = np.array([i for i, x in enumerate(segmentations) if type(x) is dict], dtype=int)
-    if not len(rows):
-        return
-    sizes = sizes[rows]
-    rles = [segmentations[i] for i in rows]
-    # -1 pixels where the runs cannot be read or one is negative.
-    pixels, areas, found.has_empty_run[rows], extents = _measure_runs(rles, sizes[:, 0])
-    is_known = ~np.isnan(sizes).any(axis=1)
-    same_size = [
-        type(x.get("size")) in (list, tuple) and list(x["size"]) == size
-        for x, size in zip(rles, sizes.tolist())
-    ]
-    is_broken = (pixels < 0) | is_known & (pixels != sizes.prod(axis=1))
-    state = np.where(areas > 0, MaskState.MASK, MaskState.EMPTY)
-    state[is_broken] = MaskState.BROKEN_RUNS
-    state[is_known & ~np.array(same_size)] = MaskState.WRONG_SIZE
-    found.state[rows] = state
-    found.extents[rows] = np.where((is_known & (state == MaskState.MASK))[:, None], extents, np.nan)
-
-
-def extents_by_rows(rles: Sequence[dict], widths: np.ndarray) -> np.ndarray:
-    """The extents that sound RLEs have if their runs follow the rows of the image, not columns."""
-    return _measure_runs(rles, widths)[3][:, [1, 0, 3, 2]]
-
-
-def _measure_runs(
-    rles: Sequence[dict], heights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    # Pixels, pixels of the mask, whether a run but the first is empty, and extents of each.
-    strings, lists = {}, {}
-    for i, rle in enumerate(rles):
-        counts = rle.get("counts")
-        if type(counts) in (str, bytes) and counts:
-            # Whatever is not ASCII becomes bytes that no RLE has.
-            is_text = type(counts) is str
-            strings[i] = counts.encode("utf-8", "surrogatepass") if is_text else counts
-        elif type(counts) is list and set(map(type, counts)) == {int} and min(counts) >= 0:
-            if sum(counts) < MAX_PIXELS:
-                lists[i] = counts
-    pixels, areas = np.full((2, len(rles)), -1, dtype=np.int64)
-    has_empty_run = np.zeros(len(rles), dtype=bool)
-    extents = np.full((len(rles), 4), np.nan)
-    for found, read in ((strings, _runs_of_strings), (lists, _runs_of_lists)):
-        if not found:
+def _measure_rles(
+    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, with_extents: bool
+) -> None:
+    masks = {}
+    for i, rle in enumerate(segmentations):
+        if type(rle) is not dict:
             continue
-        index = np.array(list(found))
-        runs, owner, is_bad = read(list(found.values()))
-        first = np.flatnonzero(np.diff(owner, prepend=-1))
-        place = np.arange(len(owner)) - first[owner]
-        is_bad = is_bad | (np.minimum.reduceat(runs, first) < 0)
-        pixels[index] = np.where(is_bad, -1, np.add.reduceat(runs, first))
-        areas[index] = np.where(is_bad, -1, np.add.reduceat(runs * (place % 2), first))
-        has_empty_run[index] = np.logical_or.reduceat((runs == 0) & (place > 0), first)
-        ends = np.cumsum(runs)
-        ends -= (ends[first] - runs[first])[owner]
-        of_mask = (place % 2 == 1) & (runs > 0) & ~is_bad[owner]
-        ends, owner = ends[of_mask] - 1, owner[of_mask]
-        if not len(owner):
-            continue
-        starts = ends + 1 - runs[of_mask]
-        # 1 where it is not known.
-        of_run = np.nan_to_num(heights[index], nan=1).astype(np.int64)[owner]
-        left, top = np.divmod(starts, of_run)
-        right, bottom = np.divmod(ends, of_run)
-        is_long = right > left  # around the edge of the image
-        first = np.flatnonzero(np.diff(owner, prepend=-1))
-        extents[index[owner[first]]] = np.transpose(
-            [
-                left[first],
-                np.minimum.reduceat(np.where(is_long, 0, top), first),
-                np.maximum.reduceat(right, first) + 1,
-                np.maximum.reduceat(np.where(is_long, of_run - 1, bottom), first) + 1,
-            ]
-        )
-    return pixels, areas, has_empty_run, extents
+        runs, size = _runs_of(rle.get("counts")), rle.get("size")
+        if type(size) not in (list, tuple) or list(size) != sizes[i].tolist():
+            found.state[i] = MaskState.WRONG_SIZE
+        elif runs is None or runs.sum() != sizes[i].prod():
+            found.state[i] = MaskState.BROKEN_RUNS
+        else:
+            found.state[i] = MaskState.MASK if runs[1::2].any() else MaskState.EMPTY
+            if runs[1::2].any():
+                masks[i] = rle
+    if with_extents:
+        found.extents[list(masks)] = extents_of_rles(list(masks.values()))
 
 
-def _runs_of_lists(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    owner = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
-    runs = np.fromiter(chain.from_iterable(lists), np.int64, len(owner))
-    return runs, owner, np.zeros(len(lists), dtype=bool)
-
-
-def _runs_of_strings(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Of compressed RLEs. A number is 5 bits a character, the lowest first; all but its last
-    # character have bit 32, and the highest bit of the last is the sign.
-    lengths = np.array([len(x) for x in strings])
-    ends = np.cumsum(lengths)
-    owner = np.repeat(np.arange(len(strings)), lengths)
-    data = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
-    is_bad = data[ends - 1] >= 32
-    is_bad[owner[(data < 0) | (data > 63)]] = True
-    data[ends - 1] &= 31  # so that no number runs on into the next mask
+def _runs_of(counts: object) -> np.ndarray | None:
+    # The run lengths of an RLE; None: they cannot be read, or one is negative.
+    if type(counts) is list and set(map(type, counts)) == {int}:
+        return np.array(counts) if min(counts) >= 0 and sum(counts) < MAX_PIXELS else None
+    if type(counts) not in (str, bytes) or not counts:
+        return None
+    # Whatever is not ASCII becomes bytes that no RLE has.
+    text = counts.encode("utf-8", "surrogatepass") if type(counts) is str else counts
+    data = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    # A number is 5 bits a character, the lowest first; all but its last character have bit 32, and
+    # the highest bit of the last is the sign.
     stops = np.flatnonzero(data < 32) + 1
+    if data.min() < 0 or data.max() > 63 or data[-1] >= 32:
+        return None
     starts = np.append(0, stops[:-1])
-    num_characters = stops - starts
-    is_bad[owner[starts[num_characters > _MAX_CHARACTERS]]] = True
-    shifts = 5 * (np.arange(len(data)) - np.repeat(starts, num_characters))
-    numbers = np.add.reduceat((data & 31) << np.minimum(shifts, 50), starts)
-    sign_shifts = 5 * np.minimum(num_characters - 1, 10)
-    numbers -= ((data[stops - 1] & 16) << 1) << sign_shifts
-    owner = owner[starts]
-    # From the fourth number on, it is the difference to the run before the last: of all numbers but
-    # the first, those at odd places and those at even ones are two running sums.
-    first = np.flatnonzero(np.diff(owner, prepend=-1))
-    place = np.arange(len(owner)) - first[owner]
-    runs = numbers.copy()
-    for parity in (0, 1):
-        part = np.flatnonzero((place % 2 == parity) & (place > 0))
-        sums = np.cumsum(numbers[part])
-        heads = np.flatnonzero(np.diff(owner[part], prepend=-1))
-        before = sums[heads] - numbers[part[heads]]
-        runs[part] = sums - np.repeat(before, np.diff(np.append(heads, len(part))))
-    return runs, owner, is_bad
+    lengths = stops - starts
+    if lengths.max() > _MAX_CHARACTERS:
+        return None
+    shifts = 5 * (np.arange(len(data)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((data & 31) << shifts, starts)
+    runs -= (data[stops - 1] & 16) << (5 * lengths - 4)
+    # From the fourth number on, it is the difference to the run before the last.
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
+    return runs if runs.min() >= 0 else None
 
 
-def compress_mask(
-    segmentation: list | dict, size: tuple[int, int], has_empty_run: bool = False
-) -> dict:
+def extents_of_rles(rles: Sequence[dict], by_rows: bool = False) -> np.ndarray:
+    """
+    Left, top, right and bottom of RLEs that can be used, shape (n, 4).
+
+    Args:
+        by_rows: read the runs as those of the rows of the image, not of its columns.
+    """
+    if not rles:
+        return np.zeros((0, 4))
+    order = [1, 0] if by_rows else [0, 1]
+    boxes = mask_util.toBbox([compress_mask(x, [x["size"][i] for i in order]) for x in rles])
+    low = boxes[:, :2]
+    return np.concatenate([low[:, order], (low + boxes[:, 2:])[:, order]], axis=1)
+
+
+def compress_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
     """
     Args:
         segmentation: polygons or an RLE whose :class:`MaskState` says that it can be used.
         size: height and width of the image.
-        has_empty_run: runs of length 0, on which pycocotools goes wrong, are joined.
 
     Returns:
-        The compressed RLE {"size": [height, width], "counts": bytes}.
+        The compressed RLE {"size": [height, width], "counts": bytes}. Runs of length 0, on which
+        pycocotools goes wrong, are joined.
     """
     size = [int(x) for x in size]
     if isinstance(segmentation, list):
         rle = mask_util.merge(mask_util.frPyObjects(valid_polygons(segmentation), *size))
-    else:
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            counts = mask_util.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
-        elif isinstance(counts, str):
-            counts = counts.encode("ascii")
-        rle = {"size": size, "counts": counts}
-        if has_empty_run:
-            rle = mask_util.encode(mask_util.decode(rle))
-    return {"size": size, "counts": rle["counts"]}
+        return {"size": size, "counts": rle["counts"]}
+    counts = segmentation["counts"]
+    if isinstance(counts, list):
+        counts = mask_util.frPyObjects({"size": size, "counts": counts}, *size)["counts"]
+    elif isinstance(counts, str):
+        counts = counts.encode("ascii")
+    rle = {"size": size, "counts": counts}
+    if not _runs_of(counts)[1:].all():
+        rle["counts"] = mask_util.encode(mask_util.decode(rle))["counts"]
+    return rle

@@ -68,8 +68,8 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     """
     Check annotations and complete them in place.
 
-    Malformed polygons beside others are left out, runs of length 0 joined, missing "iscrowd"
-    becomes 0, and ids are numbered anew unless all are positive whole numbers.
+    Malformed polygons beside others are left out, RLEs compressed, a missing "iscrowd" becomes 0,
+    and ids are numbered anew unless all are positive whole numbers.
 
     Args:
         coco: with "annotations" in its dataset; indexed, if it has not been or ids have changed.
@@ -89,14 +89,11 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     annotations = coco.dataset["annotations"]
     for annotation in annotations:
         annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
-        if isinstance(annotation.get("segmentation"), list) and reads_masks:
-            annotation["segmentation"] = valid_polygons(annotation["segmentation"])
-    if reads_masks:
-        rles = [x for x in annotations if isinstance(x.get("segmentation"), dict)]
-        masks = measure_masks([x["segmentation"] for x in rles], np.full((len(rles), 2), np.nan))
-        for i in np.flatnonzero(masks.has_empty_run).tolist():
-            rle = rles[i]["segmentation"]
-            rles[i]["segmentation"] = compress_mask(rle, rle["size"], has_empty_run=True)
+        segmentation = annotation.get("segmentation")
+        if reads_masks and isinstance(segmentation, list):
+            annotation["segmentation"] = valid_polygons(segmentation)
+        elif reads_masks and isinstance(segmentation, dict):
+            annotation["segmentation"] = compress_mask(segmentation, segmentation["size"])
     is_usable = all(type(x["id"]) is int and x["id"] > 0 for x in annotations)
     if not is_usable:
         # COCOeval stores the id of the matched object and reads 0 as "not matched".
@@ -133,51 +130,43 @@ def load_results(
     report = Report(os.fspath(path), "evaluation")
     entries = read_json(path)
     if type(entries) is not list or not set(map(type, entries)) <= {dict}:
-        is_ground_truth = isinstance(entries, dict) and "images" in entries
         raise InputError(
-            f"{report.file}: the content is a {type(entries).__name__}"
-            f"{'; this is a ground truth' if is_ground_truth else ''}; allowed: a list of "
+            f"{report.file}: the content is a {type(entries).__name__}; allowed: a list of "
             '{"image_id", "category_id", "segmentation", "score"}.'
         )
     check_types(report, entries, "entry", _Entry)
     report.raise_on_error()
     image_ids = [int(x["image_id"]) for x in entries]
     category_ids = [int(x["category_id"]) for x in entries]
+    scores = [float(x["score"]) for x in entries]
     report.add("entry.image_id", entries, [x not in coco.imgs for x in image_ids])
-    is_unknown = [x not in coco.cats for x in category_ids]
-    is_numbers = any(is_unknown) and max(category_ids) <= len(coco.cats)
-    hint = " (they seem to be class numbers in place of category ids)" if is_numbers else ""
-    report.add("entry.category_id", entries, is_unknown, lambda i: f"{category_ids[i]}{hint}")
-    scores = np.array([x["score"] for x in entries], dtype=np.float64)
+    report.add("entry.category_id", entries, [x not in coco.cats for x in category_ids])
     report.add("entry.score", entries, ~np.isfinite(scores))
     report.raise_on_error()
 
     sizes = [(coco.imgs[x]["height"], coco.imgs[x]["width"]) for x in image_ids]
     segmentations = [x.get("segmentation") for x in entries]
-    masks = measure_masks(segmentations, np.array(sizes).reshape(-1, 2))
-    is_usable = (masks.state == MaskState.MASK) | (masks.state == MaskState.EMPTY)
-    report.add("entry.segmentation", entries, ~is_usable)
+    state = measure_masks(segmentations, np.array(sizes).reshape(-1, 2)).state
+    report.add("entry.segmentation", entries, ~np.isin(state, (MaskState.MASK, MaskState.EMPTY)))
     report.raise_on_error()
-    rles = [
-        compress_mask(*of_one) for of_one in zip(segmentations, sizes, masks.has_empty_run.tolist())
+    rles = [compress_mask(*of_one) for of_one in zip(segmentations, sizes)]
+    boxes = [
+        mask_util.toBbox(rle).tolist() if x.get("bbox") is None else list(map(float, x["bbox"]))
+        for x, rle in zip(entries, rles)
     ]
-    areas = np.array([mask_util.area(x) for x in rles], dtype=np.float64)
-    boxes = [x.get("bbox") for x in entries]
-    boxes = [mask_util.toBbox(rle).tolist() if x is None else x for x, rle in zip(boxes, rles)]
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    is_box = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
-    report.add("entry.bbox", entries, ~is_box)
+    is_box = [np.isfinite(x).all() and min(x[2:]) >= 0 for x in boxes]
+    report.add("entry.bbox", entries, np.logical_not(is_box))
     report.raise_on_error()
 
     if not entries:
         report.add_to_file("no entries", "empty")
-    report.add("empty entry", entries, areas == 0)
-    keys = zip(image_ids, category_ids, scores.tolist(), [x["counts"] for x in rles])
+    keys = list(zip(image_ids, category_ids, scores, [x["counts"] for x in rles]))
     known = set()
     report.add("entry twice", entries, [x in known or known.add(x) is not None for x in keys])
     report.log()
     if warnings is not None:
         warnings.extend(report.warnings)
     names = ("image_id", "category_id", "score", "bbox", "segmentation", "area")
-    columns = (image_ids, category_ids, scores.tolist(), boxes.tolist(), rles, areas.tolist())
+    areas = [float(mask_util.area(x)) for x in rles]
+    columns = (image_ids, category_ids, scores, boxes, rles, areas)
     return [dict(zip(names, values)) for values in zip(*columns)]
