@@ -279,7 +279,6 @@ def test_wrong_command_lines_say_what_is_right(run, dataset, tmp_path):
     for arguments, options, words in (
         ([], {"out": "there.json"}, "there.json exists; --force"),
         ([], {"annotations": "nowhere.json"}, "nowhere.json: cannot be read"),
-        (["--num-gpus", "0"], {}, "allowed: 1 or more"),
         (["--rank", dataset.json_file], {}, "must be different files"),
         (["--rank", there], {}, "there.json exists; --force"),
         (["--grabcut"], {}, "either the config of a trained model or --grabcut"),

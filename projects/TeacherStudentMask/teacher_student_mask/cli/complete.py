@@ -2,14 +2,8 @@
 Give a mask to every object of a COCO json that has a box only.
 
 A trained model draws the mask on the object's own box and class, so nothing has to be detected.
-Masks that humans made, crowds and everything else keep their values. Each new mask comes with
-  segmentation               compressed RLE, or polygons with --format polygon
-  area                       of the mask, in pixels
-  score                      mean probability of the mask's cells, from 0 to 1
-  mask_source                "model"
-  teacher_student_agreement  IoU of the masks of teacher and student, where the model has both
-  mask_fallback              "box_fit", where no probability came to 0.5 and the threshold that
-                             fills the box best was taken; else the key is not there
+Masks that humans made, crowds and everything else keep their values. Each new mask has a score, the
+agreement of teacher and student where the model has both, and "mask_source": "model";
 docs/COMPLETE.md says what exactly these mean.
 
 examples:
