@@ -145,7 +145,7 @@ def test_what_the_threshold_left_out_is_told(run, capsys):
     best = max(x["score"] for x in results)
     assert run(*paths, threshold=0.999) == 0
     text = capsys.readouterr().out
-    assert f"above --score-threshold 0.999; {len(results)} in 2 images have a lower one" in text
+    assert f"above --score-threshold; {len(results)} in 2 images have a lower one" in text
     assert f"The best is {best:.3f}: " in text and ".png." in text.splitlines()[-1]
 
 
