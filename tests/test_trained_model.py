@@ -72,9 +72,9 @@ def test_what_is_missing_or_wrong_is_named(save, tmp_path):
     config, weights = save()
     for options, words in (
         ({}, "MODEL.WEIGHTS is empty; give the checkpoint of a trained model"),
-        ({"weights": str(tmp_path / "no.pth")}, "no.pth do not exist; give the checkpoint"),
+        ({"weights": str(tmp_path / "no.pth")}, "no.pth do not exist; give the path of a checkpoint"),
         ({"opts": ["MODEL.NOTHING", 1]}, "changes 'MODEL.NOTHING 1' are wrong: .*MODEL.NOTHING"),
-        ({"heads": ["stundent"], "weights": weights}, "heads is .*has: student, teacher"),
+        ({"heads": ["stundent"], "weights": weights}, "No such head.*has: student, teacher"),
     ):
         with pytest.raises(InputError, match=words):
             load_model(config, **options)
@@ -133,12 +133,11 @@ def test_inference_needs_nothing_that_makes_pseudo_masks(save, monkeypatch):
 
 def test_models_of_another_kind_are_refused(save):
     config, weights = save()
-    for opts, named in (
-        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "'ProposalNetwork'"),
-        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "with an RPN"),
-        (["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MASK_ON is False"),
+    for opts in (
+        ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
+        ["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
     ):
-        with pytest.raises(InputError, match=named):
+        with pytest.raises(InputError, match="needed is a GeneralizedRCNN with MODEL.MASK_ON True"):
             load_model(config, weights=weights, opts=opts)
 
 
@@ -300,7 +299,7 @@ def test_pickles_of_others_need_the_opt_in(weights):
     ["detectron2://../../x.pkl", URL + "../../x.pkl", "https://example.org/a/../../../x.pth"],
 )
 def test_urls_cannot_leave_the_folder_of_downloads(weights, trust):
-    with pytest.raises(InputError, match="a URL with '..' could name a file outside"):
+    with pytest.raises(InputError, match="a URL with '..' leaves its folder"):
         check(weights, trust)
 
 

@@ -73,8 +73,7 @@ def test_results_are_those_of_default_predictor(run, model):
     paths = [Path("wide.png"), Path("gray.png"), Path("tall.bmp")]
     for path, size, mode in zip(paths, sizes, ("RGB", "L", "RGB")):
         write_image(path, *size, mode)
-    assert run(*paths, "--no-overlays") == 0
-    assert not list(Path("out/overlays").iterdir())
+    assert run(*paths) == 0
 
     cfg = load_config(model[0], weights=model[1])
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
@@ -130,10 +129,10 @@ def test_broken_files_do_not_stop_the_others(run, capsys):
 
 def test_threshold_and_summary(run, capsys):
     write_image(Path("a.png"), 40, 60)
-    run("a.png", "--no-overlays")
+    run("a.png")
     path = Path("out/coco_instances_results.json")
     scores = sorted(x["score"] for x in json.loads(path.read_text()))
-    run("a.png", "--no-overlays", threshold=(scores[1] + scores[2]) / 2)
+    run("a.png", threshold=(scores[1] + scores[2]) / 2)
     assert sorted(x["score"] for x in json.loads(path.read_text())) == pytest.approx(scores[2:])
     assert "2 objects in 1 images and frames: " in capsys.readouterr().out
 

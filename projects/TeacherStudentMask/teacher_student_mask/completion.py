@@ -59,8 +59,7 @@ class CompletionSettings:
     What is completed, and how.
 
     Args:
-        annotations, image_root: COCO json, not changed, and folder of its images.
-        output: the json to write.
+        annotations, image_root, output: COCO json, folder of its images, and the json to write.
         config_file, weights, opts: of the model, see :func:`load_model`.
         grabcut: make the masks by GrabCut from box and colours, without a model.
         masks_of: "student", "teacher", or "both": of the mean of the two heads' probabilities.
@@ -68,10 +67,8 @@ class CompletionSettings:
         mask_format: "rle" or "polygon"; a mask with a hole is an RLE in any case.
         redo_model_masks: make masks with ``mask_source`` "model" anew; they are kept otherwise.
         skip_broken_images: leave the objects of images that cannot be read as they are.
-        ranking: csv to write, of the objects that were to be given a mask, those that most need a
-            human first.
-        resume: go on with what an interrupted run has left beside ``output``.
-        force: replace ``output`` and ``ranking``, and throw away what an interrupted run has left.
+        ranking: csv of the objects that were to be given a mask, the greatest need of a human first.
+        resume, force: go on with what an interrupted run has left; replace it, and the outputs.
         num_processes: one per GPU, or on the CPU where the model runs there.
     """
 
@@ -101,13 +98,20 @@ def complete_dataset(settings: CompletionSettings) -> str:
     that it has finished to an OUTPUT.part-NUMBER.jsonl; at the end these are merged and removed.
 
     Returns:
-        A table of the classes: the masks that were kept and made, their scores and agreement.
+        A table of the classes: the masks that were kept and made; mean score and agreement.
 
     Raises:
-        InputError: a path, the json, the model or an image cannot be used; what is finished is
-            kept for ``resume``.
+        InputError: a path, the json, the model or an image cannot be used.
     """
-    _check_paths(settings)
+    if settings.grabcut == bool(settings.config_file):
+        raise InputError("Give either the config of a trained model or --grabcut.")
+    paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise InputError("Annotations, output and ranking must be different files.")
+    for path in paths[1:]:
+        if os.path.exists(path) and not settings.force:
+            raise InputError(f"{path} exists; --force replaces it.")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     data = read_json(settings.annotations)
     check_coco(settings.annotations, data=data).raise_on_error()
     header = {k: str(v) for k, v in asdict(settings).items() if k not in _FREE_SETTINGS}
@@ -151,18 +155,6 @@ def complete_dataset(settings: CompletionSettings) -> str:
             raise InputError(message) if is_ours else error
     finished = _read_shards(_shard_paths(settings.output), header)
     return _write_output(settings, data, kinds, finished)
-
-
-def _check_paths(settings: CompletionSettings) -> None:
-    if settings.grabcut == bool(settings.config_file):
-        raise InputError("Give either the config of a trained model or --grabcut.")
-    paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
-    if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise InputError("Annotations, output and ranking must be different files.")
-    for path in paths[1:]:
-        if os.path.exists(path) and not settings.force:
-            raise InputError(f"{path} exists; --force replaces it.")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
 
 def _kind(annotation: dict, redo_model_masks: bool) -> str:

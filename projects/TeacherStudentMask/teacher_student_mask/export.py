@@ -198,10 +198,9 @@ def _make_plain(
 
 def detect(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
-    Run a Mask R-CNN without its postprocessing.
+    Run a Mask R-CNN in evaluation mode without its postprocessing.
 
     Args:
-        model: a ``GeneralizedRCNN`` in evaluation mode.
         image: float32, shape (3, H, W), in 0-255, channels in the order of ``INPUT.FORMAT``,
             already resized.
 

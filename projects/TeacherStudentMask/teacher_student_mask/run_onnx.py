@@ -75,18 +75,10 @@ def paste_masks(
     probabilities: np.ndarray, boxes: np.ndarray, height: int, width: int
 ) -> np.ndarray:
     """
-    Masks of the image from probabilities on a grid over each box.
+    Masks, bool (N, height, width), from probabilities (N, M, M) on a grid over each box (N, 4).
 
     The probability at the centre of a pixel is interpolated between the centres of the nearest
     grid cells, those outside the box being 0; from 0.5 on the pixel belongs to the mask.
-
-    Args:
-        probabilities: shape (N, M, M), in [0, 1].
-        boxes: shape (N, 4), x0 y0 x1 y1 in pixels of the image, not empty.
-        height, width: of the image.
-
-    Returns:
-        bool, shape (N, height, width).
     """
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, grid, (x0, y0, x1, y1) in zip(masks, probabilities, boxes):

@@ -155,19 +155,15 @@ def load_model(
     # Nothing makes pseudo masks at inference, and "crf" may ask for a package that is not there.
     built.MODEL.PSEUDO_MASK.METHOD = "none"
     model = build_model(built)
-    is_rcnn = isinstance(model, GeneralizedRCNN) and model.proposal_generator is not None
-    if not is_rcnn or not cfg.MODEL.MASK_ON:
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, MODEL.MASK_ON is "
-            f"{cfg.MODEL.MASK_ON}; needed is a GeneralizedRCNN with an RPN and a mask head."
-        )
+    if not isinstance(model, GeneralizedRCNN) or not cfg.MODEL.MASK_ON:
+        raise InputError("needed is a GeneralizedRCNN with MODEL.MASK_ON True; this is another.")
     has_teacher = isinstance(model.roi_heads, TeacherStudentROIHeads)
     existing = ("student", "teacher") if has_teacher else ("student",)
     heads = existing if heads is None else tuple(heads)
     if set(heads) - set(existing):
+        name = cfg.MODEL.ROI_HEADS.NAME
         raise InputError(
-            f"heads is {heads!r}; a model with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} "
-            f"has: {', '.join(existing)}."
+            f"No such head: {heads}; the model of {name!r} has: {', '.join(existing)}."
         )
     load_weights(model, cfg, heads=heads)
     names, ids = find_model_classes(cfg, model_folders(cfg, config_file))
@@ -271,8 +267,7 @@ def check_pickles(cfg: CfgNode) -> None:
 def _check_source(weights: str, trust_pickled: bool) -> None:
     if "://" in weights and ".." in weights:
         raise InputError(
-            f"The weights {weights!r} were refused: a URL with '..' could name a file outside of "
-            "the folder of downloads."
+            f"The weights {weights!r} were refused: a URL with '..' leaves its folder."
         )
     # Wherever ".pkl" stands: releases of Detectron2 differ in what they drop before they look.
     is_pickle = ".pkl" in "".join(weights.split())
@@ -291,10 +286,7 @@ def check_weights(weights: str, trust_pickled: bool = False) -> None:
     if not weights or os.path.isfile(weights):
         return
     if "://" not in weights:
-        raise InputError(
-            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
-            "the model_final.pth in the OUTPUT_DIR of train_net.py."
-        )
+        raise InputError(f"The weights {weights} do not exist; give the path of a checkpoint.")
     try:
         PathManager.get_local_path(weights.partition("?")[0])
     except Exception as error:  # of a network: of many kinds
@@ -337,25 +329,17 @@ def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
         ) from error
 
 
-def load_weights(
-    model: nn.Module,
-    cfg: CfgNode,
-    *,
-    weights: str | None = None,
-    heads: Sequence[str] = tuple(_HEAD_PREFIXES),
-) -> None:
+def load_weights(model: nn.Module, cfg: CfgNode, heads: Sequence[str]) -> None:
     """
-    Load the weights of a trained model, all of which must be there.
+    Load ``MODEL.WEIGHTS`` into a model of ``cfg``.
 
     Args:
-        model: of ``cfg``; changed in place.
-        weights: path or URL of the checkpoint; None = ``MODEL.WEIGHTS``.
         heads: mask heads that will be used; the parameters of others may be missing.
 
     Raises:
         InputError: the checkpoint cannot be used, or lacks a parameter, or has it in another shape.
     """
-    weights = weights or cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS
     if not weights:
         raise InputError("MODEL.WEIGHTS is empty; give the checkpoint of a trained model.")
     with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):

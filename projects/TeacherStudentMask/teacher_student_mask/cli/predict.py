@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     text = "keep detections with a score above this (default: %(default)s)"
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
-    add("--no-overlays", action="store_true", help="write the json files only")
     text = "pictures show image | teacher | student; the json has the masks of TEST.MASK_HEAD"
     add("--compare", action="store_true", help=text)
     add_model_arguments(parser)
@@ -91,18 +90,15 @@ def run(args: argparse.Namespace) -> int:
             results.extend(instances_to_coco_json(found, entry["id"]))
             if args.compare:
                 yield _compare(trained, image, found)
-            elif not args.no_overlays:
-                names = trained.class_names
-                yield draw_predictions(image, found, names, scale=1 if is_video else None)
+            else:
+                scale = 1 if is_video else None
+                yield draw_predictions(image, found, trained.class_names, scale=scale)
 
     for number, path in enumerate(tqdm(files, unit="file"), start=1):
         suffix = ".mp4" if path.suffix.lower() in _VIDEOS else ".jpg"
         overlay = overlay_dir / f"{number:04d}_{path.stem}{suffix}"
         try:
-            if args.no_overlays:
-                list(predict(path, ""))
-            else:
-                _write_overlay(path, overlay, predict(path, f"overlays/{overlay.name}"))
+            _write_overlay(path, overlay, predict(path, f"overlays/{overlay.name}"))
         except InputError as error:
             failures.append(str(error))
     counts = Counter(trained.class_names[x["category_id"]] for x in results)
@@ -153,16 +149,14 @@ def _find_files(inputs: list[str], overlay_dir: Path) -> list[Path]:
     """The images and videos that the inputs name, each once, without overlays of earlier runs."""
     files = {}
     for text in inputs:
-        is_folder = Path(text).is_dir()
+        path = Path(text)
         # A name may have brackets.
-        paths = Path(text).rglob("*") if is_folder else map(Path, glob.glob(text, recursive=True))
-        paths = [Path(text)] if Path(text).is_file() else sorted(paths)
+        paths = [path] if path.is_file() else map(Path, glob.glob(text, recursive=True))
+        paths = sorted(path.rglob("*") if path.is_dir() else paths)
         paths = [x for x in paths if x.suffix.lower() in (*_IMAGES, *_VIDEOS)]
         if not paths:
-            raise InputError(
-                f"{text!r} has no image and no video; images end in {', '.join(_IMAGES)}, videos "
-                f"in {', '.join(_VIDEOS)}."
-            )
+            kinds = f"images end in {', '.join(_IMAGES)}, videos in {', '.join(_VIDEOS)}"
+            raise InputError(f"{text!r} has no image and no video; {kinds}.")
         files |= {x.resolve(): x for x in paths if overlay_dir.resolve() not in x.resolve().parents}
     return list(files.values())
 
