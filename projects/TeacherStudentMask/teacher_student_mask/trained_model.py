@@ -20,7 +20,6 @@ from urllib.parse import urlparse
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -230,21 +229,14 @@ def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
         if config_file:
             _PlainConfig.load_yaml_with_base(config_file)
             cfg.merge_from_file(config_file, allow_unsafe=False)
-    # An empty file, or one without keys, is an AttributeError or a TypeError; a _BASE_ that leads
-    # back to itself a RecursionError.
-    except (
-        *(AssertionError, AttributeError, KeyError, OSError, RecursionError, TypeError),
-        *(ValueError, yaml.YAMLError),
-    ) as error:
+    except Exception as error:  # of a file, of yaml, of types: of many kinds
+        where = " ".join(str(error).split())
         raise InputError(
-            f"The config {config_file} cannot be read, and nothing of it was run: "
-            f"{' '.join(str(error).split())}."
+            f"The config {config_file} cannot be read, and nothing of it was run: {where}"
         ) from error
     if cfg.MODEL.TRUST_PICKLED_WEIGHTS and not trusts:
         cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
-        logger.warning(
-            f"MODEL.TRUST_PICKLED_WEIGHTS of {config_file} is ignored: say it with --opts."
-        )
+        logger.warning(f"MODEL.TRUST_PICKLED_WEIGHTS of {config_file} is ignored: use --opts.")
     try:
         cfg.merge_from_list(list(opts))
     except (AssertionError, KeyError, ValueError) as error:

@@ -20,8 +20,8 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
-import itertools
 import json
 import sys
 from collections import Counter
@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; returns 1 if an input could not be read."""
+    import cv2
+    import supervision as sv
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
     from tqdm import tqdm
 
@@ -78,29 +80,38 @@ def run(args: argparse.Namespace) -> int:
     overlay_dir.mkdir(parents=True, exist_ok=True)
     images, results, failures = [], [], []
 
-    def predict(path: Path, overlay: str) -> Iterator[np.ndarray]:
-        """Predict a file, and yield its pictures."""
-        is_video = path.suffix.lower() in _VIDEOS
-        for frame, image in enumerate(_read(path)):
-            found = trained.predict(image)
-            height, width = found.image_size
-            entry = {"id": len(images) + 1, "file_name": str(path), "overlay": overlay}
-            entry |= {"height": height, "width": width} | ({"frame": frame} if is_video else {})
-            images.append(entry)
-            results.extend(instances_to_coco_json(found, entry["id"]))
-            if args.compare:
-                yield _compare(trained, image, found)
-            else:
-                scale = 1 if is_video else None
-                yield draw_predictions(image, found, trained.class_names, scale=scale)
-
     for number, path in enumerate(tqdm(files, unit="file"), start=1):
-        suffix = ".mp4" if path.suffix.lower() in _VIDEOS else ".jpg"
-        overlay = overlay_dir / f"{number:04d}_{path.stem}{suffix}"
-        try:
-            _write_overlay(path, overlay, predict(path, f"overlays/{overlay.name}"))
-        except InputError as error:
-            failures.append(str(error))
+        is_video = path.suffix.lower() in _VIDEOS
+        overlay = overlay_dir / f"{number:04d}_{path.stem}{'.mp4' if is_video else '.jpg'}"
+        num_before = len(images)
+        with contextlib.ExitStack() as sinks:
+            try:
+                for frame, image in enumerate(_read(path)):
+                    found = trained.predict(image)
+                    height, width = found.image_size
+                    entry = {"id": len(images) + 1, "file_name": str(path)}
+                    entry |= {"overlay": f"overlays/{overlay.name}"}
+                    entry |= {"height": height, "width": width}
+                    images.append(entry | ({"frame": frame} if is_video else {}))
+                    results.extend(instances_to_coco_json(found, entry["id"]))
+                    if args.compare:
+                        picture = _compare(trained, image, found)
+                    else:
+                        scale = 1 if is_video else None
+                        picture = draw_predictions(image, found, trained.class_names, scale=scale)
+                    if not is_video:
+                        overlay.write_bytes(cv2.imencode(".jpg", picture)[1])
+                        continue
+                    if frame == 0:
+                        fps = sv.VideoInfo.from_video_path(str(path)).fps or 25
+                        info = sv.VideoInfo(picture.shape[1], picture.shape[0], fps)
+                        sink = sinks.enter_context(sv.VideoSink(str(overlay), info))
+                    sink.write_frame(picture)
+            except InputError as error:
+                failures.append(str(error))
+            else:
+                if len(images) == num_before:
+                    failures.append(f"{path}: no frame of this video can be read.")
     counts = Counter(trained.class_names[x["category_id"]] for x in results)
     for result in results:
         result["category_id"] = trained.category_ids[result["category_id"]]
@@ -178,24 +189,6 @@ def _read(path: Path) -> Iterator[np.ndarray]:
         yield read_image(str(path), format="BGR").copy()  # with its EXIF orientation
     except Exception as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _write_overlay(source: Path, target: Path, pictures: Iterator[np.ndarray]) -> None:
-    """Write the picture, or the frames of the video, which all have one size."""
-    import cv2
-    import supervision as sv
-
-    first = next(pictures, None)
-    if first is None:
-        raise InputError(f"{source}: no frame of this video can be read.")
-    if target.suffix == ".jpg":
-        target.write_bytes(cv2.imencode(".jpg", first)[1])
-        return
-    fps = sv.VideoInfo.from_video_path(str(source)).fps
-    info = sv.VideoInfo(first.shape[1], first.shape[0], fps if fps > 0 else 25.0)
-    with sv.VideoSink(str(target), info) as sink:
-        for picture in itertools.chain([first], pictures):
-            sink.write_frame(picture)
 
 
 def _compare(trained: TrainedModel, image: np.ndarray, found: Instances) -> np.ndarray:

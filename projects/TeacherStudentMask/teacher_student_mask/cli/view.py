@@ -137,7 +137,7 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
 
 
 def _describe(annotation: dict, is_unseen: bool) -> tuple[str, str]:
-    """What is known of an object: its colour, and in words."""
+    """Colour of an object, and what is known of it."""
     from .. import drawing
     from ..coco_json import has_mask, is_from_model
 
