@@ -67,7 +67,7 @@ class CompletionSettings:
         mask_format: "rle" or "polygon"; a mask with a hole is an RLE in any case.
         redo_model_masks: make masks with ``mask_source`` "model" anew; they are kept otherwise.
         skip_broken_images: leave the objects of images that cannot be read as they are.
-        ranking: csv of the objects that were to be given a mask, the greatest need of a human first.
+        ranking: csv of the objects that were to be given a mask, the greatest need first.
         resume, force: go on with what an interrupted run has left; replace it, and the outputs.
         num_processes: one per GPU, or on the CPU where the model runs there.
     """
@@ -103,15 +103,7 @@ def complete_dataset(settings: CompletionSettings) -> str:
     Raises:
         InputError: a path, the json, the model or an image cannot be used.
     """
-    if settings.grabcut == bool(settings.config_file):
-        raise InputError("Give either the config of a trained model or --grabcut.")
-    paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
-    if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise InputError("Annotations, output and ranking must be different files.")
-    for path in paths[1:]:
-        if os.path.exists(path) and not settings.force:
-            raise InputError(f"{path} exists; --force replaces it.")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    _check_paths(settings)
     data = read_json(settings.annotations)
     check_coco(settings.annotations, data=data).raise_on_error()
     header = {k: str(v) for k, v in asdict(settings).items() if k not in _FREE_SETTINGS}
@@ -125,22 +117,10 @@ def complete_dataset(settings: CompletionSettings) -> str:
         shards = []
     finished = _read_shards(shards, header)
     kinds = [_kind(x, settings.redo_model_masks) for x in data["annotations"]]
-    # By image: (place of the annotation in the json, category id, XYWH box) each.
-    objects = defaultdict(list)
-    for row, (x, kind) in enumerate(zip(data["annotations"], kinds)):
-        if kind == "missing":
-            objects[x["image_id"]].append((row, x["category_id"], x["bbox"]))
     todo = [
-        {
-            "file_name": os.path.join(settings.image_root, image["file_name"]),
-            "height": int(image["height"]),
-            "width": int(image["width"]),
-            "image_id": image["id"],
-            "number": number,
-            "objects": objects[image["id"]],
-        }
-        for number, image in enumerate(data["images"])
-        if image["id"] in objects and "objects" not in finished.get(number, {})
+        x
+        for x in _image_tasks(data, kinds, settings.image_root)
+        if "objects" not in finished.get(x["number"], {})
     ]
     num_processes = max(1, min(settings.num_processes, len(todo)))
     # A shard of an interrupted run may end with half a line, so each run has its own.
@@ -155,6 +135,39 @@ def complete_dataset(settings: CompletionSettings) -> str:
             raise InputError(message) if is_ours else error
     finished = _read_shards(_shard_paths(settings.output), header)
     return _write_output(settings, data, kinds, finished)
+
+
+def _check_paths(settings: CompletionSettings) -> None:
+    if settings.grabcut == bool(settings.config_file):
+        raise InputError("Give either the config of a trained model or --grabcut.")
+    paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise InputError("Annotations, output and ranking must be different files.")
+    for path in paths[1:]:
+        if os.path.exists(path) and not settings.force:
+            raise InputError(f"{path} exists; --force replaces it.")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
+def _image_tasks(data: dict, kinds: list[str], image_root: str) -> list[dict]:
+    """Detectron2's dicts of the images with objects that are to be given a mask."""
+    # By image: (place of the annotation in the json, category id, XYWH box) each.
+    objects = defaultdict(list)
+    for row, (x, kind) in enumerate(zip(data["annotations"], kinds)):
+        if kind == "missing":
+            objects[x["image_id"]].append((row, x["category_id"], x["bbox"]))
+    return [
+        {
+            "height": int(image["height"]),
+            "width": int(image["width"]),
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "image_id": image["id"],
+            "number": number,
+            "objects": objects[image["id"]],
+        }
+        for number, image in enumerate(data["images"])
+        if image["id"] in objects
+    ]
 
 
 def _kind(annotation: dict, redo_model_masks: bool) -> str:

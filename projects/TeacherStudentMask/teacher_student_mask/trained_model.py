@@ -59,8 +59,7 @@ logger = logging.getLogger(__name__)
 
 # Mask heads, and where their parameters are in the model.
 _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
-# In the folder of the weights: "id" and "name" of the model's classes, in their order. In that of an
-# export: the names alone.
+# Beside the weights: "id" and "name" of the model's classes, in their order; in an export: names.
 _CLASS_NAMES_FILES = ("categories.json", "classes.json")
 _NO_CLASSES = "Neither categories.json beside the weights nor DATASETS.TRAIN tells the classes"
 # Pickles that are Detectron2's own.
@@ -317,7 +316,7 @@ def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
         reason = "" if "weights_only" in str(error) else f" ({error})"
         raise InputError(
             f"The weights {weights} were refused, and nothing of them was run: they cannot be read "
-            f"as a checkpoint. They are damaged, or hold more than tensors and plain values{reason}."
+            f"as a checkpoint. They are damaged, or hold more than tensors and plain values{reason}"
         ) from error
 
 
@@ -424,7 +423,7 @@ def find_model_classes(
     cfg: CfgNode, folders: Sequence[str | os.PathLike]
 ) -> tuple[list[str], list[int]]:
     """
-    The classes of the model that a config and its weights make: names, and category ids of its data.
+    The classes of the model that a config and its weights make: names and category ids.
 
     They are those of its training: from the file that it has left in ``folders``, else from its
     data. The test data, which may list other classes under other ids, are asked last.

@@ -60,12 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; returns 1 if an input could not be read."""
-    import cv2
-    import supervision as sv
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
     from tqdm import tqdm
 
-    from ..drawing import draw_predictions
     from ..trained_model import load_model
 
     overlay_dir = args.output_dir / "overlays"
@@ -83,35 +80,15 @@ def run(args: argparse.Namespace) -> int:
     for number, path in enumerate(tqdm(files, unit="file"), start=1):
         is_video = path.suffix.lower() in _VIDEOS
         overlay = overlay_dir / f"{number:04d}_{path.stem}{'.mp4' if is_video else '.jpg'}"
-        num_before = len(images)
-        with contextlib.ExitStack() as sinks:
-            try:
-                for frame, image in enumerate(_read(path)):
-                    found = trained.predict(image)
-                    height, width = found.image_size
-                    entry = {"id": len(images) + 1, "file_name": str(path)}
-                    entry |= {"overlay": f"overlays/{overlay.name}"}
-                    entry |= {"height": height, "width": width}
-                    images.append(entry | ({"frame": frame} if is_video else {}))
-                    results.extend(instances_to_coco_json(found, entry["id"]))
-                    if args.compare:
-                        picture = _compare(trained, image, found)
-                    else:
-                        scale = 1 if is_video else None
-                        picture = draw_predictions(image, found, trained.class_names, scale=scale)
-                    if not is_video:
-                        overlay.write_bytes(cv2.imencode(".jpg", picture)[1])
-                        continue
-                    if frame == 0:
-                        fps = sv.VideoInfo.from_video_path(str(path)).fps or 25
-                        info = sv.VideoInfo(picture.shape[1], picture.shape[0], fps)
-                        sink = sinks.enter_context(sv.VideoSink(str(overlay), info))
-                    sink.write_frame(picture)
-            except InputError as error:
-                failures.append(str(error))
-            else:
-                if len(images) == num_before:
-                    failures.append(f"{path}: no frame of this video can be read.")
+        try:
+            for frame, found in enumerate(_predict(trained, path, overlay, args.compare)):
+                entry = {"id": len(images) + 1, "file_name": str(path)}
+                entry["overlay"] = f"overlays/{overlay.name}"
+                entry["height"], entry["width"] = found.image_size
+                images.append(entry | ({"frame": frame} if is_video else {}))
+                results.extend(instances_to_coco_json(found, entry["id"]))
+        except InputError as error:
+            failures.append(str(error))
     counts = Counter(trained.class_names[x["category_id"]] for x in results)
     for result in results:
         result["category_id"] = trained.category_ids[result["category_id"]]
@@ -136,6 +113,37 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if failures else 0
+
+
+def _predict(
+    trained: TrainedModel, path: Path, overlay: Path, compare: bool
+) -> Iterator[Instances]:
+    """Yield the objects of the image, or of the frames of the video, and write the overlay."""
+    import cv2
+    import supervision as sv
+
+    from ..drawing import draw_predictions
+
+    is_video, sink = overlay.suffix == ".mp4", None
+    with contextlib.ExitStack() as stack:
+        for image in _read(path):
+            found = trained.predict(image)
+            if compare:
+                picture = _compare(trained, image, found)
+            else:
+                scale = 1 if is_video else None
+                picture = draw_predictions(image, found, trained.class_names, scale=scale)
+            if not is_video:
+                overlay.write_bytes(cv2.imencode(".jpg", picture)[1])
+            else:
+                if sink is None:  # all frames have one size
+                    fps = sv.VideoInfo.from_video_path(str(path)).fps or 25
+                    info = sv.VideoInfo(picture.shape[1], picture.shape[0], fps)
+                    sink = stack.enter_context(sv.VideoSink(str(overlay), info))
+                sink.write_frame(picture)
+            yield found
+    if is_video and sink is None:
+        raise InputError(f"{path}: no frame of this video can be read.")
 
 
 def _report_lower_scores(trained: TrainedModel, images: list[dict]) -> None:
