@@ -58,8 +58,8 @@ def export_student(
     """
     Write the student (or the only mask head of a baseline) without this project.
 
-    Every format runs on the same images as the model first, and must find the same. Nothing is
-    written unless all do.
+    Every format runs on the same images as the model first; nothing is written unless all find the
+    same.
 
     Args:
         trained: the model; not changed.
@@ -299,18 +299,16 @@ def compare(expected: Callable, found: Callable, images: Sequence[torch.Tensor])
     largest = dict.fromkeys(_TOLERANCES, 0.0)
     for image in images:
         a, b = (dict(zip(OUTPUTS, run(image))) for run in (expected, found))
+        distance = np.abs(a["boxes"][:, None] - b["boxes"]).max(axis=-1, initial=0.0)
+        is_same = distance <= _TOLERANCES["boxes"]
+        is_same &= np.abs(a["scores"][:, None] - b["scores"]) <= _TOLERANCES["scores"]
+        is_same &= a["classes"][:, None] == b["classes"]
         rows, columns = [], []
-        for i in range(len(a["scores"])):
-            distance = np.abs(b["boxes"] - a["boxes"][i]).max(1, initial=0.0)
-            is_same = (
-                (distance <= _TOLERANCES["boxes"])
-                & (np.abs(b["scores"] - a["scores"][i]) <= _TOLERANCES["scores"])
-                & (b["classes"] == a["classes"][i])
-            )
-            is_same[columns] = False
-            if is_same.any():
-                rows.append(i)
-                columns.append(int(np.where(is_same, distance, np.inf).argmin()))
+        for row in range(len(distance)):
+            if is_same[row].any():
+                rows.append(row)
+                columns.append(np.where(is_same[row], distance[row], np.inf).argmin())
+                is_same[:, columns[-1]] = False
         objects += len(a["scores"])
         unmatched += len(a["scores"]) + len(b["scores"]) - 2 * len(rows)
         for name in largest:

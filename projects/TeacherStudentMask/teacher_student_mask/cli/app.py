@@ -50,15 +50,9 @@ class AppSession:
 
     def show(self, image: np.ndarray, score: float, head: str) -> tuple[np.ndarray, str]:
         """
-        Find what the page shows. The model does not run again while only the score changes.
+        The picture, uint8 RGB, of an RGB image with its objects of at least ``score``; a sentence.
 
-        Args:
-            image: uint8, shape (H, W, 3), RGB.
-            score: objects with at least this score are shown.
-            head: "student" or "teacher".
-
-        Returns:
-            The picture, uint8 RGB, and a sentence.
+        The model does not run again while only the score changes.
         """
         import numpy as np
 

@@ -12,14 +12,7 @@ examples:
         --annotations data/train.json --image-root data/images \\
         --output output/train_completed.json --rank output/look_at_first.csv
 
-  the same after it was interrupted:
-    tsmask complete ... --resume
-
-  8 GPUs, or 8 processes on a machine without a GPU:
-    tsmask complete --num-gpus 8 ...
-
-  GrabCut's masks for the baseline Mask GrabCut, after those of unseen classes have been taken out:
-    tsmask edit strip data/train.json output/stripped.json --seen-classes voc
+  GrabCut's masks for the baseline Mask GrabCut, of a json without masks of unseen classes:
     tsmask complete --grabcut --annotations output/stripped.json --image-root data/images \\
         --output output/train_grabcut.json
 """
