@@ -7,7 +7,6 @@ import functools
 import glob
 import hashlib
 import json
-import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -34,8 +33,6 @@ from .modeling.pseudo_masks import fit_to_boxes
 from .trained_model import load_model
 
 __all__ = ["CompletionSettings", "complete_dataset", "make_mask", "mask_to_polygons"]
-
-logger = logging.getLogger(__name__)
 
 # Keys of an object that is given a mask, always or sometimes.
 _NEW_KEYS = {"segmentation", "area", "score", "mask_source", "teacher_student_agreement"}
@@ -300,14 +297,13 @@ def _write_output(
     table.append(["all", *(kinds.count(kind) for kind in columns)])
     headers = ["class", "human masks kept", "model masks kept", "masks made", "without a mask"]
     lines = [tabulate(table, headers, disable_numparse=[0])]
-    for name, values in (("score", scores), ("agreement of teacher and student", agreements)):
-        if values:
-            lines.append(f"Mean {name} of the new masks: {np.mean(values):.3f}")
-    if agreements and np.mean(agreements) < _LOW_AGREEMENT:
-        logger.warning(
-            "Teacher and student agree little, so one of them may be far from the truth. Look at "
-            "pictures of both (--masks-of teacher, --masks-of student)."
-        )
+    if scores:
+        lines.append(f"Mean score of the new masks: {np.mean(scores):.3f}")
+    if agreements:
+        mean = np.mean(agreements)
+        lines.append(f"Mean agreement of teacher and student: {mean:.3f}")
+        if mean < _LOW_AGREEMENT:
+            lines.append("One of them may be far from the truth: see --masks-of teacher, student.")
     return "\n".join(lines + [f"{n} {problem}" for problem, n in problems.most_common()])
 
 
