@@ -67,7 +67,6 @@ def test_relative_imports_are_resolved():
 
 BASE = {"errors", "class_splits", "coco_json"}
 DETECTOR = BASE | {"config", "data", "modeling", "evaluation", "structures", "trained_model"}
-DETECTOR |= {"model_classes"}
 # What each part of the package may import of the others.
 ALLOWED = {
     "errors": set(),
@@ -81,8 +80,7 @@ ALLOWED = {
     "data": BASE | {"structures"},
     "modeling": {"errors", "structures"},  # whether an instance has a mask is data: no class lists
     "evaluation": BASE,
-    "model_classes": {"errors"},
-    "trained_model": BASE | {"config", "data", "modeling", "model_classes"},
+    "trained_model": BASE | {"config", "data", "modeling"},
     "engine": DETECTOR,
     "analysis": DETECTOR,
     "completion": DETECTOR,

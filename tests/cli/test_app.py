@@ -137,7 +137,7 @@ def test_the_page_in_a_browser(browser, server):
             "text => document.querySelector('#summary')?.innerText.includes(text)", arg=text
         )
 
-    wait_for("Drop an image")
+    wait_for("Drop an image.")
     write_noise(server.folder / "photo.png")
     page.locator("input[type=file]").first.set_input_files(server.folder / "photo.png")
     wait_for("5 objects")

@@ -7,11 +7,10 @@ import functools
 import glob
 import hashlib
 import json
-import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
@@ -35,23 +34,19 @@ from .trained_model import load_model
 
 __all__ = ["CompletionSettings", "complete_dataset", "make_mask", "mask_to_polygons"]
 
-logger = logging.getLogger(__name__)
-
 # Keys of an object that is given a mask, always or sometimes.
-_NEW_KEYS = ("segmentation", "area", "score", "mask_source", "teacher_student_agreement")
-_NEW_KEYS += ("mask_fallback",)
-# What must be the same for an interrupted run to go on, beside the annotations.
-_FIXED_SETTINGS = ("config_file", "weights", "opts", "grabcut", "masks_of", "mask_format")
-_FIXED_SETTINGS += ("redo_model_masks",)
+_NEW_KEYS = {"segmentation", "area", "score", "mask_source", "teacher_student_agreement"}
+_NEW_KEYS |= {"mask_fallback"}
+# What may be another one when an interrupted run goes on.
+_FREE_SETTINGS = {"output", "skip_broken_images", "ranking", "resume", "force", "num_processes"}
 # Of teacher and student; below it the user is told. See docs/COMPLETE.md for what was measured.
 _LOW_AGREEMENT = 0.6
-# From which probability on a pixel belongs to a mask, as in Detectron2.
-_THRESHOLD = 0.5
-# The lowest threshold that "box_fit" tries. Where no cell has as much, the head says nothing.
-_LEAST_PROBABILITY = 0.05
+# From which probability on a pixel belongs to a mask, as in Detectron2; and the lowest threshold
+# that "box_fit" tries. Where no cell has as much, the head says nothing.
+_THRESHOLD, _LEAST_PROBABILITY = 0.5, 0.05
 # Polygons may be this far, in pixels, from the edges of a mask's pixels, the coarsest first, as
 # long as their IoU with the mask is high enough.
-_POLYGON_TOLERANCES, _MIN_POLYGON_IOU = (1.0, 0.5, 0.0), 0.98
+_POLYGON_TOLERANCES, _MIN_POLYGON_IOU = (1.0, 0.0), 0.98
 _NO_AREA = {"problem": "the box has no area inside the image"}
 
 
@@ -61,20 +56,16 @@ class CompletionSettings:
     What is completed, and how.
 
     Args:
-        annotations: COCO json; not changed.
-        image_root: folder of the images.
-        output: the json to write.
-        config_file, weights, opts: of the model, see :func:`load_config`.
+        annotations, image_root, output: COCO json, folder of its images, and the json to write.
+        config_file, weights, opts: of the model, see :func:`load_model`.
         grabcut: make the masks by GrabCut from box and colours, without a model.
         masks_of: "student", "teacher", or "both": of the mean of the two heads' probabilities.
             None: "both", or "student" where the model has one head.
         mask_format: "rle" or "polygon"; a mask with a hole is an RLE in any case.
         redo_model_masks: make masks with ``mask_source`` "model" anew; they are kept otherwise.
         skip_broken_images: leave the objects of images that cannot be read as they are.
-        ranking: csv to write, of the objects that were to be given a mask, those that most need a
-            human first.
-        resume: go on with what an interrupted run has left beside ``output``.
-        force: replace ``output`` and ``ranking``, and throw away what an interrupted run has left.
+        ranking: csv of the objects that were to be given a mask, the greatest need first.
+        resume, force: go on with what an interrupted run has left; replace it, and the outputs.
         num_processes: one per GPU, or on the CPU where the model runs there.
     """
 
@@ -104,56 +95,76 @@ def complete_dataset(settings: CompletionSettings) -> str:
     that it has finished to an OUTPUT.part-NUMBER.jsonl; at the end these are merged and removed.
 
     Returns:
-        A table of the classes: the masks that were kept and made, their scores and agreement.
+        A table of the classes: the masks that were kept and made; mean score and agreement.
 
     Raises:
-        InputError: a path, the json, the model, an image or a number cannot be used; what is
-            finished is kept for ``resume``.
+        InputError: a path, the json, the model or an image cannot be used.
     """
     _check_paths(settings)
     data = read_json(settings.annotations)
     check_coco(settings.annotations, data=data).raise_on_error()
-    header = {name: str(getattr(settings, name)) for name in _FIXED_SETTINGS}
+    header = {k: str(v) for k, v in asdict(settings).items() if k not in _FREE_SETTINGS}
     header["annotations"] = hashlib.sha256(Path(settings.annotations).read_bytes()).hexdigest()
     shards = _shard_paths(settings.output)
-    if settings.force and not settings.resume:
+    if shards and not settings.resume:
+        if not settings.force:
+            raise InputError(f"{shards[0]} is left of another run: give --resume or --force.")
         for path in shards:
             os.unlink(path)
         shards = []
-    if shards and not settings.resume:
-        raise InputError(f"{shards[0]} is left of another run: give --resume or --force.")
     finished = _read_shards(shards, header)
-    tasks = _image_tasks(data, settings)
-    todo = [x for x in tasks if "objects" not in finished.get(x["number"], {})]
-    settings = replace(settings, num_processes=min(settings.num_processes, len(todo)))
+    kinds = [_kind(x, settings.redo_model_masks) for x in data["annotations"]]
+    todo = [
+        x
+        for x in _image_tasks(data, kinds, settings.image_root)
+        if "objects" not in finished.get(x["number"], {})
+    ]
+    num_processes = max(1, min(settings.num_processes, len(todo)))
     # A shard of an interrupted run may end with half a line, so each run has its own.
-    args = settings, todo, header, data["categories"], len(shards)
-    if todo and settings.num_processes == 1:
+    args = settings, num_processes, todo, header, data["categories"], len(shards)
+    if todo and num_processes == 1:
         _complete_images(0, *args)
     elif todo:
         try:
-            torch.multiprocessing.spawn(_complete_images, args, settings.num_processes)
+            torch.multiprocessing.spawn(_complete_images, args, num_processes)
         except torch.multiprocessing.ProcessRaisedException as error:
             _, is_ours, message = str(error).strip().rpartition("InputError: ")
             raise InputError(message) if is_ours else error
-    return _finish(settings, data, _read_shards(_shard_paths(settings.output), header))
+    finished = _read_shards(_shard_paths(settings.output), header)
+    return _write_output(settings, data, kinds, finished)
 
 
 def _check_paths(settings: CompletionSettings) -> None:
-    if not os.path.isdir(settings.image_root):
-        raise InputError(f"The folder of the images {settings.image_root} does not exist.")
     if settings.grabcut == bool(settings.config_file):
         raise InputError("Give either the config of a trained model or --grabcut.")
-    if settings.num_processes < 1:
-        raise InputError(f"{settings.num_processes} processes; allowed: 1 or more.")
     paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
     if len(set(map(os.path.realpath, paths))) < len(paths):
         raise InputError("Annotations, output and ranking must be different files.")
     for path in paths[1:]:
-        may_replace = settings.force or (settings.resume and path == settings.ranking)
-        if os.path.exists(path) and not may_replace:
+        if os.path.exists(path) and not settings.force:
             raise InputError(f"{path} exists; --force replaces it.")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
+def _image_tasks(data: dict, kinds: list[str], image_root: str) -> list[dict]:
+    """Detectron2's dicts of the images with objects that are to be given a mask."""
+    # By image: (place of the annotation in the json, category id, XYWH box) each.
+    objects = defaultdict(list)
+    for row, (x, kind) in enumerate(zip(data["annotations"], kinds)):
+        if kind == "missing":
+            objects[x["image_id"]].append((row, x["category_id"], x["bbox"]))
+    return [
+        {
+            "height": int(image["height"]),
+            "width": int(image["width"]),
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "image_id": image["id"],
+            "number": number,
+            "objects": objects[image["id"]],
+        }
+        for number, image in enumerate(data["images"])
+        if image["id"] in objects
+    ]
 
 
 def _kind(annotation: dict, redo_model_masks: bool) -> str:
@@ -166,53 +177,47 @@ def _kind(annotation: dict, redo_model_masks: bool) -> str:
     return "human"
 
 
-def _image_tasks(data: dict, settings: CompletionSettings) -> list[dict]:
-    """
-    Detectron2's dicts of the images with objects that are to be given a mask.
+def _shard_paths(output: str) -> list[str]:
+    return sorted(glob.glob(f"{glob.escape(output)}.part-*.jsonl"))
 
-    Each has "number", the place of the image in the json, and "objects": (place of the annotation
-    in the json, category id, XYWH box) each.
-    """
-    objects = defaultdict(list)
-    for row, x in enumerate(data["annotations"]):
-        if _kind(x, settings.redo_model_masks) == "missing":
-            objects[x["image_id"]].append((row, x["category_id"], x["bbox"]))
-    return [
-        {
-            "file_name": os.path.join(settings.image_root, image["file_name"]),
-            "height": int(image["height"]),
-            "width": int(image["width"]),
-            "image_id": image["id"],
-            "number": number,
-            "objects": objects[image["id"]],
-        }
-        for number, image in enumerate(data["images"])
-        if image["id"] in objects
-    ]
+
+def _read_shards(paths: list[str], header: dict) -> dict[int, dict]:
+    """{number of an image: its record}; what was made goes before a problem of another try."""
+    found: dict[int, dict] = {}
+    for path in paths:
+        # A kill may have left a last line half written.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        first, *records = map(json.loads, lines or [json.dumps(header)])
+        if different := [key for key in header if first.get(key) != header[key]]:
+            raise InputError(f"{path} is of a run with other {', '.join(different)}; see --force.")
+        for record in records:
+            if "objects" in record or record["image"] not in found:
+                found[record["image"]] = record
+    return found
 
 
 def _complete_images(
     rank: int,
     settings: CompletionSettings,
+    num_processes: int,
     tasks: list[dict],
     header: dict,
     categories: list[dict],
     num_shards: int,
 ) -> None:
     """Complete this process's share of the images, and write each to the process's shard."""
-    tasks = tasks[rank :: settings.num_processes]
-    if settings.num_processes > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // settings.num_processes))
+    tasks = tasks[rank::num_processes]
+    if num_processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
         if torch.cuda.is_available():
             torch.cuda.set_device(rank % torch.cuda.device_count())
     mapper, make_masks, num_workers = _prepare(settings, categories)
     loader = build_detection_test_loader(
         tasks, mapper=functools.partial(_read_image, mapper), num_workers=num_workers
     )
-    description = f"images of process 1 of {settings.num_processes}"
     with open(f"{settings.output}.part-{num_shards + rank:05}.jsonl", "x") as shard:
         shard.write(json.dumps(header) + "\n")
-        for (task,) in tqdm(loader, desc=description, unit="image", disable=rank > 0):
+        for (task,) in tqdm(loader, desc="images of process 1", unit="image", disable=rank > 0):
             record = {"image": task["number"]}
             if "problem" not in task:
                 record["objects"] = make_masks(task)
@@ -249,12 +254,8 @@ def _prepare(
         raise InputError(f"--masks-of {masks_of}: of this model it can be {', '.join(allowed)}.")
     cfg = trained.cfg.clone()
     cfg.TEST.GT_BOXES = False  # The boxes are ours.
-    names = [x["name"] for x in sorted(categories, key=lambda x: x["id"])]
-    known = trained.class_names
-    if known == [f"class {i}" for i in range(len(names))]:
-        logger.warning(f"Taken for the model's classes, in this order: {', '.join(names)}.")
-        known = names
-    model_ids = match_classes([x["name"] for x in categories], known, settings.annotations)
+    names = [x["name"] for x in categories]
+    model_ids = match_classes(names, trained.class_names, settings.annotations)
     class_ids = {x["id"]: k for x, k in zip(categories, model_ids)}
     make_masks = functools.partial(
         _model_masks, trained.model, class_ids, masks_of, settings.mask_format
@@ -264,70 +265,45 @@ def _prepare(
     return TeacherStudentDatasetMapper(cfg, is_train=False), make_masks, num_workers
 
 
-def _shard_paths(output: str) -> list[str]:
-    return sorted(glob.glob(f"{glob.escape(output)}.part-*.jsonl"))
-
-
-def _read_shards(paths: list[str], header: dict) -> dict[int, dict]:
-    """{number of an image: its record}; what was made goes before a problem of another try."""
-    found: dict[int, dict] = {}
-    for path in paths:
-        # A kill may have left a last line half written.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
-        first, *records = map(json.loads, lines or ["{}"])
-        different = [key for key in header if lines and first.get(key) != header[key]]
-        if different:
-            raise InputError(f"{path} is of a run with other {', '.join(different)}; see --force.")
-        for record in records:
-            if "objects" in record or record["image"] not in found:
-                found[record["image"]] = record
-    return found
-
-
-def _finish(settings: CompletionSettings, data: dict, finished: dict[int, dict]) -> str:
-    """Fill the masks in, write the json and the ranking, and remove the shards."""
-    names = {x["id"]: x["name"] for x in data["categories"]}
-    counts = {x: Counter() for x in names.values()}
-    for x in data["annotations"]:
-        counts[names[x["category_id"]]][_kind(x, settings.redo_model_masks)] += 1
-    candidates, problems = [], Counter()
+def _write_output(
+    settings: CompletionSettings, data: dict, kinds: list[str], finished: dict[int, dict]
+) -> str:
+    """Fill the masks in, write the json and the ranking, remove the shards; return the table."""
+    candidates, problems, scores, agreements = [], Counter(), [], []
     for _, record in sorted(finished.items()):
         if "problem" in record:
             problems[f"images were left out: {record['problem']}"] += 1
         for made in record.get("objects", ()):
-            annotation = data["annotations"][made.pop("row")]
+            row = made.pop("row")
+            annotation = data["annotations"][row]
             candidates.append((annotation, made))
             if "problem" in made:
                 problems[f"objects have no mask: {made['problem']}"] += 1
                 continue
-            for key in _NEW_KEYS:
-                annotation.pop(key, None)
-            annotation.update(made)
-            count = counts[names[annotation["category_id"]]]
-            count.update(made=1, missing=-1, fallback=int("mask_fallback" in made))
-            count.update(score=made.get("score", 0))
-            if "teacher_student_agreement" in made:
-                count.update(agreements=1, agreement=made["teacher_student_agreement"])
+            kinds[row] = "made"
+            kept = {k: v for k, v in annotation.items() if k not in _NEW_KEYS}
+            data["annotations"][row] = kept | made
+            scores += [made[k] for k in ["score"] if k in made]
+            agreements += [made[k] for k in ["teacher_student_agreement"] if k in made]
     if settings.ranking:
         _write_ranking(settings.ranking, data, candidates)
     write_json(settings.output, data)
     for path in _shard_paths(settings.output):
         os.unlink(path)
-    total = sum(counts.values(), Counter())
-    if total["agreement"] < _LOW_AGREEMENT * total["agreements"]:
-        logger.warning(
-            "Teacher and student agree little, so one of them may be far from the truth. Look at "
-            "pictures of both (--masks-of teacher, --masks-of student)."
-        )
-    headers = ["class", "human masks kept", "model masks kept", "masks made", "with fallback"]
-    headers += ["without a mask", "mean score", "mean agreement"]
-    table = [
-        [name, *(n[key] for key in ("human", "model", "made", "fallback", "missing"))]
-        + [n["score"] / n["made"] if n["score"] else None]
-        + [n["agreement"] / n["agreements"] if n["agreements"] else None]
-        for name, n in [*counts.items(), ("all", total)]
-    ]
-    lines = [tabulate(table, headers, floatfmt=".3f", missingval="-", disable_numparse=[0])]
+
+    counts = Counter(zip((x["category_id"] for x in data["annotations"]), kinds))
+    columns = ("human", "model", "made", "missing")
+    table = [[x["name"], *(counts[x["id"], kind] for kind in columns)] for x in data["categories"]]
+    table.append(["all", *(kinds.count(kind) for kind in columns)])
+    headers = ["class", "human masks kept", "model masks kept", "masks made", "without a mask"]
+    lines = [tabulate(table, headers, disable_numparse=[0])]
+    if scores:
+        lines.append(f"Mean score of the new masks: {np.mean(scores):.3f}")
+    if agreements:
+        mean = np.mean(agreements)
+        lines.append(f"Mean agreement of teacher and student: {mean:.3f}")
+        if mean < _LOW_AGREEMENT:
+            lines.append("One of them may be far from the truth: see --masks-of teacher, student.")
     return "\n".join(lines + [f"{n} {problem}" for problem, n in problems.most_common()])
 
 
@@ -342,27 +318,19 @@ def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -
     rows = []
     for annotation, made in candidates:
         score, agreement = made.get("score"), made.get("teacher_student_agreement")
-        row = {
-            "need": round(1 - (score or 0) * (1 if agreement is None else agreement), 4),
-            "annotation_id": annotation["id"],
-            "image_id": annotation["image_id"],
-            "file_name": file_names[annotation["image_id"]],
-            "class": names[annotation["category_id"]],
-            **dict(zip(("x", "y", "width", "height"), annotation["bbox"])),
-            "score": score,
-            "agreement": agreement,
-            "remark": made.get("problem", "fallback to box_fit" * ("mask_fallback" in made)),
-        }
-        rows.append(row)
-    rows.sort(key=lambda x: -x["need"])
+        need = round(1 - (score or 0) * (1 if agreement is None else agreement), 4)
+        about = annotation["id"], annotation["image_id"], file_names[annotation["image_id"]]
+        class_name = names[annotation["category_id"]]
+        remark = made.get("problem", "fallback to box_fit" * ("mask_fallback" in made))
+        rows.append((need, *about, class_name, *annotation["bbox"], score, agreement, remark))
+    header = "need,annotation_id,image_id,file_name,class,x,y,width,height,score,agreement,remark"
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["need"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([header.split(","), *sorted(rows, key=lambda x: -x[0])])
 
 
 def _grabcut_masks(mask_format: str, task: dict) -> list[dict]:
-    """What :func:`_model_masks` does, by GrabCut; the image is the original one, in BGR."""
+    """As :func:`_model_masks`, by GrabCut; the image is the original one, in BGR."""
     image = np.ascontiguousarray(task["image"].permute(1, 2, 0).numpy())
     made = []
     for row, _, (x, y, width, height) in task["objects"]:
@@ -374,28 +342,30 @@ def _grabcut_masks(mask_format: str, task: dict) -> list[dict]:
 def _model_masks(
     model: torch.nn.Module, class_ids: dict[int, int], masks_of: str, mask_format: str, task: dict
 ) -> list[dict]:
-    """For each object of an image "row" and what :func:`make_mask` returns, in any order."""
+    """For each object of an image "row" and what :func:`make_mask` returns."""
     size = task["height"], task["width"]
-    made, todo = [], []
-    for row, category, (x, y, width, height) in task["objects"]:
-        x0, y0, x1, y1 = max(0, x), max(0, y), min(size[1], x + width), min(size[0], y + height)
-        # In the precision in which the model sees it.
-        if np.float32(x1) > np.float32(x0) and np.float32(y1) > np.float32(y0):
-            todo.append((row, class_ids[category], [float(v) for v in (x0, y0, x1, y1)]))
-        else:
-            made.append({"row": row, **_NO_AREA})
-    if not todo:
+    rows, categories, boxes = zip(*task["objects"])
+    boxes = np.array(boxes, dtype=float)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.clip(0, size[::-1] * 2)
+    # In the precision in which the model sees it.
+    has_area = (boxes[:, 2:].astype("f4") > boxes[:, :2].astype("f4")).all(axis=1)
+    made = [{"row": row, **_NO_AREA} for row, x in zip(rows, has_area) if not x]
+    kept = np.flatnonzero(has_area)
+    if not len(kept):
         return made
-    rows, classes, boxes = zip(*todo)
     # At test time the only transform is a resize.
     height, width = task["image"].shape[-2:]
     scale = torch.tensor([width / size[1], height / size[0]]).repeat(2)
-    probs = predict_masks_on_boxes(model, task, torch.tensor(boxes) * scale, torch.tensor(classes))
+    inputs = torch.tensor(boxes[kept], dtype=torch.float32) * scale
+    classes = torch.tensor([class_ids[categories[k]] for k in kept])
+    probs = predict_masks_on_boxes(model, task, inputs, classes)
     probs = {head: x.float().cpu() for head, x in probs.items()}
-    for k, (row, box) in enumerate(zip(rows, boxes)):
-        of_object = {head: x[k] for head, x in probs.items()}
+    for i, k in enumerate(kept):
+        of_object = {head: x[i] for head, x in probs.items()}
+        box = boxes[k].tolist()
         mask = make_mask(of_object, box, size, masks_of=masks_of, mask_format=mask_format)
-        made.append({"row": row, **mask})
+        made.append({"row": rows[k], **mask})
     return made
 
 
@@ -420,15 +390,13 @@ def make_mask(
         probs: "student", and "teacher" if there is one: float, shape (M, M) each, on the CPU.
         box: XYXY in pixels, inside the image.
         image_size: (height, width).
-        masks_of: "student", "teacher" or "both", of heads in ``probs``.
-        mask_format: "rle" or "polygon"; a mask with a hole is an RLE in any case.
+        masks_of, mask_format: see :class:`CompletionSettings`.
 
     Returns:
-        Keys of a COCO annotation: "segmentation"; "area", its pixels; "score", the mean of p over
-        the cells that were taken for the mask, in [0, 1]; "mask_source"; of two heads
-        "teacher_student_agreement", the IoU, in pixels, of their masks, both at 0.5 and in the box,
-        0 if both are empty; "mask_fallback" where the threshold was not 0.5. Or "problem" alone:
-        why there is no mask.
+        Keys of a COCO annotation, as in docs/COMPLETE.md: "segmentation"; "area"; "score", the mean
+        of p over the mask's cells; "mask_source"; of two heads "teacher_student_agreement", the IoU
+        of their masks, both at 0.5 and in the box, 0 if both are empty; "mask_fallback" where the
+        threshold was not 0.5. Or "problem" alone: why there is no mask.
     """
     if masks_of == "both":
         side = max(x.shape[-1] for x in probs.values())
@@ -482,8 +450,7 @@ def _encode(mask: np.ndarray, mask_format: str) -> dict:
 
 def mask_to_polygons(mask: np.ndarray) -> list[list[float]] | None:
     """
-    Trace the outlines of a mask along the edges of its pixels; points that do not matter are left
-    out.
+    Trace the outlines of a mask along the edges of its pixels, without points that do not matter.
 
     A pixel (x, y) is the square from (x, y) to (x + 1, y + 1), as in COCO; OpenCV's own contours
     run through the centres of the pixels and would lose half a pixel on every side.
@@ -492,9 +459,8 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]] | None:
         mask: bool or uint8, shape (H, W).
 
     Returns:
-        COCO's polygons [[x, y, x, y, ...], ...], one for each part of the mask, whose mask (as
-        pycocotools fills it) has an IoU of at least 0.98 with the given one. None where polygons
-        cannot say it: the mask has a hole, or is empty.
+        COCO's polygons, one for each part of the mask, whose mask has an IoU of at least 0.98 with
+        the given one. None where polygons cannot say it: the mask has a hole, or is empty.
     """
     # With two by two points a pixel, a point of an outline tells which corner of its pixel it
     # stands for: the left or upper one if even, else the right or lower one. The margin keeps the

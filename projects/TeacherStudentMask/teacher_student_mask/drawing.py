@@ -37,11 +37,7 @@ _MIN_SIDE = 400
 
 
 def class_color(index: int) -> str:
-    """
-    Return the colour of a class (or of the object of an index) as "#rrggbb".
-
-    Steps of the golden ratio spread any number of hues; black text is legible on all of them.
-    """
+    """Colour "#rrggbb" of a class, of any number of hues, on all of which black text is legible."""
     rgb = colorsys.hls_to_rgb(index * 0.618034 % 1.0, 0.65, 0.8)
     return "#" + "".join(f"{round(255 * x):02x}" for x in rgb)
 
@@ -50,13 +46,7 @@ def annotations_to_detections(
     annotations: Sequence[Mapping], image_size: tuple[int, int], class_ids: Sequence[int]
 ) -> sv.Detections:
     """
-    Convert checked annotations of one image.
-
-    Args:
-        annotations: in COCO's format: "bbox" XYWH in pixels; "segmentation" polygons or an RLE, or
-            missing or empty where there is no mask.
-        image_size: (height, width) of the image.
-        class_ids: contiguous class id of each annotation.
+    Convert checked annotations, in COCO's format, of one image of (height, width) ``image_size``.
 
     Returns:
         One detection for each annotation, in their order. An object without a mask has an empty
@@ -67,13 +57,10 @@ def annotations_to_detections(
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, list):
             segmentation = valid_polygons(segmentation)
-        if not segmentation:
-            continue
-        if isinstance(segmentation, list):
-            segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, *image_size))
-        elif isinstance(segmentation["counts"], list):
-            segmentation = mask_util.frPyObjects(segmentation, *image_size)
-        mask[:] = mask_util.decode(segmentation)
+        if segmentation:
+            is_rle = isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list)
+            rle = segmentation if is_rle else mask_util.frPyObjects(segmentation, *image_size)
+            mask[:] = mask_util.decode(mask_util.merge(rle) if isinstance(rle, list) else rle)
     boxes = np.array([x["bbox"] for x in annotations], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return sv.Detections(xyxy=boxes, mask=masks, class_id=np.array(class_ids, dtype=int))
@@ -134,15 +121,7 @@ def draw_instances(
 def draw_predictions(
     image: np.ndarray, found: Instances, class_names: Sequence[str], scale: int | None = None
 ) -> np.ndarray:
-    """
-    Draw what a model has found, with classes and scores.
-
-    Args:
-        image, scale: see :func:`draw_instances`.
-        found: ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` on the CPU, in the
-            frame of the image.
-        class_names: by contiguous class id.
-    """
+    """Draw what a model has found, on the CPU and in the frame of the image, with its scores."""
     classes, scores = found.pred_classes.tolist(), found.scores.tolist()
     labels = [f"{class_names[k]} {x:.0%}" for k, x in zip(classes, scores)]
     detections = sv.Detections.from_detectron2({"instances": found})

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import io
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,20 +36,17 @@ __all__ = ["compare", "detect", "export_student", "plain_config"]
 # What a graph returns for an image, in this order; see :func:`detect`.
 OUTPUTS = ("boxes", "scores", "classes", "masks")
 # The first in which ROIAlign knows the half-pixel shift of Detectron2's ROIAlignV2 is 16.
-ONNX_OPSET = 17
-
+_ONNX_OPSET = 17
 # Largest differences that count as the same: boxes in pixels of the model's input, scores and mask
 # probabilities. Rounding of boxes is magnified in masks. docs/DEPLOY.md says what was measured.
-TOLERANCES = {"boxes": 1e-2, "scores": 1e-4, "masks": 1e-2}
+_TOLERANCES = {"boxes": 1e-2, "scores": 1e-4, "masks": 1e-2}
 # Of the objects this many may have no counterpart: two boxes whose IoU or score lies on a
 # threshold up to rounding may change places.
-MAX_UNMATCHED = 0.01
+_MAX_UNMATCHED = 0.01
 # Height and width of random images. The first is traced: the others and photos differ from it.
-RANDOM_SIZES = ((256, 320), (320, 192), (200, 200))
-
+_RANDOM_SIZES = ((256, 320), (320, 192), (200, 200))
 # What is written last, so that a folder which has it is an export.
 _DESCRIPTION = "deployment.json"
-_FILES = ("config.yaml", "model.pth", "model.ts", "model.onnx", "run_onnx.py", "classes.json")
 
 
 def export_student(
@@ -62,8 +58,8 @@ def export_student(
     """
     Write the student (or the only mask head of a baseline) without this project.
 
-    Every format runs on the same images as the model first, and must find the same. Nothing is
-    written unless all do.
+    Every format runs on the same images as the model first; nothing is written unless all find the
+    same.
 
     Args:
         trained: the model; not changed.
@@ -79,10 +75,11 @@ def export_student(
             folder holds files of these names that no export has written.
     """
     output_dir = Path(output_dir)
-    taken = [name for name in _FILES if (output_dir / name).exists()]
-    if taken and not (output_dir / _DESCRIPTION).exists():
-        taken = f"holds {', '.join(taken)}, which no export has written"
-        raise InputError(f"{output_dir} {taken} (a training?); name another folder.")
+    if (output_dir / "config.yaml").exists() and not (output_dir / _DESCRIPTION).exists():
+        raise InputError(
+            f"{output_dir} holds config.yaml, which no export has written (a training?); name "
+            "another folder."
+        )
     if "onnx" in formats and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
         raise InputError("The format onnx needs: pip install -c constraints.txt onnx onnxruntime")
     model = copy.deepcopy(trained.model).cpu().requires_grad_(False)
@@ -91,7 +88,7 @@ def export_student(
         model.roi_heads.test_mask_head = "student"
     # Float32, shape (3, H, W) each, as the model takes them.
     generator = torch.Generator().manual_seed(0)
-    images = [torch.rand(3, *size, generator=generator) * 255 for size in RANDOM_SIZES]
+    images = [torch.rand(3, *size, generator=generator) * 255 for size in _RANDOM_SIZES]
     for path in check_images:
         try:
             images.append(trained.make_inputs(utils.read_image(str(path), "BGR"))["image"])
@@ -102,27 +99,41 @@ def export_student(
         content, weights, reports["model.pth"] = _make_plain(trained.cfg, model, images)
         content["MODEL"]["WEIGHTS"] = str(output_dir / "model.pth")
         files = {"model.pth": weights, "config.yaml": yaml.safe_dump(content).encode()}
-    if "torchscript" in formats:
-        files["model.ts"], reports["model.ts"] = _make_graph(_trace, model, images)
+    for name, make in (("torchscript", _trace), ("onnx", _to_onnx)):
+        if name in formats:
+            name = "model.ts" if name == "torchscript" else "model.onnx"
+            files[name], reports[name] = _make_graph(make, model, images)
     if "onnx" in formats:
-        files["model.onnx"], reports["model.onnx"] = _make_graph(_to_onnx, model, images)
-    description = _describe(trained.cfg, trained.class_names, reports)
+        files["run_onnx.py"] = Path(__file__).with_name("run_onnx.py").read_bytes()
     files["classes.json"] = json.dumps(trained.class_names, indent=1).encode()
+    cfg = trained.cfg
+    description = {
+        "input": {
+            "channels": cfg.INPUT.FORMAT,
+            "value_range": [0, 255],
+            # Normalisation and padding are in the graph.
+            "shortest_edge": cfg.INPUT.MIN_SIZE_TEST or None,
+            "longest_edge_at_most": cfg.INPUT.MAX_SIZE_TEST,
+            "resize": "bilinear with antialiasing, as Pillow's BILINEAR, on uint8",
+        },
+        "outputs": OUTPUTS,
+        "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+        "nms_threshold": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
+        "max_objects": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "classes": trained.class_names,
+        "files": reports,
+        "torch": torch.__version__,
+    }
     files[_DESCRIPTION] = json.dumps(description, indent=1).encode()
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (output_dir / name).write_bytes(content)
-    if "onnx" in formats:
-        shutil.copy(Path(__file__).with_name("run_onnx.py"), output_dir)
     return reports
 
 
 def plain_config(cfg: CfgNode) -> dict:
     """
     The values of a config that differ from Detectron2's defaults, for its own keys alone.
-
-    Args:
-        cfg: with this project's keys; not changed.
 
     Returns:
         The content of a yaml, with Detectron2's ROI heads and mask head where they compute the same
@@ -172,10 +183,7 @@ def _make_plain(
     config.merge_from_other_cfg(CfgNode.load_cfg(yaml.safe_dump(content)))
     config.MODEL.DEVICE = "cpu"
     plain = build_model(config).eval()
-    try:
-        plain.load_state_dict(model.state_dict())
-    except RuntimeError as error:
-        raise InputError(f"The weights do not fit a plain Mask R-CNN: {error}") from error
+    plain.load_state_dict(model.state_dict())
     predictors = [x.roi_heads.box_predictor for x in (model, plain)]
     threshold = predictors[0].test_score_thresh
     # With the threshold of the config a model may find nothing in noise.
@@ -190,10 +198,9 @@ def _make_plain(
 
 def detect(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
-    Run a Mask R-CNN without its postprocessing.
+    Run a Mask R-CNN in evaluation mode without its postprocessing.
 
     Args:
-        model: a ``GeneralizedRCNN`` in evaluation mode.
         image: float32, shape (3, H, W), in 0-255, channels in the order of ``INPUT.FORMAT``,
             already resized.
 
@@ -248,7 +255,7 @@ def _to_onnx(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Callable]
         (image,),
         buffer,
         dynamo=False,  # The newer exporter does not follow Detectron2's code.
-        opset_version=ONNX_OPSET,
+        opset_version=_ONNX_OPSET,
         input_names=["image"],
         output_names=list(OUTPUTS),
         dynamic_axes={
@@ -277,14 +284,10 @@ def _make_graph(
 
 def compare(expected: Callable, found: Callable, images: Sequence[torch.Tensor]) -> str:
     """
-    Compare what two runtimes find.
+    Compare what two runtimes find; each returns :data:`OUTPUTS` of an image as arrays.
 
     An object has a counterpart if the other runtime has one of the same class whose box and score
-    lie within :data:`TOLERANCES`; the nearest box counts.
-
-    Args:
-        expected, found: return :data:`OUTPUTS` of an image as arrays.
-        images: float32, shape (3, H, W) each, in 0-255.
+    lie within the tolerances; the nearest box counts.
 
     Returns:
         A sentence: how many objects, and the largest differences.
@@ -293,21 +296,19 @@ def compare(expected: Callable, found: Callable, images: Sequence[torch.Tensor])
         InputError: more than 1 % of the objects have no counterpart, or masks differ.
     """
     objects = unmatched = 0
-    largest = dict.fromkeys(TOLERANCES, 0.0)
+    largest = dict.fromkeys(_TOLERANCES, 0.0)
     for image in images:
         a, b = (dict(zip(OUTPUTS, run(image))) for run in (expected, found))
+        distance = np.abs(a["boxes"][:, None] - b["boxes"]).max(axis=-1, initial=0.0)
+        is_same = distance <= _TOLERANCES["boxes"]
+        is_same &= np.abs(a["scores"][:, None] - b["scores"]) <= _TOLERANCES["scores"]
+        is_same &= a["classes"][:, None] == b["classes"]
         rows, columns = [], []
-        for i in range(len(a["scores"])):
-            distance = np.abs(b["boxes"] - a["boxes"][i]).max(1, initial=0.0)
-            is_same = (
-                (distance <= TOLERANCES["boxes"])
-                & (np.abs(b["scores"] - a["scores"][i]) <= TOLERANCES["scores"])
-                & (b["classes"] == a["classes"][i])
-            )
-            is_same[columns] = False
-            if is_same.any():
-                rows.append(i)
-                columns.append(int(np.where(is_same, distance, np.inf).argmin()))
+        for row in range(len(distance)):
+            if is_same[row].any():
+                rows.append(row)
+                columns.append(np.where(is_same[row], distance[row], np.inf).argmin())
+                is_same[:, columns[-1]] = False
         objects += len(a["scores"])
         unmatched += len(a["scores"]) + len(b["scores"]) - 2 * len(rows)
         for name in largest:
@@ -316,31 +317,9 @@ def compare(expected: Callable, found: Callable, images: Sequence[torch.Tensor])
             largest[name] = max(largest[name], float(np.nan_to_num(difference, nan=np.inf)))
     report = f"{objects} objects on {len(images)} images, {unmatched} without a counterpart"
     report += "; largest differences: "
-    report += ", ".join(f"{x} {largest[x]:.1e} of {TOLERANCES[x]:g} allowed" for x in largest)
-    if unmatched > MAX_UNMATCHED * objects or any(largest[x] > TOLERANCES[x] for x in largest):
+    report += ", ".join(f"{x} {largest[x]:.1e} of {_TOLERANCES[x]:g} allowed" for x in largest)
+    if unmatched > _MAX_UNMATCHED * objects or any(largest[x] > _TOLERANCES[x] for x in largest):
         raise InputError(f"The export finds something else than the model: {report}.")
     if not objects:
         report += ". Nothing was found on them, so give images with objects (--check-images)"
     return report
-
-
-def _describe(cfg: CfgNode, names: Sequence[str], reports: dict[str, str]) -> dict:
-    """What a program that runs the files must know."""
-    side = cfg.INPUT.MIN_SIZE_TEST
-    return {
-        "input": {
-            "channels": cfg.INPUT.FORMAT,
-            "value_range": [0, 255],
-            # Normalisation and padding are in the graph.
-            "shortest_edge": side or None,
-            "longest_edge_at_most": cfg.INPUT.MAX_SIZE_TEST if side else None,
-            "resize": "bilinear with antialiasing, as Pillow's BILINEAR, on uint8",
-        },
-        "outputs": list(OUTPUTS),
-        "score_threshold": cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
-        "nms_threshold": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
-        "max_objects": cfg.TEST.DETECTIONS_PER_IMAGE,
-        "classes": list(names),
-        "files": reports,
-        "torch": torch.__version__,
-    }

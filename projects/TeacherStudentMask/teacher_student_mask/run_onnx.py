@@ -2,9 +2,8 @@
 Run the model.onnx of "tsmask export --formats onnx" on images, without PyTorch.
 
 This file needs numpy, Pillow and onnxruntime and nothing of the project that it comes from: the
-export copies it beside the model, and it runs wherever that folder is copied. It writes each image
-with its masks as DIR/NAME.png and everything that was found as DIR/objects.json, by file: class,
-score, box (x0, y0, x1, y1 in pixels of the image) and mask_area in pixels.
+export copies it beside the model, and it runs wherever that folder is copied. It prints the objects
+of each image and writes it with their masks as DIR/NAME.png.
 
   python output/exported/run_onnx.py --output-dir output/onnx data/images/*.png
 
@@ -52,12 +51,12 @@ class OnnxDetector:
             scores, float32 (N,), in [0, 1]; classes, int64 (N,), indices of ``names``; masks, bool
             (N, H, W).
         """
-        size = np.array(image.shape[:2])
+        height, width = image.shape[:2]
         scale = 1.0
         if self._input["shortest_edge"] is not None:
-            scale = self._input["shortest_edge"] / size.min()
-            scale = min(scale, self._input["longest_edge_at_most"] / size.max())
-        new_height, new_width = (int(side * scale + 0.5) for side in size.tolist())
+            scale = self._input["shortest_edge"] / min(height, width)
+            scale = min(scale, self._input["longest_edge_at_most"] / max(height, width))
+        new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
         resized = Image.fromarray(image).resize((new_width, new_height), Image.BILINEAR)
         pixels = np.asarray(resized, dtype=np.float32)
         if self._input["channels"] == "BGR":
@@ -65,7 +64,6 @@ class OnnxDetector:
         pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         names = ["boxes", "scores", "classes", "masks"]
         boxes, scores, classes, grids = self._session.run(names, {"image": pixels})
-        height, width = size.tolist()
         boxes *= np.array([width / new_width, height / new_height] * 2, np.float32)
         boxes = np.clip(boxes, 0, np.array([width, height] * 2, np.float32))
         kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -77,18 +75,10 @@ def paste_masks(
     probabilities: np.ndarray, boxes: np.ndarray, height: int, width: int
 ) -> np.ndarray:
     """
-    Masks of the image from probabilities on a grid over each box.
+    Masks, bool (N, height, width), from probabilities (N, M, M) on a grid over each box (N, 4).
 
     The probability at the centre of a pixel is interpolated between the centres of the nearest
     grid cells, those outside the box being 0; from 0.5 on the pixel belongs to the mask.
-
-    Args:
-        probabilities: shape (N, M, M), in [0, 1].
-        boxes: shape (N, 4), x0 y0 x1 y1 in pixels of the image, not empty.
-        height, width: of the image.
-
-    Returns:
-        bool, shape (N, height, width).
     """
     masks = np.zeros((len(boxes), height, width), bool)
     for mask, grid, (x0, y0, x1, y1) in zip(masks, probabilities, boxes):
@@ -108,7 +98,7 @@ def _interpolation(start: float, end: float, length: int, side: int) -> tuple[sl
     return slice(first, last), np.maximum(0, 1 - distance)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,30 +107,18 @@ def main(argv: list[str] | None = None) -> None:
     here = str(Path(__file__).parent)
     parser.add_argument("--model-dir", default=here, metavar="DIR", help="default: of this file")
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     detector = OnnxDetector(args.model_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    found = {}
     for path in args.images:
         image = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
-        boxes, scores, classes, masks = detector(image)
-        found[str(path)] = [
-            {
-                "class": detector.names[label],
-                "score": round(float(score), 5),
-                "box": [round(float(x), 2) for x in box],
-                "mask_area": int(mask.sum()),
-            }
-            for box, score, label, mask in zip(boxes, scores, classes, masks)
-        ]
         picture = image.astype(np.float32)
-        for i, mask in enumerate(masks):
+        for i, (box, score, label, mask) in enumerate(zip(*detector(image))):
+            print(f"{path}: {detector.names[label]} {score:.5f}, box {box.round(2).tolist()}")
             # Hues a golden ratio apart.
             hue = 2 * np.pi * (0.618034 * i + np.array([0, 1 / 3, 2 / 3]))
             picture[mask] = 0.5 * picture[mask] + 0.5 * (127.5 + 127.5 * np.cos(hue))
         Image.fromarray(picture.astype(np.uint8)).save(args.output_dir / f"{path.stem}.png")
-        print(f"{path}: {len(scores)} objects")
-    (args.output_dir / "objects.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

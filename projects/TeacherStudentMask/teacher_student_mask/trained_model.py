@@ -8,22 +8,24 @@ does not fit the model is an error, where Detectron2 warns and goes on with rand
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import pickle  # nosec B403  # Only its exception is used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlparse
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import nn
@@ -31,7 +33,6 @@ from torch import nn
 from .config import add_teacher_student_mask_config
 from .data import register_json_datasets, resolve_auto_settings
 from .errors import InputError
-from .model_classes import find_model_classes, model_folders
 from .modeling import TeacherStudentROIHeads
 
 __all__ = [
@@ -39,20 +40,38 @@ __all__ = [
     "check_pickles",
     "check_weights",
     "choose_device",
+    "dataset_classes",
+    "find_model_classes",
     "find_test_dataset",
     "load_config",
     "load_model",
     "load_weights",
     "missing_parameters",
+    "model_folders",
+    "read_class_names",
     "read_config",
     "refuse_missing",
     "safe_loading",
+    "write_class_names",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Mask heads, and where their parameters are in the model.
 _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
+# Beside the weights: "id" and "name" of the model's classes, in their order; in an export: names.
+_CLASS_NAMES_FILES = ("categories.json", "classes.json")
+_NO_CLASSES = "Neither categories.json beside the weights nor DATASETS.TRAIN tells the classes"
+# Pickles that are Detectron2's own.
+_TRUSTED_PREFIXES = (
+    "detectron2://",
+    "https://dl.fbaipublicfiles.com/detectron2/",
+    "https://dl.fbaipublicfiles.com/detectron/",
+)
+_UNTRUSTED = (
+    "a pickle can run any code when it is read. If you trust who made it, add "
+    "MODEL.TRUST_PICKLED_WEIGHTS True to the command line."
+)
 
 
 @dataclass(frozen=True)
@@ -76,10 +95,7 @@ class TrainedModel:
 
     def make_inputs(self, image_bgr: np.ndarray) -> dict:
         """
-        Resize an image as ``INPUT.MIN_SIZE_TEST`` says, and make it an input of the model.
-
-        Args:
-            image_bgr: uint8, shape (H, W, 3); not changed.
+        Resize an image, uint8 (H, W, 3), as ``INPUT.MIN_SIZE_TEST`` says, for the model.
 
         Returns:
             "image" (float32, shape (3, H', W')), and "height" and "width" of ``image_bgr``.
@@ -137,19 +153,15 @@ def load_model(
     # Nothing makes pseudo masks at inference, and "crf" may ask for a package that is not there.
     built.MODEL.PSEUDO_MASK.METHOD = "none"
     model = build_model(built)
-    is_rcnn = isinstance(model, GeneralizedRCNN) and model.proposal_generator is not None
-    if not is_rcnn or not cfg.MODEL.MASK_ON:
-        raise InputError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, MODEL.MASK_ON is "
-            f"{cfg.MODEL.MASK_ON}; needed is a GeneralizedRCNN with an RPN and a mask head."
-        )
+    if not isinstance(model, GeneralizedRCNN) or not cfg.MODEL.MASK_ON:
+        raise InputError("needed is a GeneralizedRCNN with MODEL.MASK_ON True; this is another.")
     has_teacher = isinstance(model.roi_heads, TeacherStudentROIHeads)
     existing = ("student", "teacher") if has_teacher else ("student",)
     heads = existing if heads is None else tuple(heads)
     if set(heads) - set(existing):
+        name = cfg.MODEL.ROI_HEADS.NAME
         raise InputError(
-            f"heads is {heads!r}; a model with MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} "
-            f"has: {', '.join(existing)}."
+            f"No such head: {heads}; the model of {name!r} has: {', '.join(existing)}."
         )
     load_weights(model, cfg, heads=heads)
     names, ids = find_model_classes(cfg, model_folders(cfg, config_file))
@@ -161,17 +173,11 @@ def load_model(
 
 def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = None) -> CfgNode:
     """
-    Read the config of a trained model.
-
-    Args:
-        config_file, opts, weights: as for :func:`load_model`.
+    Read the config of a trained model; arguments and errors as of :func:`load_model`.
 
     Returns:
         The config, not frozen, with ``MODEL.WEIGHTS`` set and ``MODEL.DEVICE`` "cpu" where there is
         no GPU. The jsons that it names as datasets are registered.
-
-    Raises:
-        InputError: as for :func:`load_model`.
     """
     cfg = read_config(config_file, opts)
     if weights:
@@ -190,29 +196,6 @@ def choose_device(cfg: CfgNode) -> None:
         cfg.MODEL.DEVICE = "cpu"
 
 
-def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
-    """
-    Detectron2's defaults, this project's keys, a yaml and changes, in this order.
-
-    Args:
-        config_file: path of a yaml; "" = none.
-        opts: KEY, VALUE, KEY, VALUE, ...
-
-    Raises:
-        InputError: the file, a key or a value is wrong.
-    """
-    cfg = get_cfg()
-    add_teacher_student_mask_config(cfg)
-    if config_file:
-        _merge_config_file(cfg, config_file)
-    try:
-        cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        changes = " ".join(str(x) for x in opts)
-        raise InputError(f"The config changes {changes!r} are wrong: {error}") from error
-    return cfg
-
-
 class _PlainConfig(CfgNode):
     """A config whose bases are files on this machine, without tags of Python."""
 
@@ -224,122 +207,79 @@ class _PlainConfig(CfgNode):
         return super().load_yaml_with_base(filename, allow_unsafe=False)
 
 
-def _merge_config_file(cfg: CfgNode, path: str) -> None:
-    """``cfg.merge_from_file``, which by itself would run what a tag of Python in the yaml says."""
+def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
+    """
+    Detectron2's defaults, this project's keys, a yaml and changes, in this order.
+
+    Nothing in the yaml is run; ``MODEL.TRUST_PICKLED_WEIGHTS`` counts in ``opts`` alone, as whoever
+    wrote the file may have written the pickle, too.
+
+    Args:
+        config_file: path of a yaml; "" = none.
+        opts: KEY, VALUE, KEY, VALUE, ...
+
+    Raises:
+        InputError: the file, a key or a value is wrong.
+    """
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
     trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
     try:
-        _PlainConfig.load_yaml_with_base(path)
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except InputError:
-        raise
-    except yaml.YAMLError as error:
+        if config_file:
+            _PlainConfig.load_yaml_with_base(config_file)
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+    except Exception as error:  # of a file, of yaml, of types: of many kinds
         where = " ".join(str(error).split())
         raise InputError(
-            f"The config {path} cannot be read, and nothing of it was run: {where}."
+            f"The config {config_file} cannot be read, and nothing of it was run: {where}"
         ) from error
-    except RecursionError as error:
-        raise InputError(f"The config {path}: its _BASE_ leads back to itself.") from error
-    # AttributeError and TypeError: an empty file, or one without keys.
-    except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"The config {path} cannot be read: {error}") from error
-    # From the command line alone: whoever wrote the file may have written the pickle, too.
     if cfg.MODEL.TRUST_PICKLED_WEIGHTS and not trusts:
         cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
-        logger.warning(f"MODEL.TRUST_PICKLED_WEIGHTS of {path} is ignored: say it with --opts.")
+        logger.warning(f"MODEL.TRUST_PICKLED_WEIGHTS of {config_file} is ignored: use --opts.")
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        changes = " ".join(str(x) for x in opts)
+        raise InputError(f"The config changes {changes!r} are wrong: {error}") from error
+    return cfg
 
 
 # ---- weights ----
 
-# Pickles that are Detectron2's own.
-_TRUSTED_PREFIXES = (
-    "detectron2://",
-    "https://dl.fbaipublicfiles.com/detectron2/",
-    "https://dl.fbaipublicfiles.com/detectron/",
-)
-_UNTRUSTED = (
-    "a pickle can run any code when it is read. If you trust who made it, add "
-    "MODEL.TRUST_PICKLED_WEIGHTS True to the command line"
-)
-
 
 def check_pickles(cfg: CfgNode) -> None:
-    """
-    Refuse what would be unpickled; nothing is opened or downloaded here.
-
-    Raises:
-        InputError: the weights or precomputed proposals are pickles that are neither Detectron2's
-            own nor allowed by ``MODEL.TRUST_PICKLED_WEIGHTS``.
-    """
+    """Raise an InputError for weights or proposals that would be unpickled; none is opened."""
     trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
     _check_source(cfg.MODEL.WEIGHTS, trusts)
     if cfg.MODEL.LOAD_PROPOSALS and not trusts:
-        raise InputError(f"MODEL.LOAD_PROPOSALS is True: {_UNTRUSTED}.")
+        raise InputError(f"MODEL.LOAD_PROPOSALS is True: {_UNTRUSTED}")
 
 
-@contextlib.contextmanager
-def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
-    """
-    Around the code that lets Detectron2 read weights: check them before, explain what it refuses.
-
-    Detectron2 unpickles files that end in ".pkl". It reads all others with ``torch.load``, which
-    since PyTorch 2.6 takes tensors and plain values alone.
-
-    Args:
-        weights: path or URL; "" = none.
-        trust_pickled: ``MODEL.TRUST_PICKLED_WEIGHTS``: pickles of any origin are allowed.
-
-    Raises:
-        InputError: there is no such file, it could run code, or it cannot be read.
-    """
-    check_weights(weights, trust_pickled)
-    try:
-        yield
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # As {"state_dict": {...}, ...} is met, or the optimizer of another model.
+def _check_source(weights: str, trust_pickled: bool) -> None:
+    if "://" in weights and ".." in weights:
         raise InputError(
-            f"The weights {weights} cannot be used: {error}. Allowed: Detectron2's form, "
-            '{"model": {name of a parameter: tensor}}. Tensors under another key, such as '
-            "'state_dict' or 'ema', must be saved under 'model' first; to go on with a training "
-            "needs the same model."
-        ) from error
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        is_of_file = any(
-            x in str(error)
-            for x in ("weights_only", "PytorchStreamReader", "magic", "__contains__")
+            f"The weights {weights!r} were refused: a URL with '..' leaves its folder."
         )
-        if isinstance(error, RuntimeError) and not is_of_file:
-            raise
-        # PyTorch's own message advises to switch the check off.
-        raise InputError(
-            f"The weights {weights} were refused, and nothing of them was run: they cannot be read "
-            "as a checkpoint. They are damaged, or hold more than tensors and plain values."
-        ) from error
+    # Wherever ".pkl" stands: releases of Detectron2 differ in what they drop before they look.
+    is_pickle = ".pkl" in "".join(weights.split())
+    if is_pickle and not trust_pickled and not weights.startswith(_TRUSTED_PREFIXES):
+        raise InputError(f"The weights {weights!r} were refused: {_UNTRUSTED}")
 
 
 def check_weights(weights: str, trust_pickled: bool = False) -> None:
     """
-    Find weights before anything is done for their sake; those with a URL are downloaded.
-
-    Args:
-        weights, trust_pickled: as for :func:`safe_loading`.
+    Find weights (a path or URL; "" = none); those with a URL are downloaded.
 
     Raises:
-        InputError: they are not there, cannot be fetched, or could run code.
+        InputError: they are not there, cannot be fetched, or could run code and are not trusted.
     """
     _check_source(weights, trust_pickled)
     if not weights or os.path.isfile(weights):
         return
     if "://" not in weights:
-        raise InputError(
-            f"The weights {weights} do not exist; give the checkpoint of a trained model, such as "
-            "the model_final.pth in the OUTPUT_DIR of train_net.py."
-        )
-    if "?" in weights:  # releases of Detectron2 differ in what they make of it
-        return
+        raise InputError(f"The weights {weights} do not exist; give the path of a checkpoint.")
     try:
-        PathManager.get_local_path(weights)
+        PathManager.get_local_path(weights.partition("?")[0])
     except Exception as error:  # of a network: of many kinds
         url = weights.replace("detectron2://", _TRUSTED_PREFIXES[1])
         cached = os.path.join(get_cache_dir(), urlparse(url).path.lstrip("/"))
@@ -350,39 +290,47 @@ def check_weights(weights: str, trust_pickled: bool = False) -> None:
         ) from error
 
 
-def _check_source(weights: str, trust_pickled: bool) -> None:
-    if "://" in weights and ".." in weights:
-        raise InputError(
-            f"The weights {weights!r} were refused: a URL with '..' could name a file outside of "
-            "the folder of downloads."
-        )
-    # Wherever ".pkl" stands: releases of Detectron2 differ in what they drop before they look.
-    is_pickle = ".pkl" in "".join(weights.split())
-    if is_pickle and not trust_pickled and not weights.startswith(_TRUSTED_PREFIXES):
-        raise InputError(f"The weights {weights!r} were refused: {_UNTRUSTED}.")
-
-
-def load_weights(
-    model: nn.Module,
-    cfg: CfgNode,
-    *,
-    weights: str | None = None,
-    heads: Sequence[str] = ("student", "teacher"),
-) -> None:
+@contextlib.contextmanager
+def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
     """
-    Load the weights of a trained model, all of which must be there.
+    Around the code that lets Detectron2 read weights: check them before, explain what it refuses.
+
+    Detectron2 unpickles files that end in ".pkl". It reads all others with ``torch.load``, which
+    since PyTorch 2.6 takes tensors and plain values alone.
+
+    Raises:
+        InputError: as :func:`check_weights`, or they cannot be read.
+    """
+    check_weights(weights, trust_pickled)
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"The weights {weights} cannot be used: {error}. Allowed: Detectron2's form, "
+            '{"model": {name of a parameter: tensor}}. Tensors under another key, such as '
+            "'state_dict' or 'ema', must be saved under 'model' first; to go on with a training "
+            "needs the same model."
+        ) from error
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        # PyTorch's own message may advise to switch the check off.
+        reason = "" if "weights_only" in str(error) else f" ({error})"
+        raise InputError(
+            f"The weights {weights} were refused, and nothing of them was run: they cannot be read "
+            f"as a checkpoint. They are damaged, or hold more than tensors and plain values{reason}"
+        ) from error
+
+
+def load_weights(model: nn.Module, cfg: CfgNode, heads: Sequence[str]) -> None:
+    """
+    Load ``MODEL.WEIGHTS`` into a model of ``cfg``.
 
     Args:
-        model: changed in place.
-        cfg: of the model; not changed.
-        weights: path or URL of the checkpoint; None = ``MODEL.WEIGHTS``.
         heads: mask heads that will be used; the parameters of others may be missing.
 
     Raises:
-        InputError: the checkpoint is missing, cannot be read or could run code, or it lacks a
-            parameter, or has it in another shape.
+        InputError: the checkpoint cannot be used, or lacks a parameter, or has it in another shape.
     """
-    weights = weights or cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS
     if not weights:
         raise InputError("MODEL.WEIGHTS is empty; give the checkpoint of a trained model.")
     with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
@@ -414,14 +362,7 @@ def missing_parameters(model: nn.Module) -> Iterator[list[str]]:
 
 
 def refuse_missing(weights: str, missing: Sequence[str]) -> None:
-    """
-    Args:
-        weights: for the message.
-        missing: parameters that the model needs, and the weights lack.
-
-    Raises:
-        InputError: there are any.
-    """
+    """Raise an InputError, of the checkpoint ``weights``, if it lacks parameters of the model."""
     if missing:
         raise InputError(
             f"The checkpoint {weights} lacks {len(missing)} parameters of the model, or has them "
@@ -430,16 +371,94 @@ def refuse_missing(weights: str, missing: Sequence[str]) -> None:
         )
 
 
-# ---- datasets ----
+# ---- classes and datasets ----
+
+
+def write_class_names(folder: str | os.PathLike, names: list[str], ids: list[int]) -> None:
+    """Write the classes of a model to its folder, in the main process, if they have names."""
+    if names and comm.is_main_process():
+        categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
+        path = Path(folder, _CLASS_NAMES_FILES[0])
+        path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
+
+
+def read_class_names(folder: str | os.PathLike) -> tuple[list[str], list[int]] | None:
+    """
+    Names and the dataset's category ids, by contiguous id, that a training or an export has written
+    into a folder; None where no file tells them.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    for path in (Path(folder, x) for x in _CLASS_NAMES_FILES):
+        if path.is_file():
+            try:
+                rows = json.loads(path.read_text(encoding="utf-8"))
+                if path.name == _CLASS_NAMES_FILES[1]:
+                    return [str(x) for x in rows], list(range(len(rows)))
+                return [x["name"] for x in rows], [x["id"] for x in rows]
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"The classes in {path} cannot be read: {error!r}.") from error
+    return None
+
+
+def model_folders(cfg: CfgNode, config_file: str) -> list[str]:
+    """Where the training may have left its files: beside the weights, and beside the config."""
+    return [os.path.dirname(os.path.abspath(x)) for x in (cfg.MODEL.WEIGHTS, config_file) if x]
+
+
+def dataset_classes(dataset: str) -> tuple[list[str], list[int]]:
+    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
+    metadata = MetadataCatalog.get(dataset)
+    if not metadata.get("thing_classes"):
+        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
+    names = metadata.get("thing_classes", [])
+    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
+    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
+    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
+
+
+def find_model_classes(
+    cfg: CfgNode, folders: Sequence[str | os.PathLike]
+) -> tuple[list[str], list[int]]:
+    """
+    The classes of the model that a config and its weights make: names and category ids.
+
+    They are those of its training: from the file that it has left in ``folders``, else from its
+    data. The test data, which may list other classes under other ids, are asked last.
+
+    Raises:
+        InputError: the file of the training cannot be read, or has more classes than the model.
+    """
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    for folder in folders:
+        if (found := read_class_names(folder)) is None:
+            continue
+        names, ids = found
+        if len(names) > num_classes:
+            raise InputError(
+                f"The training in {folder} had {len(names)} classes, {', '.join(names[:20])}, but "
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; give the config and the weights of "
+                "the same training."
+            )
+        # Outputs that the training had no class for.
+        more = range(len(names), num_classes)
+        first = max(ids, default=-1) + 1 - len(names)
+        return names + [f"class {i}" for i in more], ids + [first + i for i in more]
+    for source in (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1]):
+        with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
+            names, ids = dataset_classes(source)
+            if len(names) == num_classes:
+                if source not in cfg.DATASETS.TRAIN:
+                    logger.warning(f"{_NO_CLASSES}; taken are those of {source!r}, in its order.")
+                return names, ids
+    logger.warning(f"{_NO_CLASSES}: {num_classes} classes without names, with contiguous ids.")
+    return [f"class {i}" for i in range(num_classes)], list(range(num_classes))
 
 
 def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:
-    """
-    Json and folder of images of the first dataset of ``DATASETS.TEST``.
-
-    Raises:
-        InputError: there is none, or it is not registered or has no COCO json.
-    """
+    """Json and image folder of the first dataset of ``DATASETS.TEST``; InputError without one."""
     name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     metadata = MetadataCatalog.get(name) if name in DatasetCatalog.list() else None
     if metadata is None or not os.path.isfile(metadata.get("json_file") or ""):

@@ -24,7 +24,6 @@ from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_
 from ..errors import InputError
 from ..evaluation import OverlapBin, compute_overlaps
 from ..evaluation import overlap_bins as to_overlap_bins
-from ..model_classes import dataset_classes
 from ..modeling import (
     PSEUDO_MASK_METHODS,
     DenseCRF,
@@ -34,7 +33,7 @@ from ..modeling import (
 )
 from ..modeling.mask_targets import crop_gt_masks, crop_pixels
 from ..structures import ImageMask
-from ..trained_model import TrainedModel, find_test_dataset, load_model
+from ..trained_model import TrainedModel, dataset_classes, find_test_dataset, load_model
 
 __all__ = ["ModelResults", "measure_pseudo_masks", "run_model"]
 

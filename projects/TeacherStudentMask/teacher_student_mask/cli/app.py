@@ -8,11 +8,8 @@ The page is for this machine alone (--host 0.0.0.0: for all that reach it), asks
 internet, and no public link is made. Uploaded images are deleted after an hour. Needs the
 extra "app": pip install -c constraints.txt gradio
 
-examples:
-  tsmask app --config-file output/mine/config.yaml --weights output/mine/model_final.pth
-
-  another port, and a smaller image for the model:
-    tsmask app --config-file ... --weights ... --port 8080 --opts INPUT.MIN_SIZE_TEST 480
+example:
+  tsmask app --config-file output/mine/config.yaml --weights output/mine/model_final.pth --port 8080
 """
 
 from __future__ import annotations
@@ -53,15 +50,9 @@ class AppSession:
 
     def show(self, image: np.ndarray, score: float, head: str) -> tuple[np.ndarray, str]:
         """
-        Find what the page shows. The model does not run again while only the score changes.
+        The picture, uint8 RGB, of an RGB image with its objects of at least ``score``; a sentence.
 
-        Args:
-            image: uint8, shape (H, W, 3), RGB.
-            score: objects with at least this score are shown.
-            head: "student" or "teacher".
-
-        Returns:
-            The picture, uint8 RGB, and a sentence.
+        The model does not run again while only the score changes.
         """
         import numpy as np
 
@@ -85,30 +76,25 @@ def build_page(session: AppSession):
     import gradio as gr
 
     def show(image, score, head):
-        if image is None:
-            return None, "Drop an image on the left."
-        return session.show(image, score, head)
+        return (None, "Drop an image.") if image is None else session.show(image, score, head)
 
     heads = list(session.trained.heads)
     # Uploads older than an hour are deleted.
     with gr.Blocks(
         title="Instance segmentation", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
-        gr.Markdown("# Instance segmentation\nDrop an image; move the slider to hide objects.")
+        gr.Markdown("# Instance segmentation")
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", sources=["upload", "clipboard"], image_mode="RGB")
-                score = gr.Slider(
-                    LOWEST_SCORE, 1.0, value=0.5, step=0.01, label="Lowest score", elem_id="score"
-                )
-                head = gr.Radio(
-                    heads, value=heads[0], label="Mask head", visible=len(heads) > 1, elem_id="head"
-                )
+                score = gr.Slider(LOWEST_SCORE, 1.0, 0.5, label="Lowest score", elem_id="score")
+                options = {"label": "Mask head", "visible": len(heads) > 1, "elem_id": "head"}
+                head = gr.Radio(heads, value=heads[0], **options)
             with gr.Column():
                 picture = gr.Image(
                     label="Objects", interactive=False, format="png", elem_id="picture"
                 )
-                summary = gr.Markdown("Drop an image on the left.", elem_id="summary")
+                summary = gr.Markdown("Drop an image.", elem_id="summary")
         gr.on(
             [image.change, score.change, head.change],
             show,
@@ -139,14 +125,8 @@ def run(args: argparse.Namespace) -> None:
     trained = load_model(
         args.config_file, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE
     )
+    page = build_page(AppSession(trained))
     try:
-        build_page(AppSession(trained)).launch(
-            server_name=args.host,
-            server_port=args.port,
-            share=False,
-            footer_links=[],
-            max_file_size="50mb",
-            show_error=True,
-        )
+        page.launch(server_name=args.host, server_port=args.port, share=False, show_error=True)
     except OSError as error:
         raise InputError(f"--host {args.host} --port {args.port}: {error}") from error

@@ -2,14 +2,8 @@
 Give a mask to every object of a COCO json that has a box only.
 
 A trained model draws the mask on the object's own box and class, so nothing has to be detected.
-Masks that humans made, crowds and everything else keep their values. Each new mask comes with
-  segmentation               compressed RLE, or polygons with --format polygon
-  area                       of the mask, in pixels
-  score                      mean probability of the mask's cells, from 0 to 1
-  mask_source                "model"
-  teacher_student_agreement  IoU of the masks of teacher and student, where the model has both
-  mask_fallback              "box_fit", where no probability came to 0.5 and the threshold that
-                             fills the box best was taken; else the key is not there
+Masks that humans made, crowds and everything else keep their values. Each new mask has a score, the
+agreement of teacher and student where the model has both, and "mask_source": "model";
 docs/COMPLETE.md says what exactly these mean.
 
 examples:
@@ -18,14 +12,7 @@ examples:
         --annotations data/train.json --image-root data/images \\
         --output output/train_completed.json --rank output/look_at_first.csv
 
-  the same after it was interrupted:
-    tsmask complete ... --resume
-
-  8 GPUs, or 8 processes on a machine without a GPU:
-    tsmask complete --num-gpus 8 ...
-
-  GrabCut's masks for the baseline Mask GrabCut, after those of unseen classes have been taken out:
-    tsmask edit strip data/train.json output/stripped.json --seen-classes voc
+  GrabCut's masks for the baseline Mask GrabCut, of a json without masks of unseen classes:
     tsmask complete --grabcut --annotations output/stripped.json --image-root data/images \\
         --output output/train_grabcut.json
 """

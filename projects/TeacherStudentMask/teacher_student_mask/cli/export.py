@@ -12,16 +12,9 @@ and of the --formats
 Every format runs on the same images as the model first, random ones and those of --check-images,
 and must find the same; otherwise nothing is written.
 
-Both graphs take one image of any size and return any number of objects; thresholds are the config's
-and cannot be changed later. Models with parts that Detectron2 does not have (a mask prior such as
-OPMask's, hourglass heads, masks of 56x56) have no plain form, and the message names the part.
-
-examples:
+example:
   tsmask export --config-file output/mine/config.yaml --weights output/mine/model_final.pth \\
       --output-dir output/exported --formats plain onnx --check-images data/images/*.jpg
-
-  a graph that keeps what it is surer of:
-    tsmask export ... --formats onnx --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5
 """
 
 from __future__ import annotations

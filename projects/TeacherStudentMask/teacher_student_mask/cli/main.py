@@ -44,15 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run ``tsmask``.
-
-    Args:
-        argv: the words after ``tsmask``; None = those of this process.
-
-    Returns:
-        The exit status: 0, 1 for what the user has to mend; argparse itself exits with 2.
-    """
+    """Run ``tsmask`` with the words after it, by default those of this process; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] not in COMMANDS:
         return _parse_without_command(argv)

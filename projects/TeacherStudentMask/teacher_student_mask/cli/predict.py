@@ -5,17 +5,14 @@ Inputs are image files, video files, folders (searched with their subfolders) an
 output folder then holds
   overlays/                    a picture for each image, an mp4 for each video, with masks, boxes,
                                classes and scores; small pictures are enlarged
-  coco_instances_results.json  the objects, in COCO's result format: image_id, category_id, bbox
-                               (x, y, width, height), score, segmentation (compressed RLE)
+  coco_instances_results.json  the objects, in COCO's result format
   images.json                  the images (for a video: its frames, from 0) and the categories that
                                the ids stand for; COCO("images.json").loadRes(...) reads both
 Files of an earlier run are replaced. What cannot be read is listed at the end; the rest is done.
 
 examples:
-  tsmask predict photo.jpg --config-file output/run/config.yaml \\
-      --weights output/run/model_final.pth --output-dir output/predictions
-  tsmask predict holiday/ "archive/2024-*/*.png" clip.mp4 --config-file ... --output-dir ... \\
-      --score-threshold 0.8 --no-overlays
+  tsmask predict photo.jpg "archive/2024-*/*.png" clip.mp4 --config-file output/run/config.yaml \\
+      --weights output/run/model_final.pth --output-dir output/predictions --score-threshold 0.8
   image | teacher | student, side by side:
   tsmask predict images/ --config-file ... --output-dir ... --compare
 """
@@ -23,8 +20,8 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
-import itertools
 import json
 import sys
 from collections import Counter
@@ -44,9 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 # When nothing is found: scores below this mean nothing, and more images would take too long.
 _LOWEST_SCORE, _MAX_ASKED_AGAIN = 0.01, 20
-_VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     text = "keep detections with a score above this (default: %(default)s)"
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
-    add("--no-overlays", action="store_true", help="write the json files only")
     text = "pictures show image | teacher | student; the json has the masks of TEST.MASK_HEAD"
     add("--compare", action="store_true", help=text)
     add_model_arguments(parser)
@@ -67,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
     from tqdm import tqdm
 
-    from ..drawing import draw_predictions
     from ..trained_model import load_model
 
     overlay_dir = args.output_dir / "overlays"
@@ -82,45 +77,18 @@ def run(args: argparse.Namespace) -> int:
     overlay_dir.mkdir(parents=True, exist_ok=True)
     images, results, failures = [], [], []
 
-    def predict(path: Path, overlay: str) -> Iterator[np.ndarray]:
-        """Predict a file, and yield its pictures."""
-        is_video = path.suffix.lower() in _VIDEOS
-        for frame, image in enumerate(_read(path)):
-            found = trained.predict(image)
-            height, width = found.image_size
-            entry = {"id": len(images) + 1, "file_name": str(path), "overlay": overlay}
-            entry |= {"height": height, "width": width} | ({"frame": frame} if is_video else {})
-            images.append(entry)
-            results.extend(instances_to_coco_json(found, entry["id"]))
-            if args.compare:
-                yield _compare(trained, image, found)
-            elif not args.no_overlays:
-                names = trained.class_names
-                yield draw_predictions(image, found, names, scale=1 if is_video else None)
-
     for number, path in enumerate(tqdm(files, unit="file"), start=1):
-        suffix = ".mp4" if path.suffix.lower() in _VIDEOS else ".jpg"
-        overlay = overlay_dir / f"{number:04d}_{path.stem}{suffix}"
+        is_video = path.suffix.lower() in _VIDEOS
+        overlay = overlay_dir / f"{number:04d}_{path.stem}{'.mp4' if is_video else '.jpg'}"
         try:
-            if args.no_overlays:
-                list(predict(path, ""))
-            else:
-                _write_overlay(path, overlay, predict(path, f"overlays/{overlay.name}"))
+            for frame, found in enumerate(_predict(trained, path, overlay, args.compare)):
+                entry = {"id": len(images) + 1, "file_name": str(path)}
+                entry["overlay"] = f"overlays/{overlay.name}"
+                entry["height"], entry["width"] = found.image_size
+                images.append(entry | ({"frame": frame} if is_video else {}))
+                results.extend(instances_to_coco_json(found, entry["id"]))
         except InputError as error:
             failures.append(str(error))
-    _write_results(trained, images, results, args.output_dir)
-    if not results:
-        _report_lower_scores(trained, images, args.score_threshold)
-    if failures:
-        print(f"{len(failures)} of {len(files)} inputs failed:", file=sys.stderr)
-        print("\n".join(f"  {x}" for x in failures), file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _write_results(
-    trained: TrainedModel, images: list[dict], results: list[dict], output_dir: Path
-) -> None:
-    """Write images.json and coco_instances_results.json, and print a summary."""
     counts = Counter(trained.class_names[x["category_id"]] for x in results)
     for result in results:
         result["category_id"] = trained.category_ids[result["category_id"]]
@@ -131,28 +99,66 @@ def _write_results(
         "categories": [{"id": i, "name": name} for i, name in categories],
     }
     for name, content in (("images", described), ("coco_instances_results", results)):
-        (output_dir / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        (args.output_dir / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     found = ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
     print(f"{len(results)} objects in {len(images)} images and frames: {found}")
-    print(f"Results: {output_dir}")
+    print(f"Results: {args.output_dir}")
+    if not results:
+        _report_lower_scores(trained, images)
+    if failures:
+        print(
+            f"{len(failures)} of {len(files)} inputs failed:",
+            *failures,
+            sep="\n  ",
+            file=sys.stderr,
+        )
+    return 1 if failures else 0
 
 
-def _report_lower_scores(trained: TrainedModel, images: list[dict], score_threshold: float) -> None:
+def _predict(
+    trained: TrainedModel, path: Path, overlay: Path, compare: bool
+) -> Iterator[Instances]:
+    """Yield the objects of the image, or of the frames of the video, and write the overlay."""
+    import cv2
+    import supervision as sv
+
+    from ..drawing import draw_predictions
+
+    is_video, sink = overlay.suffix == ".mp4", None
+    with contextlib.ExitStack() as stack:
+        for image in _read(path):
+            found = trained.predict(image)
+            if compare:
+                picture = _compare(trained, image, found)
+            else:
+                scale = 1 if is_video else None
+                picture = draw_predictions(image, found, trained.class_names, scale=scale)
+            if not is_video:
+                overlay.write_bytes(cv2.imencode(".jpg", picture)[1])
+            else:
+                if sink is None:  # all frames have one size
+                    fps = sv.VideoInfo.from_video_path(str(path)).fps or 25
+                    info = sv.VideoInfo(picture.shape[1], picture.shape[0], fps)
+                    sink = stack.enter_context(sv.VideoSink(str(overlay), info))
+                sink.write_frame(picture)
+            yield found
+    if is_video and sink is None:
+        raise InputError(f"{path}: no frame of this video can be read.")
+
+
+def _report_lower_scores(trained: TrainedModel, images: list[dict]) -> None:
     """Say what the threshold has left out of the first images, in which nothing reached it."""
     trained.model.roi_heads.box_predictor.test_score_thresh = _LOWEST_SCORE
-    asked = [x for x in images if "frame" not in x][:_MAX_ASKED_AGAIN]
+    asked = [x["file_name"] for x in images if "frame" not in x][:_MAX_ASKED_AGAIN]
     scores = []
-    for entry in asked:
-        found = trained.predict(next(_read(Path(entry["file_name"]))))
-        scores += [
-            (score, trained.class_names[k], entry["file_name"])
-            for score, k in zip(found.scores.tolist(), found.pred_classes.tolist())
-        ]
+    for file in asked:
+        found = trained.predict(next(_read(Path(file))))
+        names = [trained.class_names[k] for k in found.pred_classes]
+        scores += [(x, name, file) for x, name in zip(found.scores.tolist(), names)]
     if scores:
-        best, name, file = max(scores)
         print(
-            f"No object has a score above --score-threshold {score_threshold:g}; {len(scores)} in "
-            f"{len(asked)} images have a lower one. The best is {best:.3f}: {name} in {file}."
+            f"No object has a score above --score-threshold; {len(scores)} in {len(asked)} images "
+            "have a lower one. The best is {:.3f}: {} in {}.".format(*max(scores))
         )
     elif asked:
         print(f"No object in {len(asked)} images has a score above {_LOWEST_SCORE:g}, either.")
@@ -162,17 +168,14 @@ def _find_files(inputs: list[str], overlay_dir: Path) -> list[Path]:
     """The images and videos that the inputs name, each once, without overlays of earlier runs."""
     files = {}
     for text in inputs:
-        root = Path(text)
-        if root.is_dir():
-            paths = root.rglob("*")
-        else:
-            paths = [root] if root.is_file() else map(Path, glob.glob(text, recursive=True))
-        paths = [x for x in sorted(paths) if x.suffix.lower() in (*_IMAGES, *_VIDEOS)]
+        path = Path(text)
+        # A name may have brackets.
+        paths = [path] if path.is_file() else map(Path, glob.glob(text, recursive=True))
+        paths = sorted(path.rglob("*") if path.is_dir() else paths)
+        paths = [x for x in paths if x.suffix.lower() in (*_IMAGES, *_VIDEOS)]
         if not paths:
-            raise InputError(
-                f"{text!r} has no image and no video; images end in {', '.join(_IMAGES)}, videos "
-                f"in {', '.join(_VIDEOS)}."
-            )
+            kinds = f"images end in {', '.join(_IMAGES)}, videos in {', '.join(_VIDEOS)}"
+            raise InputError(f"{text!r} has no image and no video; {kinds}.")
         files |= {x.resolve(): x for x in paths if overlay_dir.resolve() not in x.resolve().parents}
     return list(files.values())
 
@@ -196,24 +199,6 @@ def _read(path: Path) -> Iterator[np.ndarray]:
         raise InputError(f"{path}: {error}") from error
 
 
-def _write_overlay(source: Path, target: Path, pictures: Iterator[np.ndarray]) -> None:
-    """Write the picture, or the frames of the video, which all have one size."""
-    import cv2
-    import supervision as sv
-
-    first = next(pictures, None)
-    if first is None:
-        raise InputError(f"{source}: no frame of this video can be read.")
-    if target.suffix == ".jpg":
-        target.write_bytes(cv2.imencode(".jpg", first)[1])
-        return
-    fps = sv.VideoInfo.from_video_path(str(source)).fps
-    info = sv.VideoInfo(first.shape[1], first.shape[0], fps if fps > 0 else 25.0)
-    with sv.VideoSink(str(target), info) as sink:
-        for picture in itertools.chain([first], pictures):
-            sink.write_frame(picture)
-
-
 def _compare(trained: TrainedModel, image: np.ndarray, found: Instances) -> np.ndarray:
     """Join the image and the masks of each head on the same detections."""
     import cv2
@@ -222,17 +207,15 @@ def _compare(trained: TrainedModel, image: np.ndarray, found: Instances) -> np.n
     from ..drawing import draw_predictions
 
     roi_heads = trained.model.roi_heads
-    panels = {"image": image}
-    chosen = roi_heads.test_mask_head
+    chosen, panels = roi_heads.test_mask_head, {}
     for head in ("teacher", "student"):
         roi_heads.test_mask_head = head
         of_head = found if head == chosen else trained.predict(image)
-        panels[head] = drawn = draw_predictions(image, of_head, trained.class_names)
+        panels[head] = draw_predictions(image, of_head, trained.class_names)
     roi_heads.test_mask_head = chosen
-    titled = []
+    panels = {"image": cv2.resize(image, panels["student"].shape[1::-1]), **panels}
     for title, panel in panels.items():
-        panel = cv2.resize(panel, drawn.shape[1::-1])
         panel = cv2.copyMakeBorder(panel, 30, 0, 3, 3, cv2.BORDER_CONSTANT, value=(255,) * 3)
         cv2.putText(panel, title, (6, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0,) * 3, 1, cv2.LINE_AA)
-        titled.append(panel)
-    return np.hstack(titled)
+        panels[title] = panel
+    return np.hstack(list(panels.values()))

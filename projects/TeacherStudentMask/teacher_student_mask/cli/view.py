@@ -1,5 +1,5 @@
 """
-Draws the objects of a COCO json as a page for a browser, which needs no network.
+Draw the objects of a COCO json as a page for a browser, which needs no network.
 
 The output folder then holds index.html, and pictures/ that belong to it:
   classes    how many objects, masks and boxes without a mask each class has, and what the checks of
@@ -8,13 +8,9 @@ The output folder then holds index.html, and pictures/ that belong to it:
              a model made ("mask_source": "model"), a box only, a crowd; with --seen-classes also
              which masks training does not read. Below each, its objects with their annotation ids
 
-examples:
-  100 images, drawn at random:
-    tsmask view data/train.json --image-root data/images --output-dir output/look
-
-  others, and the masks of unseen classes told apart:
-    tsmask view data/train.json --image-root data/images --output-dir output/look \\
-        --seed 2 --max-images 300 --seen-classes "cat, dog"
+example, with masks of unseen classes told apart:
+  tsmask view data/train.json --image-root data/images --output-dir output/look \\
+      --max-images 300 --seen-classes "cat, dog"
 
 Images that cannot be read are listed on the page, and the exit status is then 1.
 """
@@ -67,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     for seen_classes in dict.fromkeys([None, args.seen_classes]):
         report = check_coco(args.annotations, data=coco, seen_classes=seen_classes)
         report.raise_on_error()
+    classes = {x.category_id: x for x in report.classes}
     annotations_of = defaultdict(list)
     for annotation in coco["annotations"]:
         annotations_of[annotation["image_id"]].append(annotation)
@@ -77,26 +74,31 @@ def run(args: argparse.Namespace) -> int:
     figures, failures = [], []
     for image in tqdm(sorted(shown, key=lambda x: x["id"]), unit="image", disable=None):
         source = f"pictures/{image['id']}.jpg"
+        annotations = annotations_of[image["id"]]
         try:
-            lines = _draw(
-                image,
-                args.image_root,
-                annotations_of[image["id"]],
-                {x.category_id: x for x in report.classes},
-                args.output_dir / source,
-            )
+            lines = _draw(image, args.image_root, annotations, classes, args.output_dir / source)
         except InputError as error:
             failures.append(str(error))
             continue
         figures.append(
             f'<figure><a href="{source}"><img loading="lazy" src="{source}" alt=""></a>'
             f"<figcaption>{escape(image['file_name'])}<details><summary>{len(lines)} objects"
-            f"</summary><ul>{''.join(lines)}</ul></details>"
-            "</figcaption></figure>"
+            f"</summary><ul>{''.join(lines)}</ul></details></figcaption></figure>"
         )
+    title = escape(f"Objects of {os.path.basename(args.annotations)}")
+    parts = [
+        '<!DOCTYPE html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>",
+        f"<h2>Classes</h2><pre>{escape(report.class_table())}</pre>",
+    ]
+    for heading, texts in (("Warnings", report.warnings), ("Images not shown", failures)):
+        if texts:
+            items = "".join(f"<li>{escape(str(x))}" for x in texts)
+            parts.append(f"<h2>{heading}</h2><ul>{items}</ul>")
+    parts.append(f"<h2>Pictures</h2><div class=tiles>{''.join(figures)}</div></html>")
     page = args.output_dir / "index.html"
-    title = f"Objects of {os.path.basename(args.annotations)}"
-    page.write_text(_page(title, report, figures, failures), encoding="utf-8")
+    page.write_text("\n".join(parts), encoding="utf-8")
     print(report.class_table())
     print(f"{page}: {len(figures)} of {len(coco['images'])} images")
     for failure in failures:
@@ -117,16 +119,14 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
         raise InputError(f"image {image['id']}: {image['file_name']!r} is outside of {root}.")
     try:
         pixels = read_image(str(path), "BGR")
-    # PIL's readers raise many kinds on broken files: SyntaxError, struct.error, IndexError, ...
-    except Exception as error:
+    except Exception as error:  # PIL's readers raise many kinds on broken files
         raise InputError(f"{path}: cannot be read: {error}.") from error
     size = (image["height"], image["width"])
     if pixels.shape[:2] != size:
         raise InputError(f"{path}: is (height, width) {pixels.shape[:2]}, the json says {size}.")
-    ids = [x["category_id"] for x in annotations]
     known = [_describe(x, classes[x["category_id"]].is_seen is False) for x in annotations]
-    names = [classes[k].name for k in ids]
-    detections = annotations_to_detections(annotations, size, ids)
+    names = [classes[x["category_id"]].name for x in annotations]
+    detections = annotations_to_detections(annotations, size, range(len(annotations)))
     colors = [color for color, _ in known]
     cv2.imwrite(str(target), draw_instances(pixels, detections, names, colors=colors))
     return [
@@ -137,7 +137,7 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
 
 
 def _describe(annotation: dict, is_unseen: bool) -> tuple[str, str]:
-    """What is known of an object: its colour, and in words."""
+    """Colour of an object, and what is known of it."""
     from .. import drawing
     from ..coco_json import has_mask, is_from_model
 
@@ -150,19 +150,3 @@ def _describe(annotation: dict, is_unseen: bool) -> tuple[str, str]:
     if is_unseen:
         return drawing.UNSEEN_COLOR, "mask that training does not read (unseen class)"
     return drawing.SEEN_COLOR, "mask"
-
-
-def _page(title: str, report, figures: list[str], failures: list[str]) -> str:
-    title = escape(title)
-    parts = [
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>",
-        f"<h2>Classes</h2><pre>{escape(report.class_table())}</pre>",
-    ]
-    for heading, texts in (("Warnings", report.warnings), ("Images not shown", failures)):
-        if texts:
-            items = "".join(f"<li>{escape(str(x))}" for x in texts)
-            parts.append(f"<h2>{heading}</h2><ul>{items}</ul>")
-    parts.append(f"<h2>Pictures</h2><div class=tiles>{''.join(figures)}</div></html>")
-    return "\n".join(parts)

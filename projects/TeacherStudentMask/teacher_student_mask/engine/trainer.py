@@ -36,23 +36,21 @@ from ..data.datasets import answer_of_main_process
 from ..data.seen_classes import training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
-from ..model_classes import (
-    dataset_classes,
-    find_model_classes,
-    model_folders,
-    read_class_names,
-    write_class_names,
-)
 from ..modeling import GTBoxInference
 from ..trained_model import (
     check_pickles,
     check_weights,
     choose_device,
+    dataset_classes,
+    find_model_classes,
     load_weights,
     missing_parameters,
+    model_folders,
+    read_class_names,
     read_config,
     refuse_missing,
     safe_loading,
+    write_class_names,
 )
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
