@@ -234,7 +234,6 @@ def test_image_without_an_object_has_all_fields(make_image, mask_format, crowd):
     assert instances.gt_boxes.tensor.shape == (0, 4)
     assert instances.gt_has_mask.shape == (0,) and instances.gt_has_mask.dtype == torch.bool
     assert len(instances.gt_masks) == len(instances.gt_exclusion_masks) == 0
-    assert instances.gt_exclusion_masks.image_size == (6, 8)
     assert not instances.gt_exclusion_masks.tensor.any()
 
 

@@ -264,3 +264,13 @@ def test_a_box_without_a_cell_has_no_pairs_and_no_gradient():
     assert [losses[f"loss_mask_{x}"].item() for x in ("projection", "pairwise")] == [2, 0]
     sum(losses.values()).backward()
     assert not call["logits"].grad.any()
+
+
+def test_scikit_image_agrees():
+    color = pytest.importorskip("skimage.color", reason="needs scikit-image")
+    rng = np.random.default_rng(0)
+    # Dark colours too, for the linear pieces, and all corners of the cube.
+    corners = np.stack(np.meshgrid([0, 255], [0, 255], [0, 255]), axis=-1).reshape(-1, 3)
+    rgb = np.concatenate([rng.uniform(0, 255, (500, 3)), rng.uniform(0, 25, (200, 3)), corners])
+    expected = color.rgb2lab(rgb[None] / 255, illuminant="D65", observer="2")[0]
+    np.testing.assert_allclose(lab_of(*rgb.tolist()), expected, atol=1e-3)
