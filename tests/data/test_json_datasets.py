@@ -10,7 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask.data import register_json_datasets
+from teacher_student_mask.data import check_datasets, register_json_datasets
+from teacher_student_mask.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +151,29 @@ def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder,
     assert again["segm_unseen"]["num_gt"] == 4
     model = torch.load(weights, weights_only=False)["model"]
     assert model["roi_heads.box_predictor.cls_score.bias"].shape == (4,)
+
+
+def test_a_second_training_json_with_other_ids_has_the_classes_of_the_first_by_name(
+    path_cfg, folder
+):
+    second = json.loads((folder / "train.json").read_text())
+    new_ids = {x["id"]: 1000 - x["id"] for x in second["categories"]}
+    for x in second["categories"]:
+        x["id"] = new_ids[x["id"]]
+    for x in second["annotations"]:
+        x["category_id"] = new_ids[x["category_id"]]
+    (folder / "second.json").write_text(json.dumps(second))
+    paths = str(folder / "train.json"), str(folder / "second.json")
+    cfg = path_cfg("DATASETS.TRAIN", paths)
+    register_json_datasets(cfg)
+    check_datasets(paths, (), "all")
+    a, b = (DatasetCatalog.get(path) for path in paths)
+    ids_of = [[x["category_id"] for image in y for x in image["annotations"]] for y in (a, b)]
+    assert len(set(ids_of[0])) > 1 and ids_of[0] == ids_of[1]
+    names = [MetadataCatalog.get(path).thing_classes for path in paths]
+    assert names[0] == names[1] == ["ant", "cat", "ship"]  # in the order of the first one's ids
+    second["categories"][0]["name"] = "elephant"
+    (folder / "second.json").write_text(json.dumps(second))
+    register_json_datasets(cfg)
+    with pytest.raises(InputError, match="second.json: 'elephant'"):
+        check_datasets(paths, (), "all")

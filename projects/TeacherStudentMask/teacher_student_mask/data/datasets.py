@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
+from ..class_splits import match_classes
 from ..coco_json import Report, check_coco, classes_of, is_from_model, read_json
 from ..errors import InputError
 
@@ -63,7 +64,7 @@ def load_partial_coco_json(
         json_file: path of the COCO annotations.
         image_root: folder that the ``file_name`` of the images is relative to.
         dataset_name: if given, class names and the map from category ids to contiguous ids are
-            stored in its metadata.
+            those of its metadata, and stored there if it has none.
 
     Returns:
         One dict an image, sorted by image id. ``segmentation`` is there only where the json has
@@ -79,7 +80,10 @@ def load_partial_coco_json(
             raise InputError(str(finding))
     classes = classes_of(coco)
     if dataset_name is not None:
-        MetadataCatalog.get(dataset_name).set(**classes)
+        metadata = MetadataCatalog.get(dataset_name)
+        if not metadata.get("thing_classes"):
+            metadata.set(**classes)
+        classes = metadata.as_dict()
     records = {
         image["id"]: {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -167,7 +171,8 @@ def check_datasets(
 
     Findings are logged, and for each training set the counts of its classes. The main process
     checks, and all raise the same error. Only datasets with ``json_file`` and ``evaluator_type``
-    "coco" in their metadata are checked; their classes become known.
+    "coco" in their metadata are checked; their classes become known. Those of all training sets get
+    the ids of the first one's, by their names.
 
     Args:
         train, test: names of registered datasets, ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
@@ -192,6 +197,8 @@ def check_datasets(
                 reports[use].append(found[0])
                 files[use] |= found[1]
                 classes.update(found[2])
+            if use == "train" and name in classes and train[0] in classes:
+                _use_names_of(classes[train[0]]["thing_classes"], classes[name], name)
         # What one training set lacks, or is not checked for, another may have.
         lacking = {"no objects", "no seen mask"}
         is_lacking = [any(x.rule in lacking for x in r.errors) for r in reports["train"]]
@@ -262,6 +269,13 @@ def _check_one(
     names = [x["file_name"] for x in data["images"] if x.get("file_name")]
     files = {os.path.normpath(os.path.join(root, x)) for x in names}
     return report, files, {} if metadata.get("thing_classes") else {name: classes_of(data)}
+
+
+def _use_names_of(names: list[str], classes: dict, source: str) -> None:
+    new_ids = match_classes(classes["thing_classes"], names, source)
+    old_ids = classes["thing_dataset_id_to_contiguous_id"]
+    classes["thing_dataset_id_to_contiguous_id"] = {k: new_ids[i] for k, i in old_ids.items()}
+    classes["thing_classes"] = names
 
 
 def _log_classes(report: Report, reads_masks: bool, rectangle_as_box_only: bool) -> None:
