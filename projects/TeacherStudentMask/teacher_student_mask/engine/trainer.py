@@ -228,7 +228,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = read_config(args.config_file, args.opts)
     check_pickles(cfg)
-    from_scratch = not cfg.MODEL.WEIGHTS and not args.eval_only
+    has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
+    from_scratch = not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only)
     if from_scratch and cfg.MODEL.RESNETS.NORM == "FrozenBN":
         # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
         cfg.MODEL.RESNETS.NORM = "BN"

@@ -19,6 +19,7 @@ from .priors.opmask import ClassActivationPrior, FeatureMapBoxHead
 from .priors.shapeprop import ShapePropagationPrior
 from .pseudo_masks import PSEUDO_MASK_METHODS, PseudoMaskGenerator, generate_pseudo_masks
 from .roi_heads import PartiallySupervisedROIHeads, TeacherStudentROIHeads
+from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
 __all__ = [
     "ClassActivationPrior",
@@ -36,9 +37,11 @@ __all__ = [
     "ROI_MASK_PRIOR_REGISTRY",
     "ShapePropagationPrior",
     "TeacherStudentROIHeads",
+    "TimmBackbone",
     "TwoBranchBoxHead",
     "WeightTransferMaskHead",
     "build_teacher_mask_head",
+    "build_timm_fpn_backbone",
     "generate_pseudo_masks",
     "grab_cut",
     "predict_masks_on_boxes",
