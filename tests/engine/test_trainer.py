@@ -19,16 +19,25 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # ---- other numbers of processes ----
 
 
-def test_the_trainer_builds_its_model_for_the_scaled_epoch(tiny_cfg, tiny_coco):
-    """On one GPU the ramp of the contrastive loss once ended at epoch 0.5 in the place of 4."""
+def test_epochs_and_warm_ups_follow_the_number_of_processes(tiny_cfg, tiny_coco):
+    """
+    On one GPU the ramp of the contrastive loss once ended at epoch 0.5 in the place of 4, and the
+    gate opened in the warm-up of the learning rate.
+    """
     opts = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]
     opts += ["MODEL.ROI_BOX_HEAD.CONV_WIDTHS", [8], "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]
     opts += ["MODEL.ROI_MASK_PRIOR.NAME", "ContrastivePrior", "SOLVER.MAX_ITER", 1200]
     opts += ["MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM", 8, "SOLVER.IMS_PER_BATCH", 16]
-    opts += ["MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS", 100, "SOLVER.REFERENCE_WORLD_SIZE", 8]
+    opts += ["MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS", 100]
+    opts += ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.WARMUP_ITERS", 30]
+    opts += ["MODEL.PSEUDO_MASK.INTERACT_FROM", 50, "MODEL.BOX_SUPERVISION.NAME", "boxinst"]
+    opts += ["MODEL.BOX_SUPERVISION.WARMUP_ITERS", 70, "SOLVER.REFERENCE_WORLD_SIZE", 8]
     trainer = Trainer(tiny_cfg(opts=opts, dataset=tiny_coco))
     assert trainer.max_iter == 9600 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
-    assert trainer.model.roi_heads.mask_prior.epoch_iters == 800
+    heads = trainer.model.roi_heads
+    assert heads.mask_prior.epoch_iters == 800
+    assert (heads.warmup_iters, heads.interact_from) == (240, 400)
+    assert heads.box_supervision.warmup_iters == 560
 
 
 # ---- files ----

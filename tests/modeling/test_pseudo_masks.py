@@ -1,5 +1,7 @@
 """Pseudo masks on grids small enough to write down, their invariants, and the student's targets."""
 
+import math
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -8,10 +10,16 @@ from hypothesis import strategies as st
 from roi_heads_factory import WITH_MODEL_MASKS, add_model_masks, make_proposals, targets_of
 
 from teacher_student_mask import ImageMask
-from teacher_student_mask.modeling.mask_targets import cells_inside_boxes, has_model_mask_of
+from teacher_student_mask.modeling.mask_targets import (
+    cells_inside_boxes,
+    has_model_mask_of,
+    masked_bce_loss,
+    masked_dice_loss,
+)
 from teacher_student_mask.modeling.pseudo_masks import (
     PSEUDO_MASK_METHODS,
     PseudoMaskGenerator,
+    balance_foreground,
     fit_to_boxes,
     generate_pseudo_masks,
     make_student_targets,
@@ -189,3 +197,65 @@ def test_scalars_by_hand():
         "pseudo_mask/agreement": 0.75,
         "pseudo_mask/num_rois": 1,
     }
+
+
+# ---- "interact" and the share of foreground ----
+
+
+def test_balanced_students_have_the_foreground_of_the_teacher():
+    student = torch.tensor([[[0.40, 0.30], [0.20, 0.10]]]).expand(4, 2, 2)
+    teacher = torch.zeros(4, 4)
+    for num_cells in range(4):  # none, one, two, three; and all below
+        teacher[num_cells, :num_cells] = 0.9
+    balanced = balance_foreground(student, teacher.view(4, 2, 2))
+    assert (balanced >= 0.5).flatten(1).sum(1).tolist() == [0, 1, 2, 3]
+    full = balance_foreground(student[:1], torch.ones(1, 2, 2))
+    assert (full >= 0.5).all()
+    shifts = balanced.logit() - student.logit()
+    assert (shifts - shifts[:, :1, :1]).abs().max() < 1e-5
+    assert balanced[1, 0, 1] < 0.5 < balanced[1, 0, 0]
+    # Half-way between the logits of 0.4 and 0.3.
+    border = (math.log(0.4 / 0.6) + math.log(0.3 / 0.7)) / 2
+    assert balanced[1, 0, 0].logit().item() == pytest.approx(math.log(0.4 / 0.6) - border, abs=1e-5)
+
+
+def train_a_linear_student(share, loss=masked_bce_loss, **settings):
+    """
+    Of features with cosine 0.45 between foreground and background, on one ROI: the sign of the
+    foreground's logit after the first step, and the share of the foreground in the last target.
+    """
+    side, rho = 20, 0.45
+    truth = torch.zeros(1, side, side)
+    truth.view(-1)[: int(share * side**2)] = 1
+    foreground, background = torch.tensor([[1.0, 0.0], [rho, math.sqrt(1 - rho**2)]])
+    features = torch.where(truth[..., None] > 0, foreground, background)
+    # Right everywhere, and unsure about the foreground, as of a class without masks.
+    noise = torch.rand(truth.shape, generator=torch.Generator().manual_seed(0))
+    teacher = torch.where(truth > 0, 0.5 + 0.15 * noise, 0.5 - 0.3 * noise)
+    weights, first = torch.zeros(2, requires_grad=True), None
+    for _ in range(200):
+        student = features @ weights
+        target = generate_pseudo_masks(teacher, student.detach().sigmoid(), **settings)
+        (gradient,) = torch.autograd.grad(loss(student, target, torch.tensor([True])), weights)
+        weights = (weights - 5 * gradient).detach().requires_grad_()
+        first = torch.sign(foreground @ weights).item() if first is None else first
+    return first, target[truth > 0].mean().item()
+
+
+@pytest.mark.parametrize("share, sign", [(0.25, -1), (0.30, -1), (0.32, 1), (0.60, 1)])
+def test_the_first_step_depends_on_the_share_of_the_foreground(share, sign):
+    """BCE makes its logit negative where the share is below rho / (1 + rho), here 0.31."""
+    assert train_a_linear_student(share)[0] == sign
+
+
+@pytest.mark.parametrize("share, left", [(0.25, 0.0), (0.32, 1.0), (0.60, 1.0)])
+def test_interact_collapses_where_an_object_fills_little_of_its_box(share, left):
+    """The student sets the threshold of its own targets, 1 - p_s."""
+    assert train_a_linear_student(share)[1] == pytest.approx(left)
+
+
+@pytest.mark.parametrize(
+    "cure", [{"loss": masked_dice_loss}, {"balance": "share"}, {"method": "threshold"}]
+)
+def test_cures_of_the_collapse(cure):
+    assert train_a_linear_student(0.25, **cure)[1] == pytest.approx(1.0)

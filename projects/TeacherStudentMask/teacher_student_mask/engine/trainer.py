@@ -75,11 +75,17 @@ class Trainer(DefaultTrainer):
         if scaled is not cfg:
             scaled = scaled.clone()
             scaled.defrost()
-            # An epoch follows the schedule. The warm-ups of this project are numbers of steps and
-            # stay. Up: an epoch has at least one iteration.
+            # What counts iterations follows the schedule: the learning rate's warm-up is longer,
+            # too, and the gate must not open in the middle of it.
             factor = cfg.SOLVER.REFERENCE_WORLD_SIZE / comm.get_world_size()
-            epoch_iters = cfg.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS
-            scaled.MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS = math.ceil(epoch_iters * factor)
+            for node, key in (
+                (scaled.MODEL.ROI_MASK_PRIOR.CONTRAST, "EPOCH_ITERS"),
+                (scaled.MODEL.PSEUDO_MASK, "WARMUP_ITERS"),
+                (scaled.MODEL.PSEUDO_MASK, "INTERACT_FROM"),
+                (scaled.MODEL.BOX_SUPERVISION, "WARMUP_ITERS"),
+            ):
+                # Up: an epoch has at least one iteration.
+                node[key] = math.ceil(node[key] * factor)
             scaled.freeze()
         super().__init__(scaled)
         self.checkpointer.path_manager = _AtomicPathManager(self.checkpointer.path_manager)

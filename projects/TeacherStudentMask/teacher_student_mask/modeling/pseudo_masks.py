@@ -23,14 +23,18 @@ from .mask_targets import (
 
 __all__ = [
     "EXTERNAL_MASK_USES",
+    "INTERACT_BALANCES",
     "PSEUDO_MASK_METHODS",
     "PseudoMaskGenerator",
+    "balance_foreground",
     "fit_to_boxes",
     "generate_pseudo_masks",
     "make_student_targets",
 ]
 
 PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit")
+# Of MODEL.PSEUDO_MASK.INTERACT_BALANCE.
+INTERACT_BALANCES = ("none", "share")
 
 # Of MODEL.PSEUDO_MASK.EXTERNAL.
 EXTERNAL_MASK_USES = ("alone", "mean", "ignore")
@@ -43,6 +47,7 @@ def generate_pseudo_masks(
     *,
     method: str = "interact",
     threshold: float = 0.5,
+    balance: str = "none",
     roi_boxes: torch.Tensor | None = None,
     gt_boxes: torch.Tensor | None = None,
     clip_to_box: bool = True,
@@ -57,7 +62,8 @@ def generate_pseudo_masks(
 
     * ``"none"``: p_t as it is, a soft target.
     * ``"threshold"``: p_t >= threshold.
-    * ``"interact"``: (p_t + p_s) / 2 >= threshold; the paper's choice.
+    * ``"interact"``: (p_t + p_s) / 2 >= threshold; the paper's choice. With ``balance`` "share"
+      p_s is first shifted as :func:`balance_foreground` says, which is ours.
     * ``"crf"``: CRF(p_t) >= threshold.
     * ``"box_fit"``: per ROI the threshold whose mask fills the object's box best, see
       :func:`fit_to_boxes`; not in the paper.
@@ -71,6 +77,7 @@ def generate_pseudo_masks(
         student_probs: shape (R, M, M), probabilities of the label channel.
         method: one of :data:`PSEUDO_MASK_METHODS`.
         threshold: probability from which on (inclusive) a cell is foreground.
+        balance: one of :data:`INTERACT_BALANCES`.
         roi_boxes, gt_boxes: shape (R, 4), XYXY, of one frame; the ROIs, over which the M x M grid
             lies, and the matched objects. Needed by ``"box_fit"`` and for ``clip_to_box``.
         clip_to_box: if there are boxes, cells outside ``gt_boxes`` become background.
@@ -94,6 +101,8 @@ def generate_pseudo_masks(
     elif method == "threshold":
         masks = probs >= threshold
     elif method == "interact":
+        if balance == "share":
+            student_probs = balance_foreground(student_probs, probs)
         masks = (probs + student_probs) / 2 >= threshold
     elif method == "crf":
         masks = crf(probs, roi_images) >= threshold
@@ -105,6 +114,28 @@ def generate_pseudo_masks(
     if exclusion_masks is not None:
         masks = masks * ~exclusion_masks
     return masks
+
+
+def balance_foreground(probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """
+    Shift the logits of each mask by a constant, so that it has as much foreground as another.
+
+    With k the number of cells of ``others`` at or above 0.5, the constant lies half-way between the
+    k-th and the next highest logit: the k most probable cells end above 0.5.
+
+    Args:
+        probs, others: shape (R, M, M), probabilities.
+
+    Returns:
+        The shifted probabilities, shape (R, M, M).
+    """
+    logits = probs.flatten(1).logit(eps=1e-6)
+    # One more at each end: no foreground, and nothing else.
+    ordered = F.pad(logits.sort(dim=1, descending=True).values, (1, 1))
+    ordered[:, 0], ordered[:, -1] = ordered[:, 1] + 1, ordered[:, -2] - 1
+    k = (others >= 0.5).flatten(1).sum(dim=1, keepdim=True)
+    border = (ordered.gather(1, k) + ordered.gather(1, k + 1)) / 2
+    return (logits - border).sigmoid().view_as(probs)
 
 
 def fit_to_boxes(probs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
@@ -144,18 +175,20 @@ class PseudoMaskGenerator:
     :func:`generate_pseudo_masks` with its settings, for the ROIs of a batch.
 
     Attributes:
-        method, threshold, clip_to_box, crf: see :func:`generate_pseudo_masks`.
+        method, threshold, balance, clip_to_box, crf: see :func:`generate_pseudo_masks`.
         exclude_seen: cells inside the image's ``gt_exclusion_masks`` become background.
     """
 
     method: str = "interact"
     threshold: float = 0.5
+    balance: str = "none"
     clip_to_box: bool = True
     exclude_seen: bool = True
     crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_choice("MODEL.PSEUDO_MASK.METHOD", self.method, PSEUDO_MASK_METHODS)
+        check_choice("MODEL.PSEUDO_MASK.INTERACT_BALANCE", self.balance, INTERACT_BALANCES)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> PseudoMaskGenerator:
@@ -164,6 +197,7 @@ class PseudoMaskGenerator:
         return cls(
             method=settings.METHOD,
             threshold=settings.THRESHOLD,
+            balance=settings.INTERACT_BALANCE,
             clip_to_box=settings.CLIP_TO_BOX,
             exclude_seen=settings.EXCLUDE_SEEN,
             crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,

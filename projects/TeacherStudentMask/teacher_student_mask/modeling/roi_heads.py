@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -308,6 +309,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         teacher_mask_head: nn.Module,
         pseudo_masks: PseudoMaskGenerator,
         warmup_iters: int = 1000,
+        interact_from: int = 0,
+        student_loss: str = "",
         max_rois_without_mask: int = 0,
         external_masks: str = "alone",
         test_mask_head: str = "student",
@@ -319,6 +322,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             teacher_mask_head: class-agnostic, (R, D, S, S) -> logits (R, 1, M_t, M_t).
             pseudo_masks: makes the student's targets where there is no mask.
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
+            interact_from: before this iteration the method "interact" is "threshold".
+            student_loss: "bce" or "dice"; "" = ``mask_loss``, which is the teacher's.
             max_rois_without_mask: of an image, chosen at random; 0 = all.
             external_masks: see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
@@ -326,7 +331,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             **kwargs: of :class:`PartiallySupervisedROIHeads`, without ``train_on_external_masks``.
 
         Raises:
-            ValueError: an unknown test head or use of external masks.
+            ValueError: an unknown test head, use of external masks, or loss.
         """
         kwargs["train_on_external_masks"] = external_masks == "alone"
         super().__init__(**kwargs)
@@ -335,6 +340,10 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
+        self.interact_from = interact_from
+        if student_loss:
+            check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, tuple(_MASK_LOSSES))
+        self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
         self.max_rois_without_mask = max_rois_without_mask
         self.external_masks = external_masks
         self.test_mask_head = test_mask_head
@@ -348,6 +357,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         ret.update(
             pseudo_masks=PseudoMaskGenerator.from_config(cfg),
             warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
+            interact_from=cfg.MODEL.PSEUDO_MASK.INTERACT_FROM,
+            student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
             max_rois_without_mask=cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE,
             external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
             test_mask_head=cfg.TEST.MASK_HEAD,
@@ -404,17 +415,20 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
         if teacher_side != side:
             teacher_targets = crop_gt_masks(rois, teacher_side, has_mask.device)
+        generator = self.pseudo_masks
+        if generator.method == "interact" and get_event_storage().iter < self.interact_from:
+            generator = dataclasses.replace(generator, method="threshold")
         targets, is_supervised, scalars = make_student_targets(
             gt_masks,
             rois,
             teacher_logits.detach(),
             student_logits.detach(),
-            self.pseudo_masks,
+            generator,
             external=self.external_masks,
             has_pseudo_masks=self._has_pseudo_masks(),
             pixels=pixels,
         )
-        loss_student = self.mask_loss(student_logits, targets, is_supervised)
+        loss_student = self.student_loss(student_logits, targets, is_supervised)
         losses["loss_mask"] = loss_student * self.mask_head.loss_weight
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
         weight = self.teacher_mask_head.loss_weight
