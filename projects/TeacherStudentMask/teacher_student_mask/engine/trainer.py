@@ -16,7 +16,11 @@ from typing import IO
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -25,6 +29,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..class_splits import AUTO, match_classes
+from ..coco_json import classes_of, read_json
 from ..data import (
     TeacherStudentDatasetMapper,
     build_train_loader,
@@ -250,8 +255,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.backends.cudnn.benchmark = False
     register_json_datasets(cfg)
     # Before the first file is written.
-    if not args.resume and not args.eval_only:
-        answer_of_main_process(lambda: _check_output_dir(cfg.OUTPUT_DIR))
+    if not args.eval_only:
+        check = _check_resumed_classes if args.resume else _check_output_dir
+        answer_of_main_process(lambda: check(cfg))
     last = _last_checkpoint(cfg) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
@@ -278,7 +284,26 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _check_output_dir(folder: str) -> None:
+def _check_resumed_classes(cfg: CfgNode) -> None:
+    earlier = read_class_names(cfg.OUTPUT_DIR)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
+    if earlier is None or metadata is None:
+        return
+    names = metadata.get("thing_classes")
+    if not names and metadata.get("json_file"):
+        # What is wrong with the file itself is said by its checks.
+        with contextlib.suppress(InputError, KeyError, TypeError):
+            names = classes_of(read_json(metadata.json_file))["thing_classes"]
+    if names and list(names) != earlier[0]:
+        raise InputError(
+            f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
+            f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
+            f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
+        )
+
+
+def _check_output_dir(cfg: CfgNode) -> None:
+    folder = cfg.OUTPUT_DIR
     found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
     if found:
         numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
@@ -325,12 +350,6 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
     else:
         training_classes(cfg)
         names, ids = dataset_classes(cfg.DATASETS.TRAIN[0])
-    if earlier is not None and earlier[0] != names:
-        raise InputError(
-            f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
-            f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
-            f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
-        )
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
     return names, ids
