@@ -13,7 +13,6 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tiny_model import TINY_MODEL
 
@@ -34,18 +33,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _messages_reach_pytest():
-    # Detectron2's setup_logger keeps messages from the root logger, but acts once per process.
-    setup_logger(name="teacher_student_mask")
+    # Detectron2's setup_logger keeps messages from the root logger, whose handler caplog has.
     logging.getLogger("teacher_student_mask").propagate = True
 
 
 @pytest.fixture
 def log(caplog):
-    """The log, from INFO on."""
+    """The log, from INFO on, also after a call of setup_logger."""
     caplog.set_level(logging.INFO)
-    return caplog
+    logger = logging.getLogger("teacher_student_mask")
+    logger.propagate = False
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @dataclass
