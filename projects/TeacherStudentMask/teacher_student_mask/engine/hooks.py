@@ -233,7 +233,7 @@ class PseudoMaskWatch(HookBase):
             f"Iteration {now}: the pseudo masks {state}: over {_WINDOW_ITERS} iterations their "
             f"foreground ratio is {mean:.3f}, after {start:.3f} when they began at iteration "
             f"{self._start['iteration']}, and teacher and student put {agreed:.0%} of the cells on "
-            "the same side. The student then learns from wrong masks. What helps: a larger "
-            'MODEL.PSEUDO_MASK.WARMUP_ITERS, so that the teacher is surer; METHOD "box_fit", which '
-            "follows an unsure teacher; and a look at teacher_mask/accuracy in metrics.json."
+            "the same side. The student then learns from wrong masks. What helps: STUDENT_LOSS "
+            '"dice" or INTERACT_BALANCE "share" of MODEL.PSEUDO_MASK, or its METHOD "box_fit"; and '
+            "a look at teacher_mask/accuracy in metrics.json."
         )
