@@ -87,7 +87,7 @@ def test_empty_and_full_masks_are_reported_after_100_iterations(log, value, word
     assert (
         f"Iteration 139: the pseudo masks are {word}: " in message and f" {value:.3f}," in message
     )
-    for advice in ("MODEL.PSEUDO_MASK.WARMUP_ITERS", '"box_fit"', "teacher_mask/accuracy"):
+    for advice in ('STUDENT_LOSS "dice"', '"box_fit"', "teacher_mask/accuracy"):
         assert advice in message
     assert log.records[0].levelname == "WARNING"
 
