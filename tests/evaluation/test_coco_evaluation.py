@@ -373,6 +373,18 @@ def test_no_masks_at_all_evaluates_boxes_only(register, caplog):
     assert evaluate(name, {1: make_instances([], [], [])}, [0]).keys() == {"bbox"}
 
 
+def test_more_objects_of_a_class_than_ap_counts_are_told_once(register, caplog):
+    boxes = (UNDER, OVER, ALONE)
+    rows = [annotation(k, box, 3, mask=square(*box)) for k, box in enumerate(boxes, start=1)]
+    name = register(make_images(), rows)
+    PartiallySupervisedCOCOEvaluator(name, seen_classes=[0], max_dets_per_image=3)
+    assert not caplog.text
+    PartiallySupervisedCOCOEvaluator(name, seen_classes=[0], max_dets_per_image=2)
+    (message,) = [x.getMessage() for x in caplog.records]
+    assert message.startswith("AP counts 2 detections of a class in an image") and "3 of" in message
+    assert "A TEST.DETECTIONS_PER_IMAGE above 150 raises both limits" in message
+
+
 @pytest.mark.parametrize("tasks", [None, ("bbox", "segm")])
 def test_no_predictions_give_nan_and_object_counts(register, tasks):
     results = evaluate(make_scene(register), {1: make_instances([], [], [])}, [1], tasks=tasks)
