@@ -378,9 +378,9 @@ def test_more_objects_of_a_class_than_ap_counts_are_told_once(register, caplog):
     rows = [annotation(k, box, 3, mask=square(*box)) for k, box in enumerate(boxes, start=1)]
     name = register(make_images(), rows)
     PartiallySupervisedCOCOEvaluator(name, seen_classes=[0], max_dets_per_image=3)
-    assert not caplog.text
+    assert "AP counts" not in caplog.text
     PartiallySupervisedCOCOEvaluator(name, seen_classes=[0], max_dets_per_image=2)
-    (message,) = [x.getMessage() for x in caplog.records]
+    (message,) = [x for x in caplog.messages if "AP counts" in x]
     assert message.startswith("AP counts 2 detections of a class in an image") and "3 of" in message
     assert "A TEST.DETECTIONS_PER_IMAGE above 150 raises both limits" in message
 
