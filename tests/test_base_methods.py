@@ -9,7 +9,6 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.modeling import (
-    BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
@@ -28,6 +27,7 @@ from teacher_student_mask import (
     TeacherStudentDatasetMapper,
 )
 from teacher_student_mask.modeling import PSEUDO_MASK_METHODS, ROI_MASK_PRIOR_REGISTRY
+from teacher_student_mask.modeling.pseudo_masks import INTERACT_BALANCES
 
 OPMASK = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]
 OPMASK += ["MODEL.ROI_BOX_HEAD.CONV_WIDTHS", [16, 24]]
@@ -206,6 +206,8 @@ LEAK_METHODS = {
     "ours, crf": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "crf", "MODEL.PSEUDO_MASK.CRF.NUM_ITERS", 2],
     "ours, high-res teacher, few ROIs": [*OURS, "MODEL.TEACHER_MASK_HEAD.NUM_DECONV", 2]
     + ["MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE", 2],
+    "ours, Dice, balanced": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "dice"]
+    + ["MODEL.PSEUDO_MASK.INTERACT_BALANCE", "share"],
     "high-res masks": [*AGNOSTIC, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
     + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
 }
@@ -363,7 +365,7 @@ def test_the_leak_test_has_every_registered_method(tiny_cfg):
     """A new ROI heads, mask head, prior, ... fails here until the leak test has it, too."""
     registries = {
         "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-        "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+        # Not the backbones: they see images alone.
         "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
         "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
         "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
@@ -375,6 +377,8 @@ def test_the_leak_test_has_every_registered_method(tiny_cfg):
         for key, registry in registries.items()
     }
     ours["MODEL.PSEUDO_MASK.METHOD"] = set(PSEUDO_MASK_METHODS)
+    ours["MODEL.PSEUDO_MASK.STUDENT_LOSS"] = {"", "dice"}
+    ours["MODEL.PSEUDO_MASK.INTERACT_BALANCE"] = set(INTERACT_BALANCES)
     ours["MODEL.BOX_SUPERVISION.NAME"] = {"", "boxinst"}
     ours["MODEL.BOX_SUPERVISION.MASK_LOSS"] = {"bce", "dice"}
     # Mask^X has a mask for each class, so it cannot be the teacher.
