@@ -46,6 +46,9 @@ def _join_and_run(rank, function, args, url, world_size):
     torch.distributed.init_process_group("gloo", url, TIMEOUT, world_size, rank)
     comm.synchronize()
     function(*args)
+    # Threads of gloo that outlive the interpreter may abort the process.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
 
 
 def run_everything(folder: str, shapes_root: str) -> None:

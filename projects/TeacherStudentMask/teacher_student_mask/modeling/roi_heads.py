@@ -416,7 +416,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         if teacher_side != side:
             teacher_targets = crop_gt_masks(rois, teacher_side, has_mask.device)
         generator = self.pseudo_masks
-        if generator.method == "interact" and get_event_storage().iter < self.interact_from:
+        if get_event_storage().iter < self.interact_from and generator.method == "interact":
             generator = dataclasses.replace(generator, method="threshold")
         targets, is_supervised, scalars = make_student_targets(
             gt_masks,
