@@ -26,6 +26,12 @@ def test_registration_reads_when_first_used(tiny_coco):
         assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 17: 1, 90: 2}
 
 
+def test_names_that_a_script_has_set_need_no_ids(tiny_coco):
+    MetadataCatalog.get(tiny_coco.name).thing_classes = ["ant", "cat", "ship"]
+    dicts = DatasetCatalog.get(tiny_coco.name)
+    assert by_image_id(dicts)[7]["annotations"][1]["category_id"] == 2
+
+
 def test_images_come_in_the_order_of_their_ids_with_all_their_boxes(tiny_coco):
     dicts = DatasetCatalog.get(tiny_coco.name)
     assert [x["image_id"] for x in dicts] == [2, 5, 7, 30]

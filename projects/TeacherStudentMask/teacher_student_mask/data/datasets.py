@@ -81,7 +81,7 @@ def load_partial_coco_json(
     classes = classes_of(coco)
     if dataset_name is not None:
         metadata = MetadataCatalog.get(dataset_name)
-        if not metadata.get("thing_classes"):
+        if not metadata.get("thing_dataset_id_to_contiguous_id"):
             metadata.set(**classes)
         classes = metadata.as_dict()
     records = {
