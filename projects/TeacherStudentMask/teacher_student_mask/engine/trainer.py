@@ -185,7 +185,11 @@ class Trainer(DefaultTrainer):
         return results
 
 
-def main(args: argparse.Namespace) -> dict | None:
+def main(
+    args: argparse.Namespace,
+    trainer_class: type[Trainer] = Trainer,
+    console_level: int = logging.INFO,
+) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
 
@@ -194,11 +198,13 @@ def main(args: argparse.Namespace) -> dict | None:
 
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
+        trainer_class: what trains.
+        console_level: of the messages that go to the console; the log file has all.
 
     Raises:
         InputError: config, data or weights cannot be used, or ``OUTPUT_DIR`` holds another run.
     """
-    cfg = setup(args)
+    cfg = setup(args, console_level)
     classes = _check_data(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -208,7 +214,7 @@ def main(args: argparse.Namespace) -> dict | None:
         comm.synchronize()
         evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
         return Trainer.test(cfg, model, evaluators)
-    trainer = Trainer(cfg)
+    trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
 
     def is_done() -> bool:
@@ -226,7 +232,7 @@ def main(args: argparse.Namespace) -> dict | None:
     return trainer.train()
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNode:
     """
     Build the config from the command line of :func:`main`, and start logging.
 
@@ -264,7 +270,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
-        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
+        for handler in setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name).handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(console_level)
     choose_device(cfg)
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)

@@ -59,25 +59,13 @@ class TimmBackbone(Backbone):
     ):
         super().__init__()
         timm = _import_timm()
-        kwargs, tensors = {"pretrained": bool(weights)}, None
-        if weights and weights != "timm":
-            tensors = _read_weights(name, weights)
-            kwargs["pretrained_cfg_overlay"] = {"state_dict": tensors}
+        tensors = _read_weights(name, weights) if weights not in ("", "timm") else None
         try:
-            self.stages = timm.create_model(name, features_only=True, **kwargs)
-        except RuntimeError as error:  # no such model, or weights of another one
+            self.stages = timm.create_model(name, features_only=True, pretrained=weights == "timm")
+        except RuntimeError as error:  # no such model, or no network
             raise InputError(f"MODEL.TIMM.NAME {name!r}, WEIGHTS {weights!r}: {error}") from error
         if tensors is not None:
-            # timm leaves parameters at random without a word. "stages.0" may be "stages_0" here.
-            known = {key.replace(".", "_") for key in tensors}
-            missing = [
-                x for x, _ in self.stages.named_parameters() if x.replace(".", "_") not in known
-            ]
-            if missing:
-                raise InputError(
-                    f"MODEL.TIMM.WEIGHTS {weights!r} has no {missing[0]} of {name} "
-                    f"({len(missing)} parameters in all); it must be timm's state_dict."
-                )
+            self._load(tensors, f"MODEL.TIMM.WEIGHTS {weights!r}", name)
         if weights:
             logger.info(f"The backbone starts with the weights {weights!r} of {name}.")
         info = self.stages.feature_info
@@ -111,6 +99,24 @@ class TimmBackbone(Backbone):
             "freeze_norm": cfg.MODEL.TIMM.FREEZE_NORM,
             "out_features": tuple(cfg.MODEL.FPN.IN_FEATURES),
         }
+
+    def _load(self, tensors: dict[str, torch.Tensor], weights: str, name: str) -> None:
+        # Parts of a model only for its features have other names: "stages.0" may be "stages_0".
+        by_letters = {key.replace(".", "_"): x for key, x in tensors.items()}
+        own = self.stages.state_dict()
+        missing = [key for key in own if key.replace(".", "_") not in by_letters]
+        # New in some releases of PyTorch, and counters that nothing reads.
+        missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+        if missing:
+            raise InputError(
+                f"{weights} has no {missing[0]} of {name} ({len(missing)} tensors in all); it must "
+                "be timm's state_dict."
+            )
+        found = {key: by_letters.get(key.replace(".", "_"), x) for key, x in own.items()}
+        try:
+            self.stages.load_state_dict(found)
+        except RuntimeError as error:  # other shapes
+            raise InputError(f"{weights} is of another model than {name}: {error}") from error
 
     def _freeze(self, freeze_at: int) -> None:
         # Parameters stand in the order of the layers.
@@ -180,9 +186,7 @@ def _import_timm():
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise InputError(
-            'build_timm_fpn_backbone needs timm: pip install "teacher-student-mask[timm]".'
-        ) from error
+        raise InputError("build_timm_fpn_backbone needs timm: pip install timm.") from error
 
 
 def _read_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
@@ -202,11 +206,17 @@ def _read_weights(name: str, weights: str) -> dict[str, torch.Tensor]:
             + ", ".join(_PYPI_WEIGHTS)
             + "."
         )
-    if weights.endswith(".safetensors"):
-        from safetensors.torch import load_file
+    try:
+        if weights.endswith(".safetensors"):
+            from safetensors.torch import load_file
 
-        return load_file(weights)
-    return torch.load(weights, map_location="cpu", weights_only=True)
+            return load_file(weights)
+        return torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file, or of a pickle: of many kinds
+        raise InputError(
+            f"MODEL.TIMM.WEIGHTS {weights!r} cannot be read as tensors, and nothing of it was run: "
+            f"{type(error).__name__}."
+        ) from error
 
 
 def _rename_lite(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
