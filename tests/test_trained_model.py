@@ -16,12 +16,14 @@ from malice import write_checkpoint, write_pickle, yaml_of
 from saved_model import TEACHER_STUDENT, save_model
 from torch import nn
 
+import teacher_student_mask
 import train_net
 from teacher_student_mask import add_teacher_student_mask_config, trained_model
 from teacher_student_mask.errors import InputError
 from teacher_student_mask.trained_model import (
     check_pickles,
     dataset_classes,
+    find_model,
     find_test_dataset,
     load_config,
     load_model,
@@ -79,6 +81,28 @@ def test_what_is_missing_or_wrong_is_named(save, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             load_model(config, **options)
+
+
+def test_a_folder_is_a_model(save, tmp_path):
+    """The best weights, else the final ones, else the last checkpoint, else those of an export."""
+    config, _ = save()
+    folder = Path(config).parent
+    assert teacher_student_mask.load(folder).cfg.MODEL.WEIGHTS == str(folder / "model.pth")
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    for name in ("model_0000009.pth", "model_final.pth", "model_best.pth"):
+        (folder / name).touch()
+        assert find_model(folder) == (config, str(folder / name))
+    assert find_model(config) == (config, None)
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    words = "has config.yaml, but none of model_best.pth, model_final.pth, model_0000009.pth"
+    for model, words in (
+        (folder, words),
+        (tmp_path, "has no config.yaml. The folder of a training holds config.yaml and model_f"),
+        (tmp_path / "trian", "trian is not a folder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_model(model)
 
 
 def test_a_baseline_has_the_student_alone(save):

@@ -103,9 +103,8 @@ def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
 
     dataset = make_tiny_coco(give_all_objects_a_mask)
     cfg = tiny_cfg(opts=TEACHER_STUDENT, dataset=dataset)
-    config, weights = save_model(cfg, tmp_path / "model")
-    options = ["--config-file", config, "--weights", weights, "--resamples", "5"]
-    options += ["--output-dir", str(tmp_path / "out")]
+    save_model(cfg, tmp_path / "model")
+    options = [str(tmp_path / "model"), "--resamples", "5", "--output-dir", str(tmp_path / "out")]
     options += ["--opts", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
     assert main(["analyze", *options]) == 0
     assert "Ground-truth boxes:" in capsys.readouterr().out

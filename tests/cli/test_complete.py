@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -57,7 +58,7 @@ def run(dataset, tiny_cfg, tmp_path, capsys):
         options = ["--annotations", annotations, "--image-root", dataset.image_root]
         options += ["--output", tmp_path / out]
         if model:
-            options += ["--config-file", config_file, "--weights", model[1]]
+            options += [Path(config_file).parent, "--weights", model[1]]
         code = main(["complete", *map(str, [*options, *arguments])])
         captured = capsys.readouterr()
         return code, captured.out + captured.err
@@ -117,7 +118,7 @@ def test_every_box_gets_a_mask_and_nothing_else_changes(run, dataset, tmp_path, 
     assert not list(tmp_path.glob("*.part-*"))
     total = next(x for x in text.splitlines() if x.startswith("all "))
     assert total.split()[1:4] == ["6", "0", "5"]
-    assert "tsmask train --config-file" in text
+    assert f"tsmask train --config-file {run.model[0]} " in text
 
 
 @pytest.mark.slow

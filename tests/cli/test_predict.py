@@ -96,6 +96,20 @@ def test_results_are_those_of_default_predictor(run, model):
             assert (mask == expected.pred_masks[k].numpy()).all()
 
 
+def test_a_folder_and_a_config_name_the_same_model(run, model, capsys):
+    for name in ("a.png", "b.png"):
+        write_image(Path(name), 40, 60)
+    output = ["--output-dir", "out", "--score-threshold", "0"]
+    found = []
+    for words in (["model", "a.png", "b.png"], ["a.png", "b.png", "--config-file", model[0]]):
+        assert main(["predict", *words, *output, "--opts", "MODEL.WEIGHTS", model[1]]) == 0
+        found.append(json.loads(Path("out/coco_instances_results.json").read_text()))
+    assert found[0] == found[1] and len(found[0]) == 8
+    capsys.readouterr()
+    assert main(["predict", "a.png", *output]) == 1
+    assert "name one model: MODEL, the folder of a training" in capsys.readouterr().err
+
+
 def test_every_file_has_one_overlay_and_overlays_are_no_inputs(run):
     names = ["in/a.png", "in/sub/a.jpg", "in/sub/a.webp", "b/a.png", "in/x\ny.png", "in/~.png"]
     for seed, name in enumerate(names):

@@ -10,7 +10,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it.
+# Public name -> module that defines it, and the name it has there if that is another.
 _MODULES = {
     "GTBoxInference": "modeling",
     "ImageMask": "structures",
@@ -24,6 +24,7 @@ _MODULES = {
     "add_teacher_student_mask_config": "config",
     "compute_overlaps": "evaluation",
     "generate_pseudo_masks": "modeling",
+    "load": "trained_model:load_model",
     "load_partial_coco_json": "data",
     "register_partial_coco": "data",
     "register_shapes": "data",
@@ -37,7 +38,8 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _register()
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    module, _, own_name = _MODULES[name].partition(":")
+    value = getattr(importlib.import_module(f".{module}", __name__), own_name or name)
     globals()[name] = value
     return value
 

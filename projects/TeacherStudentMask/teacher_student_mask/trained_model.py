@@ -41,8 +41,10 @@ __all__ = [
     "check_weights",
     "choose_device",
     "dataset_classes",
+    "find_model",
     "find_model_classes",
     "find_test_dataset",
+    "last_checkpoint",
     "load_config",
     "load_model",
     "load_weights",
@@ -124,7 +126,7 @@ class TrainedModel:
 
 
 def load_model(
-    config_file: str,
+    model: str | os.PathLike,
     *,
     weights: str | None = None,
     opts: Sequence = (),
@@ -135,8 +137,8 @@ def load_model(
     Read a config, build its model and load its weights.
 
     Args:
-        config_file: path of a yaml, such as the config.yaml of a training.
-        weights: path or URL of a checkpoint; None = the config's ``MODEL.WEIGHTS``.
+        model: folder of a training or of an export, or path of a yaml, see :func:`find_model`.
+        weights: path or URL of a checkpoint; None = the folder's, or the yaml's ``MODEL.WEIGHTS``.
         opts: KEY, VALUE, KEY, VALUE, ...; they win over the file.
         score_threshold: of detections, in [0, 1]; None = the config's.
         heads: mask heads that will be used, of "student" and "teacher"; None = all that the model
@@ -146,16 +148,17 @@ def load_model(
         InputError: config or weights are missing, cannot be read, are not trusted or do not fit one
             another; or the model does not have these mask heads.
     """
-    cfg = load_config(config_file, opts, weights=weights)
+    config_file, found = find_model(model)
+    cfg = load_config(config_file, opts, weights=weights or found)
     if score_threshold is not None:
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
     built = cfg.clone()
     # Nothing makes pseudo masks at inference, and "crf" may ask for a package that is not there.
     built.MODEL.PSEUDO_MASK.METHOD = "none"
-    model = build_model(built)
-    if not isinstance(model, GeneralizedRCNN) or not cfg.MODEL.MASK_ON:
+    network = build_model(built)
+    if not isinstance(network, GeneralizedRCNN) or not cfg.MODEL.MASK_ON:
         raise InputError("needed is a GeneralizedRCNN with MODEL.MASK_ON True; this is another.")
-    has_teacher = isinstance(model.roi_heads, TeacherStudentROIHeads)
+    has_teacher = isinstance(network.roi_heads, TeacherStudentROIHeads)
     existing = ("student", "teacher") if has_teacher else ("student",)
     heads = existing if heads is None else tuple(heads)
     if set(heads) - set(existing):
@@ -163,9 +166,50 @@ def load_model(
         raise InputError(
             f"No such head: {heads}; the model of {name!r} has: {', '.join(existing)}."
         )
-    load_weights(model, cfg, heads=heads)
+    load_weights(network, cfg, heads=heads)
     names, ids = find_model_classes(cfg, model_folders(cfg, config_file))
-    return TrainedModel(cfg, model.eval(), names, ids, heads)
+    return TrainedModel(cfg, network.eval(), names, ids, heads)
+
+
+def find_model(model: str | os.PathLike) -> tuple[str, str | None]:
+    """
+    The config and the weights of a model.
+
+    Args:
+        model: folder that a training, or ``tsmask export`` in the format "plain", has written. Its
+            weights are model_best.pth, else model_final.pth, else the last checkpoint, else the
+            export's model.pth. A yaml stands for itself, with the weights that it names.
+
+    Returns:
+        The paths of both; None for the weights of a yaml.
+
+    Raises:
+        InputError: there is no such folder, or it lacks config or weights.
+    """
+    path = Path(model)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return str(path), None
+    config = path / "config.yaml"
+    names = ["model_best.pth", "model_final.pth", "model.pth"]
+    if last := last_checkpoint(path):
+        names.insert(2, os.path.basename(last))
+    weights = [path / x for x in names if (path / x).is_file()]
+    if config.is_file() and weights:
+        return str(config), str(weights[0])
+    lacking = "is not a folder" if not path.is_dir() else f"has no {config.name}"
+    if config.is_file():
+        lacking = f"has config.yaml, but none of {', '.join(names)}"
+    raise InputError(
+        f"{model} {lacking}. The folder of a training holds config.yaml and model_final.pth, or, "
+        "until it ends, a checkpoint and last_checkpoint with its name. For other files give "
+        "--config-file and --weights."
+    )
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str:
+    """Path of the checkpoint that a training has written last, "" before the first."""
+    path = Path(folder, "last_checkpoint")
+    return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
 
 
 # ---- configs ----

@@ -10,8 +10,8 @@ Inputs are a COCO ground truth with a mask on every object, and either
   result files   --annotations and --results, and --gt-box-results for masks that were made on the
                  ground-truth boxes (as TEST.GT_BOXES or box-prompted SAM gives them), such as
                  Detectron2's coco_instances_results.json or MMDetection's *.segm.json;
-  a trained model  --config-file and --weights, which runs on its test dataset first. Student and
-                 teacher become two models of the report; the quality of the pseudo masks is added.
+  a trained model  MODEL, which runs on its test dataset first. Student and teacher become two
+                 models of the report; the quality of the pseudo masks is added.
 Both may be combined. DIR then holds report.html (one file, no network needed) and analysis.json;
 docs/ANALYSIS.md says what is where.
 
@@ -21,8 +21,7 @@ examples:
         --results baseline=a.json ours=b.json --images val2017
 
   a model of this project, on its own test dataset:
-    tsmask analyze --config-file output/ts/config.yaml --weights output/ts/model_final.pth \\
-        --output-dir output/ts/report
+    tsmask analyze output/train --output-dir output/train/report
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import argparse
 import os
 
 from ..errors import InputError
-from .main import add_model_arguments
+from .main import add_model_arguments, find_model_files
 
 __all__ = ["add_arguments", "run"]
 
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", metavar="NAME", help="compare the others with it (default: each pair)")
     add("--images", metavar="DIR", help="folder of the images, for the report's pictures")
     group = parser.add_argument_group("a trained model")
-    add_model_arguments(group, required=False)
+    add_model_arguments(group)
     text = "do not measure the pseudo masks"
     group.add_argument("--no-pseudo-masks", action="store_true", help=text)
     add = parser.add_argument_group("what is measured").add_argument
@@ -73,9 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the model if there is one, measure, and write the report."""
     results, gt_box_results = dict(args.results), dict(args.gt_box_results)
-    if not args.config_file and not (args.annotations and args.seen and results | gt_box_results):
+    has_model = bool(args.model or args.config_file)
+    if not has_model and not (args.annotations and args.seen and results | gt_box_results):
         raise InputError(
-            "give --annotations, --seen and --results (or --gt-box-results), or --config-file."
+            "give MODEL, the folder of a training, or --annotations, --seen and --results (or "
+            "--gt-box-results)."
         )
     if args.images and not os.path.isdir(args.images):
         raise InputError(f"--images {args.images}: no such folder.")
@@ -97,19 +98,20 @@ def run(args: argparse.Namespace) -> None:
         max_detections=args.max_detections,
     )
     annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
-    if args.config_file:
+    if has_model:
         # Only now: reading result files needs no model.
         from ..analysis.model_outputs import measure_pseudo_masks, run_model
 
+        config_file, weights = find_model_files(args)
         folder = os.path.join(args.output_dir, "results")
-        found = run_model(args.config_file, args.weights, folder, opts=args.opts)
+        found = run_model(config_file, weights, folder, opts=args.opts)
         # The model first: it is the baseline of the differences.
         results, gt_box_results = found.results | results, found.gt_box_results | gt_box_results
         annotations, images = annotations or found.annotations, images or found.image_root
         seen = seen or found.seen_classes
         if "teacher" in found.gt_box_results and not args.no_pseudo_masks:
             pseudo_masks["teacher"] = measure_pseudo_masks(
-                args.config_file, args.weights, overlap_bins=args.bins, opts=args.opts
+                config_file, weights, overlap_bins=args.bins, opts=args.opts
             )
     analysis = analyze(
         annotations,

@@ -9,7 +9,7 @@ internet, and no public link is made. Uploaded images are deleted after an hour.
 extra "app": pip install -c constraints.txt gradio
 
 example:
-  tsmask app --config-file output/mine/config.yaml --weights output/mine/model_final.pth --port 8080
+  tsmask app output/train --port 8080
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .main import add_model_arguments
+from .main import add_model_arguments, find_model_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ LOWEST_SCORE = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the model and the options."""
     add = parser.add_argument
     add("--port", type=int, default=7860, metavar="N", help="default: %(default)s")
     text = "on which to listen (default: %(default)s, this machine alone)"
@@ -122,9 +122,8 @@ def run(args: argparse.Namespace) -> None:
     from ..trained_model import load_model
 
     setup_logger(name="teacher_student_mask")
-    trained = load_model(
-        args.config_file, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE
-    )
+    config_file, weights = find_model_files(args)
+    trained = load_model(config_file, weights=weights, opts=args.opts, score_threshold=LOWEST_SCORE)
     page = build_page(AppSession(trained))
     try:
         page.launch(server_name=args.host, server_port=args.port, share=False, show_error=True)

@@ -8,8 +8,7 @@ docs/COMPLETE.md says what exactly these mean.
 
 examples:
   with a model that was trained here, and a list of what people should look at first:
-    tsmask complete --config-file output/mine/config.yaml --weights output/mine/model_final.pth \\
-        --annotations data/train.json --image-root data/images \\
+    tsmask complete output/train --annotations data/train.json --image-root data/images \\
         --output output/train_completed.json --rank output/look_at_first.csv
 
   GrabCut's masks for the baseline Mask GrabCut, of a json without masks of unseen classes:
@@ -22,15 +21,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from .main import add_model_arguments
+from .main import add_model_arguments, find_model_files
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the model and the options."""
     add = parser.add_argument
-    add_model_arguments(parser, required=False)
+    add_model_arguments(parser)
     text = "without a model, from boxes and colours; without score and agreement"
     add("--grabcut", action="store_true", help=text)
     add("--annotations", required=True, metavar="IN.json", help="COCO's format; not changed")
@@ -60,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     from ..completion import CompletionSettings, complete_dataset
 
     setup_logger(name="teacher_student_mask")
+    if args.model or not args.grabcut:
+        args.config_file, args.weights = find_model_files(args)
     names = [x.name for x in dataclasses.fields(CompletionSettings)]
     print(complete_dataset(CompletionSettings(**{name: getattr(args, name) for name in names})))
     print(f"Written: {args.output}")

@@ -13,21 +13,21 @@ Every format runs on the same images as the model first, random ones and those o
 and must find the same; otherwise nothing is written.
 
 example:
-  tsmask export --config-file output/mine/config.yaml --weights output/mine/model_final.pth \\
-      --output-dir output/exported --formats plain onnx --check-images data/images/*.jpg
+  tsmask export output/train --output-dir output/exported --formats plain onnx \\
+      --check-images data/images/*.jpg
 """
 
 from __future__ import annotations
 
 import argparse
 
-from .main import add_model_arguments
+from .main import add_model_arguments, find_model_files
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the model and the options."""
     add = parser.add_argument
     add_model_arguments(parser)
     add("--output-dir", required=True, metavar="DIR", help="made if new")
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     from ..trained_model import load_model
 
     setup_logger(name="teacher_student_mask")
-    trained = load_model(args.config_file, weights=args.weights, opts=args.opts, heads=["student"])
+    config_file, weights = find_model_files(args)
+    trained = load_model(config_file, weights=weights, opts=args.opts, heads=["student"])
     reports = export_student(trained, args.output_dir, args.formats, args.check_images)
     for name, report in reports.items():
         print(f"{args.output_dir}/{name}: {report}")

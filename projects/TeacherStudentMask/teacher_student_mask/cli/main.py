@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 
-__all__ = ["COMMANDS", "add_model_arguments", "main"]
+__all__ = ["COMMANDS", "add_model_arguments", "find_model_files", "main"]
 
 # Subcommand -> (module, what it does), in the order in which people need them.
 COMMANDS = {
@@ -34,13 +34,31 @@ COMMANDS = {
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add ``--config-file``, ``--weights`` and ``--opts``; the last takes all words behind it."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Add MODEL, ``--config-file``, ``--weights`` and ``--opts``.
+
+    MODEL is the first positional argument; ``--opts`` takes all words behind it.
+    """
     add = parser.add_argument
-    add("--config-file", required=required, metavar="YAML", help="config of the model")
-    add("--weights", metavar="PTH", help="checkpoint (default: the config's MODEL.WEIGHTS)")
+    add("model", nargs="?", metavar="MODEL", help="folder of a training, such as output/train")
+    add("--config-file", metavar="YAML", help="config of a model, in the place of MODEL")
+    text = "checkpoint (default: the best or last of MODEL, or MODEL.WEIGHTS of the YAML)"
+    add("--weights", metavar="PTH", help=text)
     text = "changes to the config; everything after --opts belongs to it"
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
+
+
+def find_model_files(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Config and weights that the :func:`add_model_arguments` name; InputError without a model."""
+    if bool(args.model) == bool(args.config_file):
+        raise InputError("name one model: MODEL, the folder of a training, or --config-file YAML.")
+    if args.config_file:
+        return args.config_file, args.weights
+    from ..trained_model import find_model
+
+    config_file, weights = find_model(args.model)
+    return config_file, args.weights or weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:

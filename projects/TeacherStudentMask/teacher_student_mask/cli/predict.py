@@ -11,10 +11,12 @@ output folder then holds
 Files of an earlier run are replaced. What cannot be read is listed at the end; the rest is done.
 
 examples:
-  tsmask predict photo.jpg "archive/2024-*/*.png" clip.mp4 --config-file output/run/config.yaml \\
-      --weights output/run/model_final.pth --output-dir output/predictions --score-threshold 0.8
+  tsmask predict output/train photo.jpg "archive/2024-*/*.png" clip.mp4 \\
+      --output-dir output/predictions --score-threshold 0.8
   image | teacher | student, side by side:
-  tsmask predict images/ --config-file ... --output-dir ... --compare
+  tsmask predict output/train images/ --output-dir output/compare --compare
+  a model that is not in the folder of a training:
+  tsmask predict images/ --config-file model.yaml --weights model.pth --output-dir output/others
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .main import add_model_arguments
+from .main import add_model_arguments, find_model_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +49,8 @@ _LOWEST_SCORE, _MAX_ASKED_AGAIN = 0.01, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add inputs, model and outputs."""
+    """Add model, inputs and outputs."""
+    add_model_arguments(parser)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="image, video, folder or glob")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
@@ -55,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
     text = "pictures show image | teacher | student; the json has the masks of TEST.MASK_HEAD"
     add("--compare", action="store_true", help=text)
-    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,11 +67,15 @@ def run(args: argparse.Namespace) -> int:
 
     from ..trained_model import load_model
 
+    if args.config_file and args.model:  # the first word is an input, too
+        args.inputs.insert(0, args.model)
+        args.model = None
+    config_file, weights = find_model_files(args)
     overlay_dir = args.output_dir / "overlays"
     files = _find_files(args.inputs, overlay_dir)
     trained = load_model(
-        args.config_file,
-        weights=args.weights,
+        config_file,
+        weights=weights,
         opts=args.opts,
         score_threshold=args.score_threshold,
         heads=["student", "teacher"] if args.compare else None,

@@ -48,6 +48,7 @@ from ..trained_model import (
     choose_device,
     dataset_classes,
     find_model_classes,
+    last_checkpoint,
     load_weights,
     missing_parameters,
     model_folders,
@@ -219,7 +220,7 @@ def main(
 
     def is_done() -> bool:
         # Whether the evaluation that ends a training, after its last checkpoint, has ended, too.
-        results, last = Path(cfg.OUTPUT_DIR, "results.json"), Path(_last_checkpoint(cfg))
+        results, last = Path(cfg.OUTPUT_DIR, "results.json"), Path(last_checkpoint(cfg.OUTPUT_DIR))
         return results.is_file() and results.stat().st_mtime >= last.stat().st_mtime
 
     if trainer.start_iter >= trainer.max_iter and answer_of_main_process(is_done):
@@ -264,7 +265,7 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
     if not args.eval_only:
         check = _check_resumed_classes if args.resume else _check_output_dir
         answer_of_main_process(lambda: check(cfg))
-    last = _last_checkpoint(cfg) if args.resume else ""
+    last = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
@@ -321,12 +322,6 @@ def _check_output_dir(cfg: CfgNode) -> None:
             f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
             "--resume."
         )
-
-
-def _last_checkpoint(cfg: CfgNode) -> str:
-    # "" before the first.
-    path = Path(cfg.OUTPUT_DIR, "last_checkpoint")
-    return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
 
 
 def _write_config(cfg: CfgNode) -> None:
