@@ -344,9 +344,7 @@ def _plan(
         iterations = epochs * per_epoch
     else:
         iterations = max(600, 60 * math.sqrt(report.num_images))
-    if "SOLVER.MAX_ITER" in opts:
-        iterations = cfg.SOLVER.MAX_ITER
-    iterations = max(20, round(iterations))
+    iterations = cfg.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in opts else max(20, round(iterations))
     period = math.ceil(iterations / _NUM_EVALUATIONS)
     gate = iterations // 10
     chosen += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(period)]
@@ -415,22 +413,26 @@ class _Progress(HookBase):
 
     def before_train(self) -> None:
         begin, end = self.trainer.start_iter, self.trainer.max_iter
+        self._start = time.monotonic()
         self._bar = tqdm(total=end, initial=begin, unit="it", desc="Training", disable=None)
 
     def after_step(self) -> None:
         self._bar.update()
+        storage = self.trainer.storage
         done, end = self.trainer.iter + 1, self.trainer.max_iter
+        latest = {k: x for k, (x, i) in storage.latest().items() if i == self.trainer.iter}
+        if "bbox/AP" in latest:
+            masks = f", mask AP {latest['segm/AP']:.1f}" if "segm/AP" in latest else ""
+            tqdm.write(f"iteration {done}: validation box AP {latest['bbox/AP']:.1f}{masks}")
         is_line = self._bar.disable and done % max(1, end // 10) == 0
         if not is_line and done % 20:
             return
-        loss = self.trainer.storage.history("total_loss").median(20)
+        loss = storage.history("total_loss").median(20)
         self._bar.set_postfix(loss=f"{loss:.3f}")
         if is_line:
-            seconds = self.trainer.storage.history("time").median(100) * (end - done)
-            print(
-                f"iteration {done} of {end}, loss {loss:.3f}, {seconds / 60:.0f} min left",
-                flush=True,
-            )
+            steps = done - self.trainer.start_iter
+            minutes = (time.monotonic() - self._start) / steps * (end - done) / 60
+            print(f"iteration {done} of {end}, loss {loss:.3f}, {minutes:.0f} min left", flush=True)
 
     def after_train(self) -> None:
         self._bar.close()

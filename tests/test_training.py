@@ -1,0 +1,178 @@
+"""tsmask train DATA: which data it finds, what it chooses, and a whole run on drawn shapes."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from teacher_student_mask import InputError, training
+from teacher_student_mask.cli.main import main
+from teacher_student_mask.data import generate_shapes
+from teacher_student_mask.trained_model import load_model
+
+FEW_STEPS = ["SOLVER.MAX_ITER", "6", "MODEL.DEVICE", "cpu"]
+
+
+@pytest.fixture
+def shapes(tmp_path, monkeypatch):
+    """A folder with train.json of 20 images, every third object without a mask, and images/."""
+    monkeypatch.chdir(tmp_path)
+    # The tutorial's model is done in seconds.
+    monkeypatch.setitem(training.PRESETS, "nano", ("custom/tutorial.yaml", ()))
+    generate_shapes("data", num_train=20, num_val=4, flat=True)
+    coco = json.loads(Path("data/train.json").read_text())
+    for annotation in coco["annotations"][::3]:
+        annotation["segmentation"] = None
+    Path("data/train.json").write_text(json.dumps(coco))
+    yield tmp_path / "data"
+    for name in ("detectron2", "fvcore", "teacher_student_mask"):
+        logging.getLogger(name).handlers.clear()
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def find(data, folder, image_root=None):
+    return training._find_data(data, folder, image_root, seed=1)
+
+
+def test_a_tenth_of_the_images_is_set_aside_and_no_object_is_lost(shapes):
+    (shapes / "val.json").unlink()
+    whole = read(shapes / "train.json")
+    train, validation = find(shapes, shapes / "run")
+    assert Path(train.image_root) == shapes / "images"
+    kept, aside = read(train.json_file), read(shapes / "run" / "val.json")
+    assert (len(kept["images"]), len(aside["images"])) == (18, 2)
+    both = sorted(kept["annotations"] + aside["annotations"], key=lambda x: x["id"])
+    assert both == whole["annotations"]
+    assert find(shapes, shapes / "again")[1].json_file.endswith(Path(validation.json_file).name)
+    assert read(shapes / "again" / "val.json") == aside
+
+
+def test_a_validation_set_with_masks_on_some_objects_is_split_by_what_it_can_judge(shapes):
+    coco = read(shapes / "val.json")
+    del coco["annotations"][0]["segmentation"]
+    coco["annotations"][1]["mask_source"] = "model"
+    (shapes / "val.json").write_text(json.dumps(coco))
+    _, validation = find(shapes, shapes / "run")
+    boxes, masks = read(validation.json_file), read(shapes / "run" / "val_masks.json")
+    assert [x["bbox"] for x in boxes["annotations"]] == [x["bbox"] for x in coco["annotations"]]
+    assert not any("segmentation" in x for x in boxes["annotations"])
+    assert masks["annotations"] == coco["annotations"][2:]
+
+
+def test_layouts_of_other_tools(shapes, tmp_path):
+    for split in ("train", "valid"):
+        folder = tmp_path / "roboflow" / split
+        folder.mkdir(parents=True)
+        for image in read(shapes / "val.json")["images"]:
+            (folder / image["file_name"]).write_bytes(
+                (shapes / "images" / image["file_name"]).read_bytes()
+            )
+        (folder / "_annotations.coco.json").write_text((shapes / "val.json").read_text())
+    train, validation = find(tmp_path / "roboflow", tmp_path / "run")
+    assert [Path(x.image_root).name for x in (train, validation)] == ["train", "valid"]
+
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / "yolo" / kind / split).mkdir(parents=True)
+        Image.new("RGB", (100, 50)).save(tmp_path / "yolo" / "images" / split / "a.png")
+        (tmp_path / "yolo" / "labels" / split / "a.txt").write_text(
+            "0 0.5 0.5 0.2 0.4\n1 0.1 0.1 0.5 0.1 0.5 0.9\n"
+        )
+    settings = {"names": ["ant", "bee"], "train": "images/train", "val": "images/val"}
+    (tmp_path / "yolo" / "data.yaml").write_text(yaml.dump(settings))
+    train, validation = find(tmp_path / "yolo", tmp_path / "run")
+    box, outline = read(train.json_file)["annotations"]
+    assert box["bbox"] == pytest.approx([40, 15, 20, 20]) and "segmentation" not in box
+    assert outline["segmentation"] == [pytest.approx([10, 5, 50, 5, 50, 45])]
+    assert validation.json_file.endswith("val_boxes.json")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["nowhere"], "nowhere does not exist; allowed: a COCO json"),
+        (["."], "none of train.json, train/_annotations.coco.json, data.yaml"),
+        (["data", "--model", "huge"], "allowed: nano, small, base"),
+        (["data", "--resume"], "give DATA, one path, or --config-file"),
+        (["data/moved.json"], "its image 'train_000000.png' is not in .*--image-root"),
+        ([], "give DATA"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_sentence(shapes, tmp_path, capsys, words, sentence):
+    (shapes / "moved.json").write_text((shapes / "train.json").read_text())
+    if words == ["data/moved.json"]:
+        (shapes / "images").rename(tmp_path / "photos")
+    assert main(["train", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(sentence, line)
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, capsys):
+    assert main(["train", "data", "--opts", *FEW_STEPS]) == 0
+    run = Path("output/train")
+    printed = capsys.readouterr().out
+    # 20 images, of which 2 of every 3 objects have a mask, and all of val.json's.
+    assert "20 images" in printed and "data/val.json: 4 images" in printed
+    assert "6 iterations, 0.6 passes" in printed
+    assert printed.rstrip().splitlines()[-3].startswith("  tsmask complete output/train")
+    for name in ("model_final.pth", "model_best.pth", "curves.png", "summary.md", "log.txt"):
+        assert (run / name).is_file()
+    assert len(list((run / "pictures").iterdir())) == 4
+    cfg = load_model(run).cfg
+    assert cfg.DATASETS.SEEN_CLASSES == "all" and cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS == 0
+    found = training.evaluate(run, gt_boxes=True, output_dir="elsewhere")
+    assert f"Masks on given boxes: AP {found['segm']['AP']:.1f}" in printed
+    # Numbered, and no run is overwritten.
+    other = training.train("data", opts=FEW_STEPS)
+    assert other == Path("output/train2")
+    with pytest.raises(InputError, match="'tsmask train output/train' goes on with it"):
+        training.train("data", run, opts=FEW_STEPS)
+    # With the same seed, the same model.
+    states = [torch.load(x / "model_final.pth")["model"] for x in (run, other)]
+    assert all(torch.equal(states[0][k], x) for k, x in states[1].items())
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(shapes, monkeypatch, capsys):
+    opts = [*FEW_STEPS, "SOLVER.CHECKPOINT_PERIOD", "2"]
+    whole = training.train("data", "whole", opts=opts)
+    after_step = training._Progress.after_step
+
+    def stop(self):
+        after_step(self)
+        if self.trainer.iter == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Progress, "after_step", stop)
+        training.train("data", "cut", opts=opts)
+    assert "'tsmask train cut' goes on" in capsys.readouterr().err
+    training.train("cut")
+    states = [torch.load(Path(x, "model_final.pth"))["model"] for x in (whole, "cut")]
+    assert all(torch.equal(states[0][k], x) for k, x in states[1].items())
+
+
+def test_flips_are_off_where_names_tell_left_from_right(shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "_time_steps", lambda cfg: 0.5)
+    for name, flip in (("left_door", "none"), ("door", "horizontal")):
+        coco = read(shapes / "train.json")
+        coco["categories"][0]["name"] = name
+        (shapes / "train.json").write_text(json.dumps(coco))
+        parts = find(shapes, shapes / "run")
+        opts = ["INPUT.RANDOM_FLIP", "horizontal"] if flip == "horizontal" else []
+        chosen = training._plan("nano", *parts, tmp_path / "run", 600, None, 1, opts)
+        pairs = dict(zip(chosen[::2], chosen[1::2]))
+        assert pairs["INPUT.RANDOM_FLIP"] == flip
+        # 600 seconds without a share for evaluations, at half a second a step.
+        assert (
+            pairs["SOLVER.MAX_ITER"] == "1020" and pairs["MODEL.PSEUDO_MASK.WARMUP_ITERS"] == "102"
+        )
