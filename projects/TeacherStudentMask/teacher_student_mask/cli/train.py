@@ -5,10 +5,10 @@ Train a model on your data, or by a config. Two forms:
   tsmask train --config-file YAML ...  Detectron2's command line, for studies, COCO and clusters
 
 DATA is a COCO json in which every object has a box and any of them a mask; a folder with train.json
-and perhaps val.json; a folder of Roboflow's COCO export; or the data.yaml of a YOLO dataset. Device,
-model, schedule and validation images are chosen and printed, with the expected time, before the
-training begins. It ends with the quality of boxes and masks, and the next commands. The folder of
-the run is a model for tsmask predict, complete, export, analyze and app.
+and perhaps val.json; a folder of Roboflow's COCO export; or the data.yaml of a YOLO dataset. Model,
+schedule and validation images are chosen and printed, with the expected time, before the training
+begins. It ends with the quality of boxes and masks, and the next commands. The folder of the run is
+a model for tsmask predict, complete, export, analyze and app.
 
   tsmask train photos/ --time 30m             as many iterations as half an hour allows
   tsmask train data.yaml --model small --opts INPUT.RANDOM_FLIP none
@@ -41,7 +41,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of training on own data, and of detectron2.engine.default_argument_parser."""
-    parser.usage = "tsmask train DATA [options]\n       tsmask train --config-file YAML [options] [KEY VALUE ...]"
+    parser.usage = (
+        "tsmask train DATA [options]\n"
+        "       tsmask train --config-file YAML [options] [KEY VALUE ...]"
+    )
     parser.add_argument("words", nargs="*", metavar="DATA", help="or KEY VALUE ... of the config")
     add = parser.add_argument_group("with DATA").add_argument
     add("--model", metavar="NAME", help="nano (CPU), small or base (GPU); default: by the device")
