@@ -22,7 +22,6 @@ from .files import check_files, paused_gc, read_json
 from .masks import (
     BOX_TOLERANCE,
     MAX_PIXELS,
-    MAX_PIXELS_OUTSIDE,
     MODEL,
     MaskState,
     MeasuredMasks,
@@ -57,15 +56,6 @@ _MIN_BOX_IOU, _MAX_SHARE_OUTSIDE = 0.5, 0.3
 _GOOD_IOU, _GAIN = 0.9, 0.05
 # Share of boxes that leave their image, from which on those of objects without masks may be XYXY.
 _SHARE_REACHING_OUT = 0.1
-
-_RULES_OF_STATES = {
-    MaskState.TOO_SHORT: "short polygon",
-    MaskState.EMPTY: "mask without a pixel",
-    MaskState.NOT_A_MASK: "not a mask",
-    MaskState.TOO_FAR: "far polygon",
-    MaskState.WRONG_SIZE: "RLE of another size",
-    MaskState.BROKEN_RUNS: "broken runs",
-}
 
 
 def read_coco(path: str | os.PathLike) -> dict:
@@ -164,16 +154,18 @@ def _has_types(report: Report, data: object, image_type: type, annotation_type: 
     if not isinstance(data, dict):
         report.add_to_file("content", f"a {type(data).__name__}")
         return False
-    types = {"images": image_type, "annotations": annotation_type, "categories": CategoryRow}
-    for key in types:
+    for key, unit, row_type in (
+        ("images", "image", image_type),
+        ("annotations", "annotation", annotation_type),
+        ("categories", "category", CategoryRow),
+    ):
         rows = data.get(key)
         if type(rows) is not list or not set(map(type, rows)) <= {dict}:
             report.add_to_file(key, shorten(rows) if key in data else "missing")
             return False
         if not rows:
             report.add_to_file("no objects" if key == "annotations" else key, "empty")
-    for (key, row_type), unit in zip(types.items(), ("image", "annotation", "category")):
-        check_types(report, data[key], unit, row_type)
+        check_types(report, rows, unit, row_type)
     # Training does without ids of annotations.
     return {x.rule for x in report.errors} <= {"no objects", "annotation.id"}
 
@@ -322,19 +314,13 @@ def _check_boxes(
 ) -> None:
     # With their images, and with the extents of their masks.
     limits, low, sides = sizes[:, ::-1], boxes[:, :2], boxes[:, 2:]
-    with np.errstate(invalid="ignore", over="ignore"):
-        high = low + sides
-        corners = np.concatenate([low, high], axis=1)
-        low32, high32 = low.astype(np.float32), high.astype(np.float32)  # as Detectron2's
-        has_area = (high32 - low32 > _EMPTY_SIDE).all(axis=1)
-        is_inside = np.minimum(high32, limits) - np.maximum(low32, 0) > _EMPTY_SIDE
-        is_inside = is_inside.all(axis=1)
+    high = low + sides
+    corners = np.concatenate([low, high], axis=1)
+    # In 32 bits, as Detectron2 computes them.
+    inside = np.minimum(high.astype(np.float32), limits) - np.maximum(low.astype(np.float32), 0)
+    is_sound = (inside > _EMPTY_SIDE).all(axis=1)
+    find("empty box", ~is_sound)
     reach = np.maximum(-low, high - limits).max(axis=1)
-    is_far = reach > MAX_PIXELS_OUTSIDE
-    find("far box", is_far)
-    find("box without area", ~is_far & ~has_area)
-    find("box outside its image", ~is_far & has_area & ~is_inside)
-    is_sound = ~is_far & is_inside
     reaches_out = is_sound & (reach > BOX_TOLERANCE)
     is_small = is_sound & (sides < 1).all(axis=1)
     # All of them, those that fill their image included.
@@ -385,11 +371,12 @@ def _check_masks(
     find: Callable, masks: MeasuredMasks, is_read: np.ndarray, reads_masks: bool
 ) -> None:
     # Of unseen classes and crowds, too: what a human drew is not to be taken for no mask, and lost.
-    is_told = is_read | (masks.state < MaskState.NOT_A_MASK)
-    is_told |= (masks.state == MaskState.NOT_A_MASK) & reads_masks
-    for state, rule in _RULES_OF_STATES.items():
-        find(rule, (masks.state == state) & is_told)
-    find("unread mask", ~is_told)
+    state = masks.state
+    is_unread_form = (state == MaskState.NOT_A_MASK) & reads_masks
+    find("not a mask", is_unread_form)
+    find("broken RLE", (state == MaskState.BROKEN_RLE) & is_read)
+    find("unread mask", (state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
+    find("empty mask", (state == MaskState.TOO_SHORT) | (state == MaskState.EMPTY))
     find("crossing edges", masks.is_crossing)
 
 

@@ -12,6 +12,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -20,8 +21,8 @@ import pycocotools.mask as mask_util
 __all__ = [
     "BOX_TOLERANCE",
     "HUMAN",
+    "MAX_COORDINATE",
     "MAX_PIXELS",
-    "MAX_PIXELS_OUTSIDE",
     "MODEL",
     "MaskState",
     "MeasuredMasks",
@@ -39,8 +40,8 @@ HUMAN, MODEL = "human", "model"
 # pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
 MAX_PIXELS = 2**29
 # pycocotools keeps every fifth of a pixel along a polygon, so one that ends far away takes all
-# memory.
-MAX_PIXELS_OUTSIDE = 100_000
+# memory. Nor has an image longer sides.
+MAX_COORDINATE = 100_000
 # Exports that round or count pixels from 1 move a box by no more than this.
 BOX_TOLERANCE = 1.0
 
@@ -49,6 +50,7 @@ _MIN_COORDINATES = 6
 # A polygon of less than this share of its extents may have crossing edges, unless pycocotools fills
 # no more of it than a thin outline has.
 _SMALL_SHARE, _THIN_SHARE, _MIN_SIDE_OF_CROSSING = 0.25, 0.1, 4
+_Coordinate = Annotated[float, msgspec.Meta(ge=-MAX_COORDINATE, le=MAX_COORDINATE)]
 # Masks that are measured at a time.
 _CHUNK_MASKS = 2**14
 # Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
@@ -62,10 +64,8 @@ class MaskState(enum.IntEnum):
     MASK = 1  # covers something of its image
     TOO_SHORT = 2  # one or two points
     EMPTY = 3  # covers nothing of its image
-    NOT_A_MASK = 4  # neither polygons of finite numbers, nor an RLE: point pairs, for instance
-    TOO_FAR = 5  # a polygon ends more than MAX_PIXELS_OUTSIDE from its image
-    WRONG_SIZE = 6  # an RLE of another size than its image
-    BROKEN_RUNS = 7  # an RLE whose runs cannot be read, or do not add up to its image
+    NOT_A_MASK = 4  # neither polygons nor an RLE: point pairs, nan, or a point too far away
+    BROKEN_RLE = 5  # not of its image's size, or its runs cannot be read or do not add up to it
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
             state[i], object_extents[i] = _measure_rle(segmentation, sizes[i].tolist())
         elif segmentation is not None and segmentation != []:
             try:
-                found = msgspec.convert(segmentation, list[list[float]])
+                found = msgspec.convert(segmentation, list[list[_Coordinate]])
             except (msgspec.ValidationError, UnicodeEncodeError):  # half a surrogate pair
                 state[i] = MaskState.NOT_A_MASK
                 continue
@@ -152,24 +152,20 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     extents, areas, num_filled = _measure_polygons(polygons, limits)
     low, high = extents[:, :2], extents[:, 2:]
     covers = ~((high <= 0) | (low >= limits)).any(axis=1) & ((areas > 0) | (num_filled > 0))
-    is_far = ((low < -MAX_PIXELS_OUTSIDE) | (high > limits + MAX_PIXELS_OUTSIDE)).any(axis=1)
     state[owners] = MaskState.EMPTY
     state[owners[covers]] = MaskState.MASK
-    state[owners[is_far]] = MaskState.TOO_FAR
-    state[owners[np.isnan(areas)]] = MaskState.NOT_A_MASK
     state[of_half_points] = MaskState.NOT_A_MASK
 
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     object_extents[owners[first], :2] = np.minimum.reduceat(low, first)
     object_extents[owners[first], 2:] = np.maximum.reduceat(high, first)
-    with np.errstate(over="ignore", invalid="ignore"):
-        sides = high - low
-        is_thick = (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
-        is_thick &= num_filled >= _THIN_SHARE * sides.prod(axis=1)
-        # A polygon as large as its extents is a rectangle.
-        is_box = covers & (areas >= 0.999 * sides.prod(axis=1))
+    sides = high - low
+    is_thick = (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
+    is_thick &= num_filled >= _THIN_SHARE * sides.prod(axis=1)
     is_crossing[owners[is_thick & (areas < num_filled / 2)]] = True
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)[owners]
+    # A polygon as large as its extents is a rectangle.
+    is_box = covers & (areas >= 0.999 * sides.prod(axis=1))
     is_box &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
     is_rectangle[owners[is_box & (np.bincount(owners)[owners] == 1)]] = True
     return state, is_rectangle, is_crossing, object_extents
@@ -183,29 +179,24 @@ def _measure_polygons(
         limits: (width, height) of the image of each of n polygons, shape (n, 2).
 
     Returns:
-        Left, top, right and bottom, shape (n, 4); the area by the shoelace formula, shape (n,), nan
-        where there is anything but finite numbers; and the pixels that pycocotools fills, shape
-        (n,), 0 where the area shows that edges do not cross.
+        Left, top, right and bottom, shape (n, 4); the area by the shoelace formula, shape (n,); and
+        the pixels that pycocotools fills, shape (n,), 0 where the area shows that edges do not
+        cross.
     """
     points = np.fromiter(chain.from_iterable(polygons), np.float64).reshape(-1, 2)
     num_points = np.array([len(x) // 2 for x in polygons], dtype=int)
     ends = np.cumsum(num_points)
     starts = ends - num_points
     low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
-    with np.errstate(over="ignore", invalid="ignore"):
-        x, y = (points - np.repeat(low, num_points, axis=0)).T
-        following = np.arange(1, len(points) + 1)
-        following[ends - 1] = starts
-        areas = abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
-        # Where edges cross, parts count as negative, and little of the extents is left.
-        is_doubtful = areas < _SMALL_SHARE * (high - low).prod(axis=1)
-        is_doubtful &= (high - low >= _MIN_SIDE_OF_CROSSING).all(axis=1)
+    x, y = (points - np.repeat(low, num_points, axis=0)).T
+    following = np.arange(1, len(points) + 1)
+    following[ends - 1] = starts
+    areas = abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
+    # Where edges cross, parts count as negative, and little of the extents is left.
+    is_doubtful = areas < _SMALL_SHARE * (high - low).prod(axis=1)
+    is_doubtful &= (high - low >= _MIN_SIDE_OF_CROSSING).all(axis=1)
     is_doubtful |= areas == 0
-    # Those that are safe for pycocotools.
     is_doubtful &= (limits.prod(axis=1) < MAX_PIXELS) & ~((high <= 0) | (low >= limits)).any(axis=1)
-    is_doubtful &= ((low >= -MAX_PIXELS_OUTSIDE) & (high <= limits + MAX_PIXELS_OUTSIDE)).all(
-        axis=1
-    )
     num_filled = np.zeros(len(polygons))
     for i in np.flatnonzero(is_doubtful).tolist():
         width, height = limits[i].astype(int).tolist()
@@ -217,13 +208,11 @@ def _measure_polygons(
 def _measure_rle(rle: dict, size: list[float]) -> tuple[MaskState, Sequence[float]]:
     # State, and left, top, right and bottom.
     given, runs = rle.get("size"), _runs_of(rle.get("counts"))
-    nowhere = (np.nan,) * 4
-    if type(given) not in (list, tuple) or list(given) != size:
-        return MaskState.WRONG_SIZE, nowhere
-    if runs is None or runs.sum() != size[0] * size[1]:
-        return MaskState.BROKEN_RUNS, nowhere
+    is_of_size = type(given) in (list, tuple) and list(given) == size
+    if not is_of_size or runs is None or runs.sum() != size[0] * size[1]:
+        return MaskState.BROKEN_RLE, [np.nan] * 4
     if not runs[1::2].any():
-        return MaskState.EMPTY, nowhere
+        return MaskState.EMPTY, [np.nan] * 4
     return MaskState.MASK, _extents_of_runs(runs, int(size[0]))
 
 

@@ -19,7 +19,7 @@ from msgspec import Meta
 from tabulate import tabulate
 
 from ..errors import InputError
-from .masks import HUMAN, MAX_PIXELS, MAX_PIXELS_OUTSIDE, MODEL
+from .masks import HUMAN, MAX_COORDINATE, MAX_PIXELS, MODEL
 
 __all__ = [
     "RULES",
@@ -54,12 +54,15 @@ _MAX_FLOAT = sys.float_info.max
 # 64 bits, 1 or 1.0.
 _Whole = Annotated[float, Meta(multiple_of=1, ge=-(2.0**63), lt=2.0**63)]
 _Id = Annotated[_Whole, _allow("a whole number")]
-_SIDE = f"a whole number of pixels from 1 to {MAX_PIXELS - 1}"
-_Side = Annotated[float, _allow(_SIDE, multiple_of=1, ge=1, lt=MAX_PIXELS)]
-_Finite = Annotated[float, Meta(ge=-_MAX_FLOAT, le=_MAX_FLOAT)]
-_Size = Annotated[float, Meta(ge=0, le=_MAX_FLOAT)]
-_BOX = _allow("four finite numbers [x, y, width, height], the last two not negative")
-_Box = tuple[_Finite, _Finite, _Size, _Size]
+_SIDE = f"a whole number of pixels from 1 to {MAX_COORDINATE}"
+_Side = Annotated[float, _allow(_SIDE, multiple_of=1, ge=1, le=MAX_COORDINATE)]
+_Position = Annotated[float, Meta(ge=-MAX_COORDINATE, le=MAX_COORDINATE)]
+_Size = Annotated[float, Meta(ge=0, le=MAX_COORDINATE)]
+_Box = tuple[_Position, _Position, _Size, _Size]
+_BOX = _allow(
+    f"four numbers of pixels up to {MAX_COORDINATE}, [x, y, width, height], the last two not "
+    "negative"
+)
 _Flag = bool | Annotated[float, Meta(multiple_of=1, ge=0, le=1)]
 _SOURCE = f"{HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made"
 # Some frameworks write the name of the file, "000000000139", as the id of an image.
@@ -91,7 +94,7 @@ class AnnotationRow(TypedDict):
 
 
 class EvaluatedAnnotationRow(AnnotationRow):
-    area: Annotated[_Size, _allow("a finite number, not negative")]
+    area: Annotated[float, _allow("a finite number, not negative", ge=0, le=_MAX_FLOAT)]
 
 
 class EntryRow(TypedDict):
@@ -99,7 +102,7 @@ class EntryRow(TypedDict):
 
     image_id: Annotated[_Whole | _NameOfImage, _allow("an image id of the ground truth")]
     category_id: Annotated[_Whole, _allow("a category id of the ground truth")]
-    score: Annotated[_Finite, _allow("a finite number")]
+    score: Annotated[float, _allow("a finite number", ge=-_MAX_FLOAT, le=_MAX_FLOAT)]
     bbox: NotRequired[Annotated[_Box | None, _BOX]]
 
 
@@ -117,9 +120,7 @@ class Rule:
 _E, _W = "error", "warning"
 _UNIQUE = "allowed: values that differ"
 _LIST = "allowed: a list of dicts, at least one"
-_FAR = f"allowed: pixels, at most {MAX_PIXELS_OUTSIDE} outside the image"
-_OUTLINE = "a list of polygons [[x, y, x, y, x, y, ...], ...]"
-_LEFT_OUT = "training leaves the object out; correct the box"
+_OUTLINE = f"a list of polygons [[x, y, x, y, x, y, ...], ...] of pixels up to {MAX_COORDINATE}"
 _ONLY_BOXES = "or evaluate boxes alone with tasks=('bbox',)"
 
 # {unit: {name: (field, in training, in evaluation, remedy)}}
@@ -164,9 +165,8 @@ _TABLE = {
         "unknown image": ("image_id", _E, _W, "allowed: an id of 'images'; AP leaves it out"),
         "annotation id twice": ("id", _E, _E, _UNIQUE),
         "annotation without id": ("id", _W, _E, "training does without, but evaluation needs it"),
-        "far box": ("bbox", _E, _E, _FAR),
-        "box without area": ("bbox", _W, "", f"a box without area: {_LEFT_OUT}"),
-        "box outside its image": ("bbox", _W, "", f"a box outside its image: {_LEFT_OUT}"),
+        "empty box": ("bbox", _W, "", "nothing of it is inside its image, so training leaves the "
+                      "object out; correct the box"),
         "box reaches out": ("bbox", _W, "", "training cuts it at the edge of the image"),
         "small box": ("bbox", _W, _W, "a box below one pixel: is it normalised to 0 to 1?"),
         "XYXY box": ("bbox", _W, _W, "as [x0, y0, x1, y1] it fits its mask or its image; COCO's is "
@@ -177,19 +177,15 @@ _TABLE = {
         "object twice": ("bbox", _W, _W, "an earlier object is equal in image, class and box"),
         "RLE by rows": ("segmentation", _W, _W, "it fits its box if the runs follow the rows of "
                         "the image; COCO's follow its columns"),
-        "not a mask": ("segmentation", _E, _E, f"allowed: {_OUTLINE} of finite numbers, each of 3 "
-                       "points or more in one flat list (not of pairs [x, y]), an RLE with 'size' "
-                       "and 'counts', or null for an object without a mask"),
-        "far polygon": ("segmentation", _E, _E, _FAR),
-        "RLE of another size": ("segmentation", _E, _E, "allowed: an RLE of the image's [height, "
-                                "width]"),
-        "broken runs": ("segmentation", _E, _E, "allowed: run lengths that add up to the image's "
-                        "height x width"),
+        "not a mask": ("segmentation", _E, _E, f"allowed: {_OUTLINE}, each of 3 points or more in "
+                       "one flat list (not of pairs [x, y]), an RLE with 'size' and 'counts', or "
+                       "null for an object without a mask"),
+        "broken RLE": ("segmentation", _E, _E, "allowed: an RLE of the image's [height, width], "
+                       "whose run lengths add up to height x width"),
         "unread mask": ("segmentation", _W, "", "not a usable mask, but training does not read it, "
                         "as it is of a crowd or an unseen class"),
-        "short polygon": ("segmentation", _W, "", "no polygon has 3 points, so it has a box only"),
-        "mask without a pixel": ("segmentation", _W, "", "it covers nothing of its image, so the "
-                                 "object counts as one without a mask"),
+        "empty mask": ("segmentation", _W, "", "no polygon has 3 points, or nothing of it is in "
+                       "its image, so the object counts as one without a mask"),
         "crossing edges": ("segmentation", _W, _W, "edges of the outline cross; the mask is the "
                            "pixels that pycocotools fills; draw the points in order"),
         "no mask": ("segmentation", "", _E, "mask AP needs a mask on every object, of unseen "
