@@ -197,11 +197,11 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
         report.add(f"{unit}.{field}", rows, np.isin(np.arange(len(rows)), indices))
 
 
-def _repeated(values: Iterable) -> list[bool]:
+def _repeated(values: Iterable) -> np.ndarray:
     # Which values others have, too. None: not compared.
     values = list(values)
     counts = Counter(values)
-    return [x is not None and counts[x] > 1 for x in values]
+    return np.array([x is not None and counts[x] > 1 for x in values], dtype=bool)
 
 
 def _check_images_and_categories(
@@ -213,9 +213,11 @@ def _check_images_and_categories(
     report.add("image id twice", images, _repeated(x["id"] for x in images))
     if report.use == "training":
         report.add("file twice", images, _repeated(x["file_name"] for x in images))
-    for field in ("id", "name"):
-        is_repeated = _repeated(x[field] for x in categories)
-        report.add(f"category {field} twice", categories, is_repeated)
+    report.add("category id twice", categories, _repeated(x["id"] for x in categories))
+    is_repeated = _repeated(x["name"] for x in categories)
+    report.add("category name twice", categories, is_repeated)
+    is_similar = _repeated("".join(x["name"].split()).casefold() for x in categories)
+    report.add("similar names", categories, is_similar & ~is_repeated)
     if num_classes is not None and len(categories) != num_classes:
         remedy = f"the model has {num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {len(categories)}"
         report.add_to_file("number of classes", f"{len(categories)} classes", remedy)

@@ -119,7 +119,7 @@ def check_files(
         with ThreadPoolExecutor(num_threads) as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and odd metadata, which do no harm
             found = pool.map(lambda i: _problem_of_image(paths[i], *sizes[i].astype(int)), rows)
-            for i, problem in zip(rows, tqdm(found, "Images", total=len(rows), unit="image")):
+            for problem, i in zip(tqdm(found, "Images", total=len(rows), unit="image"), rows):
                 problems[i] = problem
     for kind in ("missing file", "unreadable", "depth", "size", "colour", "orientation"):
         is_bad = [x is not None and x[0] == kind for x in problems]

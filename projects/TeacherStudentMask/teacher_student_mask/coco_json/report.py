@@ -154,6 +154,8 @@ _TABLE = {
     "category": {
         "category id twice": ("id", _E, _E, _UNIQUE),
         "category name twice": ("name", _E, _E, "allowed: names that differ; rename or merge them"),
+        "similar names": ("name", _W, "", "another class differs by blanks or case alone; merge "
+                          "them if they are one"),
         "mostly rectangles": ("name", _W, "", "give null where only the box is known"),
         "many crowds": ("name", _W, "", "training leaves crowds out; an object in several parts is "
                         "none: give it 'iscrowd' 0"),
