@@ -112,7 +112,8 @@ def measure_masks(
     Args:
         segmentations: n values of "segmentation", of any kind, as json holds them.
         sizes: (height, width) of the images, shape (n, 2); inf: polygons of any size will do.
-        boxes: XYWH of the objects, shape (n, 4); None: rectangles are not looked for.
+        boxes: XYWH of the objects, shape (n, 4); None: rectangles and crossing edges are not
+            looked for.
     """
     if boxes is None:
         boxes = np.full((len(segmentations), 4), np.nan)
@@ -149,7 +150,8 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     polygons = valid_polygons(outlines)
     owners = owners[(lengths >= _MIN_COORDINATES) & (lengths % 2 == 0)]
     limits = sizes[owners, ::-1]
-    extents, areas, num_filled = _measure_polygons(polygons, limits)
+    has_box = ~np.isnan(boxes[owners, 0])
+    extents, areas, num_filled = _measure_polygons(polygons, limits, has_box)
     low, high = extents[:, :2], extents[:, 2:]
     covers = ~((high <= 0) | (low >= limits)).any(axis=1) & ((areas > 0) | (num_filled > 0))
     state[owners] = MaskState.EMPTY
@@ -172,16 +174,16 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
 
 
 def _measure_polygons(
-    polygons: Sequence[Sequence[float]], limits: np.ndarray
+    polygons: Sequence[Sequence[float]], limits: np.ndarray, may_cross: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Args:
         limits: (width, height) of the image of each of n polygons, shape (n, 2).
+        may_cross: whether edges that cross are looked for, shape (n,).
 
     Returns:
         Left, top, right and bottom, shape (n, 4); the area by the shoelace formula, shape (n,); and
-        the pixels that pycocotools fills, shape (n,), 0 where the area shows that edges do not
-        cross.
+        the pixels that pycocotools fills, shape (n,), 0 where the area is enough to know.
     """
     points = np.fromiter(chain.from_iterable(polygons), np.float64).reshape(-1, 2)
     num_points = np.array([len(x) // 2 for x in polygons], dtype=int)
@@ -193,7 +195,7 @@ def _measure_polygons(
     following[ends - 1] = starts
     areas = abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
     # Where edges cross, parts count as negative, and little of the extents is left.
-    is_doubtful = areas < _SMALL_SHARE * (high - low).prod(axis=1)
+    is_doubtful = may_cross & (areas < _SMALL_SHARE * (high - low).prod(axis=1))
     is_doubtful &= (high - low >= _MIN_SIDE_OF_CROSSING).all(axis=1)
     is_doubtful |= areas == 0
     is_doubtful &= (limits.prod(axis=1) < MAX_PIXELS) & ~((high <= 0) | (low >= limits)).any(axis=1)
