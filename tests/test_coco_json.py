@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_student_mask import (
-    InputError,
-)
+from teacher_student_mask import InputError
 from teacher_student_mask.coco_json import (
     check_coco,
     is_from_model,
@@ -126,13 +124,11 @@ def test_rectangles_are_polygons_equal_to_their_box(polygons, is_rectangle):
         ([0, 0, 1e-5, 12], ("warning", "bbox")),
         ([-3, 0, 3, 12], ("warning", "bbox")),
         ([16, 0, 3, 12], ("warning", "bbox")),
-        ([0, 0, 100_016, 12], ("warning", "bbox")),
-        ([0, 0, 100_017, 12], ("error", "bbox")),
-        ([-100_001, 0, 100_010, 12], ("error", "bbox")),
-        ([0, 0, -0.1, 12], ("error", "bbox")),
+        ([0, 0, 100_000, 12], ("warning", "bbox")),
+        ([0, 0, 100_001, 12], ("error", "bbox")),
+        ([-100_001, 0, 100_000, 12], ("error", "bbox")),
         ([0, 0, 10**400, 12], ("error", "bbox")),
         ([True, 0, 10, 12], ("error", "bbox")),
-        ("abcd", ("error", "bbox")),
     ],
 )
 def test_limits_of_boxes(box, field):
@@ -152,7 +148,9 @@ def test_masks_that_training_does_not_read_make_warnings():
     data = coco(broken, broken | {"category_id": 2}, broken | {"iscrowd": 1, "category_id": 2})
     assert fields_of(check(data)) == {("error", "segmentation"): 3}
     found = rules_of(check(data, seen_classes="cat"))
-    assert (found["RLE of another size"], found["unread mask"]) == (1, 2)
+    assert (found["broken RLE"], found["unread mask"]) == (1, 2)
+    data["annotations"][0]["mask_source"] = "model"  # these are read for unseen classes, too
+    assert rules_of(check(data, seen_classes="cat"))["broken RLE"] == 2
 
 
 MASK = {"segmentation": [TRIANGLE]}
@@ -180,12 +178,6 @@ def test_masks_of_models_teach_nothing_and_are_not_boxes_exported_as_masks():
     assert "'ant', a class with 1 objects and no human mask" in str(warning)
     (error,) = check(data, seen_classes="ant").errors
     assert error.rule == "no seen mask"
-    # They are read for unseen classes, too.
-    broken = {"segmentation": {"size": [3, 3], "counts": "1"}, "category_id": 2}
-    data = coco(MASK, broken)
-    assert fields_of(check(data, seen_classes="ant")) == {("warning", "segmentation"): 1}
-    data = coco(MASK, broken | {"mask_source": "model"})
-    assert fields_of(check(data, seen_classes="ant")) == {("error", "segmentation"): 1}
 
 
 def test_types_are_checked_when_a_json_is_read(tmp_path):
@@ -258,7 +250,8 @@ def test_broken_strings_are_found_among_others(strings):
     pixels = {}
     for i, counts in enumerate(strings):
         runs = runs_of(counts)
-        pixels[i] = sum(runs) if runs and min(runs) >= 0 and sum(runs) > 0 else None
+        is_mask = runs and min(runs) >= 0 and 0 < sum(runs) <= 100_000
+        pixels[i] = sum(runs) if is_mask else None
     # Every image has as many pixels as its mask has, if this is one.
     images = [{"id": i, "file_name": f"{i}", "height": 1, "width": pixels[i] or 5} for i in pixels]
     masks = [{"size": [1, pixels[i] or 5], "counts": strings[i]} for i in pixels]

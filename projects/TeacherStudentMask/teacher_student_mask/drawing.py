@@ -11,7 +11,7 @@ import pycocotools.mask as mask_util
 import supervision as sv
 from detectron2.structures import Instances
 
-from .coco_json import valid_polygons
+from .coco_json.masks import MaskState, compress_mask, measure_masks
 
 __all__ = [
     "BOX_COLOR",
@@ -53,14 +53,11 @@ def annotations_to_detections(
         one in ``mask``, bool (N, H, W).
     """
     masks = np.zeros((len(annotations), *image_size), dtype=bool)
-    for mask, annotation in zip(masks, annotations):
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, list):
-            segmentation = valid_polygons(segmentation)
-        if segmentation:
-            is_rle = isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list)
-            rle = segmentation if is_rle else mask_util.frPyObjects(segmentation, *image_size)
-            mask[:] = mask_util.decode(mask_util.merge(rle) if isinstance(rle, list) else rle)
+    segmentations = [x.get("segmentation") for x in annotations]
+    # Warnings alone are no reason not to draw: a mask that training does not read may be broken.
+    state = measure_masks(segmentations, np.full((len(annotations), 2), image_size)).state
+    for i in np.flatnonzero(state == MaskState.MASK):
+        masks[i] = mask_util.decode(compress_mask(segmentations[i], image_size))
     boxes = np.array([x["bbox"] for x in annotations], dtype=np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return sv.Detections(xyxy=boxes, mask=masks, class_id=np.array(class_ids, dtype=int))

@@ -178,15 +178,15 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
             images += _files_in(place, *_IMAGE_SUFFIXES)
         else:  # a list of images, relative to its folder
             images += [place.parent / x.strip() for x in read_text(place).split("\n") if x.strip()]
-    if not any(_yolo_labels(image).is_file() for image in images):
+    labels_of = {image: _yolo_labels(image) for image in sorted(images)}
+    if not any(x.is_file() for x in labels_of.values()):
         raise InputError(f"{path}: none of the {len(images)} images of {split!r} has its txt.")
     common = Path(os.path.commonpath([x.parent.absolute() for x in images]))
     by_id = enumerate(names) if isinstance(names, list) else names.items()
     names = {i: str(name) for i, name in by_id}
     dataset = ImportedDataset.of_classes(names, common)
-    for image in sorted(images):
+    for image, labels in labels_of.items():
         size = dataset.add_image(image, str(path))
-        labels = _yolo_labels(image)
         if not labels.is_file():
             dataset.notes["images have no txt, and so no objects"] += 1
             continue
@@ -196,9 +196,8 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
             if line.strip()
         ]
         dataset.add_shapes(shapes, str(labels))
-    folders = {_yolo_labels(image).parent for image in images}
-    found = {x for folder in folders for x in folder.glob("[!.]*.txt")}
-    orphans = found.difference(map(_yolo_labels, images))
+    folders = {x.parent for x in labels_of.values()}
+    orphans = {x for y in folders for x in y.glob("[!.]*.txt")}.difference(labels_of.values())
     # Programs for labelling leave a list of the class names, classes.txt, beside the labels.
     note = "txts with labels have no image and were left out"
     dataset.notes.update(note for x in orphans if x.stem != "classes")
@@ -379,7 +378,7 @@ def import_cvat(
             annotation["iscrowd"] = 0
             dataset.notes["masks drawn with the brush are no longer marked as crowds"] += 1
         rotation = (annotation.get("attributes") or {}).get("rotation")
-        if not segmentation and rotation:
+        if not segmentation and isinstance(rotation, (int, float)):
             del annotation["attributes"]["rotation"]  # the box has it now
             x, y, w, h = annotation["bbox"]
             corners = np.array([[x, y], [x + w, y + h]])
@@ -422,13 +421,10 @@ def _import_cvat_xml(path: Path, image_root: Path | None) -> ImportedDataset:
     return dataset
 
 
-def _box_around(corners: np.ndarray, degrees: object, notes: Counter) -> np.ndarray:
+def _box_around(corners: np.ndarray, degrees: float | str | None, notes: Counter) -> np.ndarray:
     """The upright box around one, [[left, top], [right, bottom]], turned about its middle."""
-    try:
-        angle = math.radians(float(degrees) % 360)
-    except (TypeError, ValueError):  # not said
-        angle = 0.0
-    if not angle > 0:  # nan, too
+    angle = math.radians(float(degrees or 0) % 360)
+    if angle == 0:
         return corners
     cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
     half = np.array([[cosine, sine], [sine, cosine]]) @ (corners[1] - corners[0]) / 2

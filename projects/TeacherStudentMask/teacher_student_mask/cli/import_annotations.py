@@ -78,11 +78,6 @@ def run(args: argparse.Namespace) -> None:
     # Before the errors: what was left out may be the reason for them.
     for note, count in dataset.notes.items():
         print(f"note: {count} {note}")
-    class_names = [x["name"] for x in dataset.coco["categories"]]
-    by_letters = {"".join(x.split()).casefold(): x for x in class_names}
-    for name in set(class_names) - set(by_letters.values()):
-        other = by_letters["".join(name.split()).casefold()]
-        print(f"warning: the classes {name!r} and {other!r} differ by blanks or case alone")
     report = check_coco(
         args.input,
         data=dataset.coco,

@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 
 from ..class_splits import AUTO, choose_seen_classes, resolve_seen_classes
 from ..errors import InputError
@@ -25,17 +22,25 @@ from .files import check_files, paused_gc, read_json
 from .masks import (
     BOX_TOLERANCE,
     MAX_PIXELS,
-    MAX_PIXELS_OUTSIDE,
     MODEL,
     MaskState,
     MeasuredMasks,
-    extents_of_rles,
+    extents_by_rows,
     is_from_model,
     measure_masks,
 )
-from .report import ClassCounts, Report, shorten
+from .report import (
+    AnnotationRow,
+    CategoryRow,
+    ClassCounts,
+    EvaluatedAnnotationRow,
+    ImageRow,
+    Report,
+    TrainingImageRow,
+    shorten,
+)
 
-__all__ = ["Box", "Whole", "check_coco", "check_types", "classes_of", "read_coco"]
+__all__ = ["check_coco", "check_types", "classes_of", "read_coco"]
 
 # Detectron2's filter_empty_instances: boxes with a side up to this are empty.
 _EMPTY_SIDE = 1e-5
@@ -52,39 +57,6 @@ _GOOD_IOU, _GAIN = 0.9, 0.05
 # Share of boxes that leave their image, from which on those of objects without masks may be XYXY.
 _SHARE_REACHING_OUT = 0.1
 
-# A whole number of 64 bits, 1 or 1.0.
-Whole = Annotated[float, Meta(multiple_of=1, ge=-(2.0**63), lt=2.0**63)]
-_Pixels = Annotated[float, Meta(multiple_of=1, ge=1, lt=MAX_PIXELS)]
-Box = Annotated[list[float], Meta(min_length=4, max_length=4)]
-
-
-class _Image(TypedDict):
-    id: Whole
-    height: _Pixels
-    width: _Pixels
-
-
-class _TrainingImage(_Image):
-    file_name: Annotated[str, Meta(min_length=1)]
-
-
-class _Category(TypedDict):
-    id: Whole
-    name: Annotated[str, Meta(pattern=r"\S")]
-
-
-class _Annotation(TypedDict):
-    image_id: Whole
-    category_id: Whole
-    bbox: Box
-    id: NotRequired[Whole | str]
-    iscrowd: NotRequired[bool | Annotated[float, Meta(multiple_of=1, ge=0, le=1)]]
-    mask_source: NotRequired[Literal["human", "model"]]
-
-
-class _EvaluatedAnnotation(_Annotation):
-    area: Annotated[float, Meta(ge=0, le=sys.float_info.max)]
-
 
 def read_coco(path: str | os.PathLike) -> dict:
     """
@@ -94,7 +66,7 @@ def read_coco(path: str | os.PathLike) -> dict:
         InputError: the file cannot be read, or a value is of another type; names file and id.
     """
     data, report = read_json(path), Report(os.fspath(path))
-    _has_types(report, data, _Image, _Annotation)
+    _has_types(report, data, ImageRow, AnnotationRow)
     for finding in report.errors:
         if finding.rule != "no objects":
             raise InputError(str(finding))
@@ -156,16 +128,17 @@ def check_coco(
         except InputError as error:
             report.add_to_file("content", f"unreadable ({error})")
             return report
-    if use == "evaluation" and isinstance(data, dict) and "annotations" not in data:
-        return report
-    is_evaluation = use == "evaluation"
-    types = (_Image, _EvaluatedAnnotation) if is_evaluation else (_TrainingImage, _Annotation)
+    types = TrainingImageRow, AnnotationRow
+    if use == "evaluation":
+        types = ImageRow, EvaluatedAnnotationRow
+        if isinstance(data, dict) and "annotations" not in data:
+            return report
     with paused_gc():
         if _has_types(report, data, *types):
-            images, categories = data["images"], data["categories"]
+            images = data["images"]
             report.num_images, report.num_annotations = len(images), len(data["annotations"])
             sizes = np.array([(x["height"], x["width"]) for x in images], dtype=np.float64)
-            _check_images_and_categories(report, images, sizes, categories, num_classes)
+            _check_images_and_categories(report, data, sizes, num_classes)
             if image_root is not None:
                 check_files(report, images, image_root, sizes, check_images, num_workers)
             if not any("twice" in x.rule for x in report.errors):
@@ -181,16 +154,18 @@ def _has_types(report: Report, data: object, image_type: type, annotation_type: 
     if not isinstance(data, dict):
         report.add_to_file("content", f"a {type(data).__name__}")
         return False
-    types = {"images": image_type, "annotations": annotation_type, "categories": _Category}
-    for key in types:
+    for key, unit, row_type in (
+        ("images", "image", image_type),
+        ("annotations", "annotation", annotation_type),
+        ("categories", "category", CategoryRow),
+    ):
         rows = data.get(key)
         if type(rows) is not list or not set(map(type, rows)) <= {dict}:
             report.add_to_file(key, shorten(rows) if key in data else "missing")
             return False
         if not rows:
             report.add_to_file("no objects" if key == "annotations" else key, "empty")
-    for (key, row_type), unit in zip(types.items(), ("image", "annotation", "category")):
-        check_types(report, data[key], unit, row_type)
+        check_types(report, rows, unit, row_type)
     # Training does without ids of annotations.
     return {x.rule for x in report.errors} <= {"no objects", "annotation.id"}
 
@@ -222,28 +197,27 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
         report.add(f"{unit}.{field}", rows, np.isin(np.arange(len(rows)), indices))
 
 
-def _repeated(values: Iterable) -> list[bool]:
+def _repeated(values: Iterable) -> np.ndarray:
     # Which values others have, too. None: not compared.
     values = list(values)
     counts = Counter(values)
-    return [x is not None and counts[x] > 1 for x in values]
+    return np.array([x is not None and counts[x] > 1 for x in values], dtype=bool)
 
 
 def _check_images_and_categories(
-    report: Report,
-    images: list[dict],
-    sizes: np.ndarray,
-    categories: list[dict],
-    num_classes: int | None,
+    report: Report, data: dict, sizes: np.ndarray, num_classes: int | None
 ) -> None:
+    images, categories = data["images"], data["categories"]
     is_large = sizes.prod(axis=1) >= MAX_PIXELS
     report.add("large image", images, is_large, lambda i: "{:.0f} x {:.0f}".format(*sizes[i]))
     report.add("image id twice", images, _repeated(x["id"] for x in images))
     if report.use == "training":
         report.add("file twice", images, _repeated(x["file_name"] for x in images))
-    for field in ("id", "name"):
-        is_repeated = _repeated(x[field] for x in categories)
-        report.add(f"category {field} twice", categories, is_repeated)
+    report.add("category id twice", categories, _repeated(x["id"] for x in categories))
+    is_repeated = _repeated(x["name"] for x in categories)
+    report.add("category name twice", categories, is_repeated)
+    is_similar = _repeated("".join(x["name"].split()).casefold() for x in categories)
+    report.add("similar names", categories, is_similar & ~is_repeated)
     if num_classes is not None and len(categories) != num_classes:
         remedy = f"the model has {num_classes}; set MODEL.ROI_HEADS.NUM_CLASSES {len(categories)}"
         report.add_to_file("number of classes", f"{len(categories)} classes", remedy)
@@ -258,14 +232,14 @@ def _check_annotations(
     min_masks: int,
 ) -> None:
     rows, images = data["annotations"], data["images"]
+    # By their ids, as the model's classes are.
+    categories = sorted(data["categories"], key=lambda x: x["id"])
 
     def find(rule: str, is_bad: Sequence[bool], *rest) -> None:
         report.add(rule, rows, is_bad, *rest)
 
-    # By their ids, as the model's classes are.
-    names = {x["id"]: x["name"] for x in sorted(data["categories"], key=lambda x: x["id"])}
     row_of_image = {x["id"]: i for i, x in enumerate(images)}
-    class_of = {category_id: k for k, category_id in enumerate(names)}
+    class_of = {x["id"]: k for k, x in enumerate(categories)}
     image = np.array([row_of_image.get(x["image_id"], -1) for x in rows], dtype=int)
     category = np.array([class_of.get(x["category_id"], -1) for x in rows], dtype=int)
     find("unknown image", image < 0)
@@ -273,6 +247,7 @@ def _check_annotations(
     ids = [x.get("id") for x in rows]
     find("annotation without id", [x is None for x in ids])
     find("annotation id twice", _repeated(x if type(x) in (int, float, str) else None for x in ids))
+
     is_known = (image >= 0) & (category >= 0)
     rows = [x for x, known in zip(rows, is_known) if known]
     image, category = image[is_known], category[is_known]
@@ -282,44 +257,41 @@ def _check_annotations(
     segmentations = [x.get("segmentation") for x in rows]
     masks = measure_masks(segmentations, sizes[image], boxes)
     is_mask = masks.state == MaskState.MASK
-    is_xyxy = _compare_boxes(find, boxes, sizes[image], segmentations, masks, is_crowd)
-    is_compared = np.isfinite(boxes).all(axis=1) & ~is_crowd
+    _check_boxes(find, boxes, sizes[image], segmentations, masks, is_crowd)
     objects = np.column_stack([image, category, boxes.round(1)])
     # Equal objects stand beside one another, in the order of the file.
     order = np.lexsort(objects.T)
-    order = order[is_compared[order]]
+    order = order[~is_crowd[order]]
     is_twice = np.zeros(len(rows), dtype=bool)
     is_twice[order[1:]] = (objects[order[1:]] == objects[order[:-1]]).all(axis=1)
     find("object twice", is_twice)
     is_turned = np.array([_is_turned(x) for x in rows], dtype=bool)
     find("rotated box", is_turned & ~(is_mask & ~masks.is_rectangle))
-    _check_boxes(find, boxes, sizes[image], is_xyxy)
+
     is_read = np.full(len(rows), reads_masks)
     if report.use == "evaluation":
         if reads_masks:
             _check_masks(find, masks, is_read, True)
-            is_lacking = (masks.state == MaskState.NONE) | (masks.state == MaskState.TOO_SHORT)
+            is_lacking = np.isin(masks.state, (MaskState.NONE, MaskState.TOO_SHORT))
             if not is_lacking.all():
                 find("no mask", is_lacking)
             num = f"{MODEL!r} (of {len(rows)} objects {(is_model & ~is_lacking).sum()})"
             find("mask of a model", is_model & ~is_lacking, lambda i: num)
         return
+
     is_human = is_mask & ~is_crowd & ~is_model
-
-    def count(is_counted: np.ndarray) -> list[int]:
-        return np.bincount(category[is_counted], minlength=len(names)).tolist()
-
-    num_masks = dict(zip(names.values(), count(is_human)))
-    is_seen = _resolve_seen(report, num_masks, seen_classes, min_masks)
+    is_models, has_box_only = is_mask & ~is_crowd & is_model, ~is_mask & ~is_crowd
+    kinds = (is_human, is_models, has_box_only, is_crowd, masks.is_rectangle & is_human)
+    counts = np.array([np.bincount(category[x], minlength=len(categories)) for x in kinds])
+    names = [x["name"] for x in categories]
+    is_seen = _resolve_seen(report, dict(zip(names, counts[0].tolist())), seen_classes, min_masks)
     # Crowds are left out, and unseen classes lose their masks, unless a model made them.
     if is_seen is not None:
         is_read &= (is_seen[category] | is_model) & ~is_crowd
     _check_masks(find, masks, is_read, reads_masks)
     seen = [None] * len(names) if is_seen is None else is_seen.tolist()
-    counted = (is_human, is_mask & ~is_crowd & is_model, ~is_mask & ~is_crowd, is_crowd)
-    columns = [count(x) for x in (*counted, masks.is_rectangle & is_human)]
-    report.classes = [ClassCounts(*x) for x in zip(names.values(), names, seen, *columns)]
-    _check_classes(report, data["categories"])
+    report.classes = [ClassCounts(*x) for x in zip(names, class_of, seen, *counts.tolist())]
+    _check_classes(report, categories, is_seen, counts)
     if rows and is_crowd.all():
         report.add_to_file("no objects", "nothing but crowds")
     num_objects = np.bincount(image[~is_crowd], minlength=len(images))
@@ -334,53 +306,53 @@ def _is_turned(annotation: dict) -> bool:
     return type(angle) in (int, float) and angle % 360 != 0
 
 
-def _compare_boxes(
+def _check_boxes(
     find: Callable,
     boxes: np.ndarray,
     sizes: np.ndarray,
     segmentations: Sequence,
     masks: MeasuredMasks,
     is_crowd: np.ndarray,
-) -> np.ndarray:
-    # With the extents of the masks, and with the image where there is no mask. Returns which boxes
-    # seem to be [x0, y0, x1, y1].
-    limits, sides = sizes[:, ::-1], boxes[:, 2:]
-    with np.errstate(invalid="ignore", over="ignore"):
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + sides], axis=1)
-        is_sound = (sides > _EMPTY_SIDE).all(axis=1)
-        is_small = is_sound & (sides < 1).all(axis=1)
-        # All of them, those that fill their image included.
-        if is_sound.all() and (boxes >= 0).all() and (corners <= 1.01).all():
-            is_small[:] = True
-        find("small box", is_small)
-        shown, share_inside = _overlaps(corners, masks.extents, limits)
-        as_xyxy, _ = _overlaps(boxes, masks.extents, limits)
-        # What is wrong with the box alone is told elsewhere.
-        is_sound &= (corners[:, 2:] > 0).all(axis=1) & ~(corners[:, :2] >= limits).any(axis=1)
-        others = np.isnan(shown) & ~is_crowd & ~is_small
-        is_compared = ~np.isnan(shown) & ~is_crowd & ~is_small & is_sound
-        is_xyxy = is_compared & (as_xyxy >= _GOOD_IOU) & (as_xyxy > shown + _GAIN)
-        is_beside = is_compared & ~is_xyxy
-        is_beside &= (shown < _MIN_BOX_IOU) | (share_inside < 1 - _MAX_SHARE_OUTSIDE)
-        # Without masks: all of them would do as corners, and some leave their image as they are.
-        may_be_xyxy = (sides > boxes[:, :2]).all(axis=1) & (boxes >= -BOX_TOLERANCE).all(axis=1)
-        may_be_xyxy &= (sides <= limits + BOX_TOLERANCE).all(axis=1)
-        reaches_out = (corners[:, 2:] > limits + BOX_TOLERANCE).any(axis=1) & others
+) -> None:
+    # With their images, and with the extents of their masks.
+    limits, low, sides = sizes[:, ::-1], boxes[:, :2], boxes[:, 2:]
+    high = low + sides
+    corners = np.concatenate([low, high], axis=1)
+    # In 32 bits, as Detectron2 computes them.
+    inside = np.minimum(high.astype(np.float32), limits) - np.maximum(low.astype(np.float32), 0)
+    is_sound = (inside > _EMPTY_SIDE).all(axis=1)
+    find("empty box", ~is_sound)
+    reach = np.maximum(-low, high - limits).max(axis=1)
+    reaches_out = is_sound & (reach > BOX_TOLERANCE)
+    is_small = is_sound & (sides < 1).all(axis=1)
+    # All of them, those that fill their image included.
+    if is_sound.all() and (low >= 0).all() and (high <= 1.01).all():
+        is_small[:] = True
+    find("small box", is_small)
+
+    iou, share_inside = _overlaps(corners, masks.extents, limits)
+    iou_as_xyxy, _ = _overlaps(boxes, masks.extents, limits)
+    is_compared = is_sound & ~is_crowd & ~is_small & ~np.isnan(iou)
+    others = is_sound & ~is_crowd & ~is_small & np.isnan(iou)
+    is_xyxy = is_compared & (iou_as_xyxy >= _GOOD_IOU) & (iou_as_xyxy > iou + _GAIN)
+    # Without masks: all of them would do as corners, and some leave their image as they are.
+    may_be_xyxy = (sides > low) & (low >= -BOX_TOLERANCE) & (sides <= limits + BOX_TOLERANCE)
     if is_compared.any():
         is_likely = 2 * is_xyxy.sum() > is_compared.sum()
     else:
-        is_likely = reaches_out.sum() > max(1, _SHARE_REACHING_OUT * others.sum())
+        is_likely = (reaches_out & others).sum() > max(1, _SHARE_REACHING_OUT * others.sum())
     if is_likely and may_be_xyxy[others].all():
         is_xyxy |= others
     find("XYXY box", is_xyxy)
-
+    find("box reaches out", reaches_out & ~is_xyxy)
+    is_beside = (iou < _MIN_BOX_IOU) | (share_inside < 1 - _MAX_SHARE_OUTSIDE)
+    is_beside &= is_compared & ~is_xyxy
     rows = [i for i in np.flatnonzero(is_beside).tolist() if type(segmentations[i]) is dict]
-    extents = extents_of_rles([segmentations[i] for i in rows], by_rows=True)
+    extents = np.array([extents_by_rows(segmentations[i]) for i in rows]).reshape(-1, 4)
     is_by_rows = np.zeros(len(boxes), dtype=bool)
     is_by_rows[rows] = _overlaps(corners[rows], extents, limits[rows])[0] >= _GOOD_IOU
     find("RLE by rows", is_by_rows)
     find("box beside its mask", is_beside & ~is_by_rows)
-    return is_xyxy
 
 
 def _overlaps(
@@ -397,42 +369,16 @@ def _overlaps(
     return both / (of_box + of_mask - both), both / of_mask
 
 
-def _check_boxes(find: Callable, boxes: np.ndarray, sizes: np.ndarray, is_xyxy: np.ndarray) -> None:
-    limits = sizes[:, ::-1]
-    # As Detectron2 computes them, in 32 bits.
-    with np.errstate(invalid="ignore", over="ignore"):
-        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-        low32, high32 = low.astype(np.float32), high.astype(np.float32)
-        inside = np.minimum(high32, limits) - np.maximum(low32, 0)
-
-        def ends_beyond(reach: float) -> np.ndarray:
-            return ((low < -reach) | (high > limits + reach)).any(axis=1)
-
-        # The first that fits is told.
-        is_told = np.zeros(len(boxes), dtype=bool)
-        for rule, is_bad in (
-            ("annotation.bbox", ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1)),
-            ("far box", ends_beyond(MAX_PIXELS_OUTSIDE)),
-            ("box without area", (high32 - low32 <= _EMPTY_SIDE).any(axis=1)),
-            ("box outside its image", (inside <= _EMPTY_SIDE).any(axis=1)),
-            ("box reaches out", ends_beyond(BOX_TOLERANCE) & ~is_xyxy),
-        ):
-            find(rule, is_bad & ~is_told)
-            is_told |= is_bad
-
-
 def _check_masks(
     find: Callable, masks: MeasuredMasks, is_read: np.ndarray, reads_masks: bool
 ) -> None:
     # Of unseen classes and crowds, too: what a human drew is not to be taken for no mask, and lost.
-    is_unread_form = (masks.state == MaskState.NOT_A_MASK) & reads_masks
+    state = masks.state
+    is_unread_form = (state == MaskState.NOT_A_MASK) & reads_masks
     find("not a mask", is_unread_form)
-    find("far polygon", (masks.state == MaskState.TOO_FAR) & is_read)
-    find("RLE of another size", (masks.state == MaskState.WRONG_SIZE) & is_read)
-    find("broken runs", (masks.state == MaskState.BROKEN_RUNS) & is_read)
-    find("unread mask", (masks.state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
-    find("short polygon", masks.state == MaskState.TOO_SHORT)
-    find("mask without a pixel", masks.state == MaskState.EMPTY)
+    find("broken RLE", (state == MaskState.BROKEN_RLE) & is_read)
+    find("unread mask", (state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
+    find("empty mask", (state == MaskState.TOO_SHORT) | (state == MaskState.EMPTY))
     find("crossing edges", masks.is_crossing)
 
 
@@ -451,42 +397,39 @@ def _resolve_seen(
     return None
 
 
-def _check_classes(report: Report, categories: list[dict]) -> None:
-    classes = report.classes
-    rows = [{"id": x.category_id, "name": x.name} for x in classes]
+def _check_classes(
+    report: Report, categories: list[dict], is_seen: np.ndarray | None, counts: np.ndarray
+) -> None:
+    # counts: the last columns of ClassCounts.
+    masks, model_masks, boxes_only, crowds, rectangles = counts
+    objects = masks + model_masks + boxes_only
 
-    def find(
-        rule: str, is_bad: Callable[[ClassCounts], bool], describe: Callable[[ClassCounts], str]
-    ) -> None:
-        values = [f"{x.name!r}, a class with {describe(x)}" for x in classes]
-        report.add(rule, rows, [is_bad(x) for x in classes], values.__getitem__)
-
-    # Parents by their name, but for those that are their own.
-    parents = [
-        x.get("supercategory") for x in categories if x.get("supercategory") != x.get("name")
-    ]
-    if any(x.num_objects + x.crowd for x in classes):
-        find(
-            "root category",
-            lambda x: x.name in parents and not x.num_objects + x.crowd,
-            lambda x: "no objects",
+    def find(rule: str, is_bad: np.ndarray, describe: Callable[[int], str]) -> None:
+        report.add(
+            rule,
+            categories,
+            is_bad,
+            lambda k: f"{categories[k]['name']!r}, a class with {describe(k)}",
         )
+
+    # By their name, but for those that are their own.
+    parents = [x.get("supercategory") for x in categories if x.get("supercategory") != x["name"]]
+    is_parent = np.array([x["name"] in parents for x in categories])
+    if (objects + crowds).any():
+        find("root category", is_parent & (objects + crowds == 0), lambda k: "no objects")
     find(
         "many crowds",
-        lambda x: x.crowd > 1 and x.crowd >= _SHARE_OF_CROWDS * (x.crowd + x.num_objects),
-        lambda x: f"{x.crowd} of {x.crowd + x.num_objects} objects marked as crowds",
+        (crowds > 1) & (crowds >= _SHARE_OF_CROWDS * (crowds + objects)),
+        lambda k: f"{crowds[k]} of {crowds[k] + objects[k]} objects marked as crowds",
     )
     find(
         "mostly rectangles",
-        lambda x: 2 * x.rectangles > x.masks,
-        lambda x: f"{x.masks} masks, {x.rectangles} of them the box itself",
+        2 * rectangles > masks,
+        lambda k: f"{masks[k]} masks, {rectangles[k]} of them the box itself",
     )
-    if any(x.is_seen is not None and x.num_objects for x in classes):
-        if any(x.masks for x in classes if x.is_seen):
-            find(
-                "seen without mask",
-                lambda x: x.is_seen and not x.masks,
-                lambda x: f"{x.num_objects} objects and no human mask",
-            )
+    if is_seen is not None and objects.any():
+        if masks[is_seen].any():
+            is_bad = is_seen & (masks == 0)
+            find("seen without mask", is_bad, lambda k: f"{objects[k]} objects and no human mask")
         else:
             report.add_to_file("no seen mask", "classes without any mask")

@@ -101,29 +101,28 @@ def check_files(
     if not os.path.isdir(image_root):
         report.add_to_file("image root", repr(os.fspath(image_root)))
         return
-    # One listing a folder, as folders may be far away.
-    names_in: dict[str, set[str]] = {}
     paths = [os.path.join(image_root, x.get("file_name") or "") for x in images]
-    for folder in {os.path.dirname(x) for x in paths}:
-        names_in[folder] = set()
-        # No such folder, or a name with characters that no folder has.
-        with contextlib.suppress(OSError, ValueError):
-            names_in[folder].update(os.listdir(folder))
-    is_missing = [os.path.basename(x) not in names_in[os.path.dirname(x)] for x in paths]
+    # One listing a folder, as folders may be far away.
+    folders = {os.path.dirname(x) for x in paths}
+    names_in = {x: set(os.listdir(x)) if os.path.isdir(x) else set() for x in folders}
     where = f" (looked for in {os.fspath(image_root)!r})"
-    report.add(
-        "missing file", images, is_missing, lambda i: shorten(images[i].get("file_name")) + where
-    )
-    if not reads_files:
-        return
-    rows = np.flatnonzero(np.logical_not(is_missing)).tolist()
-    with ThreadPoolExecutor(num_threads) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images and odd metadata, which do no harm
-        answers = pool.map(lambda i: _problem_of_image(paths[i], *sizes[i].astype(int)), rows)
-        answers = list(tqdm(answers, "Images", total=len(rows), unit="image"))
-    problems = dict(zip(rows, answers))
-    for kind in ("unreadable", "depth", "size", "colour", "orientation"):
-        is_bad = [(problems.get(i) or "-")[0] == kind for i in range(len(images))]
+    problems: list[tuple[str, str] | None] = [
+        (
+            None
+            if os.path.basename(path) in names_in[os.path.dirname(path)]
+            else ("missing file", shorten(image.get("file_name")) + where)
+        )
+        for path, image in zip(paths, images)
+    ]
+    if reads_files:
+        rows = [i for i, problem in enumerate(problems) if problem is None]
+        with ThreadPoolExecutor(num_threads) as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd metadata, which do no harm
+            found = pool.map(lambda i: _problem_of_image(paths[i], *sizes[i].astype(int)), rows)
+            for problem, i in zip(tqdm(found, "Images", total=len(rows), unit="image"), rows):
+                problems[i] = problem
+    for kind in ("missing file", "unreadable", "depth", "size", "colour", "orientation"):
+        is_bad = [x is not None and x[0] == kind for x in problems]
         report.add(kind, images, is_bad, lambda i: problems[i][1])
 
 

@@ -12,6 +12,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -20,18 +21,16 @@ import pycocotools.mask as mask_util
 __all__ = [
     "BOX_TOLERANCE",
     "HUMAN",
+    "MAX_COORDINATE",
     "MAX_PIXELS",
-    "MAX_PIXELS_OUTSIDE",
     "MODEL",
     "MaskState",
     "MeasuredMasks",
     "compress_mask",
-    "extents_of_rles",
+    "extents_by_rows",
     "has_mask",
     "is_from_model",
-    "is_outline",
     "measure_masks",
-    "polygons_cover",
     "valid_polygons",
 ]
 
@@ -41,8 +40,8 @@ HUMAN, MODEL = "human", "model"
 # pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
 MAX_PIXELS = 2**29
 # pycocotools keeps every fifth of a pixel along a polygon, so one that ends far away takes all
-# memory.
-MAX_PIXELS_OUTSIDE = 100_000
+# memory. Nor has an image longer sides.
+MAX_COORDINATE = 100_000
 # Exports that round or count pixels from 1 move a box by no more than this.
 BOX_TOLERANCE = 1.0
 
@@ -51,6 +50,7 @@ _MIN_COORDINATES = 6
 # A polygon of less than this share of its extents may have crossing edges, unless pycocotools fills
 # no more of it than a thin outline has.
 _SMALL_SHARE, _THIN_SHARE, _MIN_SIDE_OF_CROSSING = 0.25, 0.1, 4
+_Coordinate = Annotated[float, msgspec.Meta(ge=-MAX_COORDINATE, le=MAX_COORDINATE)]
 # Masks that are measured at a time.
 _CHUNK_MASKS = 2**14
 # Of 5 bits each, with a sign: enough for every run below MAX_PIXELS.
@@ -64,10 +64,8 @@ class MaskState(enum.IntEnum):
     MASK = 1  # covers something of its image
     TOO_SHORT = 2  # one or two points
     EMPTY = 3  # covers nothing of its image
-    NOT_A_MASK = 4  # neither polygons of finite numbers, nor an RLE: point pairs, for instance
-    TOO_FAR = 5  # a polygon ends more than MAX_PIXELS_OUTSIDE from its image
-    WRONG_SIZE = 6  # an RLE of another size than its image
-    BROKEN_RUNS = 7  # an RLE whose runs cannot be read, or do not add up to its image
+    NOT_A_MASK = 4  # neither polygons nor an RLE: point pairs, nan, or a point too far away
+    BROKEN_RLE = 5  # not of its image's size, or its runs cannot be read or do not add up to it
 
 
 @dataclass
@@ -105,16 +103,6 @@ def valid_polygons(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]]
     return [x for x in polygons if len(x) >= _MIN_COORDINATES and len(x) % 2 == 0]
 
 
-def is_outline(polygons: Sequence[Sequence[float]]) -> bool:
-    """
-    Whether lists of numbers are polygons, or at most two points, and no outline in another form:
-    three points or more in pieces, such as [[x, y], [x, y], [x, y]], or with half a point.
-    """
-    lengths = [len(x) for x in polygons]
-    is_short = sum(lengths) < _MIN_COORDINATES
-    return not any(x % 2 for x in lengths) and (is_short or max(lengths) >= _MIN_COORDINATES)
-
-
 def measure_masks(
     segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray | None = None
 ) -> MeasuredMasks:
@@ -123,151 +111,129 @@ def measure_masks(
 
     Args:
         segmentations: n values of "segmentation", of any kind, as json holds them.
-        sizes: (height, width) of the images, shape (n, 2); nan: polygons of any size will do.
-        boxes: XYWH of the objects, shape (n, 4); None: rectangles, crossing edges and extents are
-            not looked for.
+        sizes: (height, width) of the images, shape (n, 2); inf: polygons of any size will do.
+        boxes: XYWH of the objects, shape (n, 4); None: rectangles and crossing edges are not
+            looked for.
     """
+    if boxes is None:
+        boxes = np.full((len(segmentations), 4), np.nan)
+    chunks = range(0, max(1, len(segmentations)), _CHUNK_MASKS)
+    parts = [slice(start, start + _CHUNK_MASKS) for start in chunks]
+    columns = zip(*(_measure(segmentations[x], sizes[x], boxes[x]) for x in parts))
+    return MeasuredMasks(*map(np.concatenate, columns))
+
+
+def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> tuple:
+    # The columns of MeasuredMasks.
     num = len(segmentations)
-    flags, extents = np.zeros((2, num), dtype=bool), np.full((num, 4), np.nan)
-    found = MeasuredMasks(np.zeros(num, np.int8), *flags, extents)
-    sizes = np.asarray(sizes, dtype=np.float64).reshape(num, 2)
-    for start in range(0, num, _CHUNK_MASKS):
-        part = slice(start, start + _CHUNK_MASKS)
-        views = MeasuredMasks(*(x[part] for x in vars(found).values()))
-        of_part = None if boxes is None else boxes[part]
-        _measure_outlines(views, segmentations[part], sizes[part], of_part)
-        _measure_rles(views, segmentations[part], sizes[part], boxes is not None)
-    return found
-
-
-def _measure_outlines(
-    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray | None
-) -> None:
-    rows, objects = [], []
+    state = np.full(num, MaskState.NONE, dtype=np.int8)
+    is_rectangle, is_crossing = np.zeros((2, num), dtype=bool)
+    object_extents = np.full((num, 4), np.nan)
+    outlines, owners = [], []
     for i, segmentation in enumerate(segmentations):
-        if segmentation is None or segmentation == [] or type(segmentation) is dict:
-            continue
-        try:
-            objects.append(msgspec.convert(segmentation, list[list[float]]))
-            rows.append(i)
-        except (msgspec.ValidationError, UnicodeEncodeError):  # the latter: half a surrogate pair
-            found.state[i] = MaskState.NOT_A_MASK
-    polygons = list(chain.from_iterable(objects))
-    owners = np.repeat(np.array(rows, dtype=int), [len(x) for x in objects])
-    lengths = np.array([len(x) for x in polygons], dtype=int)
-    is_short = (lengths < _MIN_COORDINATES) | (lengths % 2 == 1)
-    # Most have nothing but polygons.
-    other_forms = [i for i in np.unique(owners[is_short]) if not is_outline(segmentations[i])]
-    polygons, owners = valid_polygons(polygons), owners[~is_short]
-    extents, areas = _measure_polygons(polygons)
-    limits = sizes[owners, ::-1]
-    is_far = (extents[:, :2] < -MAX_PIXELS_OUTSIDE).any(axis=1)
-    is_far |= (extents[:, 2:] > limits + MAX_PIXELS_OUTSIDE).any(axis=1)
-    covers = _covers(polygons, extents, areas, limits)
+        if type(segmentation) is dict:
+            state[i], object_extents[i] = _measure_rle(segmentation, sizes[i].tolist())
+        elif segmentation is not None and segmentation != []:
+            try:
+                found = msgspec.convert(segmentation, list[list[_Coordinate]])
+            except (msgspec.ValidationError, UnicodeEncodeError):  # half a surrogate pair
+                state[i] = MaskState.NOT_A_MASK
+                continue
+            outlines += found
+            owners += [i] * len(found)
+    owners, lengths = np.array(owners, dtype=int), np.array([*map(len, outlines)], dtype=int)
     # The last state that is set holds.
-    found.state[rows] = MaskState.TOO_SHORT
-    found.state[owners] = MaskState.EMPTY
-    found.state[owners[covers]] = MaskState.MASK
-    found.state[owners[is_far]] = MaskState.TOO_FAR
-    found.state[owners[np.isnan(areas)]] = MaskState.NOT_A_MASK
-    found.state[other_forms] = MaskState.NOT_A_MASK
-    if boxes is None or not len(owners):
-        return
+    state[owners] = MaskState.TOO_SHORT
+    # Three points or more, in pieces such as [[x, y], [x, y], [x, y]].
+    state[np.bincount(owners, lengths, num) >= _MIN_COORDINATES] = MaskState.NOT_A_MASK
+    of_half_points = owners[lengths % 2 == 1]
+    polygons = valid_polygons(outlines)
+    owners = owners[(lengths >= _MIN_COORDINATES) & (lengths % 2 == 0)]
+    limits = sizes[owners, ::-1]
+    has_box = ~np.isnan(boxes[owners, 0])
+    extents, areas, num_filled = _measure_polygons(polygons, limits, has_box)
+    low, high = extents[:, :2], extents[:, 2:]
+    covers = ~((high <= 0) | (low >= limits)).any(axis=1) & ((areas > 0) | (num_filled > 0))
+    state[owners] = MaskState.EMPTY
+    state[owners[covers]] = MaskState.MASK
+    state[of_half_points] = MaskState.NOT_A_MASK
+
     first = np.flatnonzero(np.diff(owners, prepend=-1))
-    found.extents[owners[first], :2] = np.minimum.reduceat(extents[:, :2], first)
-    found.extents[owners[first], 2:] = np.maximum.reduceat(extents[:, 2:], first)
-    sides = extents[:, 2:] - extents[:, :2]
+    object_extents[owners[first], :2] = np.minimum.reduceat(low, first)
+    object_extents[owners[first], 2:] = np.maximum.reduceat(high, first)
+    sides = high - low
+    is_thick = (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
+    is_thick &= num_filled >= _THIN_SHARE * sides.prod(axis=1)
+    is_crossing[owners[is_thick & (areas < num_filled / 2)]] = True
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)[owners]
     # A polygon as large as its extents is a rectangle.
-    is_rectangle = covers & (areas >= 0.999 * sides.prod(axis=1))
-    is_rectangle &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
-    is_rectangle &= np.bincount(owners, minlength=len(segmentations))[owners] == 1
-    found.is_rectangle[owners[is_rectangle]] = True
-    # Where edges cross, parts count as negative, and little of the extents is left.
-    is_doubtful = covers & ~is_far & (areas < _SMALL_SHARE * sides.prod(axis=1))
-    is_doubtful &= (sides >= _MIN_SIDE_OF_CROSSING).all(axis=1)
-    for i in np.flatnonzero(is_doubtful).tolist():
-        num_pixels = _filled_pixels(polygons[i], extents[i], limits[i])
-        is_thick = num_pixels >= _THIN_SHARE * sides[i].prod()
-        found.is_crossing[owners[i]] |= is_thick and areas[i] < num_pixels / 2
+    is_box = covers & (areas >= 0.999 * sides.prod(axis=1))
+    is_box &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
+    is_rectangle[owners[is_box & (np.bincount(owners)[owners] == 1)]] = True
+    return state, is_rectangle, is_crossing, object_extents
 
 
-def _measure_polygons(polygons: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    # Left, top, right and bottom of each, shape (n, 4), and the area, shape (n,); nan where one has
-    # anything but finite numbers.
-    if not polygons:
-        return np.zeros((0, 4)), np.zeros(0)
-    points = np.fromiter(chain.from_iterable(polygons), np.float64).reshape(-1, 2)
-    num_points = np.array([len(x) // 2 for x in polygons])
-    ends = np.cumsum(num_points)
-    starts = ends - num_points
-    low = np.minimum.reduceat(points, starts)
-    extents = np.concatenate([low, np.maximum.reduceat(points, starts)], axis=1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        x, y = (points - np.repeat(low, num_points, axis=0)).T
-        following = np.arange(1, len(points) + 1)
-        following[ends - 1] = starts
-        doubled = np.add.reduceat(x * y[following] - x[following] * y, starts)
-    return extents, abs(doubled) / 2
-
-
-def polygons_cover(objects: Sequence[Sequence[np.ndarray]], size: tuple[int, int]) -> np.ndarray:
+def _measure_polygons(
+    polygons: Sequence[Sequence[float]], limits: np.ndarray, may_cross: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Whether objects have a polygon with an area that lies, at least with its extents, in the image.
-
     Args:
-        objects: the polygons of each object, of three points or more.
-        size: height and width of the image.
+        limits: (width, height) of the image of each of n polygons, shape (n, 2).
+        may_cross: whether edges that cross are looked for, shape (n,).
 
     Returns:
-        bool, shape (number of objects,).
+        Left, top, right and bottom, shape (n, 4); the area by the shoelace formula, shape (n,); and
+        the pixels that pycocotools fills, shape (n,), 0 where the area is enough to know.
     """
-    owners = np.repeat(np.arange(len(objects)), [len(x) for x in objects])
-    polygons = list(chain.from_iterable(objects))
-    limits = np.full((len(polygons), 2), size[::-1], dtype=np.float64)
-    covers = _covers(polygons, *_measure_polygons(polygons), limits)
-    return np.isin(np.arange(len(objects)), owners[covers])
+    points = np.fromiter(chain.from_iterable(polygons), np.float64).reshape(-1, 2)
+    num_points = np.array([len(x) // 2 for x in polygons], dtype=int)
+    ends = np.cumsum(num_points)
+    starts = ends - num_points
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
+    x, y = (points - np.repeat(low, num_points, axis=0)).T
+    following = np.arange(1, len(points) + 1)
+    following[ends - 1] = starts
+    areas = abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
+    # Where edges cross, parts count as negative, and little of the extents is left.
+    is_doubtful = may_cross & (areas < _SMALL_SHARE * (high - low).prod(axis=1))
+    is_doubtful &= (high - low >= _MIN_SIDE_OF_CROSSING).all(axis=1)
+    is_doubtful |= areas == 0
+    is_doubtful &= (limits.prod(axis=1) < MAX_PIXELS) & ~((high <= 0) | (low >= limits)).any(axis=1)
+    num_filled = np.zeros(len(polygons))
+    for i in np.flatnonzero(is_doubtful).tolist():
+        width, height = limits[i].astype(int).tolist()
+        (rle,) = mask_util.frPyObjects([list(polygons[i])], height, width)
+        num_filled[i] = mask_util.area(rle)
+    return np.concatenate([low, high], axis=1), areas, num_filled
 
 
-def _covers(
-    polygons: Sequence, extents: np.ndarray, areas: np.ndarray, limits: np.ndarray
-) -> np.ndarray:
-    # limits: (width, height) of each image.
-    covers = ~((extents[:, 2:] <= 0) | (extents[:, :2] >= limits)).any(axis=1)
-    # Where edges cross, the parts may cancel out; pycocotools fills both.
-    for i in np.flatnonzero(covers & (areas == 0)).tolist():
-        covers[i] = _filled_pixels(polygons[i], extents[i], limits[i]) > 0
-    return covers & ~np.isnan(areas)
+def _measure_rle(rle: dict, size: list[float]) -> tuple[MaskState, Sequence[float]]:
+    # State, and left, top, right and bottom.
+    given, runs = rle.get("size"), _runs_of(rle.get("counts"))
+    is_of_size = type(given) in (list, tuple) and list(given) == size
+    if not is_of_size or runs is None or runs.sum() != size[0] * size[1]:
+        return MaskState.BROKEN_RLE, [np.nan] * 4
+    if not runs[1::2].any():
+        return MaskState.EMPTY, [np.nan] * 4
+    return MaskState.MASK, _extents_of_runs(runs, int(size[0]))
 
 
-def _filled_pixels(polygon: Sequence[float], extents: np.ndarray, limits: np.ndarray) -> int:
-    # By pycocotools. Where the size of the image is not known, in one that holds the polygon.
-    width, height = np.where(np.isnan(limits), np.ceil(extents[2:]) + 1, limits)
-    reach = max(-extents.min(), *(extents[2:] - (width, height)))
-    if not reach <= MAX_PIXELS_OUTSIDE or width * height >= MAX_PIXELS:
-        return 0
-    (rle,) = mask_util.frPyObjects([list(polygon)], int(height), int(width))
-    return int(mask_util.area(rle))
+def extents_by_rows(rle: dict) -> list[int]:
+    """Left, top, right and bottom of an RLE that can be used, as if its runs followed the rows."""
+    top, left, bottom, right = _extents_of_runs(_runs_of(rle["counts"]), int(rle["size"][1]))
+    return [left, top, right, bottom]
 
 
-def _measure_rles(
-    found: MeasuredMasks, segmentations: Sequence, sizes: np.ndarray, with_extents: bool
-) -> None:
-    masks = {}
-    for i, rle in enumerate(segmentations):
-        if type(rle) is not dict:
-            continue
-        runs, size = _runs_of(rle.get("counts")), rle.get("size")
-        if type(size) not in (list, tuple) or list(size) != sizes[i].tolist():
-            found.state[i] = MaskState.WRONG_SIZE
-        elif runs is None or runs.sum() != sizes[i].prod():
-            found.state[i] = MaskState.BROKEN_RUNS
-        else:
-            found.state[i] = MaskState.MASK if runs[1::2].any() else MaskState.EMPTY
-            if runs[1::2].any():
-                masks[i] = rle
-    if with_extents:
-        found.extents[list(masks)] = extents_of_rles(list(masks.values()))
+def _extents_of_runs(runs: np.ndarray, length: int) -> list[int]:
+    # The first line and the first pixel of the lines of a length, the end of the last ones.
+    ends = np.cumsum(runs)[1::2][runs[1::2] > 0]
+    starts = ends - runs[1::2][runs[1::2] > 0]
+    lines, last_lines = starts // length, (ends - 1) // length
+    pixels, last_pixels = starts % length, (ends - 1) % length
+    is_broken = last_lines > lines
+    if is_broken.any():  # from one line to the next
+        return [lines[0], 0, last_lines[-1] + 1, length]
+    return [lines[0], pixels.min(), last_lines[-1] + 1, last_pixels.max() + 1]
 
 
 def _runs_of(counts: object) -> np.ndarray | None:
@@ -295,21 +261,6 @@ def _runs_of(counts: object) -> np.ndarray | None:
     for first in (1, 2):
         runs[first::2] = np.cumsum(runs[first::2])
     return runs if runs.min() >= 0 else None
-
-
-def extents_of_rles(rles: Sequence[dict], by_rows: bool = False) -> np.ndarray:
-    """
-    Left, top, right and bottom of RLEs that can be used, shape (n, 4).
-
-    Args:
-        by_rows: read the runs as those of the rows of the image, not of its columns.
-    """
-    if not rles:
-        return np.zeros((0, 4))
-    order = [1, 0] if by_rows else [0, 1]
-    boxes = mask_util.toBbox([compress_mask(x, [x["size"][i] for i in order]) for x in rles])
-    low = boxes[:, :2]
-    return np.concatenate([low[:, order], (low + boxes[:, 2:])[:, order]], axis=1)
 
 
 def compress_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:

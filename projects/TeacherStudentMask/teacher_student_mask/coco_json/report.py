@@ -1,19 +1,40 @@
-"""What can be wrong with a COCO json, what each problem means, and how it is reported."""
+"""
+What COCO jsons and result files hold, what can be wrong with them, and how that is reported.
+
+The types of the fields say which values are allowed, and ``RULES`` what types cannot say.
+"""
 
 from __future__ import annotations
 
 import logging
 import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from tabulate import tabulate
 
 from ..errors import InputError
-from .masks import HUMAN, MAX_PIXELS, MAX_PIXELS_OUTSIDE, MODEL
+from .masks import HUMAN, MAX_COORDINATE, MAX_PIXELS, MODEL
 
-__all__ = ["RULES", "ClassCounts", "Finding", "Report", "Rule", "shorten"]
+__all__ = [
+    "RULES",
+    "AnnotationRow",
+    "CategoryRow",
+    "ClassCounts",
+    "EntryRow",
+    "EvaluatedAnnotationRow",
+    "Finding",
+    "ImageRow",
+    "Report",
+    "Rule",
+    "TrainingImageRow",
+    "shorten",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +44,66 @@ _FEW_OBJECTS, _MAX_NAMES = 5, 20
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
+
+
+def _allow(values: str, **limits) -> Meta:
+    return Meta(extra={"allowed": values}, **limits)
+
+
+_MAX_FLOAT = sys.float_info.max
+# 64 bits, 1 or 1.0.
+_Whole = Annotated[float, Meta(multiple_of=1, ge=-(2.0**63), lt=2.0**63)]
+_Id = Annotated[_Whole, _allow("a whole number")]
+_SIDE = f"a whole number of pixels from 1 to {MAX_COORDINATE}"
+_Side = Annotated[float, _allow(_SIDE, multiple_of=1, ge=1, le=MAX_COORDINATE)]
+_Position = Annotated[float, Meta(ge=-MAX_COORDINATE, le=MAX_COORDINATE)]
+_Size = Annotated[float, Meta(ge=0, le=MAX_COORDINATE)]
+_Box = tuple[_Position, _Position, _Size, _Size]
+_BOX = _allow(
+    f"four numbers of pixels up to {MAX_COORDINATE}, [x, y, width, height], the last two not "
+    "negative"
+)
+_Flag = bool | Annotated[float, Meta(multiple_of=1, ge=0, le=1)]
+_SOURCE = f"{HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made"
+# Some frameworks write the name of the file, "000000000139", as the id of an image.
+_NameOfImage = Annotated[str, Meta(pattern=r"\A[0-9]{1,18}\Z")]
+
+
+class ImageRow(TypedDict):
+    id: _Id
+    height: _Side
+    width: _Side
+
+
+class TrainingImageRow(ImageRow):
+    file_name: Annotated[str, _allow("a name in the image folder", min_length=1)]
+
+
+class CategoryRow(TypedDict):
+    id: _Id
+    name: Annotated[str, _allow("the name of the class", pattern=r"\S")]
+
+
+class AnnotationRow(TypedDict):
+    image_id: Annotated[_Whole, _allow("an id of 'images'")]
+    category_id: Annotated[_Whole, _allow("an id of 'categories'")]
+    bbox: Annotated[_Box, _BOX]
+    id: NotRequired[Annotated[_Whole | str, _allow("a whole number")]]
+    iscrowd: NotRequired[Annotated[_Flag, _allow("0 or 1")]]
+    mask_source: NotRequired[Annotated[Literal["human", "model"], _allow(_SOURCE)]]
+
+
+class EvaluatedAnnotationRow(AnnotationRow):
+    area: Annotated[float, _allow("a finite number, not negative", ge=0, le=_MAX_FLOAT)]
+
+
+class EntryRow(TypedDict):
+    """A detection of a result file."""
+
+    image_id: Annotated[_Whole | _NameOfImage, _allow("an image id of the ground truth")]
+    category_id: Annotated[_Whole, _allow("a category id of the ground truth")]
+    score: Annotated[float, _allow("a finite number", ge=-_MAX_FLOAT, le=_MAX_FLOAT)]
+    bbox: NotRequired[Annotated[_Box | None, _BOX]]
 
 
 @dataclass(frozen=True)
@@ -37,19 +118,12 @@ class Rule:
 
 
 _E, _W = "error", "warning"
-_WHOLE = "allowed: a whole number"
-_SIDE = f"allowed: a whole number of pixels from 1 to {MAX_PIXELS - 1}"
 _UNIQUE = "allowed: values that differ"
 _LIST = "allowed: a list of dicts, at least one"
-_BOX = "allowed: four finite numbers [x, y, width, height], the last two not negative"
-_FAR = f"allowed: pixels, at most {MAX_PIXELS_OUTSIDE} outside the image"
-_OUTLINE = "a list of polygons [[x, y, x, y, x, y, ...], ...]"
-_LEFT_OUT = "training leaves the object out; correct the box"
-_SOURCE = f"allowed: {HUMAN!r} (as without the key), or {MODEL!r} for a mask that a model made"
+_OUTLINE = f"a list of polygons [[x, y, x, y, x, y, ...], ...] of pixels up to {MAX_COORDINATE}"
 _ONLY_BOXES = "or evaluate boxes alone with tasks=('bbox',)"
 
-# The one table: {unit: {name: (field, in training, in evaluation, remedy)}}. A name with a dot is
-# that of a field whose value is of another type than allowed.
+# {unit: {name: (field, in training, in evaluation, remedy)}}
 # fmt: off
 _TABLE = {
     "": {
@@ -65,10 +139,6 @@ _TABLE = {
         "no entries": ("content", "", _W, "there is nothing to measure"),
     },
     "image": {
-        "image.id": ("id", _E, _E, _WHOLE),
-        "image.height": ("height", _E, _E, _SIDE),
-        "image.width": ("width", _E, _E, _SIDE),
-        "image.file_name": ("file_name", _E, "", "allowed: a name in the image folder"),
         "image id twice": ("id", _E, _E, _UNIQUE),
         "large image": ("height x width", _E, _E, f"allowed: fewer than {MAX_PIXELS} pixels"),
         "file twice": ("file_name", _W, "", "several images have it; each counts in training"),
@@ -82,10 +152,10 @@ _TABLE = {
         "colour": ("file_name", _W, "", "training converts it to RGB without a colour profile"),
     },
     "category": {
-        "category.id": ("id", _E, _E, _WHOLE),
-        "category.name": ("name", _E, _E, "allowed: the name of the class"),
         "category id twice": ("id", _E, _E, _UNIQUE),
         "category name twice": ("name", _E, _E, "allowed: names that differ; rename or merge them"),
+        "similar names": ("name", _W, "", "another class differs by blanks or case alone; merge "
+                          "them if they are one"),
         "mostly rectangles": ("name", _W, "", "give null where only the box is known"),
         "many crowds": ("name", _W, "", "training leaves crowds out; an object in several parts is "
                         "none: give it 'iscrowd' 0"),
@@ -94,19 +164,11 @@ _TABLE = {
         "seen without mask": ("name", _W, "", "a seen class without a mask is trained as unseen"),
     },
     "annotation": {
-        "annotation.id": ("id", _E, _E, _WHOLE),
-        "annotation.image_id": ("image_id", _E, _E, "allowed: an id of 'images'"),
-        "annotation.category_id": ("category_id", _E, _E, "allowed: an id of 'categories'"),
-        "annotation.iscrowd": ("iscrowd", _E, _E, "allowed: 0 or 1"),
-        "annotation.mask_source": ("mask_source", _E, _E, _SOURCE),
-        "annotation.area": ("area", "", _E, "allowed: a finite number, not negative"),
         "unknown image": ("image_id", _E, _W, "allowed: an id of 'images'; AP leaves it out"),
         "annotation id twice": ("id", _E, _E, _UNIQUE),
         "annotation without id": ("id", _W, _E, "training does without, but evaluation needs it"),
-        "annotation.bbox": ("bbox", _E, _E, _BOX),
-        "far box": ("bbox", _E, _E, _FAR),
-        "box without area": ("bbox", _W, "", f"a box without area: {_LEFT_OUT}"),
-        "box outside its image": ("bbox", _W, "", f"a box outside its image: {_LEFT_OUT}"),
+        "empty box": ("bbox", _W, "", "nothing of it is inside its image, so training leaves the "
+                      "object out; correct the box"),
         "box reaches out": ("bbox", _W, "", "training cuts it at the edge of the image"),
         "small box": ("bbox", _W, _W, "a box below one pixel: is it normalised to 0 to 1?"),
         "XYXY box": ("bbox", _W, _W, "as [x0, y0, x1, y1] it fits its mask or its image; COCO's is "
@@ -117,19 +179,15 @@ _TABLE = {
         "object twice": ("bbox", _W, _W, "an earlier object is equal in image, class and box"),
         "RLE by rows": ("segmentation", _W, _W, "it fits its box if the runs follow the rows of "
                         "the image; COCO's follow its columns"),
-        "not a mask": ("segmentation", _E, _E, f"allowed: {_OUTLINE} of finite numbers, each of 3 "
-                       "points or more in one flat list (not of pairs [x, y]), an RLE with 'size' "
-                       "and 'counts', or null for an object without a mask"),
-        "far polygon": ("segmentation", _E, _E, _FAR),
-        "RLE of another size": ("segmentation", _E, _E, "allowed: an RLE of the image's [height, "
-                                "width]"),
-        "broken runs": ("segmentation", _E, _E, "allowed: run lengths that add up to the image's "
-                        "height x width"),
+        "not a mask": ("segmentation", _E, _E, f"allowed: {_OUTLINE}, each of 3 points or more in "
+                       "one flat list (not of pairs [x, y]), an RLE with 'size' and 'counts', or "
+                       "null for an object without a mask"),
+        "broken RLE": ("segmentation", _E, _E, "allowed: an RLE of the image's [height, width], "
+                       "whose run lengths add up to height x width"),
         "unread mask": ("segmentation", _W, "", "not a usable mask, but training does not read it, "
                         "as it is of a crowd or an unseen class"),
-        "short polygon": ("segmentation", _W, "", "no polygon has 3 points, so it has a box only"),
-        "mask without a pixel": ("segmentation", _W, "", "it covers nothing of its image, so the "
-                                 "object counts as one without a mask"),
+        "empty mask": ("segmentation", _W, "", "no polygon has 3 points, or nothing of it is in "
+                       "its image, so the object counts as one without a mask"),
         "crossing edges": ("segmentation", _W, _W, "edges of the outline cross; the mask is the "
                            "pixels that pycocotools fills; draw the points in order"),
         "no mask": ("segmentation", "", _E, "mask AP needs a mask on every object, of unseen "
@@ -142,10 +200,6 @@ _TABLE = {
                            "register_partial_coco, or give its path in DATASETS.TRAIN"),
     },
     "entry": {
-        "entry.image_id": ("image_id", "", _E, "allowed: an image id of the ground truth"),
-        "entry.category_id": ("category_id", "", _E, "allowed: a category id of the ground truth"),
-        "entry.score": ("score", "", _E, "allowed: a finite number"),
-        "entry.bbox": ("bbox", "", _E, _BOX),
         "entry.segmentation": ("segmentation", "", _E, f"allowed: {_OUTLINE} or an RLE of the "
                                "image's size"),
         "entry twice": ("segmentation", "", _W, "an earlier entry has all of image, class, score "
@@ -153,7 +207,19 @@ _TABLE = {
     },
 }
 # fmt: on
-RULES = {k: Rule(unit, *x) for unit, rules in _TABLE.items() for k, x in rules.items()}
+_TYPES = {
+    "image": TrainingImageRow,
+    "category": CategoryRow,
+    "annotation": EvaluatedAnnotationRow,
+    "entry": EntryRow,
+}
+# "image.id" and its like: the value of a field is of another type than allowed.
+RULES = {
+    f"{unit}.{x.name}": Rule(unit, x.name, _E, _E, f"allowed: {x.type.extra['allowed']}")
+    for unit, row_type in _TYPES.items()
+    for x in msgspec.inspect.type_info(row_type).fields
+}
+RULES.update({k: Rule(unit, *x) for unit, rules in _TABLE.items() for k, x in rules.items()})
 
 
 def shorten(value: object) -> str:
@@ -287,16 +353,15 @@ class Report:
             is_bad: shape (n,), one for each row.
             describe: from a row's index to its value as text; None: what the row has as the field.
         """
-        indices = np.flatnonzero(is_bad).tolist()
-        key, has_ids = RULES[rule].field, RULES[rule].unit != "entry"
+        indices, key = np.flatnonzero(is_bad), RULES[rule].field
+        has_ids = RULES[rule].unit != "entry"
         examples = []
-        for i in indices[:_MAX_EXAMPLES]:
+        for i in indices[:_MAX_EXAMPLES].tolist():
             row = rows[i]
             name = shorten(row["id"]) if "id" in row and has_ids else f"number {i}"
             value = shorten(row[key]) if key in row else "missing"
             examples.append((name, value if describe is None else describe(i)))
-        if indices:
-            self._add(rule, RULES[rule].remedy, len(indices), examples)
+        self._add(rule, RULES[rule].remedy, len(indices), examples)
 
     def add_to_file(self, rule: str, value: str, remedy: str = "") -> None:
         """Add a finding about the file as a whole; `remedy` takes the place of the rule's."""
@@ -304,7 +369,7 @@ class Report:
 
     def _add(self, rule: str, remedy: str, count: int, examples: list) -> None:
         severity = getattr(RULES[rule], self.use)
-        if severity:
+        if severity and count:
             self.findings.append(Finding(rule, severity, self.file, remedy, count, tuple(examples)))
 
 

@@ -5,28 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from typing import Annotated, NotRequired, TypedDict
 
 import numpy as np
 import pycocotools.mask as mask_util
-from msgspec import Meta
 from pycocotools.coco import COCO
 
 from ..errors import InputError
-from .checks import Box, Whole, check_coco, check_types
+from .checks import check_coco, check_types
 from .files import read_json
 from .masks import MaskState, compress_mask, has_mask, measure_masks, valid_polygons
-from .report import Finding, Report
+from .report import EntryRow, Finding, Report
 
 __all__ = ["load_ground_truth", "load_results", "prepare_ground_truth"]
-
-
-class _Entry(TypedDict):
-    # Some frameworks write the name of the file, "000000000139", as the id of an image.
-    image_id: Whole | Annotated[str, Meta(pattern=r"\A[0-9]{1,18}\Z")]
-    category_id: Whole
-    score: float
-    bbox: NotRequired[Box | None]
 
 
 def load_ground_truth(
@@ -134,39 +124,39 @@ def load_results(
             f"{report.file}: the content is a {type(entries).__name__}; allowed: a list of "
             '{"image_id", "category_id", "segmentation", "score"}.'
         )
-    check_types(report, entries, "entry", _Entry)
+    check_types(report, entries, "entry", EntryRow)
     report.raise_on_error()
     image_ids = [int(x["image_id"]) for x in entries]
     category_ids = [int(x["category_id"]) for x in entries]
-    scores = [float(x["score"]) for x in entries]
     report.add("entry.image_id", entries, [x not in coco.imgs for x in image_ids])
     report.add("entry.category_id", entries, [x not in coco.cats for x in category_ids])
-    report.add("entry.score", entries, ~np.isfinite(scores))
     report.raise_on_error()
 
     sizes = [(coco.imgs[x]["height"], coco.imgs[x]["width"]) for x in image_ids]
     segmentations = [x.get("segmentation") for x in entries]
-    state = measure_masks(segmentations, np.array(sizes).reshape(-1, 2)).state
+    state = measure_masks(segmentations, np.array(sizes, dtype=np.float64).reshape(-1, 2)).state
     report.add("entry.segmentation", entries, ~np.isin(state, (MaskState.MASK, MaskState.EMPTY)))
     report.raise_on_error()
-    rles = [compress_mask(*of_one) for of_one in zip(segmentations, sizes)]
-    boxes = [
-        mask_util.toBbox(rle).tolist() if x.get("bbox") is None else list(map(float, x["bbox"]))
-        for x, rle in zip(entries, rles)
-    ]
-    is_box = [np.isfinite(x).all() and min(x[2:]) >= 0 for x in boxes]
-    report.add("entry.bbox", entries, np.logical_not(is_box))
-    report.raise_on_error()
-
+    results, known, is_known = [], set(), []
+    for i, entry in enumerate(entries):
+        rle = compress_mask(segmentations[i], sizes[i])
+        box = mask_util.toBbox(rle).tolist() if entry.get("bbox") is None else entry["bbox"]
+        result = {
+            "image_id": image_ids[i],
+            "category_id": category_ids[i],
+            "score": float(entry["score"]),
+            "bbox": [float(x) for x in box],
+            "segmentation": rle,
+            "area": float(mask_util.area(rle)),
+        }
+        key = (image_ids[i], category_ids[i], result["score"], rle["counts"])
+        is_known.append(key in known)
+        known.add(key)
+        results.append(result)
+    report.add("entry twice", entries, is_known)
     if not entries:
         report.add_to_file("no entries", "empty")
-    keys = list(zip(image_ids, category_ids, scores, [x["counts"] for x in rles]))
-    known = set()
-    report.add("entry twice", entries, [x in known or known.add(x) is not None for x in keys])
     report.log()
     if warnings is not None:
         warnings.extend(report.warnings)
-    names = ("image_id", "category_id", "score", "bbox", "segmentation", "area")
-    areas = [float(mask_util.area(x)) for x in rles]
-    columns = (image_ids, category_ids, scores, boxes, rles, areas)
-    return [dict(zip(names, values)) for values in zip(*columns)]
+    return results

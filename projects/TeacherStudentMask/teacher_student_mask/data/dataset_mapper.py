@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
-from ..coco_json.masks import MaskState, compress_mask, measure_masks, polygons_cover
+from ..coco_json.masks import MaskState, compress_mask, measure_masks
 from ..coco_json.report import shorten
 from ..errors import InputError
 from ..structures import ImageMask
@@ -134,7 +134,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             human = [x for x in annotations if not is_from_model(x)]
             boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYWH_ABS) for x in human]
             segmentations = [x["segmentation"] for x in human]
-            sizes = np.full((len(human), 2), np.nan)
+            sizes = np.full((len(human), 2), np.inf)
             masks = measure_masks(segmentations, sizes, np.array(boxes, np.float64).reshape(-1, 4))
             for i in np.flatnonzero(masks.is_rectangle):
                 human[i]["segmentation"] = None
@@ -241,7 +241,9 @@ def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -
     """
     if isinstance(masks, BitMasks):
         return masks.nonempty()
-    return torch.from_numpy(polygons_cover(masks.polygons, image_shape))
+    polygons = [[x.tolist() for x in of_one] for of_one in masks.polygons]
+    state = measure_masks(polygons, np.full((len(polygons), 2), image_shape)).state
+    return torch.from_numpy(state == MaskState.MASK)
 
 
 def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
