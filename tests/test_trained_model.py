@@ -21,7 +21,6 @@ import train_net
 from teacher_student_mask import add_teacher_student_mask_config, trained_model
 from teacher_student_mask.errors import InputError
 from teacher_student_mask.trained_model import (
-    check_pickles,
     dataset_classes,
     find_model,
     find_test_dataset,
@@ -253,8 +252,9 @@ def test_a_base_is_never_downloaded(write, tmp_path, monkeypatch, base):
 
 def test_trust_is_taken_from_the_command_line_alone(write, log):
     path = write("a.yaml", "MODEL: {TRUST_PICKLED_WEIGHTS: True, WEIGHTS: x.pkl}\n")
-    cfg = read_config(path)
-    assert cfg.MODEL.TRUST_PICKLED_WEIGHTS is False and cfg.MODEL.WEIGHTS == "x.pkl"
+    with pytest.raises(InputError, match="x.pkl' were refused"):
+        read_config(path)
+    assert read_config(path, weights="x.pth").MODEL.TRUST_PICKLED_WEIGHTS is False
     assert "MODEL.TRUST_PICKLED_WEIGHTS of" in log.text and "is ignored" in log.text
     cfg = read_config(path, ["MODEL.TRUST_PICKLED_WEIGHTS", True])
     assert cfg.MODEL.TRUST_PICKLED_WEIGHTS is True
@@ -281,7 +281,7 @@ def test_a_file_that_is_no_config_is_named(write, text, words):
 
 
 def check(weights, trust=False):
-    check_pickles(read_config("", ["MODEL.WEIGHTS", weights, "MODEL.TRUST_PICKLED_WEIGHTS", trust]))
+    read_config("", ["MODEL.WEIGHTS", weights, "MODEL.TRUST_PICKLED_WEIGHTS", trust])
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,8 @@ def test_urls_cannot_leave_the_folder_of_downloads(weights, trust):
 def test_precomputed_proposals_are_pickles():
     opts = ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", ("boxes.bin",)]
     with pytest.raises(InputError, match="MODEL.LOAD_PROPOSALS is True: a pickle can run"):
-        check_pickles(read_config("", opts))
-    check_pickles(read_config("", [*opts, "MODEL.TRUST_PICKLED_WEIGHTS", True]))
+        read_config("", opts)
+    read_config("", [*opts, "MODEL.TRUST_PICKLED_WEIGHTS", True])
 
 
 class Net(nn.Module):
@@ -343,7 +343,7 @@ class Net(nn.Module):
 
 def load(weights, trust=False):
     model = Net()
-    with safe_loading(str(weights), trust):
+    with safe_loading(model, str(weights), trust):
         DetectionCheckpointer(model).load(str(weights))
     return model.a.tolist()
 

@@ -17,7 +17,6 @@ from typing import IO
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
@@ -29,12 +28,10 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..class_splits import AUTO, match_classes
-from ..coco_json import classes_of, read_json
 from ..data import (
     TeacherStudentDatasetMapper,
     build_train_loader,
     check_datasets,
-    register_json_datasets,
     resolve_auto_settings,
 )
 from ..data.datasets import answer_of_main_process
@@ -43,15 +40,12 @@ from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
 from ..trained_model import (
-    check_pickles,
     check_weights,
     choose_device,
     dataset_classes,
     find_model_classes,
     last_checkpoint,
     load_weights,
-    missing_parameters,
-    model_folders,
     read_class_names,
     read_config,
     refuse_missing,
@@ -115,7 +109,7 @@ class Trainer(DefaultTrainer):
         if is_resumed:
             weights = self.checkpointer.get_checkpoint_file()
         is_trusted = self.cfg.MODEL.TRUST_PICKLED_WEIGHTS
-        with safe_loading(weights, is_trusted), missing_parameters(model) as missing:
+        with safe_loading(model, weights, is_trusted) as missing:
             super().resume_or_load(resume)
         if is_resumed or len(missing) == len(list(model.parameters())):
             refuse_missing(weights, missing)
@@ -166,8 +160,8 @@ class Trainer(DefaultTrainer):
     @staticmethod
     def _class_names(cfg: CfgNode) -> list[str]:
         # OUTPUT_DIR first: a training may begin with the weights of one on other classes.
-        folders = (cfg.OUTPUT_DIR, os.path.dirname(cfg.MODEL.WEIGHTS))
-        return answer_of_main_process(lambda: find_model_classes(cfg, folders)[0])
+        files = [os.path.join(cfg.OUTPUT_DIR, "config.yaml"), cfg.MODEL.WEIGHTS]
+        return answer_of_main_process(lambda: find_model_classes(cfg, files)[0])
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> OrderedDict:
@@ -239,7 +233,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         InputError: a key, a value, or what it names is wrong.
     """
     cfg = read_config(args.config_file, args.opts)
-    check_pickles(cfg)
     has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
     from_scratch = not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only)
     if from_scratch and cfg.MODEL.RESNETS.NORM == "FrozenBN":
@@ -254,11 +247,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-    register_json_datasets(cfg)
     # Before the first file is written.
-    if not args.eval_only:
-        check = _check_resumed_classes if args.resume else _check_output_dir
-        answer_of_main_process(lambda: check(cfg))
+    if not (args.eval_only or args.resume):
+        answer_of_main_process(lambda: _check_output_dir(cfg.OUTPUT_DIR))
     last = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
@@ -285,26 +276,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _check_resumed_classes(cfg: CfgNode) -> None:
-    earlier = read_class_names(cfg.OUTPUT_DIR)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
-    if earlier is None or metadata is None:
-        return
-    names = metadata.get("thing_classes")
-    if not names and metadata.get("json_file"):
-        # What is wrong with the file itself is said by its checks.
-        with contextlib.suppress(InputError, KeyError, TypeError):
-            names = classes_of(read_json(metadata.json_file))["thing_classes"]
-    if names and list(names) != earlier[0]:
-        raise InputError(
-            f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
-            f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
-            f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
-        )
-
-
-def _check_output_dir(cfg: CfgNode) -> None:
-    folder = cfg.OUTPUT_DIR
+def _check_output_dir(folder: str) -> None:
     found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
     if found:
         numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
@@ -331,7 +303,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         () if args.eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,
         cfg.DATASETS.SEEN_CLASSES,
-        # Of a run that goes on the names are compared.
+        # Of a run that goes on the names are compared, below.
         num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn and earlier is None else None,
         reads_masks=cfg.MODEL.MASK_ON,
         # With box supervision boxes teach them, too, and with this key masks of models.
@@ -340,11 +312,17 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
     )
     if args.eval_only:
-        folders = model_folders(cfg, args.config_file)
-        names, ids = answer_of_main_process(lambda: find_model_classes(cfg, folders))
+        files = [cfg.MODEL.WEIGHTS, args.config_file]
+        names, ids = answer_of_main_process(lambda: find_model_classes(cfg, files))
     else:
         training_classes(cfg)
         names, ids = dataset_classes(cfg.DATASETS.TRAIN[0])
+        if earlier is not None and names != earlier[0]:
+            raise InputError(
+                f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
+                f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
+                f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
+            )
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
     return names, ids
