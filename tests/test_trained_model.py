@@ -19,16 +19,15 @@ from torch import nn
 import teacher_student_mask
 import train_net
 from teacher_student_mask import add_teacher_student_mask_config, trained_model
+from teacher_student_mask.data import dataset_classes
 from teacher_student_mask.errors import InputError
+from teacher_student_mask.run_folder import find_model, write_class_names
 from teacher_student_mask.trained_model import (
-    dataset_classes,
-    find_model,
     find_test_dataset,
     load_config,
     load_model,
     read_config,
     safe_loading,
-    write_class_names,
 )
 
 ZOO = "ImageNetPretrained/MSRA/R-50.pkl"

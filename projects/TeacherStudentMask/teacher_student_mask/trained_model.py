@@ -8,13 +8,11 @@ does not fit the model is an error, where Detectron2 warns and goes on with rand
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle  # nosec B403  # Only its exception is used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlparse
 
 import detectron2.data.transforms as T
@@ -25,41 +23,34 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import nn
 
 from .config import add_teacher_student_mask_config
-from .data import register_json_datasets, resolve_auto_settings
+from .data import dataset_classes, register_json_datasets, resolve_auto_settings
 from .errors import InputError
 from .modeling import TeacherStudentROIHeads
+from .run_folder import find_model, read_class_names
 
 __all__ = [
     "TrainedModel",
     "check_weights",
     "choose_device",
-    "dataset_classes",
-    "find_model",
     "find_model_classes",
     "find_test_dataset",
-    "last_checkpoint",
     "load_config",
     "load_model",
     "load_weights",
-    "read_class_names",
     "read_config",
     "refuse_missing",
     "safe_loading",
-    "write_class_names",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Mask heads, and where their parameters are in the model.
 _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
-# Beside the weights: "id" and "name" of the model's classes, in their order; in an export: names.
-_CLASS_NAMES_FILES = ("categories.json", "classes.json")
 # Pickles that are Detectron2's own.
 _TRUSTED_PREFIXES = (
     "detectron2://",
@@ -165,47 +156,6 @@ def load_model(
     load_weights(network, cfg, heads=heads)
     names, ids = find_model_classes(cfg, [cfg.MODEL.WEIGHTS, config_file])
     return TrainedModel(cfg, network.eval(), names, ids, heads)
-
-
-def find_model(model: str | os.PathLike) -> tuple[str, str | None]:
-    """
-    The config and the weights of a model.
-
-    Args:
-        model: folder that a training, or ``tsmask export`` in the format "plain", has written. Its
-            weights are model_best.pth, else model_final.pth, else the last checkpoint, else the
-            export's model.pth. A yaml stands for itself, with the weights that it names.
-
-    Returns:
-        The paths of both; None for the weights of a yaml.
-
-    Raises:
-        InputError: there is no such folder, or it lacks config or weights.
-    """
-    path = Path(model)
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return str(path), None
-    config = path / "config.yaml"
-    names = ["model_best.pth", "model_final.pth", "model.pth"]
-    if last := last_checkpoint(path):
-        names.insert(2, os.path.basename(last))
-    weights = [path / x for x in names if (path / x).is_file()]
-    if config.is_file() and weights:
-        return str(config), str(weights[0])
-    lacking = "is not a folder" if not path.is_dir() else f"has no {config.name}"
-    if config.is_file():
-        lacking = f"has config.yaml, but none of {', '.join(names)}"
-    raise InputError(
-        f"{model} {lacking}. The folder of a training holds config.yaml and model_final.pth, or, "
-        "until it ends, a checkpoint and last_checkpoint with its name. For other files give "
-        "--config-file and --weights."
-    )
-
-
-def last_checkpoint(folder: str | os.PathLike) -> str:
-    """Path of the checkpoint that a training has written last, "" before the first."""
-    path = Path(folder, "last_checkpoint")
-    return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
 
 
 # ---- configs ----
@@ -399,46 +349,6 @@ def refuse_missing(weights: str, missing: Sequence[str]) -> None:
 
 
 # ---- classes and datasets ----
-
-
-def write_class_names(folder: str | os.PathLike, names: list[str], ids: list[int]) -> None:
-    """Write the classes of a model to its folder, in the main process, if they have names."""
-    if names and comm.is_main_process():
-        categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
-        path = Path(folder, _CLASS_NAMES_FILES[0])
-        path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
-
-
-def read_class_names(folder: str | os.PathLike) -> tuple[list[str], list[int]] | None:
-    """
-    Names and the dataset's category ids, by contiguous id, that a training or an export has written
-    into a folder; None where no file tells them.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    for path in (Path(folder, x) for x in _CLASS_NAMES_FILES):
-        if path.is_file():
-            try:
-                rows = json.loads(path.read_text(encoding="utf-8"))
-                if path.name == _CLASS_NAMES_FILES[1]:
-                    return [str(x) for x in rows], list(range(len(rows)))
-                return [x["name"] for x in rows], [x["id"] for x in rows]
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"The classes in {path} cannot be read: {error!r}.") from error
-    return None
-
-
-def dataset_classes(dataset: str) -> tuple[list[str], list[int]]:
-    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
-    metadata = MetadataCatalog.get(dataset)
-    if not metadata.get("thing_classes"):
-        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
-    names = metadata.get("thing_classes", [])
-    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
-    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
-    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
-    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
 
 
 def find_model_classes(cfg: CfgNode, files: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import InputError
+from ..run_folder import find_model
 
 __all__ = ["COMMANDS", "add_model_arguments", "find_model_files", "main"]
 
@@ -55,8 +56,6 @@ def find_model_files(args: argparse.Namespace) -> tuple[str, str | None]:
         raise InputError("name one model: MODEL, the folder of a training, or --config-file YAML.")
     if args.config_file:
         return args.config_file, args.weights
-    from ..trained_model import find_model
-
     config_file, weights = find_model(args.model)
     return config_file, args.weights or weights
 

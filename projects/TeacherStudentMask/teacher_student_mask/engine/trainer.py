@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from detectron2.config import CfgNode
@@ -32,6 +28,7 @@ from ..data import (
     TeacherStudentDatasetMapper,
     build_train_loader,
     check_datasets,
+    dataset_classes,
     resolve_auto_settings,
 )
 from ..data.datasets import answer_of_main_process
@@ -39,24 +36,27 @@ from ..data.seen_classes import training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
+from ..run_folder import (
+    check_is_new,
+    last_checkpoint,
+    open_atomically,
+    read_class_names,
+    write_class_names,
+)
 from ..trained_model import (
     check_weights,
     choose_device,
-    dataset_classes,
     find_model_classes,
-    last_checkpoint,
     load_weights,
-    read_class_names,
     read_config,
     refuse_missing,
     safe_loading,
-    write_class_names,
 )
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Trainer", "main", "open_atomically", "setup"]
+__all__ = ["Trainer", "main", "setup"]
 
 
 class Trainer(DefaultTrainer):
@@ -114,7 +114,8 @@ class Trainer(DefaultTrainer):
         if is_resumed or len(missing) == len(list(model.parameters())):
             refuse_missing(weights, missing)
         # Not before: a training that cannot begin leaves the files of an earlier one alone.
-        write_class_names(self.cfg.OUTPUT_DIR, *dataset_classes(self.cfg.DATASETS.TRAIN[0]))
+        if comm.is_main_process():
+            write_class_names(self.cfg.OUTPUT_DIR, *dataset_classes(self.cfg.DATASETS.TRAIN[0]))
 
     def state_dict(self) -> dict:
         state = super().state_dict()
@@ -199,7 +200,8 @@ def main(args: argparse.Namespace) -> dict | None:
         model = Trainer.build_model(cfg)
         load_weights(model, cfg, heads=[cfg.TEST.MASK_HEAD])
         _write_config(cfg)
-        write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
+        if comm.is_main_process():
+            write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
         comm.synchronize()
         evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
         return Trainer.test(cfg, model, evaluators)
@@ -249,7 +251,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.backends.cudnn.benchmark = False
     # Before the first file is written.
     if not (args.eval_only or args.resume):
-        answer_of_main_process(lambda: _check_output_dir(cfg.OUTPUT_DIR))
+        answer_of_main_process(lambda: check_is_new(cfg.OUTPUT_DIR))
     last = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
@@ -274,18 +276,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
         )
     return cfg
-
-
-def _check_output_dir(folder: str) -> None:
-    found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
-    if found:
-        numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
-        free = next(x for x in numbered if not os.path.exists(x))
-        raise InputError(
-            f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
-            f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
-            "--resume."
-        )
 
 
 def _write_config(cfg: CfgNode) -> None:
@@ -326,21 +316,6 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
     return names, ids
-
-
-@contextlib.contextmanager
-def open_atomically(path: str, mode: str = "w") -> Iterator[IO]:
-    """
-    Write a local file that takes its name, and the place of an older one, once it is complete.
-
-    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
-    """
-    partial = f"{path}.partial"
-    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class _AtomicPathManager:
