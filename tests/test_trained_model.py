@@ -86,6 +86,8 @@ def test_a_folder_is_a_model(save, tmp_path):
     config, _ = save()
     folder = Path(config).parent
     assert teacher_student_mask.load(folder).cfg.MODEL.WEIGHTS == str(folder / "model.pth")
+    with pytest.raises(InputError, match="other.pth do not exist"):  # changes win
+        load_model(folder, opts=["MODEL.WEIGHTS", "other.pth"])
     (folder / "last_checkpoint").write_text("model_0000009.pth")
     for name in ("model_0000009.pth", "model_final.pth", "model_best.pth"):
         (folder / name).touch()

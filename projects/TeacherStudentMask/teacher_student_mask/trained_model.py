@@ -136,7 +136,9 @@ def load_model(
             another; or the model does not have these mask heads.
     """
     config_file, found = find_model(model)
-    cfg = load_config(config_file, opts, weights=weights or found)
+    if found:
+        opts = ["MODEL.WEIGHTS", found, *opts]
+    cfg = load_config(config_file, opts, weights=weights)
     if score_threshold is not None:
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
     built = cfg.clone()

@@ -235,12 +235,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         InputError: a key, a value, or what it names is wrong.
     """
     cfg = read_config(args.config_file, args.opts)
-    has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
-    from_scratch = not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only)
-    if from_scratch and cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
-        cfg.MODEL.RESNETS.NORM = "BN"
-        cfg.MODEL.BACKBONE.FREEZE_AT = 0
     if cfg.DETERMINISTIC:
         if cfg.SEED < 0 or cfg.CUDNN_BENCHMARK:
             raise InputError("DETERMINISTIC needs SEED of 0 or more, and CUDNN_BENCHMARK False.")
@@ -260,6 +254,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
         setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
     choose_device(cfg)
+    has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
+    if not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only):
+        if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+            # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
+            cfg.MODEL.RESNETS.NORM = "BN"
+            cfg.MODEL.BACKBONE.FREEZE_AT = 0
+        logger.warning(
+            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
+            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
+        )
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
     cfg = resolve_auto_settings(cfg, needs_seen_classes=is_asked)
@@ -270,11 +274,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if from_scratch:
-        logger.warning(
-            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
-            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
-        )
     return cfg
 
 
