@@ -70,10 +70,7 @@ def test_what_is_missing_or_wrong_is_named(save, tmp_path):
     config, weights = save()
     for options, words in (
         ({}, "MODEL.WEIGHTS is empty; give the checkpoint of a trained model"),
-        (
-            {"weights": str(tmp_path / "no.pth")},
-            "no.pth do not exist; give the path of a checkpoint",
-        ),
+        ({"weights": str(tmp_path / "no.pth")}, "no.pth do not exist; give the path of a check"),
         ({"opts": ["MODEL.NOTHING", 1]}, "changes 'MODEL.NOTHING 1' are wrong: .*MODEL.NOTHING"),
         ({"heads": ["stundent"], "weights": weights}, "No such head.*has: student, teacher"),
     ):
@@ -95,9 +92,8 @@ def test_a_folder_is_a_model(save, tmp_path):
     assert find_model(config) == (config, None)
     for path in folder.glob("*.pth"):
         path.unlink()
-    words = "has config.yaml, but none of model_best.pth, model_final.pth, model_0000009.pth"
     for model, words in (
-        (folder, words),
+        (folder, "has config.yaml, but none of model_best.pth, model_final.pth, model_0000009.p"),
         (tmp_path, "has no config.yaml. The folder of a training holds config.yaml and model_f"),
         (tmp_path / "trian", "trian is not a folder"),
     ):

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add model, inputs and outputs."""
     add_model_arguments(parser)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder or glob")
+    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder or glob; all behind MODEL")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     text = "keep detections with a score above this (default: %(default)s)"
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
