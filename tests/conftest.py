@@ -137,6 +137,20 @@ def tiny_cfg(tmp_path) -> Callable[..., CfgNode]:
     return make
 
 
+@pytest.fixture
+def stop_before_model(monkeypatch):
+    """Stop train_net where it would build its model; returns the exception that tells of it."""
+
+    class Built(Exception):
+        pass
+
+    def build_model(*args):
+        raise Built
+
+    monkeypatch.setattr("teacher_student_mask.engine.Trainer.build_model", build_model)
+    return Built
+
+
 @pytest.fixture(scope="session")
 def coco_root() -> str:
     """Folder of COCO 2017 with ``annotations`` and ``val2017``; skips where there is none."""

@@ -131,14 +131,8 @@ def train(tmp_path, config_file):
     def run(name, *flags, opts=()):
         output = tmp_path / name
         arguments = [*flags, "--config-file", str(config_file), "OUTPUT_DIR", str(output)]
-        arguments += [
-            "SOLVER.MAX_ITER",
-            6,
-            "DATASETS.TEST",
-            (),
-            "MODEL.PSEUDO_MASK.WARMUP_ITERS",
-            1,
-        ]
+        arguments += ["SOLVER.MAX_ITER", 6, "DATASETS.TEST", "()"]
+        arguments += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 1]
         arguments += ["SOLVER.STEPS", (3,), "DATALOADER.NUM_WORKERS", 0, *opts]
         train_net.main(default_argument_parser().parse_args(list(map(str, arguments))))
         return output

@@ -140,14 +140,6 @@ def test_masks_of_a_model_in_one_dataset_are_trained_on(run, make_tiny_coco, tin
     assert (output / "model_final.pth").is_file()
 
 
-def test_evaluation_refuses_weights_that_do_not_fit(run):
-    opts = ["MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "MODEL.WEIGHTS", run.untrained]
-    with pytest.raises(InputError, match="or has them in another shape: roi_heads.mask_head"):
-        run("--eval-only", opts=opts)
-    with pytest.raises(InputError, match="MODEL.WEIGHTS is empty"):
-        run("--eval-only", opts=["MODEL.WEIGHTS", ""])
-
-
 # ---- classes are matched by name ----
 
 
@@ -238,13 +230,12 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_classes(run, make_t
         for x in data["categories"]:
             x["name"] = names.get(x["name"], x["name"])
 
-    log_file = (output / "log.txt").read_bytes()
     for change, classes in ((add, "new, ant, cat, ship"), (exchange, "ship, cat, ant")):
         opts = ["DATASETS.TRAIN", (make_tiny_coco(change).name,), "SOLVER.MAX_ITER", 4]
         for num_classes in (3, 4):
             with pytest.raises(InputError, match=f"classes {classes}, but .* on ant, cat, ship;"):
                 run("--resume", opts=[*opts, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes])
-    assert (output / "log.txt").read_bytes() == log_file
+    assert files_of(output) == before
     with pytest.raises(InputError, match="lacks .* parameters|cannot be used"):
         run("--resume", opts=["MODEL.ROI_MASK_HEAD.CONV_DIM", 16, "SOLVER.MAX_ITER", 4])
     assert run("--resume") == output  # nothing is left to do, and no evaluation follows

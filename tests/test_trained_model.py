@@ -19,17 +19,15 @@ from torch import nn
 import teacher_student_mask
 import train_net
 from teacher_student_mask import add_teacher_student_mask_config, trained_model
+from teacher_student_mask.data import dataset_classes
 from teacher_student_mask.errors import InputError
+from teacher_student_mask.run_folder import find_model, write_class_names
 from teacher_student_mask.trained_model import (
-    check_pickles,
-    dataset_classes,
-    find_model,
     find_test_dataset,
     load_config,
     load_model,
     read_config,
     safe_loading,
-    write_class_names,
 )
 
 ZOO = "ImageNetPretrained/MSRA/R-50.pkl"
@@ -72,10 +70,7 @@ def test_what_is_missing_or_wrong_is_named(save, tmp_path):
     config, weights = save()
     for options, words in (
         ({}, "MODEL.WEIGHTS is empty; give the checkpoint of a trained model"),
-        (
-            {"weights": str(tmp_path / "no.pth")},
-            "no.pth do not exist; give the path of a checkpoint",
-        ),
+        ({"weights": str(tmp_path / "no.pth")}, "no.pth do not exist; give the path of a check"),
         ({"opts": ["MODEL.NOTHING", 1]}, "changes 'MODEL.NOTHING 1' are wrong: .*MODEL.NOTHING"),
         ({"heads": ["stundent"], "weights": weights}, "No such head.*has: student, teacher"),
     ):
@@ -88,6 +83,8 @@ def test_a_folder_is_a_model(save, tmp_path):
     config, _ = save()
     folder = Path(config).parent
     assert teacher_student_mask.load(folder).cfg.MODEL.WEIGHTS == str(folder / "model.pth")
+    with pytest.raises(InputError, match="other.pth do not exist"):  # changes win
+        load_model(folder, opts=["MODEL.WEIGHTS", "other.pth"])
     (folder / "last_checkpoint").write_text("model_0000009.pth")
     for name in ("model_0000009.pth", "model_final.pth", "model_best.pth"):
         (folder / name).touch()
@@ -95,9 +92,8 @@ def test_a_folder_is_a_model(save, tmp_path):
     assert find_model(config) == (config, None)
     for path in folder.glob("*.pth"):
         path.unlink()
-    words = "has config.yaml, but none of model_best.pth, model_final.pth, model_0000009.pth"
     for model, words in (
-        (folder, words),
+        (folder, "has config.yaml, but none of model_best.pth, model_final.pth, model_0000009.p"),
         (tmp_path, "has no config.yaml. The folder of a training holds config.yaml and model_f"),
         (tmp_path / "trian", "trian is not a folder"),
     ):
@@ -253,8 +249,9 @@ def test_a_base_is_never_downloaded(write, tmp_path, monkeypatch, base):
 
 def test_trust_is_taken_from_the_command_line_alone(write, log):
     path = write("a.yaml", "MODEL: {TRUST_PICKLED_WEIGHTS: True, WEIGHTS: x.pkl}\n")
-    cfg = read_config(path)
-    assert cfg.MODEL.TRUST_PICKLED_WEIGHTS is False and cfg.MODEL.WEIGHTS == "x.pkl"
+    with pytest.raises(InputError, match="x.pkl' were refused"):
+        read_config(path)
+    assert read_config(path, weights="x.pth").MODEL.TRUST_PICKLED_WEIGHTS is False
     assert "MODEL.TRUST_PICKLED_WEIGHTS of" in log.text and "is ignored" in log.text
     cfg = read_config(path, ["MODEL.TRUST_PICKLED_WEIGHTS", True])
     assert cfg.MODEL.TRUST_PICKLED_WEIGHTS is True
@@ -281,7 +278,7 @@ def test_a_file_that_is_no_config_is_named(write, text, words):
 
 
 def check(weights, trust=False):
-    check_pickles(read_config("", ["MODEL.WEIGHTS", weights, "MODEL.TRUST_PICKLED_WEIGHTS", trust]))
+    read_config("", ["MODEL.WEIGHTS", weights, "MODEL.TRUST_PICKLED_WEIGHTS", trust])
 
 
 @pytest.mark.parametrize(
@@ -331,8 +328,8 @@ def test_urls_cannot_leave_the_folder_of_downloads(weights, trust):
 def test_precomputed_proposals_are_pickles():
     opts = ["MODEL.LOAD_PROPOSALS", True, "DATASETS.PROPOSAL_FILES_TRAIN", ("boxes.bin",)]
     with pytest.raises(InputError, match="MODEL.LOAD_PROPOSALS is True: a pickle can run"):
-        check_pickles(read_config("", opts))
-    check_pickles(read_config("", [*opts, "MODEL.TRUST_PICKLED_WEIGHTS", True]))
+        read_config("", opts)
+    read_config("", [*opts, "MODEL.TRUST_PICKLED_WEIGHTS", True])
 
 
 class Net(nn.Module):
@@ -343,7 +340,7 @@ class Net(nn.Module):
 
 def load(weights, trust=False):
     model = Net()
-    with safe_loading(str(weights), trust):
+    with safe_loading(model, str(weights), trust):
         DetectionCheckpointer(model).load(str(weights))
     return model.a.tolist()
 

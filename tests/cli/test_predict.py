@@ -97,15 +97,13 @@ def test_results_are_those_of_default_predictor(run, model):
 
 
 def test_a_folder_and_a_config_name_the_same_model(run, model, capsys):
-    for name in ("a.png", "b.png"):
-        write_image(Path(name), 40, 60)
-    output = ["--output-dir", "out", "--score-threshold", "0"]
-    found = []
-    for words in (["model", "a.png", "b.png"], ["a.png", "b.png", "--config-file", model[0]]):
-        assert main(["predict", *words, *output, "--opts", "MODEL.WEIGHTS", model[1]]) == 0
+    write_image(Path("a.png"), 40, 60), write_image(Path("b.png"), 40, 60)
+    output, found = ["--output-dir", "out", "--score-threshold", "0"], []
+    files = ["--config-file", model[0], "--weights", model[1]]
+    for words in (["model", "a.png", "b.png"], ["a.png", "b.png", *files]):
+        assert main(["predict", *words, *output]) == 0
         found.append(json.loads(Path("out/coco_instances_results.json").read_text()))
     assert found[0] == found[1] and len(found[0]) == 8
-    capsys.readouterr()
     assert main(["predict", "a.png", *output]) == 1
     assert "name one model: MODEL, the folder of a training" in capsys.readouterr().err
 

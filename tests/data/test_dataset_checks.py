@@ -183,39 +183,31 @@ def arguments(tiny_cfg, tmp_path):
     return make_one
 
 
-class Built(Exception):
-    """The start came as far as building the model."""
-
-
-def start(command_line, monkeypatch):
-    def build_model(*args):
-        raise Built
-
-    monkeypatch.setattr(train_net.Trainer, "build_model", build_model)
+def start(command_line):
     train_net.main(default_argument_parser().parse_args(command_line))
 
 
-def test_train_net_stops_before_the_model_is_built(arguments, make_tiny_coco, monkeypatch):
+def test_train_net_stops_before_the_model_is_built(arguments, make_tiny_coco, stop_before_model):
     good = make_tiny_coco(complete)
     bad = make_tiny_coco(change("annotations", 111, segmentation="mask.png"))
-    with pytest.raises(Built):
-        start(arguments(good, good), monkeypatch)
+    with pytest.raises(stop_before_model):
+        start(arguments(good, good))
     for train, test in ((bad, good), (good, bad)):
         with pytest.raises(ValueError, match=f"{bad.json_file}: annotation 111: 'segmentation'"):
-            start(arguments(train, test), monkeypatch)
+            start(arguments(train, test))
     output = Path(arguments(good, good)[-1])
     assert "annotation 111: 'segmentation' is 'mask.png'" in (output / "log.txt").read_text()
 
 
-def test_train_net_asks_for_what_its_model_needs(arguments, make_tiny_coco, monkeypatch):
+def test_train_net_asks_for_what_its_model_needs(arguments, make_tiny_coco, stop_before_model):
     good, boxes = make_tiny_coco(complete), make_tiny_coco(forget_all)
     with pytest.raises(ValueError, match="classes without any mask"):
-        start(arguments(boxes, good), monkeypatch)
+        start(arguments(boxes, good))
     for options in (["MODEL.BOX_SUPERVISION.NAME", "boxinst"], ["MODEL.MASK_ON", "False"]):
-        with pytest.raises(Built):
-            start([*arguments(boxes, good), *options], monkeypatch)
+        with pytest.raises(stop_before_model):
+            start([*arguments(boxes, good), *options])
     with pytest.raises(ValueError, match="the model has 2; set MODEL.ROI_HEADS.NUM_CLASSES 3"):
-        start([*arguments(good, good), "MODEL.ROI_HEADS.NUM_CLASSES", "2"], monkeypatch)
+        start([*arguments(good, good), "MODEL.ROI_HEADS.NUM_CLASSES", "2"])
 
 
 @pytest.mark.slow

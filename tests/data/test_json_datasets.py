@@ -90,18 +90,6 @@ def start(cfg, tmp_path, *flags, opts=()):
     return train_net.main(default_argument_parser().parse_args(arguments))
 
 
-@pytest.fixture
-def stop_before_model(monkeypatch):
-    class Built(Exception):
-        pass
-
-    def build_model(*args):
-        raise Built
-
-    monkeypatch.setattr(train_net.Trainer, "build_model", build_model)
-    return Built
-
-
 def test_a_path_that_is_not_there(path_cfg, tmp_path, stop_before_model):
     for key in ("TRAIN", "TEST"):
         cfg = path_cfg(f"DATASETS.{key}", ("no such.json",))

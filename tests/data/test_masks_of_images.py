@@ -3,12 +3,11 @@
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
+from detectron2.structures import BitMasks, PolygonMasks, polygons_to_bitmask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_student_mask.data.dataset_mapper import (
-    box_polygons,
     lie_in_image,
     union_of_masks,
     usable_segmentations,
@@ -76,13 +75,6 @@ def test_rles_become_compressed_and_empty_ones_none():
         np.testing.assert_array_equal(mask_util.decode(x), mask)
     assert third is None
     assert usable_segmentations([None, []], SIZE, "x") == [None, None]
-
-
-def test_rectangles_of_boxes():
-    annotations = [{"bbox": [1, 2, 3.5, 4], "bbox_mode": BoxMode.XYWH_ABS}]
-    ((polygon,),) = box_polygons(annotations)
-    assert polygon.tolist() == [1, 2, 4.5, 2, 4.5, 6, 1, 6]
-    assert box_polygons([]) == []
 
 
 def test_crossing_edges_are_the_pixels_that_pycocotools_fills():

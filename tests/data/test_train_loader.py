@@ -87,14 +87,6 @@ def test_neither_the_workers_nor_an_interruption_change_the_order(grouping):
     assert batches_of(loader, 9) == whole
 
 
-def test_waiting_images_come_first():
-    # Alone in its group, an image waits for its like over the interruption.
-    sizes = [SIZES[0]] * 5 + [SIZES[1]]
-    whole = batches_of(make_loader(sizes, 2), 13)
-    for k in range(12):
-        assert batches_of(make_loader(sizes, 2), 2, start_iter=k) == whole[k : k + 2]
-
-
 def test_iter_alone_starts_nothing():
     """Detectron2 0.6 calls iter() before it knows where to start."""
     whole = batches_of(make_loader([SIZES[0]] * 5, 2), 6)

@@ -9,7 +9,8 @@ import pytest
 import test_train_net
 import torch
 
-from teacher_student_mask.engine import Trainer, open_atomically
+from teacher_student_mask.engine import Trainer
+from teacher_student_mask.run_folder import open_atomically
 
 run_tiny = test_train_net.run  # the fixture
 

@@ -57,7 +57,7 @@ class CompletionSettings:
 
     Args:
         annotations, image_root, output: COCO json, folder of its images, and the json to write.
-        config_file, weights, opts: of the model, see :func:`load_model`.
+        config_file, weights, opts: of the model, see :func:`load_model`: a yaml or a folder.
         grabcut: make the masks by GrabCut from box and colours, without a model.
         masks_of: "student", "teacher", or "both": of the mean of the two heads' probabilities.
             None: "both", or "student" where the model has one head.

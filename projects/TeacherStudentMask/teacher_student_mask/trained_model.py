@@ -8,13 +8,11 @@ does not fit the model is an error, where Detectron2 warns and goes on with rand
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle  # nosec B403  # Only its exception is used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlparse
 
 import detectron2.data.transforms as T
@@ -25,45 +23,34 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import nn
 
 from .config import add_teacher_student_mask_config
-from .data import register_json_datasets, resolve_auto_settings
+from .data import dataset_classes, register_json_datasets, resolve_auto_settings
 from .errors import InputError
 from .modeling import TeacherStudentROIHeads
+from .run_folder import find_model, read_class_names
 
 __all__ = [
     "TrainedModel",
-    "check_pickles",
     "check_weights",
     "choose_device",
-    "dataset_classes",
-    "find_model",
     "find_model_classes",
     "find_test_dataset",
-    "last_checkpoint",
     "load_config",
     "load_model",
     "load_weights",
-    "missing_parameters",
-    "model_folders",
-    "read_class_names",
     "read_config",
     "refuse_missing",
     "safe_loading",
-    "write_class_names",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Mask heads, and where their parameters are in the model.
 _HEAD_PREFIXES = {"student": "roi_heads.mask_head.", "teacher": "roi_heads.teacher_mask_head."}
-# Beside the weights: "id" and "name" of the model's classes, in their order; in an export: names.
-_CLASS_NAMES_FILES = ("categories.json", "classes.json")
-_NO_CLASSES = "Neither categories.json beside the weights nor DATASETS.TRAIN tells the classes"
 # Pickles that are Detectron2's own.
 _TRUSTED_PREFIXES = (
     "detectron2://",
@@ -149,7 +136,9 @@ def load_model(
             another; or the model does not have these mask heads.
     """
     config_file, found = find_model(model)
-    cfg = load_config(config_file, opts, weights=weights or found)
+    if found:
+        opts = ["MODEL.WEIGHTS", found, *opts]
+    cfg = load_config(config_file, opts, weights=weights)
     if score_threshold is not None:
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = score_threshold
     built = cfg.clone()
@@ -167,49 +156,8 @@ def load_model(
             f"No such head: {heads}; the model of {name!r} has: {', '.join(existing)}."
         )
     load_weights(network, cfg, heads=heads)
-    names, ids = find_model_classes(cfg, model_folders(cfg, config_file))
+    names, ids = find_model_classes(cfg, [cfg.MODEL.WEIGHTS, config_file])
     return TrainedModel(cfg, network.eval(), names, ids, heads)
-
-
-def find_model(model: str | os.PathLike) -> tuple[str, str | None]:
-    """
-    The config and the weights of a model.
-
-    Args:
-        model: folder that a training, or ``tsmask export`` in the format "plain", has written. Its
-            weights are model_best.pth, else model_final.pth, else the last checkpoint, else the
-            export's model.pth. A yaml stands for itself, with the weights that it names.
-
-    Returns:
-        The paths of both; None for the weights of a yaml.
-
-    Raises:
-        InputError: there is no such folder, or it lacks config or weights.
-    """
-    path = Path(model)
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return str(path), None
-    config = path / "config.yaml"
-    names = ["model_best.pth", "model_final.pth", "model.pth"]
-    if last := last_checkpoint(path):
-        names.insert(2, os.path.basename(last))
-    weights = [path / x for x in names if (path / x).is_file()]
-    if config.is_file() and weights:
-        return str(config), str(weights[0])
-    lacking = "is not a folder" if not path.is_dir() else f"has no {config.name}"
-    if config.is_file():
-        lacking = f"has config.yaml, but none of {', '.join(names)}"
-    raise InputError(
-        f"{model} {lacking}. The folder of a training holds config.yaml and model_final.pth, or, "
-        "until it ends, a checkpoint and last_checkpoint with its name. For other files give "
-        "--config-file and --weights."
-    )
-
-
-def last_checkpoint(folder: str | os.PathLike) -> str:
-    """Path of the checkpoint that a training has written last, "" before the first."""
-    path = Path(folder, "last_checkpoint")
-    return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
 
 
 # ---- configs ----
@@ -220,14 +168,10 @@ def load_config(config_file: str, opts: Sequence = (), *, weights: str | None = 
     Read the config of a trained model; arguments and errors as of :func:`load_model`.
 
     Returns:
-        The config, not frozen, with ``MODEL.WEIGHTS`` set and ``MODEL.DEVICE`` "cpu" where there is
-        no GPU. The jsons that it names as datasets are registered.
+        The config, not frozen, with NUM_CLASSES as the data say where it was 0, and
+        ``MODEL.DEVICE`` "cpu" where there is no GPU.
     """
-    cfg = read_config(config_file, opts)
-    if weights:
-        cfg.MODEL.WEIGHTS = str(weights)
-    check_pickles(cfg)
-    register_json_datasets(cfg)
+    cfg = read_config(config_file, opts, weights=weights)
     cfg = resolve_auto_settings(cfg, needs_seen_classes=False)
     choose_device(cfg)
     return cfg
@@ -251,19 +195,21 @@ class _PlainConfig(CfgNode):
         return super().load_yaml_with_base(filename, allow_unsafe=False)
 
 
-def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
+def read_config(config_file: str, opts: Sequence = (), *, weights: str | None = None) -> CfgNode:
     """
     Detectron2's defaults, this project's keys, a yaml and changes, in this order.
 
     Nothing in the yaml is run; ``MODEL.TRUST_PICKLED_WEIGHTS`` counts in ``opts`` alone, as whoever
-    wrote the file may have written the pickle, too.
+    wrote the file may have written the pickle, too. Jsons that are named as datasets are
+    registered; nothing of them is read.
 
     Args:
         config_file: path of a yaml; "" = none.
         opts: KEY, VALUE, KEY, VALUE, ...
+        weights: for ``MODEL.WEIGHTS``, whatever file and changes say.
 
     Raises:
-        InputError: the file, a key or a value is wrong.
+        InputError: the file, a key or a value is wrong, or names a pickle that is not trusted.
     """
     cfg = get_cfg()
     add_teacher_student_mask_config(cfg)
@@ -285,18 +231,15 @@ def read_config(config_file: str, opts: Sequence = ()) -> CfgNode:
     except (AssertionError, KeyError, ValueError) as error:
         changes = " ".join(str(x) for x in opts)
         raise InputError(f"The config changes {changes!r} are wrong: {error}") from error
+    cfg.MODEL.WEIGHTS = str(weights or cfg.MODEL.WEIGHTS)
+    _check_source(cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
+    if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.TRUST_PICKLED_WEIGHTS:
+        raise InputError(f"MODEL.LOAD_PROPOSALS is True: {_UNTRUSTED}")
+    register_json_datasets(cfg)
     return cfg
 
 
 # ---- weights ----
-
-
-def check_pickles(cfg: CfgNode) -> None:
-    """Raise an InputError for weights or proposals that would be unpickled; none is opened."""
-    trusts = cfg.MODEL.TRUST_PICKLED_WEIGHTS
-    _check_source(cfg.MODEL.WEIGHTS, trusts)
-    if cfg.MODEL.LOAD_PROPOSALS and not trusts:
-        raise InputError(f"MODEL.LOAD_PROPOSALS is True: {_UNTRUSTED}")
 
 
 def _check_source(weights: str, trust_pickled: bool) -> None:
@@ -335,19 +278,31 @@ def check_weights(weights: str, trust_pickled: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
+def safe_loading(
+    model: nn.Module, weights: str, trust_pickled: bool = False
+) -> Iterator[list[str]]:
     """
     Around the code that lets Detectron2 read weights: check them before, explain what it refuses.
 
     Detectron2 unpickles files that end in ".pkl". It reads all others with ``torch.load``, which
     since PyTorch 2.6 takes tensors and plain values alone.
 
+    Yields:
+        A list that then holds the names of the parameters of ``model`` that the weights lack, or
+        have in another shape: the checkpointer keeps them to itself.
+
     Raises:
         InputError: as :func:`check_weights`, or they cannot be read.
     """
     check_weights(weights, trust_pickled)
+    missing = []
+    # Buffers are left to the checkpointer: it knows which of them old checkpoints lack.
+    parameters = {name for name, _ in model.named_parameters()}
+    hook = model.register_load_state_dict_post_hook(
+        lambda _, found: missing.extend(x for x in found.missing_keys if x in parameters)
+    )
     try:
-        yield
+        yield missing
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"The weights {weights} cannot be used: {error}. Allowed: Detectron2's form, "
@@ -362,6 +317,8 @@ def safe_loading(weights: str, trust_pickled: bool = False) -> Iterator[None]:
             f"The weights {weights} were refused, and nothing of them was run: they cannot be read "
             f"as a checkpoint. They are damaged, or hold more than tensors and plain values{reason}"
         ) from error
+    finally:
+        hook.remove()
 
 
 def load_weights(model: nn.Module, cfg: CfgNode, heads: Sequence[str]) -> None:
@@ -377,32 +334,10 @@ def load_weights(model: nn.Module, cfg: CfgNode, heads: Sequence[str]) -> None:
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         raise InputError("MODEL.WEIGHTS is empty; give the checkpoint of a trained model.")
-    with safe_loading(weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS):
-        with missing_parameters(model) as missing:
-            DetectionCheckpointer(model).load(weights, checkpointables=[])
+    with safe_loading(model, weights, cfg.MODEL.TRUST_PICKLED_WEIGHTS) as missing:
+        DetectionCheckpointer(model).load(weights, checkpointables=[])
     unused = tuple(prefix for head, prefix in _HEAD_PREFIXES.items() if head not in heads)
     refuse_missing(weights, [x for x in missing if not x.startswith(unused)])
-
-
-@contextlib.contextmanager
-def missing_parameters(model: nn.Module) -> Iterator[list[str]]:
-    """
-    Around the code that loads weights into a model.
-
-    Yields:
-        A list that then holds the names of the parameters that the weights lack, or have in
-        another shape: the checkpointer keeps them to itself.
-    """
-    missing = []
-    # Buffers are left to the checkpointer: it knows which of them old checkpoints lack.
-    parameters = {name for name, _ in model.named_parameters()}
-    hook = model.register_load_state_dict_post_hook(
-        lambda _, found: missing.extend(x for x in found.missing_keys if x in parameters)
-    )
-    try:
-        yield missing
-    finally:
-        hook.remove()
 
 
 def refuse_missing(weights: str, missing: Sequence[str]) -> None:
@@ -418,87 +353,42 @@ def refuse_missing(weights: str, missing: Sequence[str]) -> None:
 # ---- classes and datasets ----
 
 
-def write_class_names(folder: str | os.PathLike, names: list[str], ids: list[int]) -> None:
-    """Write the classes of a model to its folder, in the main process, if they have names."""
-    if names and comm.is_main_process():
-        categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
-        path = Path(folder, _CLASS_NAMES_FILES[0])
-        path.write_text(json.dumps(categories, indent=1) + "\n", encoding="utf-8")
-
-
-def read_class_names(folder: str | os.PathLike) -> tuple[list[str], list[int]] | None:
-    """
-    Names and the dataset's category ids, by contiguous id, that a training or an export has written
-    into a folder; None where no file tells them.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    for path in (Path(folder, x) for x in _CLASS_NAMES_FILES):
-        if path.is_file():
-            try:
-                rows = json.loads(path.read_text(encoding="utf-8"))
-                if path.name == _CLASS_NAMES_FILES[1]:
-                    return [str(x) for x in rows], list(range(len(rows)))
-                return [x["name"] for x in rows], [x["id"] for x in rows]
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"The classes in {path} cannot be read: {error!r}.") from error
-    return None
-
-
-def model_folders(cfg: CfgNode, config_file: str) -> list[str]:
-    """Where the training may have left its files: beside the weights, and beside the config."""
-    return [os.path.dirname(os.path.abspath(x)) for x in (cfg.MODEL.WEIGHTS, config_file) if x]
-
-
-def dataset_classes(dataset: str) -> tuple[list[str], list[int]]:
-    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
-    metadata = MetadataCatalog.get(dataset)
-    if not metadata.get("thing_classes"):
-        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
-    names = metadata.get("thing_classes", [])
-    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
-    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
-    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
-    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
-
-
-def find_model_classes(
-    cfg: CfgNode, folders: Sequence[str | os.PathLike]
-) -> tuple[list[str], list[int]]:
+def find_model_classes(cfg: CfgNode, files: Sequence[str]) -> tuple[list[str], list[int]]:
     """
     The classes of the model that a config and its weights make: names and category ids.
 
-    They are those of its training: from the file that it has left in ``folders``, else from its
-    data. The test data, which may list other classes under other ids, are asked last.
+    They are those of its training: as it has written them beside one of ``files`` (weights or
+    config; "" = none), else from its data. The test data, which may list other classes under other
+    ids, are asked last. Outputs that the training had no class for are "class 0", "class 1", ...
 
     Raises:
         InputError: the file of the training cannot be read, or has more classes than the model.
     """
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    for folder in folders:
-        if (found := read_class_names(folder)) is None:
-            continue
-        names, ids = found
-        if len(names) > num_classes:
-            raise InputError(
-                f"The training in {folder} had {len(names)} classes, {', '.join(names[:20])}, but "
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; give the config and the weights of "
-                "the same training."
+    written = (read_class_names(os.path.dirname(x)) for x in files if x)
+    names, ids = next(filter(None, written), ([], []))
+    if len(names) > num_classes:
+        raise InputError(
+            f"The training had {len(names)} classes, {', '.join(names[:20])}, but "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; give the config and the weights of the "
+            "same training."
+        )
+    if not names:
+        for source in (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1]):
+            with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
+                names, ids = dataset_classes(source)
+                if len(names) == num_classes:
+                    break
+        else:
+            names, ids, source = [], [], f"{num_classes} classes without names"
+        if source not in cfg.DATASETS.TRAIN:
+            logger.warning(
+                "Neither categories.json beside the weights nor DATASETS.TRAIN tells the classes; "
+                f"taken are those of the test data, or none: {source}."
             )
-        # Outputs that the training had no class for.
-        more = range(len(names), num_classes)
-        first = max(ids, default=-1) + 1 - len(names)
-        return names + [f"class {i}" for i in more], ids + [first + i for i in more]
-    for source in (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1]):
-        with contextlib.suppress(KeyError, OSError, TypeError, ValueError):
-            names, ids = dataset_classes(source)
-            if len(names) == num_classes:
-                if source not in cfg.DATASETS.TRAIN:
-                    logger.warning(f"{_NO_CLASSES}; taken are those of {source!r}, in its order.")
-                return names, ids
-    logger.warning(f"{_NO_CLASSES}: {num_classes} classes without names, with contiguous ids.")
-    return [f"class {i}" for i in range(num_classes)], list(range(num_classes))
+    more = range(len(names), num_classes)
+    first = max(ids, default=-1) + 1 - len(names)
+    return names + [f"class {i}" for i in more], ids + [first + i for i in more]
 
 
 def find_test_dataset(cfg: CfgNode) -> tuple[str, str]:

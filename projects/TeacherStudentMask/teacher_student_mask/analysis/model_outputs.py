@@ -20,7 +20,12 @@ from tqdm import tqdm
 
 from ..class_splits import AUTO, match_classes, resolve_seen_classes
 from ..coco_json import load_ground_truth
-from ..data import TeacherStudentDatasetMapper, load_partial_coco_json, resolve_auto_settings
+from ..data import (
+    TeacherStudentDatasetMapper,
+    dataset_classes,
+    load_partial_coco_json,
+    resolve_auto_settings,
+)
 from ..errors import InputError
 from ..evaluation import OverlapBin, compute_overlaps
 from ..evaluation import overlap_bins as to_overlap_bins
@@ -33,7 +38,7 @@ from ..modeling import (
 )
 from ..modeling.mask_targets import crop_gt_masks, crop_pixels
 from ..structures import ImageMask
-from ..trained_model import TrainedModel, dataset_classes, find_test_dataset, load_model
+from ..trained_model import TrainedModel, find_test_dataset, load_model
 
 __all__ = ["ModelResults", "measure_pseudo_masks", "run_model"]
 

@@ -30,7 +30,7 @@ import argparse
 import os
 
 from ..errors import InputError
-from .main import add_model_arguments, find_model_files
+from .main import add_model_arguments, choose_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -102,16 +102,16 @@ def run(args: argparse.Namespace) -> None:
         # Only now: reading result files needs no model.
         from ..analysis.model_outputs import measure_pseudo_masks, run_model
 
-        config_file, weights = find_model_files(args)
+        model = choose_model(args)
         folder = os.path.join(args.output_dir, "results")
-        found = run_model(config_file, weights, folder, opts=args.opts)
+        found = run_model(model, args.weights, folder, opts=args.opts)
         # The model first: it is the baseline of the differences.
         results, gt_box_results = found.results | results, found.gt_box_results | gt_box_results
         annotations, images = annotations or found.annotations, images or found.image_root
         seen = seen or found.seen_classes
         if "teacher" in found.gt_box_results and not args.no_pseudo_masks:
             pseudo_masks["teacher"] = measure_pseudo_masks(
-                config_file, weights, overlap_bins=args.bins, opts=args.opts
+                model, args.weights, overlap_bins=args.bins, opts=args.opts
             )
     analysis = analyze(
         annotations,

@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .main import add_model_arguments, find_model_files
+from .main import add_model_arguments, choose_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,8 +122,8 @@ def run(args: argparse.Namespace) -> None:
     from ..trained_model import load_model
 
     setup_logger(name="teacher_student_mask")
-    config_file, weights = find_model_files(args)
-    trained = load_model(config_file, weights=weights, opts=args.opts, score_threshold=LOWEST_SCORE)
+    model = choose_model(args)
+    trained = load_model(model, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE)
     page = build_page(AppSession(trained))
     try:
         page.launch(server_name=args.host, server_port=args.port, share=False, show_error=True)

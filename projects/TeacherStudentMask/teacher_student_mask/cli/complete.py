@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from .main import add_model_arguments, find_model_files
+from .main import add_model_arguments, choose_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -57,14 +57,16 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ..completion import CompletionSettings, complete_dataset
+    from ..run_folder import find_model
 
     setup_logger(name="teacher_student_mask")
     if args.model or not args.grabcut:
-        args.config_file, args.weights = find_model_files(args)
+        args.config_file = choose_model(args)
     names = [x.name for x in dataclasses.fields(CompletionSettings)]
     print(complete_dataset(CompletionSettings(**{name: getattr(args, name) for name in names})))
     print(f"Written: {args.output}")
+    config_file = find_model(args.config_file)[0] if args.config_file else "CONFIG.yaml"
     print(
-        f"Train with it: tsmask train --config-file {args.config_file or 'CONFIG.yaml'} "
+        f"Train with it: tsmask train --config-file {config_file} "
         f"DATASETS.TRAIN '(\"{args.output}\",)' DATASETS.TRAIN_IMAGE_ROOT {args.image_root}"
     )

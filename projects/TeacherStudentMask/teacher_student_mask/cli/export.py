@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 
-from .main import add_model_arguments, find_model_files
+from .main import add_model_arguments, choose_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
     from ..trained_model import load_model
 
     setup_logger(name="teacher_student_mask")
-    config_file, weights = find_model_files(args)
-    trained = load_model(config_file, weights=weights, opts=args.opts, heads=["student"])
+    model = choose_model(args)
+    trained = load_model(model, weights=args.weights, opts=args.opts, heads=["student"])
     reports = export_student(trained, args.output_dir, args.formats, args.check_images)
     for name, report in reports.items():
         print(f"{args.output_dir}/{name}: {report}")

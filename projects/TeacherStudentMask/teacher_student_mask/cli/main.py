@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError
 
-__all__ = ["COMMANDS", "add_model_arguments", "find_model_files", "main"]
+__all__ = ["COMMANDS", "add_model_arguments", "choose_model", "main"]
 
 # Subcommand -> (module, what it does), in the order in which people need them.
 COMMANDS = {
@@ -50,16 +50,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
 
 
-def find_model_files(args: argparse.Namespace) -> tuple[str, str | None]:
-    """Config and weights that the :func:`add_model_arguments` name; InputError without a model."""
+def choose_model(args: argparse.Namespace) -> str:
+    """The folder or config that :func:`add_model_arguments` names; InputError if not one."""
     if bool(args.model) == bool(args.config_file):
         raise InputError("name one model: MODEL, the folder of a training, or --config-file YAML.")
-    if args.config_file:
-        return args.config_file, args.weights
-    from ..trained_model import find_model
-
-    config_file, weights = find_model(args.model)
-    return config_file, args.weights or weights
+    return args.model or args.config_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:

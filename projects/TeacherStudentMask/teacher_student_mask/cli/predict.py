@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .main import add_model_arguments, find_model_files
+from .main import add_model_arguments, choose_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add model, inputs and outputs."""
     add_model_arguments(parser)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder or glob")
+    add("inputs", nargs="+", metavar="INPUT", help="image, video, folder or glob; all behind MODEL")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     text = "keep detections with a score above this (default: %(default)s)"
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
@@ -70,12 +70,12 @@ def run(args: argparse.Namespace) -> int:
     if args.config_file and args.model:  # the first word is an input, too
         args.inputs.insert(0, args.model)
         args.model = None
-    config_file, weights = find_model_files(args)
+    model = choose_model(args)
     overlay_dir = args.output_dir / "overlays"
     files = _find_files(args.inputs, overlay_dir)
     trained = load_model(
-        config_file,
-        weights=weights,
+        model,
+        weights=args.weights,
         opts=args.opts,
         score_threshold=args.score_threshold,
         heads=["student", "teacher"] if args.compare else None,

@@ -7,7 +7,7 @@ from .datasets import (
     register_json_datasets,
     register_partial_coco,
 )
-from .seen_classes import resolve_auto_settings
+from .seen_classes import dataset_classes, resolve_auto_settings
 from .shapes import generate_shapes, register_shapes
 from .train_loader import build_train_loader
 
@@ -15,6 +15,7 @@ __all__ = [
     "TeacherStudentDatasetMapper",
     "build_train_loader",
     "check_datasets",
+    "dataset_classes",
     "generate_shapes",
     "load_partial_coco_json",
     "register_json_datasets",

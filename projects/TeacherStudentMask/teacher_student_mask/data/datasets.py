@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 # evaluation needs ids.
 _HARMLESS = {"no objects", "annotation.id", "annotation id twice"}
 
-# Datasets that a config names by their paths.
-_json_datasets: set[str] = set()
-
 
 def register_partial_coco(name: str, json_file: str, image_root: str) -> None:
     """
@@ -125,17 +122,16 @@ def register_json_datasets(cfg: CfgNode) -> None:
     """
     for key in ("TRAIN", "TEST"):
         for path in cfg.DATASETS[key]:
-            # A name that was registered in another way, whatever it ends in, is a name.
-            is_other = path in DatasetCatalog and path not in _json_datasets
-            if not path.lower().endswith(".json") or is_other:
+            if not path.lower().endswith(".json"):
                 continue
             if path in DatasetCatalog:
+                if not MetadataCatalog.get(path).get("reads_mask_source"):
+                    continue  # a name that another function reads
                 # The classes of a json that was edited may be others; metadata cannot be changed.
                 DatasetCatalog.remove(path)
                 MetadataCatalog.remove(path)
             image_root = cfg.DATASETS[f"{key}_IMAGE_ROOT"] or os.path.dirname(path)
             register_partial_coco(path, path, image_root)
-            _json_datasets.add(path)
 
 
 def answer_of_main_process(ask: Callable[[], Any]) -> Any:
@@ -198,7 +194,12 @@ def check_datasets(
                 files[use] |= found[1]
                 classes.update(found[2])
             if use == "train" and name in classes and train[0] in classes:
-                _use_names_of(classes[train[0]]["thing_classes"], classes[name], name)
+                # Under the ids of the first training set.
+                names, own = classes[train[0]]["thing_classes"], classes[name]
+                new_ids = match_classes(own["thing_classes"], names, name)
+                ids = own["thing_dataset_id_to_contiguous_id"]
+                ids = {k: new_ids[i] for k, i in ids.items()}
+                classes[name] = {"thing_classes": names, "thing_dataset_id_to_contiguous_id": ids}
         # What one training set lacks, or is not checked for, another may have.
         lacking = {"no objects", "no seen mask"}
         is_lacking = [any(x.rule in lacking for x in r.errors) for r in reports["train"]]
@@ -258,30 +259,22 @@ def _check_one(
         rows = data["annotations"]
         is_lost = [is_from_model(x) and bool(x.get("segmentation")) for x in rows]
         report.add("source is lost", rows, is_lost)
-    if use == "train" and is_ours:
-        pardoned = _HARMLESS - {"no objects"}
-        if num_classes is not None and len(data.get("categories", ())) < num_classes:
-            pardoned |= {"number of classes"}
-        findings = [(x, x.rule in pardoned) for x in report.findings]
-        report.findings = [x.as_warning("training goes on") if y else x for x, y in findings]
+    pardoned = _HARMLESS - {"no objects"} if use == "train" and is_ours else set()
+    if pardoned and num_classes is not None and len(data.get("categories", ())) < num_classes:
+        pardoned |= {"number of classes"}
     # Our loader stops at them; so does pycocotools, which Detectron2's reads with.
     fatal = "unknown image" if is_ours else "annotation without id"
-    report.findings = [
-        replace(x, severity="error") if x.rule == fatal else x for x in report.findings
-    ]
+    for i, x in enumerate(report.findings):
+        if x.rule in pardoned:
+            report.findings[i] = x.as_warning("training goes on")
+        elif x.rule == fatal:
+            report.findings[i] = replace(x, severity="error")
     if report.errors:
         return report, set(), {}
     root = os.path.realpath(image_root or ".")
     names = [x["file_name"] for x in data["images"] if x.get("file_name")]
     files = {os.path.normpath(os.path.join(root, x)) for x in names}
     return report, files, {} if metadata.get("thing_classes") else {name: classes_of(data)}
-
-
-def _use_names_of(names: list[str], classes: dict, source: str) -> None:
-    new_ids = match_classes(classes["thing_classes"], names, source)
-    old_ids = classes["thing_dataset_id_to_contiguous_id"]
-    classes["thing_dataset_id_to_contiguous_id"] = {k: new_ids[i] for k, i in old_ids.items()}
-    classes["thing_classes"] = names
 
 
 def _log_classes(report: Report, reads_masks: bool, rectangle_as_box_only: bool) -> None:

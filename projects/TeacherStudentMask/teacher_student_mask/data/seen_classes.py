@@ -13,9 +13,21 @@ from ..coco_json import check_coco
 from ..errors import InputError
 from .datasets import answer_of_main_process
 
-__all__ = ["resolve_auto_settings", "training_classes", "training_seen_classes"]
+__all__ = ["dataset_classes", "resolve_auto_settings", "training_classes", "training_seen_classes"]
 
 logger = logging.getLogger(__name__)
+
+
+def dataset_classes(dataset: str) -> tuple[list[str], list[int]]:
+    """Names and category ids of a registered dataset, by contiguous id; it may be read for them."""
+    metadata = MetadataCatalog.get(dataset)
+    if not metadata.get("thing_classes"):
+        DatasetCatalog.get(dataset)  # the names of many are known when their json has been read
+    names = metadata.get("thing_classes", [])
+    # Without a mapping the json's ids are the contiguous ones, as for Detectron2's evaluator.
+    contiguous_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+    dataset_ids = {contiguous: i for i, contiguous in contiguous_ids.items()}
+    return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
 
 
 def training_classes(cfg: CfgNode) -> list[str]:
@@ -23,20 +35,21 @@ def training_classes(cfg: CfgNode) -> list[str]:
     The names of the classes by contiguous id, which all datasets of ``DATASETS.TRAIN`` share.
 
     Raises:
-        InputError: there is no dataset, or two have other classes.
+        InputError: there is no dataset, it has no classes, or two have other classes.
     """
     if not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
-    first = cfg.DATASETS.TRAIN[0]
-    for dataset in cfg.DATASETS.TRAIN:
-        if not MetadataCatalog.get(dataset).get("thing_classes"):
-            DatasetCatalog.get(dataset)  # json datasets learn their classes when they are read
-        if MetadataCatalog.get(dataset).thing_classes != MetadataCatalog.get(first).thing_classes:
+    first, *others = cfg.DATASETS.TRAIN
+    names, _ = dataset_classes(first)
+    if not names:
+        raise InputError(f"DATASETS.TRAIN names {first!r}, whose metadata lack 'thing_classes'.")
+    for dataset in others:
+        if dataset_classes(dataset)[0] != names:
             raise InputError(
                 "The datasets of DATASETS.TRAIN must have the same classes in the same order; "
                 f"{first!r} and {dataset!r} differ."
             )
-    return list(MetadataCatalog.get(first).thing_classes)
+    return names
 
 
 def training_seen_classes(cfg: CfgNode) -> list[int]:

@@ -1,7 +1,7 @@
 """Running a training: the trainer, its hooks, and the main function of train_net.py."""
 
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
-from .trainer import Trainer, main, open_atomically, setup
+from .trainer import Trainer, main, setup
 
 __all__ = [
     "FiniteLoss",
@@ -10,6 +10,5 @@ __all__ = [
     "Trainer",
     "UnseenMaskGuard",
     "main",
-    "open_atomically",
     "setup",
 ]

@@ -207,18 +207,14 @@ class PseudoMaskWatch(HookBase):
         if now < self._start["iteration"] + _START_ITERS:
             self._start["total"] += foreground
             self._start["count"] += 1
-        foreground, agreement = (
-            [
-                x
-                for x, i in storage.history(name).values()[-_WINDOW_ITERS:]
-                if i > now - _WINDOW_ITERS
-            ]
-            for name in ("pseudo_mask/fg_ratio", "pseudo_mask/agreement")
-        )
-        first_of_process = storage.history("pseudo_mask/fg_ratio").values()[0][1]
-        if now - first_of_process + 1 < _WINDOW_ITERS or len(foreground) < _MIN_VALUES:
+        names = ("pseudo_mask/fg_ratio", "pseudo_mask/agreement")
+        foreground, agreement = (storage.history(x).values() for x in names)
+        first_of_process = foreground[0][1]
+        num = sum(i > now - _WINDOW_ITERS for _, i in foreground[-_WINDOW_ITERS:])
+        if now - first_of_process + 1 < _WINDOW_ITERS or num < _MIN_VALUES:
             return
-        mean, agreed = (sum(x) / len(x) for x in (foreground, agreement))
+        foreground, agreement = ([x for x, _ in y[-num:]] for y in (foreground, agreement))
+        mean, agreed = sum(foreground) / num, sum(agreement) / num
         start = self._start["total"] / self._start["count"]
         if max(foreground) < _EMPTY_RATIO:
             state = "are empty"

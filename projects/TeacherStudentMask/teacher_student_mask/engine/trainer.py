@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
 import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
@@ -29,12 +24,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..class_splits import AUTO, match_classes
-from ..coco_json import classes_of, read_json
 from ..data import (
     TeacherStudentDatasetMapper,
     build_train_loader,
     check_datasets,
-    register_json_datasets,
+    dataset_classes,
     resolve_auto_settings,
 )
 from ..data.datasets import answer_of_main_process
@@ -42,27 +36,27 @@ from ..data.seen_classes import training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
+from ..run_folder import (
+    check_is_new,
+    last_checkpoint,
+    open_atomically,
+    read_class_names,
+    write_class_names,
+)
 from ..trained_model import (
-    check_pickles,
     check_weights,
     choose_device,
-    dataset_classes,
     find_model_classes,
-    last_checkpoint,
     load_weights,
-    missing_parameters,
-    model_folders,
-    read_class_names,
     read_config,
     refuse_missing,
     safe_loading,
-    write_class_names,
 )
 from .hooks import FiniteLoss, PseudoMaskWatch, SeedEveryIteration, UnseenMaskGuard
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Trainer", "main", "open_atomically", "setup"]
+__all__ = ["Trainer", "main", "setup"]
 
 
 class Trainer(DefaultTrainer):
@@ -115,12 +109,13 @@ class Trainer(DefaultTrainer):
         if is_resumed:
             weights = self.checkpointer.get_checkpoint_file()
         is_trusted = self.cfg.MODEL.TRUST_PICKLED_WEIGHTS
-        with safe_loading(weights, is_trusted), missing_parameters(model) as missing:
+        with safe_loading(model, weights, is_trusted) as missing:
             super().resume_or_load(resume)
         if is_resumed or len(missing) == len(list(model.parameters())):
             refuse_missing(weights, missing)
         # Not before: a training that cannot begin leaves the files of an earlier one alone.
-        write_class_names(self.cfg.OUTPUT_DIR, *dataset_classes(self.cfg.DATASETS.TRAIN[0]))
+        if comm.is_main_process():
+            write_class_names(self.cfg.OUTPUT_DIR, *dataset_classes(self.cfg.DATASETS.TRAIN[0]))
 
     def state_dict(self) -> dict:
         state = super().state_dict()
@@ -166,8 +161,8 @@ class Trainer(DefaultTrainer):
     @staticmethod
     def _class_names(cfg: CfgNode) -> list[str]:
         # OUTPUT_DIR first: a training may begin with the weights of one on other classes.
-        folders = (cfg.OUTPUT_DIR, os.path.dirname(cfg.MODEL.WEIGHTS))
-        return answer_of_main_process(lambda: find_model_classes(cfg, folders)[0])
+        files = [os.path.join(cfg.OUTPUT_DIR, "config.yaml"), cfg.MODEL.WEIGHTS]
+        return answer_of_main_process(lambda: find_model_classes(cfg, files)[0])
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> OrderedDict:
@@ -211,7 +206,8 @@ def main(
         model = Trainer.build_model(cfg)
         load_weights(model, cfg, heads=[cfg.TEST.MASK_HEAD])
         _write_config(cfg)
-        write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
+        if comm.is_main_process():
+            write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
         comm.synchronize()
         evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
         return Trainer.test(cfg, model, evaluators)
@@ -245,13 +241,6 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
         InputError: a key, a value, or what it names is wrong.
     """
     cfg = read_config(args.config_file, args.opts)
-    check_pickles(cfg)
-    has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
-    from_scratch = not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only)
-    if from_scratch and cfg.MODEL.RESNETS.NORM == "FrozenBN":
-        # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
-        cfg.MODEL.RESNETS.NORM = "BN"
-        cfg.MODEL.BACKBONE.FREEZE_AT = 0
     if cfg.DETERMINISTIC:
         if cfg.SEED < 0 or cfg.CUDNN_BENCHMARK:
             raise InputError("DETERMINISTIC needs SEED of 0 or more, and CUDNN_BENCHMARK False.")
@@ -260,11 +249,9 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
-    register_json_datasets(cfg)
     # Before the first file is written.
-    if not args.eval_only:
-        check = _check_resumed_classes if args.resume else _check_output_dir
-        answer_of_main_process(lambda: check(cfg))
+    if not (args.eval_only or args.resume):
+        answer_of_main_process(lambda: check_is_new(cfg.OUTPUT_DIR))
     last = last_checkpoint(cfg.OUTPUT_DIR) if args.resume else ""
     check_weights(last or cfg.MODEL.WEIGHTS, cfg.MODEL.TRUST_PICKLED_WEIGHTS)
     if args.eval_only:
@@ -275,6 +262,16 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
             if not isinstance(handler, logging.FileHandler):
                 handler.setLevel(console_level)
     choose_device(cfg)
+    has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
+    if not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only):
+        if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+            # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
+            cfg.MODEL.RESNETS.NORM = "BN"
+            cfg.MODEL.BACKBONE.FREEZE_AT = 0
+        logger.warning(
+            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
+            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
+        )
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
     cfg = resolve_auto_settings(cfg, needs_seen_classes=is_asked)
@@ -285,43 +282,7 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    if from_scratch:
-        logger.warning(
-            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
-            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
-        )
     return cfg
-
-
-def _check_resumed_classes(cfg: CfgNode) -> None:
-    earlier = read_class_names(cfg.OUTPUT_DIR)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else None
-    if earlier is None or metadata is None:
-        return
-    names = metadata.get("thing_classes")
-    if not names and metadata.get("json_file"):
-        # What is wrong with the file itself is said by its checks.
-        with contextlib.suppress(InputError, KeyError, TypeError):
-            names = classes_of(read_json(metadata.json_file))["thing_classes"]
-    if names and list(names) != earlier[0]:
-        raise InputError(
-            f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
-            f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
-            f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
-        )
-
-
-def _check_output_dir(cfg: CfgNode) -> None:
-    folder = cfg.OUTPUT_DIR
-    found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
-    if found:
-        numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
-        free = next(x for x in numbered if not os.path.exists(x))
-        raise InputError(
-            f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
-            f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
-            "--resume."
-        )
 
 
 def _write_config(cfg: CfgNode) -> None:
@@ -339,7 +300,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         () if args.eval_only else cfg.DATASETS.TRAIN,
         cfg.DATASETS.TEST,
         cfg.DATASETS.SEEN_CLASSES,
-        # Of a run that goes on the names are compared.
+        # Of a run that goes on the names are compared, below.
         num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn and earlier is None else None,
         reads_masks=cfg.MODEL.MASK_ON,
         # With box supervision boxes teach them, too, and with this key masks of models.
@@ -348,29 +309,20 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
     )
     if args.eval_only:
-        folders = model_folders(cfg, args.config_file)
-        names, ids = answer_of_main_process(lambda: find_model_classes(cfg, folders))
+        files = [cfg.MODEL.WEIGHTS, args.config_file]
+        names, ids = answer_of_main_process(lambda: find_model_classes(cfg, files))
     else:
         training_classes(cfg)
         names, ids = dataset_classes(cfg.DATASETS.TRAIN[0])
+        if earlier is not None and names != earlier[0]:
+            raise InputError(
+                f"--resume: DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has the classes "
+                f"{', '.join(names[:50])}, but the run in {cfg.OUTPUT_DIR} was trained on "
+                f"{', '.join(earlier[0][:50])}; name another OUTPUT_DIR to train on these."
+            )
     for dataset in cfg.DATASETS.TEST:
         match_classes(dataset_classes(dataset)[0], names, dataset)
     return names, ids
-
-
-@contextlib.contextmanager
-def open_atomically(path: str, mode: str = "w") -> Iterator[IO]:
-    """
-    Write a local file that takes its name, and the place of an older one, once it is complete.
-
-    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
-    """
-    partial = f"{path}.partial"
-    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class _AtomicPathManager:

@@ -1,0 +1,120 @@
+"""The folder of a training: which files make it a model, and how they get there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import InputError
+
+__all__ = [
+    "check_is_new",
+    "find_model",
+    "last_checkpoint",
+    "open_atomically",
+    "read_class_names",
+    "write_class_names",
+]
+
+
+def find_model(model: str | os.PathLike) -> tuple[str, str | None]:
+    """
+    The config and the weights of a model.
+
+    Args:
+        model: folder that a training, or ``tsmask export`` in the format "plain", has written. Its
+            weights are model_best.pth, else model_final.pth, else the last checkpoint, else the
+            export's model.pth. A yaml stands for itself, with the weights that it names.
+
+    Returns:
+        The paths of both; None for the weights of a yaml.
+
+    Raises:
+        InputError: there is no such folder, or it lacks config or weights.
+    """
+    path = Path(model)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return str(path), None
+    names = ["model_best.pth", "model_final.pth", os.path.basename(last_checkpoint(path))]
+    names = [x for x in (*names, "model.pth") if x]
+    weights = [path / x for x in names if (path / x).is_file()]
+    if not path.is_dir():
+        problem = "is not a folder"
+    elif not (path / "config.yaml").is_file():
+        problem = "has no config.yaml"
+    elif not weights:
+        problem = f"has config.yaml, but none of {', '.join(names)}"
+    else:
+        return str(path / "config.yaml"), str(weights[0])
+    raise InputError(
+        f"{model} {problem}. The folder of a training holds config.yaml and model_final.pth, or, "
+        "until it ends, a checkpoint and last_checkpoint with its name. For other files give "
+        "--config-file and --weights."
+    )
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str:
+    """Path of the checkpoint that a training has written last, "" before the first."""
+    path = Path(folder, "last_checkpoint")
+    return str(path.with_name(path.read_text().strip())) if path.is_file() else ""
+
+
+def check_is_new(folder: str) -> None:
+    """Raise an InputError if a training has written its config or a checkpoint to ``folder``."""
+    found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
+    if found:
+        numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
+        free = next(x for x in numbered if not os.path.exists(x))
+        raise InputError(
+            f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
+            f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
+            "--resume."
+        )
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """
+    Write a local file that takes its name, and the place of an older one, once it is complete.
+
+    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
+    """
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_class_names(folder: str | os.PathLike, names: list[str], ids: list[int]) -> None:
+    """Write names and category ids of a model's classes, by contiguous id, if they have names."""
+    if names:
+        categories = [{"id": i, "name": name} for name, i in zip(names, ids)]
+        with open_atomically(Path(folder, "categories.json")) as file:
+            file.write(json.dumps(categories, indent=1) + "\n")
+
+
+def read_class_names(folder: str | os.PathLike) -> tuple[list[str], list[int]] | None:
+    """
+    Names and the dataset's category ids, by contiguous id, that a training or an export has written
+    into a folder; None where no file tells them.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    for path in (Path(folder, x) for x in ("categories.json", "classes.json")):
+        if path.is_file():
+            try:
+                rows = json.loads(path.read_text(encoding="utf-8"))
+                if path.name == "classes.json":  # of an export: names alone
+                    rows = [{"id": i, "name": str(name)} for i, name in enumerate(rows)]
+                return [x["name"] for x in rows], [x["id"] for x in rows]
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"The classes in {path} cannot be read: {error!r}.") from error
+    return None
