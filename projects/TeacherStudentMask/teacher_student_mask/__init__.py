@@ -22,13 +22,17 @@ _MODULES = {
     "TeacherStudentROIHeads": "modeling",
     "VOC_CLASSES": "class_splits",
     "add_teacher_student_mask_config": "config",
+    "complete": "completion",
     "compute_overlaps": "evaluation",
+    "evaluate": "training",
+    "export": "exporters:export_student",
     "generate_pseudo_masks": "modeling",
     "load": "trained_model:load_model",
     "load_partial_coco_json": "data",
     "register_partial_coco": "data",
     "register_shapes": "data",
     "resolve_seen_classes": "class_splits",
+    "train": "training",
 }
 
 __all__ = sorted(_MODULES)

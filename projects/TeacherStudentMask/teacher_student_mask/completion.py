@@ -23,6 +23,7 @@ from tabulate import tabulate
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .box_prompts import BoxPredictor, load_predictor
 from .class_splits import match_classes
 from .coco_json import MODEL, check_coco, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
@@ -32,7 +33,7 @@ from .modeling.inference import predict_masks_on_boxes
 from .modeling.pseudo_masks import fit_to_boxes
 from .trained_model import load_model
 
-__all__ = ["CompletionSettings", "complete_dataset", "make_mask", "mask_to_polygons"]
+__all__ = ["CompletionSettings", "complete", "complete_dataset", "make_mask", "mask_to_polygons"]
 
 # Keys of an object that is given a mask, always or sometimes.
 _NEW_KEYS = {"segmentation", "area", "score", "mask_source", "teacher_student_agreement"}
@@ -57,8 +58,10 @@ class CompletionSettings:
 
     Args:
         annotations, image_root, output: COCO json, folder of its images, and the json to write.
-        config_file, weights, opts: of the model, see :func:`load_model`: a yaml or a folder.
+        model, weights, opts: of the model, see :func:`load_model`.
         grabcut: make the masks by GrabCut from box and colours, without a model.
+        predictor: make them by a model that is prompted with the boxes, see :func:`load_predictor`;
+            ``weights`` are its own, and it runs on a GPU where there is one.
         masks_of: "student", "teacher", or "both": of the mean of the two heads' probabilities.
             None: "both", or "student" where the model has one head.
         mask_format: "rle" or "polygon"; a mask with a hole is an RLE in any case.
@@ -72,10 +75,11 @@ class CompletionSettings:
     annotations: str
     image_root: str
     output: str
-    config_file: str | None = None
+    model: str | None = None
     weights: str | None = None
     opts: Sequence = ()
     grabcut: bool = False
+    predictor: str | None = None
     masks_of: str | None = None
     mask_format: str = "rle"
     redo_model_masks: bool = False
@@ -84,6 +88,25 @@ class CompletionSettings:
     resume: bool = False
     force: bool = False
     num_processes: int = 1
+
+
+def complete(
+    model: str | os.PathLike,
+    annotations: str | os.PathLike,
+    image_root: str | os.PathLike,
+    output: str | os.PathLike,
+    **options,
+) -> str:
+    """
+    Give every object that has a box only a mask of a trained model; see :func:`complete_dataset`.
+
+    Args:
+        model: folder of a training.
+        annotations, image_root, output: COCO json, folder of its images, and the json to write.
+        options: of :class:`CompletionSettings`.
+    """
+    paths = map(os.fspath, (annotations, image_root, output))
+    return complete_dataset(CompletionSettings(*paths, model=os.fspath(model), **options))
 
 
 def complete_dataset(settings: CompletionSettings) -> str:
@@ -135,8 +158,8 @@ def complete_dataset(settings: CompletionSettings) -> str:
 
 
 def _check_paths(settings: CompletionSettings) -> None:
-    if settings.grabcut == bool(settings.config_file):
-        raise InputError("Give either the config of a trained model or --grabcut.")
+    if [settings.grabcut, bool(settings.predictor), bool(settings.model)].count(True) != 1:
+        raise InputError("Give one of a trained model, --grabcut, or a model that takes boxes.")
     paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
     if len(set(map(os.path.realpath, paths))) < len(paths):
         raise InputError("Annotations, output and ranking must be different files.")
@@ -243,11 +266,16 @@ def _prepare(
     settings: CompletionSettings, categories: list[dict]
 ) -> tuple[TeacherStudentDatasetMapper, Callable[[dict], list[dict]], int]:
     """How images are read, how their masks are made, and the number of workers that read ahead."""
-    if settings.grabcut:
+    if not settings.model:
         options = {"augmentations": [], "image_format": "BGR", "seen_classes": ()}
         mapper = TeacherStudentDatasetMapper(False, **options)
-        return mapper, functools.partial(_grabcut_masks, settings.mask_format), 0
-    trained = load_model(settings.config_file, weights=settings.weights, opts=settings.opts)
+        make_masks = _grabcut_masks
+        if settings.predictor:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            predictor = load_predictor(settings.predictor, settings.weights or "", device)
+            make_masks = functools.partial(_prompted_masks, predictor)
+        return mapper, functools.partial(make_masks, settings.mask_format), 0
+    trained = load_model(settings.model, weights=settings.weights, opts=settings.opts)
     allowed = ("student", "teacher", "both") if len(trained.heads) > 1 else trained.heads
     masks_of = settings.masks_of or allowed[-1]
     if masks_of not in allowed:
@@ -336,6 +364,23 @@ def _grabcut_masks(mask_format: str, task: dict) -> list[dict]:
     for row, _, (x, y, width, height) in task["objects"]:
         mask = grab_cut(image, (x, y, x + width, y + height))
         made.append({"row": row, **(_encode(mask, mask_format) if mask.any() else _NO_AREA)})
+    return made
+
+
+def _prompted_masks(predictor: BoxPredictor, mask_format: str, task: dict) -> list[dict]:
+    """As :func:`_grabcut_masks`, by a model that takes boxes; "score" is what it says of itself."""
+    predictor.set_image(np.ascontiguousarray(task["image"].permute(1, 2, 0).numpy()[:, :, ::-1]))
+    made = []
+    for row, _, (x, y, width, height) in task["objects"]:
+        box = np.array([x, y, x + width, y + height])
+        masks, scores, *_ = predictor.predict(box=box, multimask_output=False)
+        mask = np.asarray(masks[0]) > 0
+        if not mask.any():
+            made.append({"row": row, "problem": "the model finds nothing in the box"})
+            continue
+        made.append(
+            {"row": row, **_encode(mask, mask_format)} | {"score": round(float(scores[0]), 4)}
+        )
     return made
 
 

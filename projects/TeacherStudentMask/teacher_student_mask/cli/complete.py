@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 
 from .main import add_model_arguments, choose_model
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_data_arguments", "run", "run_with"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     text = "without a model, from boxes and colours; without score and agreement"
     add("--grabcut", action="store_true", help=text)
+    text = "both: of the mean of the two heads' probabilities (default: both, if there are two)"
+    add("--masks-of", choices=("student", "teacher", "both"), help=text)
+    add_data_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those that hold whatever makes the masks."""
+    add = parser.add_argument
     add("--annotations", required=True, metavar="IN.json", help="COCO's format; not changed")
     add("--image-root", required=True, metavar="DIR", help="folder of the images")
     add("--output", required=True, metavar="OUT.json", help="see --force")
-    text = "both: of the mean of the two heads' probabilities (default: both, if there are two)"
-    add("--masks-of", choices=("student", "teacher", "both"), help=text)
     text = "of the new masks; one with a hole is an RLE in any case (default: %(default)s)"
     formats = ("rle", "polygon")
     add("--format", dest="mask_format", choices=formats, default="rle", help=text)
@@ -53,20 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Complete, and print a table and the next commands."""
+    """Complete, and print a table and the next command."""
+    if args.model or not args.grabcut:
+        args.model = choose_model(args)
+    run_with(args)
+
+
+def run_with(args: argparse.Namespace) -> None:
+    """Complete by the arguments that have the name of a field of ``CompletionSettings``."""
     from detectron2.utils.logger import setup_logger
 
     from ..completion import CompletionSettings, complete_dataset
-    from ..run_folder import find_model
 
     setup_logger(name="teacher_student_mask")
-    if args.model or not args.grabcut:
-        args.config_file = choose_model(args)
-    names = [x.name for x in dataclasses.fields(CompletionSettings)]
-    print(complete_dataset(CompletionSettings(**{name: getattr(args, name) for name in names})))
+    names = {x.name for x in dataclasses.fields(CompletionSettings)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    print(complete_dataset(CompletionSettings(**given)))
     print(f"Written: {args.output}")
-    config_file = find_model(args.config_file)[0] if args.config_file else "CONFIG.yaml"
-    print(
-        f"Train with it: tsmask train --config-file {config_file} "
-        f"DATASETS.TRAIN '(\"{args.output}\",)' DATASETS.TRAIN_IMAGE_ROOT {args.image_root}"
-    )
+    words = ["tsmask", "train", args.output, "--image-root", args.image_root]
+    print(f"Train with it: {shlex.join(words)}")

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     """Export, and print what was compared."""
     from detectron2.utils.logger import setup_logger
 
-    from ..export import export_student
+    from ..exporters import export_student
     from ..trained_model import load_model
 
     setup_logger(name="teacher_student_mask")

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("train", "train a model, or evaluate one"),
     "predict": ("predict", "run a model on images, folders and videos"),
     "complete": ("complete", "give a mask to every object that has a box only"),
+    "prompt": ("prompt", "the same by a model that takes boxes, such as SAM"),
     "export": ("export", "make a plain Detectron2, TorchScript or ONNX model"),
     "analyze": ("analyze", "measure models on a dataset, with figures, intervals and a report"),
     "sweep": ("sweep", "train and compare many configs"),

@@ -18,6 +18,7 @@ Images that cannot be read are listed on the page, and the exit status is then 1
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import random
 from collections import defaultdict
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seen-classes", metavar="SPEC", help=f"{text} separated by commas, a list (default: all)")
     text = "at most so many pictures (default: %(default)s)"
     add("--max-images", type=int, default=100, metavar="N", help=text)
+    text = "of tsmask complete: the images whose objects need a human most, in this order"
+    add("--rank", metavar="CSV", help=text)
     text = "another number is another choice of images (default: %(default)s)"
     add("--seed", type=int, default=0, metavar="N", help=text)
 
@@ -67,12 +70,19 @@ def run(args: argparse.Namespace) -> int:
     annotations_of = defaultdict(list)
     for annotation in coco["annotations"]:
         annotations_of[annotation["image_id"]].append(annotation)
-    rng = random.Random(args.seed)  # nosec B311  # A draw that can be repeated.
-    shown = rng.sample(coco["images"], min(args.max_images, len(coco["images"])))
+    if args.rank:
+        with open(args.rank, encoding="utf-8", newline="") as file:
+            places = {row["image_id"]: None for row in csv.DictReader(file)}
+        by_id = {str(x["id"]): x for x in coco["images"]}
+        shown = [by_id[x] for x in places if x in by_id][: args.max_images]
+    else:
+        rng = random.Random(args.seed)  # nosec B311  # A draw that can be repeated.
+        shown = rng.sample(coco["images"], min(args.max_images, len(coco["images"])))
+        shown.sort(key=lambda x: x["id"])
 
     (args.output_dir / "pictures").mkdir(parents=True, exist_ok=True)
     figures, failures = [], []
-    for image in tqdm(sorted(shown, key=lambda x: x["id"]), unit="image", disable=None):
+    for image in tqdm(shown, unit="image", disable=None):
         source = f"pictures/{image['id']}.jpg"
         annotations = annotations_of[image["id"]]
         try:

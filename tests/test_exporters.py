@@ -13,7 +13,7 @@ from small_students import run_without, small_config, small_model, write_noise, 
 
 from teacher_student_mask import export
 from teacher_student_mask.cli.main import main
-from teacher_student_mask.export import compare, detect, export_student
+from teacher_student_mask.exporters import compare, detect, export_student
 from teacher_student_mask.trained_model import TrainedModel, load_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
