@@ -89,6 +89,7 @@ ALLOWED = {
     "completion": DETECTOR | {"box_prompts"},
     "exporters": DETECTOR,
     "sweep": DETECTOR | {"analysis"},
+    "mask_files": BASE | {"importers"},
     "own_data": BASE | {"importers"},
     "training": DETECTOR | {"drawing", "engine", "own_data"},
     "run_onnx": set(),  # runs where this project is not installed

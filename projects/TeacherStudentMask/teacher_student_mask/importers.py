@@ -31,6 +31,7 @@ from .errors import InputError
 
 __all__ = [
     "ImportedDataset",
+    "files_in",
     "import_cvat",
     "import_labelme",
     "import_lvis",
@@ -175,7 +176,7 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
     images: list[Path] = []
     for place in places:
         if place.is_dir():
-            images += _files_in(place, *_IMAGE_SUFFIXES)
+            images += files_in(place, *_IMAGE_SUFFIXES)
         else:  # a list of images, relative to its folder
             images += [place.parent / x.strip() for x in read_text(place).split("\n") if x.strip()]
     labels_of = {image: _yolo_labels(image) for image in sorted(images)}
@@ -257,7 +258,7 @@ def import_labelme(
         class_names: in the order of their ids; None: the labels that occur, by the alphabet.
     """
     contents: dict[Path, _LabelMeFile] = {}
-    for path in _files_in(Path(folder), ".json"):
+    for path in files_in(Path(folder), ".json"):
         try:
             contents[path] = msgspec.json.decode(read_text(path), type=_LabelMeFile)
         except ValueError as error:
@@ -317,7 +318,7 @@ def import_voc(
             xmax the last pixel of the object. Outlines, which VOC itself lacks, count from 0.
     """
     image_root = Path(folder if image_root is None else image_root)
-    roots = {x: _read_xml(x) for x in _files_in(Path(folder), ".xml")}
+    roots = {x: _read_xml(x) for x in files_in(Path(folder), ".xml")}
     found = {_text(x, "name") for root in roots.values() for x in root.findall("object")}
     class_names = class_names or sorted(found - {""})
     dataset = ImportedDataset.of_classes(dict(enumerate(class_names, start=1)), image_root)
@@ -463,7 +464,7 @@ def _input_error(where: object, field: str, value: object, allowed: str) -> Inpu
     return InputError(f"{where}: {field} is {str(value)[:200]}; allowed: {allowed}.")
 
 
-def _files_in(folder: Path, *suffixes: str) -> list[Path]:
+def files_in(folder: Path, *suffixes: str) -> list[Path]:
     """
     Find the files of a folder and of those in it, links to folders included; InputError if none.
 

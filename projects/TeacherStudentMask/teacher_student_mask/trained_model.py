@@ -13,6 +13,7 @@ import os
 import pickle  # nosec B403  # Only its exception is used.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 import detectron2.data.transforms as T
@@ -22,16 +23,20 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import nn
 
+from .class_splits import match_classes
 from .config import add_teacher_student_mask_config
 from .data import dataset_classes, register_json_datasets, resolve_auto_settings
 from .errors import InputError
-from .modeling import TeacherStudentROIHeads
+from .modeling import GTBoxInference, TeacherStudentROIHeads
 from .run_folder import find_model, read_class_names
+
+if TYPE_CHECKING:
+    import supervision as sv
 
 __all__ = [
     "TrainedModel",
@@ -98,18 +103,67 @@ class TrainedModel:
         return {"image": tensor, "height": height, "width": width}
 
     @torch.no_grad()
-    def predict(self, image_bgr: np.ndarray) -> Instances:
+    def predict(self, image_bgr: np.ndarray, threshold: float | None = None) -> Instances:
         """
         Detect and segment the objects of an image, with the mask head of ``TEST.MASK_HEAD``.
 
         Args:
             image_bgr: uint8, shape (H, W, 3); not changed.
+            threshold: smallest score, in [0, 1]; None: all that the config's
+                ``SCORE_THRESH_TEST`` lets through.
 
         Returns:
             ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (bool, shape (N, H, W))
             on the CPU, in the frame of ``image_bgr``.
         """
-        return self.model([self.make_inputs(image_bgr)])[0]["instances"].to("cpu")
+        found = self.model([self.make_inputs(image_bgr)])[0]["instances"].to("cpu")
+        return found if threshold is None else found[found.scores >= threshold]
+
+    @torch.no_grad()
+    def masks_for(
+        self, image_bgr: np.ndarray, boxes: Sequence, classes: Sequence[str]
+    ) -> Instances:
+        """
+        Segment the objects in given boxes; nothing is detected.
+
+        Args:
+            image_bgr: uint8, shape (H, W, 3); not changed.
+            boxes: shape (N, 4), XYXY in pixels of the image.
+            classes: N names of the model's classes.
+
+        Returns:
+            As :meth:`predict`, one for each box in their order, with score 1.
+
+        Raises:
+            InputError: a class is unknown, a box has no area in the image, or the numbers of both
+                differ.
+        """
+        height, width = image_bgr.shape[:2]
+        given = torch.as_tensor(np.asarray(boxes, dtype=np.float32)).reshape(-1, 4)
+        if len(given) != len(classes):
+            raise InputError(f"There are {len(given)} boxes and {len(classes)} classes.")
+        inside = Boxes(given.clone())
+        inside.clip((height, width))
+        for box, has_area in zip(given.tolist(), inside.nonempty()):
+            if not has_area:
+                raise InputError(f"The box {box}, XYXY, has no area in the {width}x{height} image.")
+        inputs = self.make_inputs(image_bgr)
+        targets = Instances(tuple(inputs["image"].shape[1:]))
+        targets.gt_boxes = inside
+        targets.gt_boxes.scale(targets.image_size[1] / width, targets.image_size[0] / height)
+        ids = match_classes(list(classes), self.class_names, "masks_for")
+        targets.gt_classes = torch.tensor(ids, dtype=torch.int64)
+        (found,) = GTBoxInference(self.model)([{**inputs, "instances": targets}])
+        return found["instances"].to("cpu")
+
+    def to_supervision(self, found: Instances) -> sv.Detections:
+        """What the other methods return, as detections of supervision with ``class_name``."""
+        import supervision as sv
+
+        detections = sv.Detections.from_detectron2({"instances": found})
+        names = [self.class_names[i] for i in detections.class_id]
+        detections.data["class_name"] = np.array(names, dtype=str)
+        return detections
 
 
 def load_model(

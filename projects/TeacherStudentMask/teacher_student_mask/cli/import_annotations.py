@@ -2,7 +2,7 @@
 Makes a COCO json, in which any object may lack its mask, of the annotations of another tool.
 
 An object that has no outline there gets no mask, never the rectangle of its box. Images are not
-copied: the last line says what DATASETS.TRAIN_IMAGE_ROOT must be.
+copied: the last line says where training finds them.
 
 examples:
   tsmask import yolo my_data/data.yaml --split train --output train.json
@@ -10,6 +10,7 @@ examples:
   tsmask import voc VOC2012/Annotations --images VOC2012/JPEGImages --output train.json
   tsmask import cvat annotations/instances_default.json --output train.json
   tsmask import lvis lvis_v1_train.json --output train.json
+  tsmask import masks train.json --masks corrected/ --output corrected.json
 
 The COCO json of Label Studio needs no import: name it in DATASETS.TRAIN.
 
@@ -20,7 +21,6 @@ that occur.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 from pathlib import Path
@@ -36,6 +36,7 @@ _FORMATS = {
     "voc": ("FOLDER", "Pascal VOC: boxes, and outlines where there is a <polygon>"),
     "cvat": ("FILE", '"COCO 1.0" (json) or "CVAT for images 1.1" (xml); brush masks are no crowds'),
     "lvis": ("lvis_v1_train.json", "LVIS; gives the images a file_name"),
+    "masks": ("FILE.json", "COCO's format, and pngs named after annotations or images"),
 }
 
 
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ("voc", "cvat", "lvis"):
             text = "folder of the images, which are checked then"
             add("--images", dest="image_root", type=Path, metavar="DIR", help=text)
+        if name == "masks":
+            text = "pngs: 17.png is the mask of annotation 17; the pixels of street.png, of the "
+            text += "size of street.jpg, are ids of annotations"
+            add("--masks", required=True, type=Path, metavar="DIR", help=text)
+            add("--replace", action="store_true", help="also masks that a human has drawn before")
         if name == "voc":
             text = "coordinates begin with 0, as some tools write them, not with VOC's 1"
             add("--zero-based", action="store_true", help=text)
@@ -62,19 +68,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Import, check and write."""
-    from .. import importers
+    from .. import importers, mask_files
     from ..coco_json import check_coco, write_json
 
     is_input = args.output.resolve() == args.input.resolve()
     if args.output.exists() and (is_input or not args.force):
         problem = "the input itself, which is never replaced" if is_input else "--force replaces it"
         raise InputError(f"--output {args.output}: exists; {problem}.")
-    names = ("split", "class_names", "image_root", "zero_based")
+    names = ("split", "class_names", "image_root", "zero_based", "masks", "replace")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if options.get("class_names"):
         lines = importers.read_text(args.class_names).splitlines()
         options["class_names"] = [x.strip() for x in lines if x.strip()]
-    dataset = getattr(importers, f"import_{args.format}")(args.input, **options)
+    module = mask_files if args.format == "masks" else importers
+    dataset = getattr(module, f"import_{args.format}")(args.input, **options)
     # Before the errors: what was left out may be the reason for them.
     for note, count in dataset.notes.items():
         print(f"note: {count} {note}")
@@ -92,6 +99,5 @@ def run(args: argparse.Namespace) -> None:
     write_json(args.output, dataset.coco)
     print(report.class_table())
     print(f"{args.output}: {report.num_images} images, {report.num_annotations} objects")
-    train = shlex.quote(f"({json.dumps(str(args.output))},)")
-    root = "DIR" if dataset.image_root is None else shlex.quote(str(dataset.image_root))
-    print(f"DATASETS.TRAIN {train} DATASETS.TRAIN_IMAGE_ROOT {root}")
+    words = ["tsmask", "train", str(args.output), "--image-root", str(dataset.image_root or "DIR")]
+    print(f"Train with it: {shlex.join(words)}")

@@ -21,7 +21,10 @@ __all__ = ["COMMANDS", "add_model_arguments", "choose_model", "main"]
 # Subcommand -> (module, what it does), in the order in which people need them.
 COMMANDS = {
     "check": ("check", "look for what is wrong with a COCO json and its images"),
-    "import": ("import_annotations", "turn YOLO, LabelMe, CVAT, VOC or LVIS data into a COCO json"),
+    "import": (
+        "import_annotations",
+        "turn YOLO, LabelMe, CVAT, VOC, LVIS data or masks into a COCO json",
+    ),
     "view": ("view", "draw the annotations of a dataset"),
     "edit": ("edit", "take masks out of a COCO json"),
     "train": ("train", "train a model, or evaluate one"),

@@ -1,0 +1,83 @@
+"""Masks that are drawn as pictures, merged into a COCO json: the way back from a paint program."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+from PIL import Image
+
+from .coco_json import has_mask, is_from_model, read_coco
+from .errors import InputError
+from .importers import ImportedDataset, files_in
+
+__all__ = ["import_masks"]
+
+# What a model may have said of the mask that is replaced.
+_KEYS_OF_MODELS = ("mask_source", "score", "teacher_student_agreement", "mask_fallback")
+
+
+def import_masks(
+    path: str | os.PathLike, masks: str | os.PathLike, replace: bool = False
+) -> ImportedDataset:
+    """
+    Give objects of a COCO json the masks that pictures show; they count as drawn by a human.
+
+    A picture is a png of one channel and of the size of its image. Either its name is the id of an
+    annotation, 17.png, and what is not 0 is the mask; or it is the name of an image, street.png for
+    street.jpg, and each pixel has the id of its annotation, 0 where there is none.
+
+    Args:
+        path: of the json. Boxes and everything else stay as they are.
+        masks: folder of the pictures.
+        replace: whether a mask that a human has drawn before may be replaced, as one of a model may
+            in any case.
+
+    Raises:
+        InputError: a picture belongs to nothing, has another size or kind, shows nothing, or would
+            replace a human's mask.
+    """
+    dataset = ImportedDataset(read_coco(path), None, Counter())
+    objects = {x["id"]: x for x in dataset.coco["annotations"]}
+    images = {x["id"]: x for x in dataset.coco["images"]}
+    by_stem = {Path(x["file_name"]).stem: x for x in dataset.coco["images"]}
+    for file in files_in(Path(masks), ".png"):
+        try:
+            pixels = np.array(Image.open(file))
+        except Exception as error:  # PIL's readers raise many kinds on broken files
+            raise InputError(f"{file}: cannot be read: {error}.") from error
+        number = int(file.stem) if file.stem.isdecimal() else None
+        if number in objects:
+            image = images[objects[number]["image_id"]]
+            drawn = {number: pixels != 0}
+        elif file.stem in by_stem:
+            image = by_stem[file.stem]
+            drawn = {int(i): pixels == i for i in np.unique(pixels) if i != 0}
+        else:
+            raise InputError(f"{file}: is named after no annotation id and no image of {path}.")
+        size = image["height"], image["width"]
+        if pixels.shape != size:
+            raise InputError(f"{file}: has the shape {pixels.shape}; allowed: {size}, one channel.")
+        for i, mask in drawn.items():
+            annotation = objects.get(i, {})
+            if annotation.get("image_id") != image["id"] or not mask.any():
+                raise InputError(f"{file}: has no pixel of an annotation {i} of this image.")
+            if has_mask(annotation) and not is_from_model(annotation):
+                if not replace:
+                    raise InputError(
+                        f"{file}: a human has drawn a mask of annotation {i}; see --replace."
+                    )
+                dataset.notes["masks of humans were replaced"] += 1
+            rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+            annotation["segmentation"] = {
+                "size": list(size),
+                "counts": rle["counts"].decode("ascii"),
+            }
+            annotation["area"] = int(mask_util.area(rle))
+            for key in _KEYS_OF_MODELS:
+                annotation.pop(key, None)
+            dataset.notes["masks were read"] += 1
+    return dataset
