@@ -1,8 +1,9 @@
-"""AP of subsets from one matching, against pycocotools, which matches each subset anew."""
+"""AP of subsets from one matching, and of yardsticks, against pycocotools."""
 
 import contextlib
 import copy
 import io
+import math
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -19,8 +20,10 @@ from teacher_student_mask.evaluation import (
     Matches,
     PrecisionOfSubsets,
     Subset,
+    compare_with_yardsticks,
     find_candidate_pairs,
     subset_metrics,
+    yardstick_results,
 )
 
 SIZE = (40, 140)
@@ -205,3 +208,71 @@ def test_nothing_found_is_0_and_no_object_is_nan(what):
     weights = np.array([0, 0, 0, 7])
     assert coco.imgToAnns[10] == []
     assert np.isnan(evaluate(weights)["all"]).all()
+
+
+# ---- yardsticks ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap_is_that_of_pycocotools_on_masks_painted_by_hand(seed):
+    coco, _ = make_problem(seed)
+    objects = [x for x in coco.dataset["annotations"] if not x["iscrowd"]]
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]] + 0.5
+    for name, found in yardstick_results(coco).items():
+        painted = []
+        for x in objects:
+            left, top, w, h = x["bbox"]
+            dx, dy = abs(columns - left - w / 2) / (w / 2), abs(rows - top - h / 2) / (h / 2)
+            mask = np.maximum(dx, dy) < 1 if name == "filled box" else dx**2 + dy**2 < 1
+            keep = {key: x[key] for key in ("image_id", "category_id")}
+            painted.append(keep | {"score": 1, "segmentation": encode(mask)})
+        if name != "filled box":
+            # pycocotools' polygons differ from the painted ellipse by pixels of the outline.
+            by_image = sorted(painted, key=lambda x: list(coco.imgs).index(x["image_id"]))
+            ious = [overlap(x, y) for x, y in zip(found, by_image, strict=True)]
+            assert min(ious) > 0.75 and np.mean(ious) > 0.93
+            painted = found
+        pairs = find_candidate_pairs(coco, found)
+        every = np.ones(len(pairs.gt_ids), dtype=bool)
+        actual = PrecisionOfSubsets(Matches(pairs), subsets_of(every))()
+        expected = pycocotools_ap(coco, quietly(coco.loadRes, painted))
+        for area in AREA_RANGES:
+            np.testing.assert_allclose(actual[area], expected[area], atol=1e-12)
+
+
+def encode(mask):
+    return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def overlap(x, y):
+    return mask_util.iou([x["segmentation"]], [y["segmentation"]], [False])[0, 0]
+
+
+def test_shapes_lie_in_the_part_of_the_box_that_is_in_the_image():
+    boxes = [[10.0, 5.0, 80.0, 30.0], [-20.0, 10.0, 60.0, 1000.0], [3.0, 3.0, 0.0, 5.0]]
+    annotations = [
+        {"id": k, "image_id": 1, "category_id": 2, "bbox": box, "iscrowd": k // 4}
+        for k, box in enumerate([*boxes, boxes[0]], start=1)
+    ]
+    coco = to_coco([{"id": 1, "height": SIZE[0], "width": SIZE[1]}], annotations, [2])
+    box, ellipse = yardstick_results(coco).values()
+    assert [x["area"] for x in box] == [2400, 40 * 30, 0]
+    assert [x["bbox"] for x in ellipse] == boxes
+    for x, area in zip(ellipse, (2400, 1200)):
+        assert x["area"] == pytest.approx(math.pi / 4 * area, rel=0.02)
+    assert mask_util.toBbox(ellipse[0]["segmentation"]).tolist() == boxes[0]
+
+
+def test_sentence_names_the_objects_on_which_a_yardstick_is_as_good():
+    def results(*aps):
+        tasks = ("segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
+        rows = zip(tasks, aps, (9, 4, 5, 0), strict=True)
+        return {task: {"AP": ap, "num_gt": n} for task, ap, n in rows}
+
+    nan = math.nan
+    yardsticks = {"filled box": results(20, 30, 10, nan), "ellipse": results(19, 31, 9, nan)}
+    assert compare_with_yardsticks(results(21, 32, 11, nan), yardsticks) == ""
+    assert compare_with_yardsticks(results(21, 25, 10, nan), yardsticks) == (
+        "Mask AP no better than a yardstick: seen classes (25.0, ellipse 31.0), unseen classes "
+        "(10.0, filled box 10.0)."
+    )

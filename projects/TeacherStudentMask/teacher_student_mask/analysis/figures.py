@@ -31,12 +31,14 @@ def model_color(index: int) -> str:
 
 
 def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
-    """{protocol: {model: its numbers}}, detections first; without empty protocols."""
+    """{protocol: {model or yardstick: its numbers}}, detections first; no empty protocols."""
     models = summary["models"].items()
     results = {
         "detections": {name: x for name, x in models if "segm" in x},
         "gt_boxes": {name: x["gt_boxes"] for name, x in models if "gt_boxes" in x},
     }
+    if results["gt_boxes"]:
+        results["gt_boxes"] |= summary["yardsticks"]
     return {protocol: x for protocol, x in results.items() if x}
 
 
@@ -70,7 +72,8 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     Args:
         summary: of an :class:`Analysis`.
     """
-    colors = {_label(name): model_color(i) for i, name in enumerate(summary["models"])}
+    names = [*summary["models"], *summary["yardsticks"]]
+    colors = {_label(name): model_color(i) for i, name in enumerate(names)}
     results = results_by_protocol(summary)
     figures = {"false-positives": _false_positive_shares(results)}
     if "detections" in results:
