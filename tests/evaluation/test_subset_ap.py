@@ -178,12 +178,13 @@ def test_weights_of_images_equal_repeating_them(seed):
         np.testing.assert_allclose(actual[area], expected[area], atol=1e-12, err_msg=area)
 
 
-def test_metrics_are_those_of_pycocotools_summary():
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
+def test_metrics_are_those_of_pycocotools_summary(iou_type):
     coco, found = make_problem(11)
-    coco_eval = COCOeval(coco, found, "segm")
+    coco_eval = COCOeval(coco, found, iou_type)
     for step in (coco_eval.evaluate, coco_eval.accumulate, coco_eval.summarize):
         quietly(step)
-    pairs = pairs_of(coco, found)
+    pairs = find_candidate_pairs(coco, found.dataset["annotations"], iou_type=iou_type)
     everything = np.ones(len(pairs.gt_ids), dtype=bool)
     subsets = {f"x/{area}": Subset(everything, area) for area in AREA_RANGES}
     metrics = subset_metrics(PrecisionOfSubsets(Matches(pairs), subsets)(), "x")

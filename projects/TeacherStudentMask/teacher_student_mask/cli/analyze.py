@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..analysis import Settings, analyze, write_report
     from ..analysis.figures import PROTOCOL_LABELS, results_by_protocol
+    from ..analysis.report import headline
     from ..evaluation import comparison_table
 
     setup_logger(name="teacher_student_mask")
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
     report = write_report(
         analysis, args.output_dir, image_root=images, num_objects=args.num_pictures
     )
+    print("\n".join(headline(analysis.summary)), end="\n\n")
     for protocol, by_model in results_by_protocol(analysis.summary).items():
         print(f"{PROTOCOL_LABELS[protocol].capitalize()}:\n{comparison_table(by_model)}\n")
     print(f"Report: {report}")
