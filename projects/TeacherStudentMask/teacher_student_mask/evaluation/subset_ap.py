@@ -36,7 +36,7 @@ AREA_RANGES = {
 _RECALLS = np.linspace(0, 1, 101)
 _NEXT_RECALLS = np.append(_RECALLS[1:], np.inf)
 # What a detection is matched to, where it is not the number of an object.
-_NOTHING, _CROWD, _UNDECIDED = -1, -2, -3
+_NOTHING, _CROWD = -1, -2
 
 
 @dataclass(frozen=True)
@@ -168,28 +168,30 @@ class Matches:
 
     def __init__(self, pairs: CandidatePairs):
         self.pairs = pairs
-        num_candidates = np.bincount(pairs.pair_dt, minlength=len(pairs.dt_images))
-        # What is on a crowd goes the longer way, too, although it has no choice.
-        has_choice = num_candidates > 1
-        has_choice[pairs.pair_dt[pairs.gt_is_crowd[pairs.pair_gt]]] = True
-        group = pairs.dt_classes * len(pairs.image_ids) + pairs.dt_images
-        pair_has_choice = np.isin(group, group[has_choice])[pairs.pair_dt]
-        chosen = np.flatnonzero(pair_has_choice)
-        self._groups = [chosen[x] for x in _by_group(group[pairs.pair_dt[chosen]]).values()]
-
-        dt, gt = self._match_without_choice(~pair_has_choice)
-        choosing = np.unique(pairs.pair_dt[pair_has_choice])
-        self._choosing = choosing
-        threshold = np.repeat(np.arange(len(dt)), [len(d) + len(choosing) for d in dt])
-        position = np.concatenate([np.concatenate([d, choosing]) for d in dt])
-        undecided = np.full(len(choosing), _UNDECIDED)
-        matched = np.concatenate([np.concatenate([g, undecided]) for g in gt])
-        order = np.lexsort((position, threshold))
+        # Detections with a candidate, one column of the table each.
+        dts, self._columns, num_candidates = np.unique(
+            pairs.pair_dt, return_inverse=True, return_counts=True
+        )
+        groups = _by_group(
+            (pairs.dt_classes * len(pairs.image_ids) + pairs.dt_images)[pairs.pair_dt]
+        )
+        # What is on a crowd is matched again, too, although it has no choice.
+        pair_has_choice = num_candidates[self._columns] > 1
+        pair_has_choice |= pairs.gt_is_crowd[pairs.pair_gt]
+        self._table = np.full((len(IOU_THRESHOLDS), len(dts)), _NOTHING)
+        nothing_ignored = np.zeros(len(pairs.gt_ids), dtype=bool)
+        self._groups = []
+        has_choice = np.zeros(len(dts), dtype=bool)
+        for group in groups.values():
+            self._match_group(group, nothing_ignored, self._table)
+            if pair_has_choice[group].any():
+                self._groups.append(group)
+                has_choice[self._columns[group]] = True
+        self._is_entry = (self._table != _NOTHING) | has_choice
         #: Threshold and detection of all entries that are matched for some ignored objects.
-        self.threshold, self.position = threshold[order], position[order]
-        self._matched = matched[order]
-        self._choosing_entries = np.flatnonzero(self._matched == _UNDECIDED)
-        self.unrestricted = self.match(np.zeros(len(pairs.gt_ids), dtype=bool))
+        self.threshold, columns = np.nonzero(self._is_entry)
+        self.position = dts[columns]
+        self.unrestricted = self._table[self._is_entry]
 
     def match(self, ignored: np.ndarray) -> np.ndarray:
         """
@@ -199,54 +201,46 @@ class Matches:
             int, one per entry of ``threshold`` and ``position``: the number of the object, -1 for
             none, -2 for a crowd.
         """
-        result = self._matched.copy()
-        table = np.full((len(IOU_THRESHOLDS), len(self._choosing)), _NOTHING)
+        table = self._table.copy()
         for group in self._groups:
             self._match_group(group, ignored, table)
-        result[self._choosing_entries] = table.ravel()
-        return result
-
-    def _match_without_choice(self, is_eligible: np.ndarray) -> tuple[list, list]:
-        # Every detection has one candidate at most, so an object goes to the first that reaches it.
-        pairs = self.pairs
-        dt, gt, iou = (x[is_eligible] for x in (pairs.pair_dt, pairs.pair_gt, pairs.pair_iou))
-        order = np.lexsort((dt, gt))
-        dt, gt, iou = dt[order], gt[order], iou[order]
-        dts, gts = [], []
-        for t in IOU_THRESHOLDS:
-            reaches = iou >= t
-            d, g = dt[reaches], gt[reaches]
-            is_first = np.diff(g, prepend=-1) != 0
-            dts.append(d[is_first])
-            gts.append(g[is_first])
-        return dts, gts
+        return table[self._is_entry]
 
     def _match_group(self, group: np.ndarray, ignored: np.ndarray, table: np.ndarray) -> None:
         """Match the detections of one image and class, whose pairs are ``group``."""
-        pairs = self.pairs
-        dts, gts = pairs.pair_dt[group], pairs.pair_gt[group]
-        is_crowd = {int(g): bool(pairs.gt_is_crowd[g]) for g in gts}
-        is_ignored = {g: is_crowd[g] or bool(ignored[g]) for g in is_crowd}
+        gts = self.pairs.pair_gt[group]
+        is_crowd = self.pairs.gt_is_crowd[gts]
+        crowds = set(gts[is_crowd].tolist())
+        is_ignored = (ignored[gts] | is_crowd).tolist()
+        # Detections stand in the order of falling scores.
         by_dt = defaultdict(list)
-        for d, g, iou in zip(dts.tolist(), gts.tolist(), pairs.pair_iou[group].tolist()):
-            by_dt[d].append((is_ignored[g], g, iou))
-        columns = np.searchsorted(self._choosing, list(by_dt))
-        for row, t in enumerate(IOU_THRESHOLDS):
+        ious = self.pairs.pair_iou[group].tolist()
+        for column, *candidate in zip(
+            self._columns[group].tolist(), is_ignored, gts.tolist(), ious
+        ):
+            by_dt[column].append(candidate)
+        for candidates in by_dt.values():
+            candidates.sort()  # objects that count come first
+        for t, row in zip(IOU_THRESHOLDS.tolist(), table):
             taken = set()
-            # Detections stand in the order of falling scores.
-            for column, candidates in zip(columns, by_dt.values()):
-                best, best_iou, best_is_ignored = _NOTHING, t, True
-                # Objects that count come first; of equal IoU the last one wins, as in COCOeval.
-                for g_is_ignored, g, iou in sorted(candidates, key=lambda x: x[:2]):
-                    if g in taken and not is_crowd[g]:
+            for column, candidates in by_dt.items():
+                best = None
+                for candidate in candidates:
+                    candidate_is_ignored, g, iou = candidate
+                    if g in taken:
                         continue
-                    if best != _NOTHING and not best_is_ignored and g_is_ignored:
+                    if best is not None and candidate_is_ignored and not best[0]:
                         break
-                    if iou >= best_iou:
-                        best, best_iou, best_is_ignored = g, iou, g_is_ignored
-                if best != _NOTHING:
-                    taken.add(best)
-                    table[row, column] = _CROWD if is_crowd[best] else best
+                    # Of equal IoU the last one wins, as in COCOeval.
+                    if iou >= (t if best is None else best[2]):
+                        best = candidate
+                if best is None:
+                    row[column] = _NOTHING
+                elif best[1] in crowds:
+                    row[column] = _CROWD
+                else:
+                    row[column] = best[1]
+                    taken.add(best[1])
 
 
 @dataclass(frozen=True)
