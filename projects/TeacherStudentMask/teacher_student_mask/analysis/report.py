@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from ..evaluation import MASK_TASKS, METRICS, compare_with_yardsticks, tasks_with_objects
 from .figures import (
+    OVERLAP_FIGURES,
     PROTOCOL_LABELS,
     make_figures,
     model_color,
@@ -149,14 +150,6 @@ def _content(summary: Mapping) -> dict:
     results = results_by_protocol(summary)
     with_objects = tasks_with_objects(next(iter(next(iter(results.values())).values())))
     tasks = {**MASK_TASKS, "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}"}
-    on_gt = "on ground-truth boxes"
-    overlap = [
-        # Its figure, protocol, metric, title, digits.
-        ("overlap-detections", "detections", "AP", "AP on detected boxes", 1),
-        ("overlap-AP", "gt_boxes", "AP", f"AP {on_gt}", 1),
-        ("overlap-mask_iou", "gt_boxes", "mask_iou", f"mask IoU {on_gt}", 3),
-        ("overlap-boundary_iou", "gt_boxes", "boundary_iou", f"boundary IoU {on_gt}", 3),
-    ]
     return {
         "summary": summary,
         "colors": {name: model_color(i) for i, name in enumerate(summary["models"])},
@@ -166,7 +159,7 @@ def _content(summary: Mapping) -> dict:
         "tasks": {x: tasks[x] for x in _TASK_ORDER if x in with_objects},
         "results": results,
         "headline": headline(summary),
-        "overlap": [x for x in overlap if x[0] in figures],
+        "overlap": [x for x in OVERLAP_FIGURES if x[0] in figures],
         "pseudo_masks": pseudo_mask_results(summary),
     }
 
