@@ -25,8 +25,9 @@ def test_curves_have_the_numbers_of_the_bins_and_intervals_as_distances(analysis
             if metric == "AP":
                 below = [one["AP"] - one["AP_interval"][0] for one in bins]
                 assert list(trace.error_y.arrayminus) == pytest.approx(below)
-    colors = {trace.line.color for trace in figures["overlap-AP"].data}
-    assert len(colors) == 2
+    colors = {trace.name: trace.line.color for trace in figures["overlap-AP"].data}
+    assert list(colors) == ["exact", "swollen", "filled box", "inscribed ellipse"]
+    assert len(set(colors.values())) == 4
 
 
 def test_shares_of_false_positives_and_class_differences(analysis):

@@ -80,6 +80,11 @@ def test_masks_on_ground_truth_boxes(files):
     assert gt_boxes["overlap_bins"][1]["mask_iou"] is None
     assert gt_boxes["num_masks"] == 12
     assert gt_boxes["false_positives"]["seen"] == 600
+    # Every object is a rectangle.
+    box, ellipse = analysis.summary["yardsticks"].values()
+    assert box["segm"]["AP"] == pytest.approx(100) and box["mask_iou"] == 1
+    assert ellipse["mask_iou"] == pytest.approx(3.14 / 4, rel=0.05)
+    assert list(analysis.objects) == ["swollen"] and not analysis.summary["differences"]
 
 
 def test_differences_and_their_intervals(files):

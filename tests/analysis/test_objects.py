@@ -10,7 +10,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 from report_example import example_analysis, make_files, run
 
-from teacher_student_mask.analysis.objects import PIXEL_COLORS, draw_objects, measure_objects
+from teacher_student_mask.analysis.objects import (
+    PIXEL_COLORS,
+    draw_objects,
+    extreme_objects,
+    measure_objects,
+    select_objects,
+)
 
 HEIGHT, WIDTH = 20, 30
 
@@ -123,7 +129,17 @@ def pixels_of(picture):
 
 def draw_two(analysis, image_root, num_objects):
     tables = [analysis.objects[x] for x in ("exact", "swollen")]
-    return draw_objects(analysis.coco, analysis.summary, tables, image_root, num_objects)
+    rows = select_objects(tables, num_objects)
+    return draw_objects(analysis.coco, analysis.summary, tables, rows, image_root)
+
+
+def test_extremes_are_the_lowest_and_highest_iou_and_share_no_object(tmp_path):
+    tables = [run(make_files(tmp_path)).objects[x] for x in ("swollen", "exact")]
+    worst, best = extreme_objects(tables, 4)
+    # Three kites of 2 / 3; all others are exact.
+    assert tables[0].ious[worst] == pytest.approx([2 / 3] * 3 + [1])
+    assert tables[0].ious[best].tolist() == [1] * 4 and not set(worst) & set(best)
+    assert [len(x) for x in extreme_objects(tables, 15)] == [15, 3]
 
 
 def test_pixels_have_the_colours_of_what_they_are(tmp_path):

@@ -4,7 +4,7 @@ import html.parser
 import json
 import re
 
-from report_example import HOSTILE, example_analysis
+from report_example import HOSTILE, example_analysis, make_files, run
 
 from teacher_student_mask.analysis import write_report
 
@@ -54,7 +54,7 @@ def test_all_files_are_written_and_json_is_the_summary(tmp_path):
     assert json.loads((tmp_path / "out" / "analysis.json").read_text()) == analysis.summary
     ids = [x["id"] for _, x in page.tags if "id" in x]
     assert len(ids) == len(set(ids))
-    assert len(page.all("img")) == 18
+    assert len(page.all("img")) == 18 + 4 + 4  # the worst and the best
     for name in ("detections", "AP", "mask_iou", "boundary_iou"):
         assert f"figure-overlap-{name}" in ids
     for name in ("pseudo-masks", "false-positives"):
@@ -94,16 +94,34 @@ def test_tables_of_the_report(tmp_path):
         end = next((i for i in range(start + 1, len(rows)) if rows[i][0] == header[0]), None)
         return rows[start + 1 : end]
 
-    results = table("objects", "model", "AP", "AP50")[:8]
-    assert [x[1] for x in results] == ["exact", "swollen"] * 4
-    assert results[0][2] == "100.0 [100.0, 100.0]" and results[0][7] == "-"
-    assert [x[-1] for x in results] == ["12"] * 2 + ["6"] * 4 + ["18"] * 2
+    results = table("objects", "model", "AP", "AP50")[:10]
+    assert [x[1] for x in results] == ["exact", "swollen"] * 5
+    assert results[0][:3] == ["boxes, all classes", "exact", "100.0"]
+    assert results[2][2] == "100.0 [100.0, 100.0]" and results[2][7] == "-"
+    assert [x[-1] for x in results] == ["18"] * 2 + ["12"] * 2 + ["6"] * 4 + ["18"] * 2
     assert table("objects", "AP")[2][:2] == ["seen classes", "+0.0 [0.0, 0.0] (contains 0)"]
     bins = [x for x in rows if x[0] == "0.4 < O ≤ 0.5"]
-    assert ["0.4 < O ≤ 0.5", "6 (few)", "1.000", "0.833"] in bins
+    assert ["0.4 < O ≤ 0.5", "6 (few)", "1.000", "0.833", "1.000"] in [x[:5] for x in bins]
     assert ["overlap", "objects", "swollen: threshold", "swollen: interact"] in rows
     pixels = table("model", "boxes")[:4]
     assert [x[3] for x in pixels] == ["-", "100.0 % (600 px)"] * 2
+    assert ["unseen classes", "filled box", "100.0 [100.0, 100.0]"] in [x[:3] for x in rows]
     classes = table("class", "masks", "objects", "exact", "swollen", "swollen − exact")
     assert [x[0] for x in classes[:3]] == ["dog", "pole", "kite"]
     assert classes[0][-1] == "+0.0 [0.0, 0.0] (contains 0)"
+
+
+def test_where_nothing_is_unseen_the_report_is_about_all_classes(tmp_path):
+    files = make_files(tmp_path)
+    elsewhere = [{**x, "bbox": [70, 50, 3, 3]} for x in json.loads(open(files["exact"]).read())]
+    (tmp_path / "elsewhere.json").write_text(json.dumps(elsewhere))
+    results = {"results": {"m": str(tmp_path / "elsewhere.json")}}
+    analysis = run(files, seen_classes="all", gt_box_results={"m": files["swollen"]}, **results)
+    page = write(analysis, tmp_path, image_root=str(tmp_path))
+    ap = f"{analysis.summary['models']['m']['gt_boxes']['segm']['AP']:.1f}"
+    boxes = "m: detection fails: box AP 0.0; mask AP of all classes 100.0; the masks on your boxes"
+    masks = f"have {ap} (all classes). Mask AP no better than a yardstick: all classes ({ap}, "
+    assert f"{boxes} {masks}filled box 100.0)." in page.words()
+    sections = [x["id"] for x in page.all("section") if "id" in x]
+    assert sections == ["extremes", "results", "classes", "pictures", "method", "files"]
+    assert not {"seen classes", "unseen classes"} & {x[0] for x in page.rows}

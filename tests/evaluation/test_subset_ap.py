@@ -1,8 +1,9 @@
-"""AP of subsets from one matching, against pycocotools, which matches each subset anew."""
+"""AP of subsets from one matching, and of yardsticks, against pycocotools."""
 
 import contextlib
 import copy
 import io
+import math
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -19,8 +20,10 @@ from teacher_student_mask.evaluation import (
     Matches,
     PrecisionOfSubsets,
     Subset,
+    compare_with_yardsticks,
     find_candidate_pairs,
     subset_metrics,
+    yardstick_results,
 )
 
 SIZE = (40, 140)
@@ -175,12 +178,13 @@ def test_weights_of_images_equal_repeating_them(seed):
         np.testing.assert_allclose(actual[area], expected[area], atol=1e-12, err_msg=area)
 
 
-def test_metrics_are_those_of_pycocotools_summary():
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
+def test_metrics_are_those_of_pycocotools_summary(iou_type):
     coco, found = make_problem(11)
-    coco_eval = COCOeval(coco, found, "segm")
+    coco_eval = COCOeval(coco, found, iou_type)
     for step in (coco_eval.evaluate, coco_eval.accumulate, coco_eval.summarize):
         quietly(step)
-    pairs = pairs_of(coco, found)
+    pairs = find_candidate_pairs(coco, found.dataset["annotations"], iou_type=iou_type)
     everything = np.ones(len(pairs.gt_ids), dtype=bool)
     subsets = {f"x/{area}": Subset(everything, area) for area in AREA_RANGES}
     metrics = subset_metrics(PrecisionOfSubsets(Matches(pairs), subsets)(), "x")
@@ -205,3 +209,55 @@ def test_nothing_found_is_0_and_no_object_is_nan(what):
     weights = np.array([0, 0, 0, 7])
     assert coco.imgToAnns[10] == []
     assert np.isnan(evaluate(weights)["all"]).all()
+
+
+# ---- yardsticks ----
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ap_of_filled_boxes_is_that_of_pycocotools(seed):
+    coco, _ = make_problem(seed)
+    rng, painted = np.random.default_rng(seed), []
+    for x in coco.dataset["annotations"]:
+        left, top, w, h = map(int, x["bbox"])
+        x["segmentation"] = rectangle(left, top, w, round(h * rng.uniform(0.5, 1)))
+        keep = {key: x[key] for key in ("image_id", "category_id")}
+        if not x["iscrowd"]:
+            painted.append({**keep, "score": 1, "segmentation": rectangle(left, top, w, h)})
+    pairs = find_candidate_pairs(coco, yardstick_results(coco)["filled box"])
+    every = np.ones(len(pairs.gt_ids), dtype=bool)
+    actual = PrecisionOfSubsets(Matches(pairs), subsets_of(every))()
+    expected = pycocotools_ap(coco, quietly(coco.loadRes, painted))
+    assert 0.1 < np.nanmean(actual["all"]) < 0.9
+    for area in AREA_RANGES:
+        np.testing.assert_allclose(actual[area], expected[area], atol=1e-12, err_msg=area)
+
+
+def test_shapes_lie_in_the_part_of_the_box_that_is_in_the_image():
+    boxes = [[10.0, 5.0, 80.0, 30.0], [-20.0, 10.0, 60.0, 1000.0], [3.0, 3.0, 0.0, 5.0]]
+    annotations = [
+        {"id": k, "image_id": 1, "category_id": 2, "bbox": box, "iscrowd": k // 4}
+        for k, box in enumerate([*boxes, boxes[0]], start=1)
+    ]
+    coco = to_coco([{"id": 1, "height": SIZE[0], "width": SIZE[1]}], annotations, [2])
+    box, ellipse = yardstick_results(coco).values()
+    assert [x["area"] for x in box] == [2400, 40 * 30, 0]
+    assert [x["bbox"] for x in ellipse] == boxes
+    for x, area in zip(ellipse, (2400, 1200)):
+        assert x["area"] == pytest.approx(math.pi / 4 * area, rel=0.02)
+    assert mask_util.toBbox(ellipse[0]["segmentation"]).tolist() == boxes[0]
+
+
+def test_sentence_names_the_objects_on_which_a_yardstick_is_as_good():
+    def results(*aps):
+        tasks = ("segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
+        rows = zip(tasks, aps, (9, 4, 5, 0), strict=True)
+        return {task: {"AP": ap, "num_gt": n} for task, ap, n in rows}
+
+    nan = math.nan
+    yardsticks = {"filled box": results(20, 30, 10, nan), "ellipse": results(19, 31, 9, nan)}
+    assert compare_with_yardsticks(results(21, 32, 11, nan), yardsticks) == ""
+    assert compare_with_yardsticks(results(21, 25, 10, nan), yardsticks) == (
+        "Mask AP no better than a yardstick: seen classes (25.0, ellipse 31.0), unseen classes "
+        "(10.0, filled box 10.0)."
+    )

@@ -282,23 +282,28 @@ def write_summary(output_dir: str | os.PathLike) -> str:
 
     output = Path(output_dir)
     records = [json.loads(path.read_text()) for path in sorted(output.glob("**/run.json"))]
-    rows = [
-        {"evaluation": evaluation, "config": record["config"], "seed": record["seed"]}
-        | {"seen_set": record["seen_set"] or "-"}
-        | {name: found.get(task, {}).get(metric) for name, (task, metric) in COLUMNS.items()}
-        for record in records
-        for evaluation, found in record.get("results", {}).items()
-    ]
+    rows = []
+    for record in records:
+        row = {"seed": record["seed"], "seen_set": record["seen_set"] or "-"}
+        for evaluation, found in record.get("results", {}).items():
+            # "segm_unseen/filled_box": the yardsticks beside masks on ground-truth boxes.
+            yardsticks = {task.partition("/")[2] for task in found} - {""}
+            systems = [("", evaluation, record["config"])]
+            systems += [(f"/{x}", "gt_boxes", x.replace("_", " ")) for x in sorted(yardsticks)]
+            for end, name, config in systems:
+                aps = {k: found.get(f"{t}{end}", {}).get(m) for k, (t, m) in COLUMNS.items()}
+                rows.append({"evaluation": name, "config": config, **row, **aps})
     if not rows:
         return "No run has finished."
-    results = pd.DataFrame(rows).astype(dict.fromkeys(COLUMNS, float))
+    # All runs have the same yardsticks.
+    results = pd.DataFrame(rows).astype(dict.fromkeys(COLUMNS, float)).drop_duplicates()
     results.to_csv(output / "results.csv", index=False)
     groups = results.groupby(["evaluation", "config", "seen_set"])
     cells = groups[list(COLUMNS)].agg(_mean_and_deviation)
     cells.insert(0, "seeds", groups.size())
     text = (
         "COCO AP in percent, mean ± standard deviation (of the sample) over the seeds, of the "
-        "detections; gt_boxes: of the masks on the ground-truth boxes and classes.\n\n"
+        "detections; gt_boxes: of masks on the ground-truth boxes and classes.\n\n"
         + cells.reset_index().to_markdown(index=False, disable_numparse=True)
     )
     (output / "summary.md").write_text(text + "\n", encoding="utf-8")

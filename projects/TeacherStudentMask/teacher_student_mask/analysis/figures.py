@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 __all__ = [
+    "OVERLAP_FIGURES",
     "PROTOCOL_LABELS",
     "make_figures",
     "model_color",
@@ -21,6 +22,13 @@ __all__ = [
 ]
 
 PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
+# Name, protocol, metric, title, digits in tables.
+OVERLAP_FIGURES = (
+    ("overlap-detections", "detections", "AP", "AP on detected boxes", 1),
+    ("overlap-AP", "gt_boxes", "AP", "AP on ground-truth boxes", 1),
+    ("overlap-mask_iou", "gt_boxes", "mask_iou", "mask IoU on ground-truth boxes", 3),
+    ("overlap-boundary_iou", "gt_boxes", "boundary_iou", "boundary IoU on ground-truth boxes", 3),
+)
 # Okabe and Ito's colours, as far as they have contrast on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#8c6d00")
 
@@ -31,12 +39,14 @@ def model_color(index: int) -> str:
 
 
 def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
-    """{protocol: {model: its numbers}}, detections first; without empty protocols."""
+    """{protocol: {model or yardstick: its numbers}}, detections first; no empty protocols."""
     models = summary["models"].items()
     results = {
         "detections": {name: x for name, x in models if "segm" in x},
         "gt_boxes": {name: x["gt_boxes"] for name, x in models if "gt_boxes" in x},
     }
+    if results["gt_boxes"]:
+        results["gt_boxes"] |= summary["yardsticks"]
     return {protocol: x for protocol, x in results.items() if x}
 
 
@@ -70,17 +80,13 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     Args:
         summary: of an :class:`Analysis`.
     """
-    colors = {_label(name): model_color(i) for i, name in enumerate(summary["models"])}
+    names = [*summary["models"], *summary["yardsticks"]]
+    colors = {_label(name): model_color(i) for i, name in enumerate(names)}
     results = results_by_protocol(summary)
     figures = {"false-positives": _false_positive_shares(results)}
-    if "detections" in results:
-        figures["overlap-detections"] = _curves(results["detections"], "AP", "AP", colors)
-    for metric in ("AP", "mask_iou", "boundary_iou") if "gt_boxes" in results else ():
-        title = f"{metric.replace('_iou', ' IoU')} on ground-truth boxes"
-        figures[f"overlap-{metric}"] = _curves(results["gt_boxes"], metric, title, colors)
-    quality = pseudo_mask_results(summary)
-    if quality:
-        figures["pseudo-masks"] = _curves(quality, "mask_iou", "mean IoU", {})
+    for name, protocol, metric, title, _ in OVERLAP_FIGURES:
+        figures[name] = _curves(results.get(protocol, {}), metric, title, colors)
+    figures["pseudo-masks"] = _curves(pseudo_mask_results(summary), "mask_iou", "mean IoU", {})
     for i, difference in enumerate(summary["differences"]):
         figures[f"classes-{i}"] = _class_differences(difference)
     return {name: figure for name, figure in figures.items() if figure is not None}

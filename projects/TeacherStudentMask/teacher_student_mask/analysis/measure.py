@@ -22,12 +22,14 @@ from ..class_splits import resolve_seen_classes
 from ..coco_json import Finding, load_ground_truth, load_results
 from ..errors import InputError
 from ..evaluation import (
+    MASK_TASKS,
     METRICS,
     TaskMetrics,
     compute_overlaps,
     find_candidate_pairs,
     overlap_bins,
     warn_of_many_objects,
+    yardstick_results,
 )
 from .objects import ObjectTable, measure_objects
 
@@ -35,14 +37,12 @@ __all__ = [
     "Analysis",
     "SCHEMA_VERSION",
     "Settings",
-    "TASKS",
     "analyze",
     "percentile_interval",
     "resample_images",
 ]
 
 SCHEMA_VERSION = 1
-TASKS = ("segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
 # Detections times resamples that are processed at once: enough that numpy's calls cost little, and
 # small enough for the caches.
 _MAX_ELEMENTS = 300_000
@@ -119,7 +119,8 @@ def analyze(
         seen_classes: the classes whose masks training used: a specification for
             :func:`resolve_seen_classes`, or a list of names.
         gt_box_results: {name: path of a COCO result file} with one mask per ground-truth box,
-            which tells the mask head from the detector. A name may stand in both.
+            which tells the mask head from the detector. A name may stand in both. The yardsticks
+            of :func:`yardstick_results` are measured beside them.
         settings: thresholds, bins, intervals.
         pseudo_masks: {name: quality}, as :func:`measure_pseudo_masks` returns it.
         baseline: the model that all others are compared with; None: every pair is compared.
@@ -131,8 +132,9 @@ def analyze(
         InputError: a file is not what it should be (the message names file, entry and field), or
             the name of a class or of the baseline is not known.
     """
-    files = {"detections": results or {}, "gt_boxes": gt_box_results or {}}
-    names = list(dict.fromkeys([*files["detections"], *files["gt_boxes"]]))
+    on_gt_boxes = gt_box_results or {}
+    files = {"detections": results or {}, "gt_boxes": on_gt_boxes}
+    names = list(dict.fromkeys([*files["detections"], *on_gt_boxes]))
     if baseline not in (None, *names):
         raise InputError(
             f"The baseline is {baseline!r}; it must be one of the models: {', '.join(names)}."
@@ -148,34 +150,28 @@ def analyze(
     for annotation in coco.dataset["annotations"]:
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
-    models: dict[str, dict] = {}
-    for name in names:
-        paths = (of_protocol.get(name) for of_protocol in files.values())
-        models[name] = dict(zip(("results", "gt_box_results"), paths))
-    objects: dict[str, dict[str, ObjectTable]] = {protocol: {} for protocol in files}
-    statistics: dict[str, dict[str, _Statistics]] = {protocol: {} for protocol in files}
-    for name, protocol in itertools.product(names, files):
-        if name not in files[protocol]:
+    models: dict[str, dict] = {
+        name: {"results": files["detections"].get(name), "gt_box_results": on_gt_boxes.get(name)}
+        for name in names
+    }
+    measured: dict[str, dict[str, _Measured]] = {protocol: {} for protocol in files}
+    for name, (protocol, paths) in itertools.product(names, files.items()):
+        if name not in paths:
             continue
-        path = files[protocol][name]
-        detections = load_results(path, coco, warnings)
-        has_many = has_many or warn_of_many(detections, f"entries in {path}")
-        found = dataset.measure_ap(detections, title=f"{name} ({protocol}): intervals")
-        table = measure_objects(
-            coco,
-            detections,
-            dataset.overlaps,
-            dataset.unseen_ids,
-            protocol=protocol,
-            score_threshold=settings.score_threshold,
-            ties=settings.ties,
-        )
-        statistics[protocol][name], objects[protocol][name] = found, table
-        numbers = dataset.summarize(found, table)
+        detections = load_results(paths[name], coco, warnings)
+        has_many = has_many or warn_of_many(detections, f"entries in {paths[name]}")
+        found = dataset.measure(detections, protocol, f"{name} ({protocol})")
+        measured[protocol][name] = found
         if protocol == "gt_boxes":
-            models[name]["gt_boxes"] = numbers
+            models[name]["gt_boxes"] = found.numbers
         else:
-            models[name] |= {"num_detections": len(detections), **numbers}
+            box_metrics = dataset.measure_boxes(detections)
+            models[name] |= {
+                "num_detections": len(detections),
+                "bbox": box_metrics,
+                **found.numbers,
+            }
+    yardsticks = yardstick_results(coco) if on_gt_boxes else {}
     for name, quality in (pseudo_masks or {}).items():
         models[name]["pseudo_masks"] = quality
     summary = {
@@ -189,9 +185,14 @@ def analyze(
         "dataset": dataset.describe(annotations),
         "settings": asdict(settings),
         "models": models,
+        "yardsticks": {
+            name: dataset.measure(found, "gt_boxes", name).numbers
+            for name, found in yardsticks.items()
+        },
         "differences": [
-            dataset.compare(of_protocol, first, second, protocol)
-            for protocol, of_protocol in statistics.items()
+            {"baseline": first, "model": second, "protocol": protocol}
+            | dataset.compare(of_protocol[first], of_protocol[second])
+            for protocol, of_protocol in measured.items()
             for first, second in itertools.permutations(of_protocol, 2)
             if (first == baseline if baseline else names.index(first) < names.index(second))
         ],
@@ -202,9 +203,19 @@ def analyze(
     }
     # JSON has no nan.
     summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)
-    preferred = "gt_boxes" if len(objects["gt_boxes"]) == len(names) else "detections"
-    shown = {name: objects[preferred].get(name) or objects["gt_boxes"][name] for name in names}
-    return Analysis(summary, coco, shown)
+    preferred = "gt_boxes" if len(on_gt_boxes) == len(names) else "detections"
+    shown = {name: measured[preferred].get(name) or measured["gt_boxes"][name] for name in names}
+    return Analysis(summary, coco, {name: x.table for name, x in shown.items()})
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One result file: all AP, in 0-100, nan where there is no object, and its objects."""
+
+    values: dict[Key, float]
+    samples: dict[Key, np.ndarray]  # (resamples,) each, on resampled images
+    table: ObjectTable
+    numbers: dict  # as analysis.json holds them
 
 
 class _Dataset:
@@ -222,35 +233,56 @@ class _Dataset:
         self.bins = overlap_bins(settings.overlap_bins)
         self.overlaps = compute_overlaps(coco)
 
-    def measure_ap(self, detections: Sequence[dict], title: str) -> _Statistics:
-        """All values of :class:`TaskMetrics`, also on resampled images."""
-        pairs = find_candidate_pairs(
-            self.coco, detections, max_detections=self.settings.max_detections
+    def measure_boxes(self, detections: Sequence[dict]) -> dict[str, float]:
+        """AP of the detected boxes, without intervals."""
+        limit = self.settings.max_detections
+        pairs = find_candidate_pairs(self.coco, detections, max_detections=limit, iou_type="bbox")
+        evaluate = TaskMetrics(pairs, self.overlaps, seen=(), threshold=1, bins=[])
+        return evaluate.by_task(evaluate())["segm"]
+
+    def measure(self, detections: Sequence[dict], protocol: str, title: str) -> _Measured:
+        """AP of the masks, also on resampled images, and what is measured on single objects."""
+        settings = self.settings
+        pairs = find_candidate_pairs(self.coco, detections, max_detections=settings.max_detections)
+        evaluate = TaskMetrics(
+            pairs, self.overlaps, self.seen, settings.overlap_threshold, self.bins
         )
-        measure = TaskMetrics(
-            pairs, self.overlaps, self.seen, self.settings.overlap_threshold, self.bins
-        )
-        values = {key: float(x) for key, x in measure().items()}
+        values = {key: float(x) for key, x in evaluate().items()}
         size = max(1, _MAX_ELEMENTS // max(1, len(pairs.dt_images)))
-        num_resamples = self.settings.num_resamples
-        draws = resample_images(len(pairs.image_ids), num_resamples, self.settings.seed, size)
+        draws = resample_images(len(pairs.image_ids), settings.num_resamples, settings.seed, size)
         # numpy lets other threads run while it computes.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            batches = pool.map(measure, draws)
-            total = -(-num_resamples // size)
-            sampled = list(tqdm(batches, desc=title, total=total, disable=None))
+            batches = pool.map(evaluate, draws)
+            total = -(-settings.num_resamples // size)
+            sampled = list(tqdm(batches, desc=f"{title}: intervals", total=total, disable=None))
         samples = {key: np.concatenate([np.zeros(0), *(x[key] for x in sampled)]) for key in values}
-        return _Statistics(values, samples, measure.num_gt, self.settings.confidence)
+        table = measure_objects(
+            self.coco,
+            detections,
+            self.overlaps,
+            self.unseen_ids,
+            protocol=protocol,
+            score_threshold=settings.score_threshold,
+            ties=settings.ties,
+        )
+        numbers = self._summarize(evaluate, values, samples, table)
+        return _Measured(values, samples, table, numbers)
 
-    def summarize(self, statistics: _Statistics, table: ObjectTable) -> dict:
-        """All numbers of one model under one protocol."""
-        values, num_gt, interval = statistics.values, statistics.num_gt, statistics.interval
+    def _summarize(
+        self,
+        evaluate: TaskMetrics,
+        values: Mapping[Key, float],
+        samples: Mapping[Key, np.ndarray],
+        table: ObjectTable,
+    ) -> dict:
+        def interval(key: Key) -> list[float] | None:
+            return percentile_interval(samples[key], self.settings.confidence)
+
         is_on_gt_boxes = table.protocol == "gt_boxes"
-        numbers: dict = {
-            task: {**{m: values[task, m] for m in METRICS}, "num_gt": num_gt[task]}
-            for task in TASKS
+        numbers: dict = evaluate.by_task(values)
+        numbers["intervals"] = {
+            task: {m: interval((task, m)) for m in METRICS} for task in MASK_TASKS
         }
-        numbers["intervals"] = {task: {m: interval((task, m)) for m in METRICS} for task in TASKS}
         if is_on_gt_boxes:
             numbers |= _mask_quality(table, table.is_unseen)
         numbers["per_class"] = [
@@ -258,7 +290,7 @@ class _Dataset:
                 "name": name,
                 "category_id": self.category_ids[k],
                 "seen": k in self.seen,
-                "num_gt": num_gt[f"class {k}"],
+                "num_gt": evaluate.num_gt[f"class {k}"],
                 **{m: values[f"class {k}", m] for m in ("AP", "AP50", "AP75")},
                 "interval": interval((f"class {k}", "AP")),
             }
@@ -266,7 +298,7 @@ class _Dataset:
         ]
         numbers["overlap_bins"] = []
         for k, x in enumerate(self.bins):
-            key, num = f"bin {k}", num_gt[f"bin {k}"]
+            key, num = f"bin {k}", evaluate.num_gt[f"bin {k}"]
             row = {"low": x.low, "high": x.high, "num_gt": num}
             row["few"] = num < self.settings.min_objects_per_bin
             row |= {m: values[key, m] for m in ("AP", "AP50")}
@@ -290,33 +322,25 @@ class _Dataset:
         }
         return numbers
 
-    def compare(
-        self, statistics: Mapping[str, _Statistics], baseline: str, model: str, protocol: str
-    ) -> dict:
+    def compare(self, baseline: _Measured, model: _Measured) -> dict:
         """Model minus baseline, both measured on the same draws of the images."""
-        first, second = statistics[baseline], statistics[model]
 
         def difference(key: Key) -> dict:
-            value = second.values[key] - first.values[key]
-            samples = second.samples[key] - first.samples[key]
+            samples = model.samples[key] - baseline.samples[key]
             interval = percentile_interval(samples, self.settings.confidence)
-            # Without an interval nothing is established.
-            includes_zero = interval is None or interval[0] <= 0 <= interval[1]
-            return {"difference": value, "interval": interval, "includes_zero": includes_zero}
+            return {
+                "difference": model.values[key] - baseline.values[key],
+                "interval": interval,
+                # Without an interval nothing is established.
+                "includes_zero": interval is None or interval[0] <= 0 <= interval[1],
+            }
 
         return {
-            "baseline": baseline,
-            "model": model,
-            "protocol": protocol,
-            "tasks": {task: {m: difference((task, m)) for m in METRICS} for task in TASKS},
+            "tasks": {task: {m: difference((task, m)) for m in METRICS} for task in MASK_TASKS},
             "per_class": [
-                {
-                    "name": name,
-                    "seen": k in self.seen,
-                    "num_gt": second.num_gt[f"class {k}"],
-                    **difference((f"class {k}", "AP")),
-                }
-                for k, name in enumerate(self.class_names)
+                {key: x[key] for key in ("name", "seen", "num_gt")}
+                | difference((f"class {k}", "AP"))
+                for k, x in enumerate(model.numbers["per_class"])
             ],
         }
 
@@ -344,19 +368,6 @@ def _mask_quality(table: ObjectTable, chosen: np.ndarray) -> dict:
         "mask_iou": float(np.nan_to_num(table.ious[chosen]).mean()),
         "boundary_iou": float(np.nan_to_num(table.boundary_ious[chosen]).mean()),
     }
-
-
-@dataclass(frozen=True)
-class _Statistics:
-    """All AP of one result file, in 0-100, nan where there is no object."""
-
-    values: dict[Key, float]
-    samples: dict[Key, np.ndarray]  # (resamples,) each, on resampled images
-    num_gt: dict[str, int]  # objects that count, by the first part of the keys
-    confidence: float  # of the intervals
-
-    def interval(self, key: Key) -> list[float] | None:
-        return percentile_interval(self.samples[key], self.confidence)
 
 
 def resample_images(

@@ -22,6 +22,7 @@ __all__ = [
     "ObjectTable",
     "PIXEL_COLORS",
     "draw_objects",
+    "extreme_objects",
     "measure_objects",
     "select_objects",
 ]
@@ -193,22 +194,35 @@ def select_objects(tables: Sequence[ObjectTable], num_objects: int) -> np.ndarra
     return rows[order][:num_objects]
 
 
+def extreme_objects(
+    tables: Sequence[ObjectTable], num_objects: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Rows of the first model's masks with the lowest IoU, lowest first, and with the highest, highest
+    first, of the objects that all models have a mask for.
+    """
+    rows = np.flatnonzero(np.all([x.is_matched for x in tables], axis=0))
+    order = rows[np.argsort(tables[0].ious[rows], kind="stable")]
+    worst, others = order[:num_objects], order[num_objects:]
+    return worst, others[::-1][:num_objects]
+
+
 def draw_objects(
     coco: COCO,
     summary: Mapping,
     tables: Sequence[ObjectTable],
+    rows: np.ndarray,
     image_root: str,
-    num_objects: int,
 ) -> list[dict]:
     """
-    Draw the objects that :func:`select_objects` chooses: the true mask, then that of each model.
+    Draw objects: the true mask, then that of each model.
 
     Args:
         coco, summary: of an :class:`Analysis`.
         tables: its objects of one or two models.
+        rows: of the tables, the objects.
         image_root: folder of the images. Objects whose image is missing, broken, of another size,
             or outside of the folder are left out with a warning.
-        num_objects: how many pictures at most.
 
     Returns:
         The variables of the report's template for each picture.
@@ -216,8 +230,7 @@ def draw_objects(
     unseen_names = set(summary["dataset"]["unseen_classes"])
     unseen_ids = {i for i, x in coco.cats.items() if x["name"] in unseen_names}
     pictures = []
-    rows = select_objects(tables, num_objects).tolist()
-    for row in rows:
+    for row in rows.tolist():
         annotation = coco.anns[int(tables[0].annotation_ids[row])]
         image = coco.imgs[annotation["image_id"]]
         pixels = _read_grey(image, image_root)

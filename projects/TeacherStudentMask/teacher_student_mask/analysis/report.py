@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..evaluation import METRICS
+from ..evaluation import MASK_TASKS, METRICS, compare_with_yardsticks, tasks_with_objects
 from .figures import (
+    OVERLAP_FIGURES,
     PROTOCOL_LABELS,
     make_figures,
     model_color,
@@ -19,12 +20,16 @@ from .figures import (
     results_by_protocol,
     uncertainty_note,
 )
-from .objects import PIXEL_COLORS, draw_objects
+from .objects import PIXEL_COLORS, draw_objects, extreme_objects, select_objects
 
 if TYPE_CHECKING:
     from .measure import Analysis
 
-__all__ = ["write_report"]
+__all__ = ["headline", "write_report"]
+
+_TASK_ORDER = ("segm_unseen", "segm_unseen_overlap", "segm_seen", "segm")
+# Box AP below which a sentence says that detection fails.
+_FAILED_BOX_AP = 5.0
 
 
 def write_report(
@@ -43,7 +48,8 @@ def write_report(
         analysis: of one or more models; not changed.
         output_dir: made if new; an earlier report is replaced.
         image_root: folder of the images; None: the report has no pictures of objects.
-        num_objects: how many objects to picture at most. 200 take about 5 MB.
+        num_objects: how many objects to picture at most, beside the four worst and the four best.
+            200 take about 5 MB.
 
     Returns:
         The path of ``report.html``.
@@ -68,10 +74,17 @@ def write_report(
     # IoU on detected and on ground-truth boxes do not compare.
     protocol = next(iter(analysis.objects.values())).protocol
     shown = [name for name, x in analysis.objects.items() if x.protocol == protocol][:2]
-    pictures = []
-    if image_root is not None:
-        chosen = [analysis.objects[x] for x in shown]
-        pictures = draw_objects(analysis.coco, analysis.summary, chosen, image_root, num_objects)
+    tables = [analysis.objects[x] for x in shown]
+    chosen = {"pictures": select_objects(tables, num_objects)}
+    chosen["worst"], chosen["best"] = extreme_objects(tables, min(num_objects, 4))
+    pictures = {
+        name: (
+            draw_objects(analysis.coco, analysis.summary, tables, rows, image_root)
+            if image_root is not None
+            else []
+        )
+        for name, rows in chosen.items()
+    }
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -86,12 +99,40 @@ def write_report(
         plotly_js=plotly.offline.get_plotlyjs(),
         shown=shown,
         protocol_shown=protocol,
-        pictures=pictures,
+        **pictures,
         pixel_colors=PIXEL_COLORS,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def headline(summary: Mapping) -> list[str]:
+    """
+    Say in a sentence or two per model what its boxes and masks are worth.
+
+    The masks are those of unseen classes or, where there are none, of all.
+
+    Args:
+        summary: of an :class:`Analysis`.
+    """
+    task = "segm_unseen" if summary["dataset"]["num_unseen"] else "segm"
+    objects, sentences = MASK_TASKS[task], []
+    for name, x in summary["models"].items():
+        parts, more = [], ""
+        if "bbox" in x:
+            box_ap, mask_ap = x["bbox"]["AP"], x[task]["AP"]
+            is_failed = box_ap is not None and box_ap < _FAILED_BOX_AP
+            parts.append(f"{'detection fails: ' if is_failed else ''}box AP {_format_cell(box_ap)}")
+            parts.append(f"mask AP of {objects} {_format_cell(mask_ap)}")
+        if "gt_boxes" in x:
+            on_boxes = x["gt_boxes"]
+            parts.append(
+                f"the masks on your boxes have {_format_cell(on_boxes[task]['AP'])} ({objects})"
+            )
+            more = " " + compare_with_yardsticks(on_boxes, summary["yardsticks"])
+        sentences.append(f"{name}: {'; '.join(parts)}.{more}".rstrip())
+    return sentences
 
 
 def _content(summary: Mapping) -> dict:
@@ -106,34 +147,19 @@ def _content(summary: Mapping) -> dict:
         for name, figure in make_figures(summary).items()
     }
     threshold = summary["settings"]["overlap_threshold"]
-    on_gt = "on ground-truth boxes"
-    overlap = [
-        # Its figure, protocol, metric, title, digits.
-        ("overlap-detections", "detections", "AP", "AP on detected boxes", 1),
-        ("overlap-AP", "gt_boxes", "AP", f"AP {on_gt}", 1),
-        ("overlap-mask_iou", "gt_boxes", "mask_iou", f"mask IoU {on_gt}", 3),
-        (
-            "overlap-boundary_iou",
-            "gt_boxes",
-            "boundary_iou",
-            f"boundary IoU {on_gt}",
-            3,
-        ),
-    ]
+    results = results_by_protocol(summary)
+    with_objects = tasks_with_objects(next(iter(next(iter(results.values())).values())))
+    tasks = {**MASK_TASKS, "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}"}
     return {
         "summary": summary,
         "colors": {name: model_color(i) for i, name in enumerate(summary["models"])},
         "figures": figures,
         "labels": PROTOCOL_LABELS,
         "metrics": METRICS,
-        "tasks": {
-            "segm_unseen": "unseen classes",
-            "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}",
-            "segm_seen": "seen classes",
-            "segm": "all classes",
-        },
-        "results": results_by_protocol(summary),
-        "overlap": [x for x in overlap if x[0] in figures],
+        "tasks": {x: tasks[x] for x in _TASK_ORDER if x in with_objects},
+        "results": results,
+        "headline": headline(summary),
+        "overlap": [x for x in OVERLAP_FIGURES if x[0] in figures],
         "pseudo_masks": pseudo_mask_results(summary),
     }
 

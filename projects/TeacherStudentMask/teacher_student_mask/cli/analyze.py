@@ -3,8 +3,9 @@ Measure one or several models on the same ground truth, and write a report that 
 
 What is measured, with bootstrap intervals over the images: AP of all, seen, unseen and overlapped
 unseen objects, per class, and per bin of the overlap O, the share of an object's box that another
-object's mask covers; mask IoU and boundary IoU, where masks on ground-truth boxes are given; what
-the false-positive pixels of unseen objects lie on; differences between the models.
+object's mask covers; where masks on ground-truth boxes are given, mask IoU and boundary IoU, and
+the same of two yardsticks, the filled box and the ellipse inscribed in it; what the false-positive
+pixels of unseen objects lie on; differences between the models.
 
 Inputs are a COCO ground truth with a mask on every object, and either
   result files   --annotations and --results, and --gt-box-results for masks that were made on the
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..analysis import Settings, analyze, write_report
     from ..analysis.figures import PROTOCOL_LABELS, results_by_protocol
+    from ..analysis.report import headline
     from ..evaluation import comparison_table
 
     setup_logger(name="teacher_student_mask")
@@ -125,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
     report = write_report(
         analysis, args.output_dir, image_root=images, num_objects=args.num_pictures
     )
+    print("\n".join(headline(analysis.summary)), end="\n\n")
     for protocol, by_model in results_by_protocol(analysis.summary).items():
         print(f"{PROTOCOL_LABELS[protocol].capitalize()}:\n{comparison_table(by_model)}\n")
     print(f"Report: {report}")

@@ -156,6 +156,7 @@ class Trainer(DefaultTrainer):
             max_dets_per_image=max_dets,
             overlap_threshold=cfg.TEST.OVERLAP_THRESHOLD,
             overlap_bin_edges=cfg.TEST.OVERLAP_BINS,
+            with_yardsticks=cfg.TEST.GT_BOXES,
         )
 
     @staticmethod

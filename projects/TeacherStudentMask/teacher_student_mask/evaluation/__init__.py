@@ -15,14 +15,16 @@ from .subset_ap import (
     Matches,
     PrecisionOfSubsets,
     Subset,
-    TaskMetrics,
     find_candidate_pairs,
     subset_metrics,
 )
+from .tasks import MASK_TASKS, TaskMetrics, tasks_with_objects
+from .yardsticks import compare_with_yardsticks, yardstick_results
 
 __all__ = [
     "AREA_RANGES",
     "IOU_THRESHOLDS",
+    "MASK_TASKS",
     "METRICS",
     "Matches",
     "ObjectRegions",
@@ -32,6 +34,7 @@ __all__ = [
     "Subset",
     "TaskMetrics",
     "boundary_iou",
+    "compare_with_yardsticks",
     "comparison_table",
     "compute_overlaps",
     "count_pixels",
@@ -40,5 +43,7 @@ __all__ = [
     "overlap_bins",
     "results_table",
     "subset_metrics",
+    "tasks_with_objects",
     "warn_of_many_objects",
+    "yardstick_results",
 ]

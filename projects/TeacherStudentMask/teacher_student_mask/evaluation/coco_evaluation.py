@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,20 +18,19 @@ from ..class_splits import match_classes, resolve_seen_classes
 from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import compute_overlaps, overlap_bins
-from .subset_ap import METRICS, TaskMetrics, find_candidate_pairs
+from .subset_ap import METRICS, find_candidate_pairs
+from .tasks import MASK_TASKS, TaskMetrics, tasks_with_objects
+from .yardsticks import YARDSTICKS, compare_with_yardsticks, yardstick_results
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "PartiallySupervisedCOCOEvaluator",
-    "TASKS",
     "comparison_table",
     "has_compiled_cocoeval",
     "results_table",
     "warn_of_many_objects",
 ]
-
-TASKS = ("bbox", "segm", "segm_seen", "segm_unseen", "segm_unseen_overlap")
 
 
 class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
@@ -50,6 +50,10 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
     - "segm_unseen_overlap_bins": AP of the unseen objects in each bin of the overlap, "AP_0" for
       those with O = 0, "AP_0.1_0.2" for 0.1 < O <= 0.2 (Fig. 2 of the paper).
 
+    With ``with_yardsticks``, for predictions on ground-truth boxes, each mask task is there for the
+    two of :func:`yardstick_results` as well: "segm_unseen/filled_box",
+    "segm_unseen/inscribed_ellipse", and so on.
+
     Classes are matched by name: the dataset may list the model's under other ids, or a part of
     them; predictions of the classes that it lacks are left out.
 
@@ -67,6 +71,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         class_names: Sequence[str] | None = None,
         overlap_threshold: float = 0.3,
         overlap_bin_edges: Sequence[float] | None = None,
+        with_yardsticks: bool = False,
         max_dets_per_image: int = 100,
         use_fast_impl: bool = True,
         **kwargs,
@@ -79,6 +84,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             class_names: the model's, by the ids that it predicts; None: those of the dataset.
             overlap_threshold: smallest overlap, in [0, 1], of an object in "segm_unseen_overlap".
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
+            with_yardsticks: evaluate filled boxes and inscribed ellipses, too.
             max_dets_per_image: detections of a class that count; 100 as in COCO.
             use_fast_impl: use Detectron2's compiled matching where there is one.
 
@@ -103,6 +109,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 check_coco(json_file, use="evaluation").raise_on_error()
             raise
         self._overlap_threshold = overlap_threshold
+        self._with_yardsticks = with_yardsticks
         self._overlap_bins = overlap_bins(overlap_bin_edges) if overlap_bin_edges else []
         if self._do_evaluation:
             reads_masks = self._tasks is None or "segm" in self._tasks
@@ -166,32 +173,34 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         return results
 
     def _derive_subset_results(self, coco_eval: COCOeval | None) -> dict[str, dict[str, float]]:
-        if coco_eval is None:
-            pairs = find_candidate_pairs(self._coco_api, [])
-        else:
-            pairs = find_candidate_pairs(
-                coco_eval.cocoGt,
-                coco_eval.cocoDt.dataset["annotations"],
-                max_detections=coco_eval.params.maxDets[-1],
-                image_ids=coco_eval.params.imgIds,
-                ious=coco_eval.ious,
-            )
         overlaps = compute_overlaps(self._coco_api)
-        evaluate = TaskMetrics(
-            pairs, overlaps, self._seen_classes, self._overlap_threshold, self._overlap_bins
-        )
-        # As the parent, which evaluates nothing where nothing is found.
-        nan = float("nan")
-        values = {key: nan if coco_eval is None else float(x) for key, x in evaluate().items()}
-        results = {
-            task: {**{m: values[task, m] for m in METRICS}, "num_gt": evaluate.num_gt[task]}
-            for task in TASKS[2:]
-        }
+        split = overlaps, self._seen_classes, self._overlap_threshold
+        if coco_eval is None:
+            evaluate = TaskMetrics(
+                find_candidate_pairs(self._coco_api, []), *split, self._overlap_bins
+            )
+            # As the parent, which evaluates nothing where nothing is found.
+            values = dict.fromkeys(evaluate(), float("nan"))
+        else:
+            params = coco_eval.params
+            limits = {"max_detections": params.maxDets[-1], "image_ids": params.imgIds}
+            found, ious = coco_eval.cocoDt.dataset["annotations"], coco_eval.ious
+            pairs = find_candidate_pairs(coco_eval.cocoGt, found, ious=ious, **limits)
+            evaluate = TaskMetrics(pairs, *split, self._overlap_bins)
+            values = evaluate()
+        results = evaluate.by_task(values)
         if self._overlap_bins:
             results["segm_unseen_overlap_bins"] = {
-                f"AP_{x.low:g}_{x.high:g}" if x.high else "AP_0": values[f"bin {k}", "AP"]
+                f"AP_{x.low:g}_{x.high:g}" if x.high else "AP_0": float(values[f"bin {k}", "AP"])
                 for k, x in enumerate(self._overlap_bins)
             }
+        if self._with_yardsticks and coco_eval is not None:
+            for name, found in yardstick_results(self._coco_api).items():
+                evaluate = TaskMetrics(
+                    find_candidate_pairs(self._coco_api, found, **limits), *split, bins=[]
+                )
+                of_tasks = evaluate.by_task(evaluate())
+                results |= {_yardstick_task(task, name): x for task, x in of_tasks.items()}
         return results
 
 
@@ -219,7 +228,9 @@ def warn_of_many_objects(
 
 def results_table(results: Mapping) -> str:
     """
-    Results as a Markdown table of one row per task; unseen classes are in bold.
+    Results as a Markdown table of one row per task that has objects; unseen classes are in bold.
+
+    Where there are yardsticks, a sentence names the tasks on which the masks do not beat them.
 
     Args:
         results: {task: {metric: value}} as an evaluator returns it, or {dataset: such a dict},
@@ -227,32 +238,51 @@ def results_table(results: Mapping) -> str:
     """
     if any(isinstance(x, Mapping) for of_task in results.values() for x in of_task.values()):
         return "\n\n".join(f"{name}:\n{results_table(x)}" for name, x in results.items())
+    yardsticks = {
+        name: {task: results[_yardstick_task(task, name)] for task in MASK_TASKS}
+        for name in YARDSTICKS
+        if _yardstick_task("segm", name) in results
+    }
     metrics = (*METRICS, "num_gt")
-    rows = [[x, *(results[x].get(m) for m in metrics)] for x in TASKS if x in results]
-    return _to_markdown(("task", *metrics), rows)
+    tasks = ["bbox"] if "bbox" in results else []
+    for task in tasks_with_objects(results):
+        tasks += [task, *(_yardstick_task(task, name) for name in yardsticks)]
+    rows = [[x, *(results[x].get(m) for m in metrics)] for x in tasks]
+    table = _to_markdown(("task", *metrics), rows)
+    sentence = compare_with_yardsticks(results, yardsticks) if yardsticks else ""
+    return f"{table}\n\n{sentence}" if sentence else table
 
 
-def comparison_table(
-    results_by_model: Mapping[str, Mapping], rows: Sequence[str] = TASKS[2:]
-) -> str:
-    """AP and AP50 of the tasks ``rows``, one column per model: {model: {task: {metric: value}}}."""
-    models = results_by_model.values()
+def comparison_table(results_by_model: Mapping[str, Mapping]) -> str:
+    """
+    Mask AP and AP50 of the tasks that have objects, one column per model.
+
+    Args:
+        results_by_model: {model: {task: {metric: value}}}, all on the same objects.
+    """
+    models = list(results_by_model.values())
     lines = [
-        [f"{task} {metric}", *(x.get(task, {}).get(metric) for x in models)]
-        for task in rows
+        [f"{task} {metric}", *(x[task][metric] for x in models)]
+        for task in tasks_with_objects(models[0])
         for metric in ("AP", "AP50")
-        if any(task in x for x in models)
     ]
     return _to_markdown(("", *results_by_model), lines)
+
+
+def _yardstick_task(task: str, yardstick: str) -> str:
+    return f"{task}/{yardstick.replace(' ', '_')}"
 
 
 def _to_markdown(header: Sequence[str], rows: list[list]) -> str:
     if not rows:
         return "no results"
-    lines = []
-    for label, *values in rows:
-        cells = ["-" if x is None else f"{x:.{0 if isinstance(x, int) else 2}f}" for x in values]
-        lines.append([f"**{x}**" if "unseen" in label else x for x in (label, *cells)])
+
+    def cell(value: float | None) -> str:
+        is_defined = value is not None and not math.isnan(value)
+        return f"{value:.{0 if isinstance(value, int) else 2}f}" if is_defined else "-"
+
+    lines = [[label, *map(cell, values)] for label, *values in rows]
+    lines = [[f"**{x}**" for x in line] if "unseen" in line[0] else line for line in lines]
     alignment = ("left",) + ("right",) * (len(header) - 1)
     return tabulate(
         lines, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True

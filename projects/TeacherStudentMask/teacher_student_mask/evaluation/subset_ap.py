@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
-
-from .overlap import OverlapBin
 
 __all__ = [
     "AREA_RANGES",
@@ -21,7 +18,6 @@ __all__ = [
     "Matches",
     "PrecisionOfSubsets",
     "Subset",
-    "TaskMetrics",
     "at_iou",
     "find_candidate_pairs",
     "mean_percent",
@@ -40,7 +36,7 @@ AREA_RANGES = {
 _RECALLS = np.linspace(0, 1, 101)
 _NEXT_RECALLS = np.append(_RECALLS[1:], np.inf)
 # What a detection is matched to, where it is not the number of an object.
-_NOTHING, _CROWD, _UNDECIDED = -1, -2, -3
+_NOTHING, _CROWD = -1, -2
 
 
 @dataclass(frozen=True)
@@ -77,18 +73,21 @@ def find_candidate_pairs(
     max_detections: int = 100,
     image_ids: Sequence[int] | None = None,
     ious: Mapping[tuple[int, int], np.ndarray] | None = None,
+    iou_type: str = "segm",
 ) -> CandidatePairs:
     """
-    Compute the mask IoU of detections and objects of the same image and class.
+    Compute the IoU of detections and objects of the same image and class.
 
     Args:
-        coco: the objects, with masks, ``area`` and ``iscrowd``.
+        coco: the objects, with masks (or boxes), ``area`` and ``iscrowd``.
         detections: ``image_id``, ``category_id``, ``score``, ``area`` and ``segmentation`` (a
             compressed RLE) of each, as :func:`load_results` or ``COCO.loadRes`` gives them.
         max_detections: of an image and class, those of the highest scores take part.
         image_ids: of the images to take; None: all.
         ious: {(image id, category id): IoU, shape (detections by falling score, objects)} where
             they are known already, as ``COCOeval.ious``.
+        iou_type: "segm", of the masks, or "bbox", of the boxes (``bbox``), whose area then is that
+            of the detection.
     """
     if image_ids is not None:
         chosen = set(image_ids)
@@ -116,6 +115,7 @@ def find_candidate_pairs(
     position = np.empty(len(detections), dtype=np.int64)
     position[by_class] = np.arange(len(by_class))
 
+    is_mask = iou_type == "segm"
     pairs = []
     for group, gts in _by_group(gt_classes * len(image_ids) + gt_images).items():
         dts = dt_groups.get(group)
@@ -123,8 +123,8 @@ def find_candidate_pairs(
             continue
         if ious is None:
             iou = mask_util.iou(
-                [detections[i]["segmentation"] for i in dts],
-                [coco.annToRLE(objects[j]) for j in gts],
+                [detections[i]["segmentation" if is_mask else "bbox"] for i in dts],
+                [coco.annToRLE(objects[j]) if is_mask else objects[j]["bbox"] for j in gts],
                 is_crowd[gts].tolist(),
             )
         else:
@@ -135,6 +135,10 @@ def find_candidate_pairs(
     none = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     pair_dt, pair_gt, pair_iou = (np.concatenate(x) for x in zip(none, *pairs))
     order = np.lexsort((pair_gt, pair_dt))
+    if is_mask:
+        dt_areas = _column(detections, "area", np.float64)
+    else:
+        dt_areas = np.array([w * h for *_, w, h in (x["bbox"] for x in detections)], np.float64)
     return CandidatePairs(
         image_ids=image_ids,
         category_ids=category_ids,
@@ -145,7 +149,7 @@ def find_candidate_pairs(
         gt_is_crowd=is_crowd,
         dt_images=dt_images[by_class],
         dt_classes=dt_classes[by_class],
-        dt_areas=_column(detections, "area", np.float64)[by_class],
+        dt_areas=dt_areas[by_class],
         pair_dt=pair_dt[order],
         pair_gt=pair_gt[order],
         pair_iou=pair_iou[order],
@@ -164,28 +168,30 @@ class Matches:
 
     def __init__(self, pairs: CandidatePairs):
         self.pairs = pairs
-        num_candidates = np.bincount(pairs.pair_dt, minlength=len(pairs.dt_images))
-        # What is on a crowd goes the longer way, too, although it has no choice.
-        has_choice = num_candidates > 1
-        has_choice[pairs.pair_dt[pairs.gt_is_crowd[pairs.pair_gt]]] = True
-        group = pairs.dt_classes * len(pairs.image_ids) + pairs.dt_images
-        pair_has_choice = np.isin(group, group[has_choice])[pairs.pair_dt]
-        chosen = np.flatnonzero(pair_has_choice)
-        self._groups = [chosen[x] for x in _by_group(group[pairs.pair_dt[chosen]]).values()]
-
-        dt, gt = self._match_without_choice(~pair_has_choice)
-        choosing = np.unique(pairs.pair_dt[pair_has_choice])
-        self._choosing = choosing
-        threshold = np.repeat(np.arange(len(dt)), [len(d) + len(choosing) for d in dt])
-        position = np.concatenate([np.concatenate([d, choosing]) for d in dt])
-        undecided = np.full(len(choosing), _UNDECIDED)
-        matched = np.concatenate([np.concatenate([g, undecided]) for g in gt])
-        order = np.lexsort((position, threshold))
+        # Detections with a candidate, one column of the table each.
+        dts, self._columns, num_candidates = np.unique(
+            pairs.pair_dt, return_inverse=True, return_counts=True
+        )
+        groups = _by_group(
+            (pairs.dt_classes * len(pairs.image_ids) + pairs.dt_images)[pairs.pair_dt]
+        )
+        # What is on a crowd is matched again, too, although it has no choice.
+        pair_has_choice = num_candidates[self._columns] > 1
+        pair_has_choice |= pairs.gt_is_crowd[pairs.pair_gt]
+        self._table = np.full((len(IOU_THRESHOLDS), len(dts)), _NOTHING)
+        nothing_ignored = np.zeros(len(pairs.gt_ids), dtype=bool)
+        self._groups = []
+        has_choice = np.zeros(len(dts), dtype=bool)
+        for group in groups.values():
+            self._match_group(group, nothing_ignored, self._table)
+            if pair_has_choice[group].any():
+                self._groups.append(group)
+                has_choice[self._columns[group]] = True
+        self._is_entry = (self._table != _NOTHING) | has_choice
         #: Threshold and detection of all entries that are matched for some ignored objects.
-        self.threshold, self.position = threshold[order], position[order]
-        self._matched = matched[order]
-        self._choosing_entries = np.flatnonzero(self._matched == _UNDECIDED)
-        self.unrestricted = self.match(np.zeros(len(pairs.gt_ids), dtype=bool))
+        self.threshold, columns = np.nonzero(self._is_entry)
+        self.position = dts[columns]
+        self.unrestricted = self._table[self._is_entry]
 
     def match(self, ignored: np.ndarray) -> np.ndarray:
         """
@@ -195,54 +201,46 @@ class Matches:
             int, one per entry of ``threshold`` and ``position``: the number of the object, -1 for
             none, -2 for a crowd.
         """
-        result = self._matched.copy()
-        table = np.full((len(IOU_THRESHOLDS), len(self._choosing)), _NOTHING)
+        table = self._table.copy()
         for group in self._groups:
             self._match_group(group, ignored, table)
-        result[self._choosing_entries] = table.ravel()
-        return result
-
-    def _match_without_choice(self, is_eligible: np.ndarray) -> tuple[list, list]:
-        # Every detection has one candidate at most, so an object goes to the first that reaches it.
-        pairs = self.pairs
-        dt, gt, iou = (x[is_eligible] for x in (pairs.pair_dt, pairs.pair_gt, pairs.pair_iou))
-        order = np.lexsort((dt, gt))
-        dt, gt, iou = dt[order], gt[order], iou[order]
-        dts, gts = [], []
-        for t in IOU_THRESHOLDS:
-            reaches = iou >= t
-            d, g = dt[reaches], gt[reaches]
-            is_first = np.diff(g, prepend=-1) != 0
-            dts.append(d[is_first])
-            gts.append(g[is_first])
-        return dts, gts
+        return table[self._is_entry]
 
     def _match_group(self, group: np.ndarray, ignored: np.ndarray, table: np.ndarray) -> None:
         """Match the detections of one image and class, whose pairs are ``group``."""
-        pairs = self.pairs
-        dts, gts = pairs.pair_dt[group], pairs.pair_gt[group]
-        is_crowd = {int(g): bool(pairs.gt_is_crowd[g]) for g in gts}
-        is_ignored = {g: is_crowd[g] or bool(ignored[g]) for g in is_crowd}
+        gts = self.pairs.pair_gt[group]
+        is_crowd = self.pairs.gt_is_crowd[gts]
+        crowds = set(gts[is_crowd].tolist())
+        is_ignored = (ignored[gts] | is_crowd).tolist()
+        # Detections stand in the order of falling scores.
         by_dt = defaultdict(list)
-        for d, g, iou in zip(dts.tolist(), gts.tolist(), pairs.pair_iou[group].tolist()):
-            by_dt[d].append((is_ignored[g], g, iou))
-        columns = np.searchsorted(self._choosing, list(by_dt))
-        for row, t in enumerate(IOU_THRESHOLDS):
+        ious = self.pairs.pair_iou[group].tolist()
+        for column, *candidate in zip(
+            self._columns[group].tolist(), is_ignored, gts.tolist(), ious
+        ):
+            by_dt[column].append(candidate)
+        for candidates in by_dt.values():
+            candidates.sort()  # objects that count come first
+        for t, row in zip(IOU_THRESHOLDS.tolist(), table):
             taken = set()
-            # Detections stand in the order of falling scores.
-            for column, candidates in zip(columns, by_dt.values()):
-                best, best_iou, best_is_ignored = _NOTHING, t, True
-                # Objects that count come first; of equal IoU the last one wins, as in COCOeval.
-                for g_is_ignored, g, iou in sorted(candidates, key=lambda x: x[:2]):
-                    if g in taken and not is_crowd[g]:
+            for column, candidates in by_dt.items():
+                best = None
+                for candidate in candidates:
+                    candidate_is_ignored, g, iou = candidate
+                    if g in taken:
                         continue
-                    if best != _NOTHING and not best_is_ignored and g_is_ignored:
+                    if best is not None and candidate_is_ignored and not best[0]:
                         break
-                    if iou >= best_iou:
-                        best, best_iou, best_is_ignored = g, iou, g_is_ignored
-                if best != _NOTHING:
-                    taken.add(best)
-                    table[row, column] = _CROWD if is_crowd[best] else best
+                    # Of equal IoU the last one wins, as in COCOeval.
+                    if iou >= (t if best is None else best[2]):
+                        best = candidate
+                if best is None:
+                    row[column] = _NOTHING
+                elif best[1] in crowds:
+                    row[column] = _CROWD
+                else:
+                    row[column] = best[1]
+                    taken.add(best[1])
 
 
 @dataclass(frozen=True)
@@ -352,41 +350,33 @@ class _TruePositives:
         ``matched_before``, shape (..., entries + 1), that of the matched ones before each entry.
         """
         num_gt = image_weights.astype(np.float32) @ self._num_gt
-        shape = (*num_gt.shape[:-1], len(IOU_THRESHOLDS), self._num_classes)
-        precision = np.zeros((*shape[:-2], shape[-2] * shape[-1]))
+        ap = np.zeros((*num_gt.shape[:-1], len(IOU_THRESHOLDS) * self._num_classes))
         if len(self._entries):
-            num_gt_of_segment = np.maximum(num_gt, 1)[..., self._segments % self._num_classes]
-            precision[..., self._segments] = self._interpolate(
-                dts_before, matched_before, image_weights, num_gt_of_segment
-            )
-        return np.where(num_gt[..., None, :] == 0, np.nan, precision.reshape(shape))
+            weights = _exclusive_cumsum(image_weights[..., self._images])
+            tp = weights[..., 1:] - np.repeat(weights[..., self._starts], self._lengths, axis=-1)
+            offset = dts_before[..., self._first_position] - matched_before[..., self._first_entry]
+            fp = dts_before[..., self._positions] - matched_before[..., self._entries]
+            if len(self._changes):
+                changes = _exclusive_cumsum(
+                    image_weights[..., self._changed_images] * self._changes
+                )
+                fp += changes[..., self._changes_before]
+                offset += changes[..., self._changes_before_segment]
+            fp -= np.repeat(offset, self._lengths, axis=-1)
+            precision = tp / (tp + fp + np.spacing(1))
+            # The highest precision from each true positive to the end of its segment.
+            precision += self._bands
+            highest = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1] - self._bands
 
-    def _interpolate(
-        self,
-        dts_before: np.ndarray,
-        matched_before: np.ndarray,
-        image_weights: np.ndarray,
-        num_gt: np.ndarray,
-    ) -> np.ndarray:
-        """Mean over the recall thresholds of the interpolated precision, per segment."""
-        weights = _exclusive_cumsum(image_weights[..., self._images])
-        tp = weights[..., 1:] - np.repeat(weights[..., self._starts], self._lengths, axis=-1)
-        offset = dts_before[..., self._first_position] - matched_before[..., self._first_entry]
-        fp = dts_before[..., self._positions] - matched_before[..., self._entries]
-        if len(self._changes):
-            changes = _exclusive_cumsum(image_weights[..., self._changed_images] * self._changes)
-            fp += changes[..., self._changes_before]
-            offset += changes[..., self._changes_before_segment]
-        fp -= np.repeat(offset, self._lengths, axis=-1)
-        precision = tp / (tp + fp + np.spacing(1))
-        # The highest precision from each true positive to the end of its segment.
-        precision += self._bands
-        highest = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1] - self._bands
-
-        reached = _recalls_reached(tp / np.repeat(num_gt, self._lengths, axis=-1))
-        newly = np.diff(reached, prepend=0, axis=-1)
-        newly[..., self._starts] = reached[..., self._starts]
-        return np.add.reduceat(highest * newly, self._starts, axis=-1) / len(_RECALLS)
+            of_segment = np.maximum(num_gt, 1)[..., self._segments % self._num_classes]
+            reached = _recalls_reached(tp / np.repeat(of_segment, self._lengths, axis=-1))
+            newly = np.diff(reached, prepend=0, axis=-1)
+            newly[..., self._starts] = reached[..., self._starts]
+            # The mean over the recall thresholds of the interpolated precision.
+            sums = np.add.reduceat(highest * newly, self._starts, axis=-1)
+            ap[..., self._segments] = sums / len(_RECALLS)
+        ap = ap.reshape(*num_gt.shape[:-1], len(IOU_THRESHOLDS), self._num_classes)
+        return np.where(num_gt[..., None, :] == 0, np.nan, ap)
 
 
 def subset_metrics(
@@ -421,70 +411,6 @@ def mean_percent(precision: np.ndarray) -> np.ndarray:
     count = is_defined.sum(axis=(-2, -1))
     total = np.where(is_defined, precision, 0).sum(axis=(-2, -1))
     return np.where(count > 0, 100 * total / np.maximum(count, 1), np.nan)
-
-
-class TaskMetrics:
-    """
-    AP of the tasks "segm", "segm_seen", "segm_unseen" and "segm_unseen_overlap" with six metrics
-    each, of each overlap bin ("bin 3": AP, AP50) and of each class ("class 17": AP, AP50, AP75).
-
-    Args:
-        pairs: detections and objects.
-        overlaps: {annotation id: overlap} of the non-crowd objects.
-        seen: positions of the seen classes.
-        threshold: smallest overlap of an object in "segm_unseen_overlap".
-        bins: hold objects of unseen classes.
-    """
-
-    def __init__(
-        self,
-        pairs: CandidatePairs,
-        overlaps: Mapping[int, float],
-        seen: Collection[int],
-        threshold: float,
-        bins: Sequence[OverlapBin],
-    ):
-        # Crowds have no overlap, and count nowhere.
-        values = np.array([overlaps.get(i, 0.0) for i in pairs.gt_ids.tolist()])
-        is_unseen = ~np.isin(pairs.gt_classes, list(seen))
-        self._seen = set(seen)
-        self._unseen = set(range(len(pairs.category_ids))) - self._seen
-        self._bins = {f"bin {k}": is_unseen & x.contains(values) for k, x in enumerate(bins)}
-        counts = {
-            "segm": np.ones_like(is_unseen),
-            "segm_seen": ~is_unseen,
-            "segm_unseen": is_unseen,
-            "segm_unseen_overlap": is_unseen & (values >= threshold),
-            **self._bins,
-            **{f"class {k}": pairs.gt_classes == k for k in range(len(pairs.category_ids))},
-        }
-        #: {task, bin or class: number of its non-crowd objects}
-        self.num_gt = {name: int((x & ~pairs.gt_is_crowd).sum()) for name, x in counts.items()}
-        subsets = {name: Subset(mask) for name, mask in self._bins.items()}
-        for name, area in itertools.product(("segm", "segm_unseen_overlap"), AREA_RANGES):
-            subsets[f"{name}/{area}"] = Subset(counts[name], area)
-        self._evaluate = PrecisionOfSubsets(Matches(pairs), subsets)
-
-    def __call__(self, image_weights: np.ndarray | None = None) -> dict[tuple, np.ndarray]:
-        """{(task, bin or class, metric): AP in 0-100}; see :meth:`PrecisionOfSubsets.__call__`."""
-        precision = self._evaluate(image_weights)
-        tasks = {
-            "segm": subset_metrics(precision, "segm"),
-            "segm_seen": subset_metrics(precision, "segm", self._seen),
-            "segm_unseen": subset_metrics(precision, "segm", self._unseen),
-            "segm_unseen_overlap": subset_metrics(precision, "segm_unseen_overlap"),
-        }
-        values = {(task, metric): x for task in tasks for metric, x in tasks[task].items()}
-        for name in self._bins:
-            values[name, "AP"] = mean_percent(precision[name])
-            values[name, "AP50"] = mean_percent(at_iou(precision[name], 0.5))
-        of_all = precision["segm/all"]
-        rows = {"AP": of_all, "AP50": at_iou(of_all, 0.5), "AP75": at_iou(of_all, 0.75)}
-        for metric, x in rows.items():
-            # Of one class, all thresholds are defined or none.
-            per_class = 100 * x.mean(axis=-2)
-            values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}
-        return values
 
 
 def _in_range(areas: np.ndarray, name: str) -> np.ndarray:
