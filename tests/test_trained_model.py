@@ -44,6 +44,32 @@ def save(tiny_cfg, tmp_path):
     return _save
 
 
+def test_masks_for_given_boxes_are_those_of_the_detections_in_them(save, tiny_coco):
+    # Detectron2's own inference goes from the same boxes to masks.
+    config, weights = save([*TEACHER_STUDENT, "INPUT.MIN_SIZE_TEST", 70], dataset=tiny_coco)
+    trained = load_model(config, weights=weights, score_threshold=0.0)
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    found = trained.predict(image)
+    names = [trained.class_names[k] for k in found.pred_classes]
+    drawn = trained.masks_for(image, found.pred_boxes.tensor, names)
+    assert torch.allclose(drawn.pred_boxes.tensor, found.pred_boxes.tensor, atol=1e-3)
+    assert torch.equal(drawn.pred_classes, found.pred_classes) and len(drawn) > 3
+    assert (drawn.pred_masks == found.pred_masks).float().mean() > 0.999
+    assert len(trained.predict(image, threshold=float(found.scores.median()))) < len(found)
+    detections = trained.to_supervision(drawn)
+    assert list(detections["class_name"]) == names
+    assert np.array_equal(detections.mask, drawn.pred_masks.numpy())
+    assert len(trained.masks_for(image, [], [])) == 0
+    for boxes, classes, sentence in (
+        ([[0, 0, 5, 5]], ["cats"], r"'cats' \(nearest: cat"),
+        ([[0, 0, 5, 5]], ["cat", "cat"], "1 boxes and 2 classes"),
+        ([[80, 0, 90, 5]], ["cat"], "has no area in the 80x60 image"),
+        ([[5, 5, 1, 9]], ["cat"], "has no area"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            trained.masks_for(image, boxes, classes)
+
+
 @pytest.mark.parametrize("image_format", ["BGR", "RGB"])
 def test_predictions_are_those_of_default_predictor(save, tiny_coco, image_format):
     opts = [*TEACHER_STUDENT, "INPUT.FORMAT", image_format, "INPUT.MIN_SIZE_TEST", 70]

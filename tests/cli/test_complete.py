@@ -118,7 +118,7 @@ def test_every_box_gets_a_mask_and_nothing_else_changes(run, dataset, tmp_path, 
     assert not list(tmp_path.glob("*.part-*"))
     total = next(x for x in text.splitlines() if x.startswith("all "))
     assert total.split()[1:4] == ["6", "0", "5"]
-    assert f"tsmask train --config-file {run.model[0]} " in text
+    assert f"tsmask train {tmp_path / 'out.json'} --image-root {dataset.image_root}" in text
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_masks_are_those_of_inference_on_ground_truth_boxes(run, dataset, tmp_pa
 
 def interrupt_after(monkeypatch, num_images):
     """KeyboardInterrupt where the next image would begin. Returns the images that were begun."""
-    make, begun = completion._model_masks, []
+    make, begun = completion.make_model_masks, []
 
     def interrupted(*args):
         begun.append(args[-1]["number"])
@@ -161,7 +161,7 @@ def interrupt_after(monkeypatch, num_images):
             raise KeyboardInterrupt
         return make(*args)
 
-    monkeypatch.setattr(completion, "_model_masks", interrupted)
+    monkeypatch.setattr(completion, "make_model_masks", interrupted)
     return begun
 
 
@@ -280,7 +280,7 @@ def test_wrong_command_lines_say_what_is_right(run, dataset, tmp_path):
         ([], {"annotations": "nowhere.json"}, "nowhere.json: cannot be read"),
         (["--rank", dataset.json_file], {}, "must be different files"),
         (["--rank", there], {}, "there.json exists; --force"),
-        (["--grabcut"], {}, "either the config of a trained model or --grabcut"),
+        (["--grabcut"], {}, "one of a trained model, --grabcut, or a model that takes boxes"),
     ):
         code, text = run(*arguments, **options)
         assert code == 1 and words in text, text

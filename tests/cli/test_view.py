@@ -69,6 +69,15 @@ def test_objects_are_told_apart_by_what_is_known_of_them(
     assert (tmp_path / "out/pictures/7.jpg").is_file()
 
 
+def test_the_ranking_of_complete_gives_the_order(tiny_coco, view, tmp_path):
+    ids = {x["file_name"]: x["id"] for x in tiny_coco.data["images"]}
+    order = ["seen.png", "mixed.png", "seen.png", "unseen.png"]
+    rows = "".join(f"0.5,{ids[x]}\n" for x in order)
+    (tmp_path / "rank.csv").write_text(f"need,image_id\n{rows}")
+    _, page, _ = view(tiny_coco, "--rank", tmp_path / "rank.csv", "--max-images", 2)
+    assert re.findall(r"<figcaption>(\w+\.png)", page) == ["seen.png", "mixed.png"]
+
+
 def test_the_choice_is_that_of_the_seed(tiny_coco, view):
     def choose(seed):
         _, page, _ = view(tiny_coco, "--max-images", 2, "--seed", seed)

@@ -240,8 +240,8 @@ def _plan(
         "MODEL.PSEUDO_MASK.WARMUP_ITERS": str(gate),
     }
     say(
-        f"Schedule    {iterations} iterations, {iterations / per_epoch:.1f} passes over the images; "
-        f"objects without a mask take part from iteration {gate} on"
+        f"Schedule    {iterations} iterations, {iterations / per_epoch:.1f} passes over the "
+        f"images; objects without a mask take part from iteration {gate} on"
     )
     minutes = iterations * seconds / (1 - _EVALUATION_SHARE) / 60
     say(f"Time        {seconds:.2f} s an iteration, about {minutes:.0f} min in all")
@@ -361,6 +361,20 @@ def _sentence_on_boxes(found: Mapping[str, float]) -> str:
     if found["AP50"] >= 10:
         return text
     return text + " Detection has not been learnt: train longer, or on more images."
+
+
+def _sentence_on_masks(on_boxes: Mapping[str, Mapping[str, float]]) -> str:
+    ap, number = on_boxes["segm"]["AP"], on_boxes["segm"]["num_gt"]
+    yardsticks = {
+        task.split("/")[1].replace("_", " "): x["AP"]
+        for task, x in on_boxes.items()
+        if task.startswith("segm/")
+    }
+    others = ", ".join(f"{name} {x:.1f}" for name, x in yardsticks.items())
+    text = f"Masks on given boxes: AP {ap:.1f} on {number} objects (without a model: {others})."
+    if ap > max(yardsticks.values()):
+        return text
+    return text + " The masks are no better than that: train longer, or draw more masks."
 
 
 def _draw_curves(run: Path) -> None:

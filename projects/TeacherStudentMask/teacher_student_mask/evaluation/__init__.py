@@ -19,7 +19,7 @@ from .subset_ap import (
     subset_metrics,
 )
 from .tasks import MASK_TASKS, TaskMetrics, tasks_with_objects
-from .yardsticks import compare_with_yardsticks, yardstick_results
+from .yardsticks import compare_with_yardsticks, draw_yardsticks, yardstick_results
 
 __all__ = [
     "AREA_RANGES",
@@ -38,6 +38,7 @@ __all__ = [
     "comparison_table",
     "compute_overlaps",
     "count_pixels",
+    "draw_yardsticks",
     "find_candidate_pairs",
     "find_object_regions",
     "overlap_bins",

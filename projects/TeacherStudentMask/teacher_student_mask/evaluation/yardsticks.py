@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 
 from .tasks import MASK_TASKS, tasks_with_objects
 
-__all__ = ["YARDSTICKS", "compare_with_yardsticks", "yardstick_results"]
+__all__ = ["YARDSTICKS", "compare_with_yardsticks", "draw_yardsticks", "yardstick_results"]
 
 _ANGLES = np.linspace(0, 2 * np.pi, 64, endpoint=False)
 # Outlines in a box from (-1, -1) to (1, 1).
@@ -21,32 +21,47 @@ _OUTLINES = {
 YARDSTICKS = tuple(_OUTLINES)
 
 
+def draw_yardsticks(boxes: np.ndarray, image_size: tuple[int, int]) -> dict[str, list[dict]]:
+    """
+    Fill boxes, and the ellipses in them, as pycocotools fills the polygons of the ground truth.
+
+    Args:
+        boxes: float, shape (N, 4), XYWH in pixels; what is outside of the image is cut off first.
+        image_size: (height, width).
+
+    Returns:
+        {"filled box": N compressed RLEs, "inscribed ellipse": N compressed RLEs}.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    low, high = (x.clip(0, image_size[::-1])[:, None] for x in (low, high))
+    return {
+        name: mask_util.frPyObjects(
+            ((low + high + (high - low) * outline) / 2).reshape(len(boxes), -1).tolist(),
+            *image_size,
+        )
+        for name, outline in _OUTLINES.items()
+    }
+
+
 def yardstick_results(coco: COCO) -> dict[str, list[dict]]:
     """
-    Fill the ground-truth boxes, and the ellipses in them, as COCO results.
-
-    The shapes are polygons, rasterised as pycocotools does with those of the ground truth.
+    The yardsticks of the ground-truth boxes as COCO results.
 
     Args:
         coco: its images' "height" and "width", and its annotations' "iscrowd", are set.
 
     Returns:
         {"filled box": results, "inscribed ellipse": results}: one of score 1 per non-crowd object,
-        with "segmentation" (compressed RLE), "area" and the object's own "bbox" and class. What of
-        a box is outside of the image is cut off first.
+        with "segmentation" (compressed RLE), "area" and the object's own "bbox" and class.
     """
     results: dict[str, list[dict]] = {name: [] for name in _OUTLINES}
     for image_id, image in coco.imgs.items():
         objects = [x for x in coco.imgToAnns.get(image_id, []) if not x["iscrowd"]]
         if not objects:
             continue
-        x, y, w, h = np.array([x["bbox"] for x in objects], dtype=np.float64).T
-        size = image["width"], image["height"]
-        low, high = (np.stack(p, axis=1).clip(0, size) for p in ((x, y), (x + w, y + h)))
-        for name, outline in _OUTLINES.items():
-            points = (low + high)[:, None] / 2 + (high - low)[:, None] / 2 * outline
-            polygons = points.reshape(len(objects), -1).tolist()
-            rles = mask_util.frPyObjects(polygons, image["height"], image["width"])
+        size = image["height"], image["width"]
+        for name, rles in draw_yardsticks([x["bbox"] for x in objects], size).items():
             for annotation, rle in zip(objects, rles):
                 keep = {key: annotation[key] for key in ("image_id", "category_id", "bbox")}
                 shape = {"segmentation": rle, "area": float(mask_util.area(rle))}

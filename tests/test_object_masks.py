@@ -5,7 +5,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 
-from teacher_student_mask.completion import make_mask, mask_to_polygons
+from teacher_student_mask.object_masks import make_mask, mask_to_polygons
 
 SIZE = (40, 60)
 BOX = [10.0, 5.0, 38.0, 33.0]  # 28 x 28: a cell is a pixel
