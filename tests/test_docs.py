@@ -35,6 +35,7 @@ PAGES += [x for x in sorted(ROOT.glob("docs/*.md")) if x.name != "TUTORIAL.md"]
 MARK = re.compile(r"^ *<!-- *not run:(.*?)-->\s*$")
 # Package that a command needs -> pattern of such commands.
 OPTIONAL = {"onnx": r"onnx", "onnxruntime": r"onnx", "gradio": r"tsmask app", "submitit": r"sweep"}
+OPTIONAL["timm"] = r"tsm\.train"
 
 
 @dataclass
