@@ -144,7 +144,10 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     box.DILATION = 2
     # The pairwise loss grows linearly to its weight over these iterations.
     box.WARMUP_ITERS = 10000
-    # Rows at the bottom of the image, in pixels of the resized image, that take no part.
+    # These losses are of ROIs of their own: the object's box, its sides so many times as long. At 1
+    # the full box costs nothing, because nothing around it is on the grid.
+    box.ROI_SCALE = 1.5
+    # Rows at the bottom of the image, in pixels before it is resized, that take no part.
     box.BOTTOM_ROWS = 10
 
     # How the teacher's output becomes the student's target where an object has no mask.

@@ -226,15 +226,25 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         _put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
         weight = self.mask_head.loss_weight
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
-        return losses | self._compute_box_losses(logits, rois, pixels, weight)
+        return losses | self._compute_box_losses(self.mask_head, features, sampled, pixels)
 
     def _compute_box_losses(
-        self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, weight: float
+        self,
+        head: nn.Module,
+        features: dict[str, torch.Tensor],
+        sampled: list[Instances],
+        pixels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
+        # Of the head on ROIs of its own; the prior's losses are of the other ROIs.
         if self.box_supervision is None:
             return {}
+        foreground, _ = select_foreground_proposals(sampled, self.num_classes)
+        rois = self.box_supervision.rois_of(foreground)
+        mask_features, _ = self.compute_mask_features(features, rois, sampled)
+        labels = torch.cat([x.gt_classes for x in rois])
+        logits = predict_label_channel(head, mask_features, labels)
         losses = self.box_supervision(logits, rois, pixels, get_event_storage().iter)
-        return {name: loss * weight for name, loss in losses.items()}
+        return {name: loss * head.loss_weight for name, loss in losses.items()}
 
     def _is_supervised(self, rois: Instances) -> torch.Tensor:
         # Bool, shape (R_i,): which ROIs of an image have a mask to learn from that is given.
@@ -250,7 +260,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _uses_rois_without_mask(self) -> bool:
         # Batch statistics are those of all objects, as at inference.
-        return self.box_supervision is not None or has_batch_norm(self.mask_head)
+        return has_batch_norm(self.mask_head)
 
     def to_rgb(self, images: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation of the model's input, (N, 3, H, W), to RGB in 0-255."""
@@ -433,7 +443,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
         weight = self.teacher_mask_head.loss_weight
         losses["loss_mask_teacher"] = loss_teacher * weight
-        losses.update(self._compute_box_losses(teacher_logits, rois, pixels, weight))
+        head = self.teacher_mask_head
+        losses.update(self._compute_box_losses(head, features, sampled, pixels))
 
         scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
         scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
@@ -476,7 +487,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         head = self.teacher_mask_head
         # With batch statistics all ROIs belong into one batch.
-        if has_mask is None or self.box_supervision is not None or has_batch_norm(head):
+        if has_mask is None or has_batch_norm(head):
             teacher_logits = head.layers(mask_features)[:, 0]
         else:
             rows, others = (x.nonzero().squeeze(1) for x in (has_mask, ~has_mask))
