@@ -224,9 +224,10 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
         _put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
-        weight = self.mask_head.loss_weight
+        box_losses, share = self._compute_box_losses(self.mask_head, features, sampled, pixels)
+        weight = self.mask_head.loss_weight * share
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
-        return losses | self._compute_box_losses(self.mask_head, features, sampled, pixels)
+        return losses | box_losses
 
     def _compute_box_losses(
         self,
@@ -234,17 +235,21 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         features: dict[str, torch.Tensor],
         sampled: list[Instances],
         pixels: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        # Of the head on ROIs of its own; the prior's losses are of the other ROIs.
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | float]:
+        # Of the head on ROIs of its own, and the factor of its loss of the ROIs with a mask. All
+        # are means; that each ROI may count once, they are weighted by the shares of both kinds.
         if self.box_supervision is None:
-            return {}
+            return {}, 1.0
         foreground, _ = select_foreground_proposals(sampled, self.num_classes)
+        has_mask = torch.cat([has_mask_of(x) for x in foreground])
+        share = has_mask.sum() / max(len(has_mask), 1)
         rois = self.box_supervision.rois_of(foreground)
         mask_features, _ = self.compute_mask_features(features, rois, sampled)
         labels = torch.cat([x.gt_classes for x in rois])
         logits = predict_label_channel(head, mask_features, labels)
         losses = self.box_supervision(logits, rois, pixels, get_event_storage().iter)
-        return {name: loss * head.loss_weight for name, loss in losses.items()}
+        weight = head.loss_weight * (1 - share)
+        return {name: loss * weight for name, loss in losses.items()}, share
 
     def _is_supervised(self, rois: Instances) -> torch.Tensor:
         # Bool, shape (R_i,): which ROIs of an image have a mask to learn from that is given.
@@ -440,11 +445,11 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         )
         loss_student = self.student_loss(student_logits, targets, is_supervised)
         losses["loss_mask"] = loss_student * self.mask_head.loss_weight
-        loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
-        weight = self.teacher_mask_head.loss_weight
-        losses["loss_mask_teacher"] = loss_teacher * weight
         head = self.teacher_mask_head
-        losses.update(self._compute_box_losses(head, features, sampled, pixels))
+        box_losses, share = self._compute_box_losses(head, features, sampled, pixels)
+        loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
+        losses["loss_mask_teacher"] = loss_teacher * (head.loss_weight * share)
+        losses.update(box_losses)
 
         scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
         scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
