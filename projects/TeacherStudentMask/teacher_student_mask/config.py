@@ -56,6 +56,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     head = cfg.MODEL.ROI_MASK_HEAD
     # 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     head.NUM_DECONV = 1
+    # Initial weights of the last layer of all mask heads: "d2", normal with a deviation of 0.001, or
+    # "kaiming" (fan out), MMDetection's; for the first steps of "interact".
+    head.PREDICTOR_INIT = "d2"
     # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
     head.HOURGLASS = 52
     # Of "WeightTransferMaskHead" (Mask^X R-CNN): add its class-agnostic fully connected branch, as

@@ -13,10 +13,13 @@ from detectron2.modeling.roi_heads.mask_head import (
 )
 from torch import nn
 
+from .mask_targets import check_choice
+
 __all__ = [
     "MaskRCNNConvMultiUpsampleHead",
     "build_teacher_mask_head",
     "has_batch_norm",
+    "init_predictor",
     "predict_label_channel",
     "select_label_channel",
 ]
@@ -65,7 +68,20 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
     cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
     head = ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.TEACHER_MASK_HEAD.NAME)(cfg, input_shape)
     head.loss_weight = cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT
+    init_predictor(head, cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT)
     return head
+
+
+def init_predictor(head: BaseMaskRCNNHead, method: str) -> None:
+    """
+    Give the last layer of a mask head its initial weights.
+
+    ``method`` is "d2", the head's own, in Detectron2 normal with a deviation of 0.001; or "kaiming"
+    (fan out), MMDetection's: normal with a variance of 2 over the number of channels.
+    """
+    check_choice("MODEL.ROI_MASK_HEAD.PREDICTOR_INIT", method, ("d2", "kaiming"))
+    if method == "kaiming":
+        weight_init.c2_msra_fill(head.predictor)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -21,7 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .box_supervision import BoxSupervision
-from .mask_heads import build_teacher_mask_head, has_batch_norm, predict_label_channel
+from .mask_heads import (
+    build_teacher_mask_head,
+    has_batch_norm,
+    init_predictor,
+    predict_label_channel,
+)
 from .mask_targets import (
     boxes_of,
     check_choice,
@@ -146,6 +151,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             head_shape = _pooled_shape(cfg, input_shape, prior)
             if head_shape != shape:
                 ret["mask_head"] = build_mask_head(cfg, head_shape)
+            init_predictor(ret["mask_head"], cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT)
         return ret
 
     def forward(
