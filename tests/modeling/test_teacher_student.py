@@ -105,6 +105,25 @@ def test_box_losses_are_the_teachers_on_rois_of_their_own_and_each_roi_counts_on
         torch.testing.assert_close(losses[name], loss * 4 / 6)
 
 
+def test_all_channels_of_the_student_learn_on_request_as_eq_3_prints():
+    """Channels of other classes have the target 0; summed over channels, a mean over the cells."""
+    heads, targets = make_heads(student_channels="all"), targets_of(MIXED)
+    features = make_features(2)
+    losses, _ = mask_losses(heads, targets, features)
+    rois = make_proposals(targets)
+    pooled = heads.mask_pooler([features["p2"]], [x.proposal_boxes for x in rois])
+    probs = heads.mask_head.layers(pooled).sigmoid().detach().double().numpy()
+    labels = torch.cat([x.gt_classes for x in rois])
+    alone = mask_losses(make_heads(), targets, features)[0]
+    others = np.full(probs.shape[:2], True)
+    others[np.arange(len(labels)), labels] = False
+    expected = -np.log(1 - probs[others]).sum() / (len(labels) * 28 * 28)
+    assert losses["loss_mask"].item() == pytest.approx(alone["loss_mask"].item() + expected)
+    assert losses["loss_mask_teacher"] == alone["loss_mask_teacher"]
+    with pytest.raises(ValueError, match="STUDENT_CHANNELS"):
+        make_heads(student_channels="all", student_loss="dice")
+
+
 def test_before_the_gate_the_student_learns_from_masks_alone():
     heads = make_heads(warmup_iters=100)
     features = make_features(2)

@@ -167,6 +167,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     pseudo.WARMUP_ITERS = 1000
     # The student's loss: "bce" (Mask R-CNN's), "dice" (BoxInst's), or "" = that of the teacher.
     pseudo.STUDENT_LOSS = ""
+    # "label": the channel of the ROI's class learns; "all": Eq. (3) as printed, all others learn that
+    # they are empty, for "bce" alone.
+    pseudo.STUDENT_CHANNELS = "label"
     # Of "interact". "share": shift the student's logits per ROI until it has as much foreground as
     # the teacher, so that it cannot set the threshold of its own targets; "none": the paper's.
     pseudo.INTERACT_BALANCE = "none"

@@ -26,6 +26,7 @@ from .mask_heads import (
     has_batch_norm,
     init_predictor,
     predict_label_channel,
+    select_label_channel,
 )
 from .mask_targets import (
     boxes_of,
@@ -332,6 +333,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         warmup_iters: int = 1000,
         interact_from: int = 0,
         student_loss: str = "",
+        student_channels: str = "label",
         max_rois_without_mask: int = 0,
         external_masks: str = "alone",
         test_mask_head: str = "student",
@@ -345,6 +347,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
             interact_from: before this iteration the method "interact" is "threshold".
             student_loss: "bce" or "dice"; "" = ``mask_loss``, which is the teacher's.
+            student_channels: "label": the channel of the ROI's class alone learns; "all": Eq. (3) of
+                the paper as printed, all others learn that they are empty. For the loss "bce".
             max_rois_without_mask: of an image, chosen at random; 0 = all.
             external_masks: see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
@@ -352,7 +356,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             **kwargs: of :class:`PartiallySupervisedROIHeads`, without ``train_on_external_masks``.
 
         Raises:
-            ValueError: an unknown test head, use of external masks, or loss.
+            ValueError: an unknown test head, use of external masks, loss, or choice of channels.
         """
         kwargs["train_on_external_masks"] = external_masks == "alone"
         super().__init__(**kwargs)
@@ -365,6 +369,10 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         if student_loss:
             check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, tuple(_MASK_LOSSES))
         self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
+        check_choice("MODEL.PSEUDO_MASK.STUDENT_CHANNELS", student_channels, ("label", "all"))
+        self.learns_all_channels = student_channels == "all"
+        if self.learns_all_channels and self.student_loss is not masked_bce_loss:
+            raise ValueError('PSEUDO_MASK.STUDENT_CHANNELS "all" is for STUDENT_LOSS "bce" alone.')
         self.max_rois_without_mask = max_rois_without_mask
         self.external_masks = external_masks
         self.test_mask_head = test_mask_head
@@ -380,6 +388,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
             interact_from=cfg.MODEL.PSEUDO_MASK.INTERACT_FROM,
             student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
+            student_channels=cfg.MODEL.PSEUDO_MASK.STUDENT_CHANNELS,
             max_rois_without_mask=cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE,
             external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
             test_mask_head=cfg.TEST.MASK_HEAD,
@@ -430,8 +439,11 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         """As the parent's, with "loss_mask_teacher"; "loss_mask" is the student's."""
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         teacher_logits, student_logits, losses = self.compute_mask_logits(
-            features, rois, has_mask, sampled
+            features, rois, has_mask, sampled, all_channels=self.learns_all_channels
         )
+        all_logits, labels = student_logits, torch.cat([x.gt_classes for x in rois])
+        if self.learns_all_channels:
+            student_logits = select_label_channel(all_logits, labels)
         side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
         gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
         if teacher_side != side:
@@ -449,7 +461,14 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             has_pseudo_masks=self._has_pseudo_masks(),
             pixels=pixels,
         )
-        loss_student = self.student_loss(student_logits, targets, is_supervised)
+        if self.learns_all_channels:
+            num_channels = all_logits.shape[1]
+            is_label = F.one_hot(labels, num_channels)[:, :, None, None]
+            loss_student = masked_bce_loss(all_logits, is_label * targets[:, None], is_supervised)
+            # The sum over the channels; by their mean the label's would learn so much slower.
+            loss_student = loss_student * num_channels
+        else:
+            loss_student = self.student_loss(student_logits, targets, is_supervised)
         losses["loss_mask"] = loss_student * self.mask_head.loss_weight
         head = self.teacher_mask_head
         box_losses, share = self._compute_box_losses(head, features, sampled, pixels)
@@ -481,6 +500,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         rois: list[Instances],
         has_mask: torch.Tensor | None = None,
         sampled: list[Instances] | None = None,
+        all_channels: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
         Run both heads on the same ROI features, Eq. (2) of the paper.
@@ -489,12 +509,12 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             features, rois, sampled: see :meth:`compute_mask_features`.
             has_mask: bool, shape (R,): the rows that train the teacher, None = all. The others'
                 logits get no gradient where no loss could use it.
+            all_channels: of the student, instead of that of the ROI's class.
 
         Returns:
             The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
-            (R, M, M), and the losses of the mask prior.
+            (R, M, M), or of all C channels, (R, C, M, M), and the losses of the mask prior.
         """
-        labels = torch.cat([x.gt_classes for x in rois])
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         head = self.teacher_mask_head
         # With batch statistics all ROIs belong into one batch.
@@ -509,6 +529,9 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
                     more = head.layers(mask_features[others])[:, 0]
                 order = torch.cat([rows, others]).argsort()
                 teacher_logits = torch.cat([teacher_logits, more])[order]
+        if all_channels:
+            return teacher_logits, self.mask_head.layers(mask_features), losses
+        labels = torch.cat([x.gt_classes for x in rois])
         student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         return teacher_logits, student_logits, losses
 
