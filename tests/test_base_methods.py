@@ -65,6 +65,7 @@ METHODS = {
     "ours, threshold": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "threshold"],
     "ours, soft": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "none"],
     "ours, box_fit": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "box_fit"],
+    "self-training": [*OURS, *AGNOSTIC, "MODEL.PSEUDO_MASK.METHOD", "self"],
     "opmask": [*AGNOSTIC, *OPMASK],
     "opmask, batch norm": [*AGNOSTIC, *OPMASK, "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"],
     "opmask, GT boxes": [*AGNOSTIC, *OPMASK, *ON_GT_BOXES],

@@ -45,6 +45,8 @@ def test_threshold_is_inclusive():
     masks = generate_pseudo_masks(TEACHER, STUDENT, method="threshold", threshold=0.9)
     assert same(masks, [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
     assert torch.equal(generate_pseudo_masks(TEACHER, STUDENT, method="none"), TEACHER)
+    masks = generate_pseudo_masks(TEACHER, STUDENT, method="self")
+    assert same(masks, [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 0]])
 
 
 def test_interact_thresholds_the_mean_of_both_probabilities():

@@ -50,7 +50,7 @@ def test_rois_without_a_mask_give_the_teacher_nothing():
         assert not got.any()
 
 
-@pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit"])
+@pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit", "self"])
 def test_student_loss_is_bce_to_gt_and_pseudo_masks(method):
     """Eq. (6), put together from the parts' own functions: one mean over all foreground ROIs."""
     heads = make_heads(method=method)

@@ -56,8 +56,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     head = cfg.MODEL.ROI_MASK_HEAD
     # 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     head.NUM_DECONV = 1
-    # Initial weights of the last layer of all mask heads: "d2", normal with a deviation of 0.001, or
-    # "kaiming" (fan out), MMDetection's; for the first steps of "interact".
+    # Initial weights of the last layer of all mask heads: "d2" = normal with a deviation of 0.001,
+    # "kaiming" (fan out) = MMDetection's.
     head.PREDICTOR_INIT = "d2"
     # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
     head.HOURGLASS = 52
@@ -156,7 +156,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # How the teacher's output becomes the student's target where an object has no mask.
     pseudo = cfg.MODEL.PSEUDO_MASK = CN()
     # "none" (soft probabilities), "threshold", "interact" (mean of teacher and student, the
-    # paper's), "crf", or "box_fit" (the threshold whose mask fits the box best, ours).
+    # paper's), "crf", "box_fit" (the threshold whose mask fits the box best, ours), or "self" (the
+    # student's own output, thresholded).
     pseudo.METHOD = "interact"
     # Probability from which on a pixel is foreground; not used by "none" and "box_fit".
     pseudo.THRESHOLD = 0.5
@@ -167,8 +168,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     pseudo.WARMUP_ITERS = 1000
     # The student's loss: "bce" (Mask R-CNN's), "dice" (BoxInst's), or "" = that of the teacher.
     pseudo.STUDENT_LOSS = ""
-    # "label": the channel of the ROI's class learns; "all": Eq. (3) as printed, all others learn that
-    # they are empty, for "bce" alone.
+    # Which of the student's channels learn from a ROI: "label" = that of its class, "all" = Eq. (3)
+    # as printed: the others learn that they are empty; for "bce" alone.
     pseudo.STUDENT_CHANNELS = "label"
     # Of "interact". "share": shift the student's logits per ROI until it has as much foreground as
     # the teacher, so that it cannot set the threshold of its own targets; "none": the paper's.

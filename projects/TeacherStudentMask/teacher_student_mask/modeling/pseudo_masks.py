@@ -32,7 +32,7 @@ __all__ = [
     "make_student_targets",
 ]
 
-PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit")
+PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit", "self")
 # Of MODEL.PSEUDO_MASK.INTERACT_BALANCE.
 INTERACT_BALANCES = ("none", "share")
 
@@ -67,6 +67,8 @@ def generate_pseudo_masks(
     * ``"crf"``: CRF(p_t) >= threshold.
     * ``"box_fit"``: per ROI the threshold whose mask fills the object's box best, see
       :func:`fit_to_boxes`; not in the paper.
+    * ``"self"``: p_s >= threshold, without a teacher: of a class-agnostic student the right-hand
+      model of Fig. 3 of the paper.
 
     Cleaning (Sec. 5.1 of the paper, whatever the method): cells whose centre lies outside the
     object's own box are background, and so are cells inside annotated masks of other objects.
@@ -106,6 +108,8 @@ def generate_pseudo_masks(
         masks = (probs + student_probs) / 2 >= threshold
     elif method == "crf":
         masks = crf(probs, roi_images) >= threshold
+    elif method == "self":
+        masks = student_probs >= threshold
     else:
         masks = fit_to_boxes(probs, inside)
     masks = masks.to(teacher_probs.dtype)

@@ -347,8 +347,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
             interact_from: before this iteration the method "interact" is "threshold".
             student_loss: "bce" or "dice"; "" = ``mask_loss``, which is the teacher's.
-            student_channels: "label": the channel of the ROI's class alone learns; "all": Eq. (3) of
-                the paper as printed, all others learn that they are empty. For the loss "bce".
+            student_channels: "label": the channel of the ROI's class alone learns; "all": Eq. (3)
+                as printed, all others learn that they are empty; for the loss "bce" alone.
             max_rois_without_mask: of an image, chosen at random; 0 = all.
             external_masks: see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
