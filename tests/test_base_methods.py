@@ -209,7 +209,7 @@ LEAK_METHODS = {
     + ["MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE", 2],
     "ours, Dice, balanced": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "dice"]
     + ["MODEL.PSEUDO_MASK.INTERACT_BALANCE", "share"],
-    "ours, all channels": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_CHANNELS", "all"],
+    "ours, all channels": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "bce_all"],
     "high-res masks": [*AGNOSTIC, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
     + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
 }
@@ -379,8 +379,7 @@ def test_the_leak_test_has_every_registered_method(tiny_cfg):
         for key, registry in registries.items()
     }
     ours["MODEL.PSEUDO_MASK.METHOD"] = set(PSEUDO_MASK_METHODS)
-    ours["MODEL.PSEUDO_MASK.STUDENT_LOSS"] = {"", "dice"}
-    ours["MODEL.PSEUDO_MASK.STUDENT_CHANNELS"] = {"label", "all"}
+    ours["MODEL.PSEUDO_MASK.STUDENT_LOSS"] = {"", "bce_all", "dice"}
     ours["MODEL.PSEUDO_MASK.INTERACT_BALANCE"] = set(INTERACT_BALANCES)
     ours["MODEL.BOX_SUPERVISION.NAME"] = {"", "boxinst"}
     ours["MODEL.BOX_SUPERVISION.MASK_LOSS"] = {"bce", "dice"}

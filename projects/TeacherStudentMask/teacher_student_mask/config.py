@@ -166,11 +166,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Before this iteration objects without a mask give the student no loss at all. Ours: the
     # paper starts at 0, where "interact" can collapse to empty pseudo masks for good.
     pseudo.WARMUP_ITERS = 1000
-    # The student's loss: "bce" (Mask R-CNN's), "dice" (BoxInst's), or "" = that of the teacher.
+    # The student's loss: "bce" (Mask R-CNN's), "dice" (BoxInst's), or "" = that of the teacher; of
+    # the channel of the ROI's class. "bce_all" is Eq. (3) as printed: all others learn "empty".
     pseudo.STUDENT_LOSS = ""
-    # Which of the student's channels learn from a ROI: "label" = that of its class, "all" = Eq. (3)
-    # as printed: the others learn that they are empty; for "bce" alone.
-    pseudo.STUDENT_CHANNELS = "label"
     # Of "interact". "share": shift the student's logits per ROI until it has as much foreground as
     # the teacher, so that it cannot set the threshold of its own targets; "none": the paper's.
     pseudo.INTERACT_BALANCE = "none"

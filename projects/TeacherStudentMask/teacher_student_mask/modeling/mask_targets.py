@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
 __all__ = [
+    "all_channels_bce_loss",
     "at_least_float32",
     "boxes_of",
     "cells_inside_boxes",
@@ -178,6 +179,25 @@ def masked_bce_loss(
     return F.binary_cross_entropy_with_logits(
         pred_mask_logits[is_supervised], targets[is_supervised], reduction="mean"
     )
+
+
+def all_channels_bce_loss(
+    logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor, is_supervised: torch.Tensor
+) -> torch.Tensor:
+    """
+    Loss of Eq. (3) of the paper as printed: the channels of all other classes should be empty.
+
+    The sum of :func:`masked_bce_loss` over the channels; their mean would make the ROI's own learn
+    C times as slowly.
+
+    Args:
+        logits: shape (R, C, M, M).
+        labels: shape (R,), int64, the class of each ROI.
+        targets, is_supervised: of the channel of that class, see :func:`masked_bce_loss`.
+    """
+    is_label = F.one_hot(labels, logits.shape[1])[:, :, None, None]
+    loss = masked_bce_loss(logits, is_label * targets[:, None], is_supervised)
+    return loss * logits.shape[1]
 
 
 def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
