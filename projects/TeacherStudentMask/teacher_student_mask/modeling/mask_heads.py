@@ -98,11 +98,9 @@ def predict_for_teaching(
     head: BaseMaskRCNNHead, features: torch.Tensor, learns: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Logits (R, M, M) of a class-agnostic head, without gradient where no loss could use it.
+    Logits (R, M, M) of a class-agnostic head, of features (R, D, S, S).
 
-    Args:
-        features: shape (R, D, S, S).
-        learns: bool, shape (R,), the ROIs that train the head; None: all.
+    Those of ROIs that do not train it, ``learns`` False, have no gradient where they need none.
     """
     # With batch statistics all ROIs belong into one batch.
     if learns is None or has_batch_norm(head):

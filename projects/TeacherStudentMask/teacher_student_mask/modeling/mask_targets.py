@@ -187,13 +187,8 @@ def all_channels_bce_loss(
     """
     Loss of Eq. (3) of the paper as printed: the channels of all other classes should be empty.
 
-    The sum of :func:`masked_bce_loss` over the channels; their mean would make the ROI's own learn
-    C times as slowly.
-
-    Args:
-        logits: shape (R, C, M, M).
-        labels: shape (R,), int64, the class of each ROI.
-        targets, is_supervised: of the channel of that class, see :func:`masked_bce_loss`.
+    The sum of :func:`masked_bce_loss` over the channels of logits (R, C, M, M); by their mean the
+    one of ``labels``, int64 (R,), would learn C times as slowly. ``targets`` are of that one.
     """
     is_label = F.one_hot(labels, logits.shape[1])[:, :, None, None]
     loss = masked_bce_loss(logits, is_label * targets[:, None], is_supervised)

@@ -321,24 +321,18 @@ def make_student_targets(
 
 @torch.no_grad()
 def draw_rois_without_mask(
-    rois: list[Instances], pixels: torch.Tensor, masks: Sequence[torch.Tensor], limit: int = 8
+    rois: list[Instances], pixels: torch.Tensor, masks: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """
-    Put the first ROIs without a human mask beside several masks of each.
+    The first 8 ROIs without a human mask, each beside its masks: (8, 3, S, S * (1 + masks)).
 
-    Args:
-        rois: one per image, R rows in all.
-        pixels: shape (N, 3, H, W), RGB in 0-255.
-        masks: each of shape (R, M, M), in [0, 1], of any M.
-
-    Returns:
-        shape (up to ``limit``, 3, S, S * (1 + number of masks)), in [0, 1].
+    Of ``masks``, R rows of any (M, M) each, and ``pixels``, RGB in 0-255; the result is in [0, 1].
     """
     is_shown = ~torch.cat([has_mask_of(x) for x in rois])
     boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
-    strips = [crop_pixels(pixels, boxes, 4 * masks[-1].shape[-1])[:limit].clamp(0, 255) / 255]
+    strips = [crop_pixels(pixels, boxes, 4 * masks[-1].shape[-1])[:8].clamp(0, 255) / 255]
     for x in masks:
-        resized = F.interpolate(x[is_shown][:limit, None].float(), size=strips[0].shape[-2:])
+        resized = F.interpolate(x[is_shown][:8, None].float(), size=strips[0].shape[-2:])
         strips.append(resized.expand(-1, 3, -1, -1))
     return torch.cat(strips, dim=3)
 

@@ -336,8 +336,8 @@ class ContrastivePrior(nn.Module):
 def _activation_maps(
     rois: list[Instances], maps: torch.Tensor, classifier: nn.Linear, side: int
 ) -> torch.Tensor:
-    # Logits on the grid of the mask features, (R, 1, side, side), from which the official code goes
-    # on to finer ones; with gradient to the box head, but not to its classifier.
+    # Logits with gradient to the box head, but not to its classifier, (R, 1, side, side): the grid
+    # of the mask features, from which the official code goes on to the finer one.
     cam = class_activation_maps(maps, classifier.weight.detach(), classes_of(rois))
     return _resize(at_least_float32(cam), side)
 
