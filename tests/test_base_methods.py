@@ -65,6 +65,7 @@ METHODS = {
     "ours, threshold": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "threshold"],
     "ours, soft": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "none"],
     "ours, box_fit": [*OURS, "MODEL.PSEUDO_MASK.METHOD", "box_fit"],
+    "self-training": [*OURS, *AGNOSTIC, "MODEL.PSEUDO_MASK.METHOD", "self"],
     "opmask": [*AGNOSTIC, *OPMASK],
     "opmask, batch norm": [*AGNOSTIC, *OPMASK, "MODEL.ROI_MASK_HEAD.NORM", "naiveSyncBN_N"],
     "opmask, GT boxes": [*AGNOSTIC, *OPMASK, *ON_GT_BOXES],
@@ -208,6 +209,7 @@ LEAK_METHODS = {
     + ["MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE", 2],
     "ours, Dice, balanced": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "dice"]
     + ["MODEL.PSEUDO_MASK.INTERACT_BALANCE", "share"],
+    "ours, all channels": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "bce_all"],
     "high-res masks": [*AGNOSTIC, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
     + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
 }
@@ -377,7 +379,7 @@ def test_the_leak_test_has_every_registered_method(tiny_cfg):
         for key, registry in registries.items()
     }
     ours["MODEL.PSEUDO_MASK.METHOD"] = set(PSEUDO_MASK_METHODS)
-    ours["MODEL.PSEUDO_MASK.STUDENT_LOSS"] = {"", "dice"}
+    ours["MODEL.PSEUDO_MASK.STUDENT_LOSS"] = {"", "bce_all", "dice"}
     ours["MODEL.PSEUDO_MASK.INTERACT_BALANCE"] = set(INTERACT_BALANCES)
     ours["MODEL.BOX_SUPERVISION.NAME"] = {"", "boxinst"}
     ours["MODEL.BOX_SUPERVISION.MASK_LOSS"] = {"bce", "dice"}

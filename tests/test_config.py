@@ -119,7 +119,8 @@ def builds(cfg):
         return
     # A class-agnostic teacher beside a class-specific student.
     assert roi_heads.teacher_mask_head.predictor.out_channels == 1
-    assert roi_heads.mask_head.predictor.out_channels == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
+        assert roi_heads.mask_head.predictor.out_channels == cfg.MODEL.ROI_HEADS.NUM_CLASSES
     # A prior may append channels to the mask features.
     num_channels = getattr(roi_heads.mask_prior, "out_channels", cfg.MODEL.FPN.OUT_CHANNELS)
     features = torch.empty(2, num_channels, 14, 14, device="meta")

@@ -34,8 +34,13 @@ PAGES += [ROOT / "projects/TeacherStudentMask/README.md", ROOT / "configs/README
 PAGES += [x for x in sorted(ROOT.glob("docs/*.md")) if x.name != "TUTORIAL.md"]
 MARK = re.compile(r"^ *<!-- *not run:(.*?)-->\s*$")
 # Package that a command needs -> pattern of such commands.
-OPTIONAL = {"onnx": r"onnx", "onnxruntime": r"onnx", "gradio": r"tsmask app", "submitit": r"sweep"}
-OPTIONAL["timm"] = r"tsm\.train"
+OPTIONAL = {
+    "onnx": r"onnx",
+    "onnxruntime": r"onnx",
+    "gradio": r"tsmask app",
+    "submitit": r"sweep",
+    "timm": r"tsm\.train",
+}
 
 
 @dataclass
@@ -153,9 +158,10 @@ def run_command(words):
     return 0
 
 
-def run_block(block):
+def run_block(block, names):
+    """Run a block; the blocks in Python of a page share the dict ``names``."""
     if block.language == "python":
-        exec(compile(block.text, block.page, "exec"), {"__name__": "__main__"})
+        exec(compile(block.text, block.page, "exec"), names)
         return
     for words in block.commands():
         if words[0] in ("make", "pip"):
@@ -188,12 +194,13 @@ def test_the_commands_of_all_documents_run(tmp_path, monkeypatch):
         for path in Path("output").glob("*"):
             if path.name != "mine":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        names = {"__name__": "__main__"}
         for block in blocks_of(page):
             if block.language not in ("bash", "python") or block.not_run:
                 continue
             if missing_package(block):
                 break  # what follows on the page needs it
-            run_block(block)
+            run_block(block, names)
             num_run += 1
     assert num_run > 20
 

@@ -353,3 +353,11 @@ def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path)
     num_evaluated = sum(results[t]["num_gt"] for t in ("segm_seen", "segm_unseen"))
     assert num_evaluated == len(objects)
     assert "**segm_unseen**" in output  # the unseen rows of the table stand out
+
+
+def test_the_demo_dataset_is_known_by_name_in_a_new_process(tmp_path):
+    config = REPOSITORY / "configs/shapes/mask_rcnn.yaml"
+    command = [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", str(config)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "datasets/shapes/annotations/instances_train.json" in ended.stderr.splitlines()[-1]

@@ -44,7 +44,7 @@ def watch(foreground, agreement, start=0, period=1, hook=None):
     """Feed a hook with values ``period`` iterations apart; returns it."""
     hook = hook or PseudoMaskWatch()
     with EventStorage(start) as storage:
-        hook.trainer = types.SimpleNamespace(storage=storage, iter=start)
+        hook.trainer = types.SimpleNamespace(storage=storage, iter=start, max_iter=600)
         for ratio, share in zip(foreground, agreement):
             for k in range(period):
                 hook.trainer.iter = storage.iter
@@ -90,6 +90,20 @@ def test_empty_and_full_masks_are_reported_after_100_iterations(log, value, word
     for advice in ('STUDENT_LOSS "dice"', '"box_fit"', "teacher_mask/accuracy"):
         assert advice in message
     assert log.records[0].levelname == "WARNING"
+
+
+def test_foreground_by_class_is_logged_ten_times(log):
+    hook = PseudoMaskWatch(["cup", "fork", "vase"])
+    with EventStorage() as storage:
+        hook.trainer = types.SimpleNamespace(storage=storage, max_iter=100)
+        for hook.trainer.iter in range(100):
+            if hook.trainer.iter >= 85:
+                storage.put_scalar("pseudo_mask/fg_ratio/2", 0.5)
+                storage.put_scalar("pseudo_mask/fg_ratio/1", hook.trainer.iter % 2 * 0.2)
+            hook.after_step()
+            storage.step()
+    assert len(log.messages) == 2
+    assert log.messages[0].endswith("the last 20 means: fork 0.12, vase 0.50")
 
 
 def test_what_is_no_collapse(log):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from roi_heads_factory import mask_head
 from torch import nn
 
@@ -16,6 +17,17 @@ def test_multi_upsample_head_extends_the_stock_head():
     assert two.layers(x).shape == (2, 3, 56, 56)
     after_deconv = [layer for layer in two if not hasattr(layer, "weight")]
     assert len(after_deconv) == 2 and all(isinstance(x, nn.ReLU) for x in after_deconv)
+
+
+def test_the_predictor_of_all_heads_starts_as_the_config_says(tiny_cfg):
+    opts = ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads", "MODEL.ROI_MASK_HEAD.CONV_DIM", 512]
+    opts += ["MODEL.TEACHER_MASK_HEAD.CONV_DIM", 512, "MODEL.ROI_MASK_HEAD.PREDICTOR_INIT"]
+    torch.manual_seed(0)
+    for method, deviations in ("d2", (0.001, 0.001)), ("kaiming", ((2 / 3) ** 0.5, 2**0.5)):
+        heads = build_model(tiny_cfg(opts=[*opts, method])).roi_heads
+        for head, expected in zip((heads.mask_head, heads.teacher_mask_head), deviations):
+            assert head.predictor.weight.std().item() == pytest.approx(expected, rel=0.1)
+            assert not head.predictor.bias.any()
 
 
 def test_label_channel_is_selected_and_only_it_gets_gradient():

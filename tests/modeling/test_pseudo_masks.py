@@ -45,6 +45,8 @@ def test_threshold_is_inclusive():
     masks = generate_pseudo_masks(TEACHER, STUDENT, method="threshold", threshold=0.9)
     assert same(masks, [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
     assert torch.equal(generate_pseudo_masks(TEACHER, STUDENT, method="none"), TEACHER)
+    masks = generate_pseudo_masks(TEACHER, STUDENT, method="self")
+    assert same(masks, [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 0]])
 
 
 def test_interact_thresholds_the_mean_of_both_probabilities():
@@ -183,19 +185,22 @@ def test_mean_takes_the_place_of_the_teachers_probabilities():
 
 
 def test_scalars_by_hand():
-    rois = Instances((4, 4), proposal_boxes=Boxes(torch.tensor([[0.0, 0, 4, 4]])))
-    rois.gt_boxes, rois.gt_classes = rois.proposal_boxes, torch.tensor([0])
-    rois.gt_has_mask = torch.tensor([False])
-    rois.gt_exclusion_masks = ImageMask(torch.zeros(4, 4), 1)
-    teacher = torch.tensor([[[0.9, 0.5], [0.1, 0.4]]]).logit()
-    student = torch.tensor([[[0.6, 0.4], [0.2, 0.3]]]).logit()  # the second cell differs
+    rois = Instances((4, 4), proposal_boxes=Boxes(torch.tensor([[0.0, 0, 4, 4]] * 3)))
+    rois.gt_boxes, rois.gt_classes = rois.proposal_boxes, torch.tensor([0, 2, 2])
+    rois.gt_has_mask = torch.tensor([False] * 3)
+    rois.gt_exclusion_masks = ImageMask(torch.zeros(4, 4), 3)
+    full = [[0.9, 0.9], [0.9, 0.9]]
+    teacher = torch.tensor([[[0.9, 0.5], [0.1, 0.4]], full, [[0.9, 0.9], [0.1, 0.1]]]).logit()
+    student = torch.tensor([[[0.6, 0.4], [0.2, 0.3]], full, full]).logit()  # three cells differ
     generator = PseudoMaskGenerator(method="threshold", threshold=0.6)
-    _, _, scalars = make_student_targets(torch.zeros(1, 2, 2), [rois], teacher, student, generator)
+    _, _, scalars = make_student_targets(torch.zeros(3, 2, 2), [rois], teacher, student, generator)
     logged = {name: value.item() for name, value in scalars.items()}
     assert logged == {
-        "pseudo_mask/fg_ratio": 0.25,
+        "pseudo_mask/fg_ratio": pytest.approx(7 / 12),
+        "pseudo_mask/fg_ratio/0": 0.25,
+        "pseudo_mask/fg_ratio/2": 0.75,
         "pseudo_mask/agreement": 0.75,
-        "pseudo_mask/num_rois": 1,
+        "pseudo_mask/num_rois": 3,
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads.mask_head import mask_rcnn_loss
-from detectron2.structures import PolygonMasks
+from detectron2.structures import Boxes, PolygonMasks
 from detectron2.utils.events import EventStorage
 from roi_heads_factory import (
     MIXED,
@@ -24,6 +24,7 @@ from roi_heads_factory import (
     triangle,
 )
 
+from teacher_student_mask.modeling.box_supervision import BoxSupervision
 from teacher_student_mask.modeling.mask_heads import select_label_channel
 from teacher_student_mask.modeling.pseudo_masks import PseudoMaskGenerator
 
@@ -49,7 +50,7 @@ def test_rois_without_a_mask_give_the_teacher_nothing():
         assert not got.any()
 
 
-@pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit"])
+@pytest.mark.parametrize("method", ["none", "threshold", "interact", "box_fit", "self"])
 def test_student_loss_is_bce_to_gt_and_pseudo_masks(method):
     """Eq. (6), put together from the parts' own functions: one mean over all foreground ROIs."""
     heads = make_heads(method=method)
@@ -84,6 +85,41 @@ def test_interact_begins_at_its_iteration_and_the_loss_of_the_student_is_its_own
     assert dice["loss_mask_teacher"] == interact["loss_mask_teacher"]
     shared = losses(pseudo_masks=PseudoMaskGenerator(balance="share"))
     assert shared["loss_mask"] not in (interact["loss_mask"], threshold["loss_mask"])
+
+
+def test_box_losses_are_the_teachers_on_rois_of_their_own_and_each_roi_counts_once():
+    supervision, targets = BoxSupervision(warmup_iters=0), targets_of(MIXED)
+    features = make_features(2)
+    plain, _ = mask_losses(make_heads(mask_loss="dice"), targets, features)
+    heads = make_heads(mask_loss="dice", box_supervision=supervision)
+    losses, _ = mask_losses(heads, targets, features)
+    assert losses["loss_mask"] == plain["loss_mask"]
+    # Two of the six ROIs have a mask.
+    torch.testing.assert_close(losses["loss_mask_teacher"], plain["loss_mask_teacher"] * 2 / 6)
+    boxes = [[12.5, 11, 57.5, 64], [0, 5, 48, 35]]
+    pooled = heads.mask_pooler([features["p2"]], [Boxes(torch.tensor([x])) for x in boxes])
+    logits = heads.teacher_mask_head.layers(pooled)[:, 0]
+    rois = supervision.rois_of(make_proposals(targets))
+    expected = supervision(logits, rois, make_images(2).tensor, 0)
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss * 4 / 6)
+
+
+def test_all_channels_of_the_student_learn_on_request_as_eq_3_prints():
+    """Channels of other classes have the target 0; summed over channels, a mean over the cells."""
+    heads, targets = make_heads(student_loss="bce_all"), targets_of(MIXED)
+    features = make_features(2)
+    losses, _ = mask_losses(heads, targets, features)
+    rois = make_proposals(targets)
+    pooled = heads.mask_pooler([features["p2"]], [x.proposal_boxes for x in rois])
+    probs = heads.mask_head.layers(pooled).sigmoid().detach().double().numpy()
+    labels = torch.cat([x.gt_classes for x in rois])
+    alone = mask_losses(make_heads(), targets, features)[0]
+    others = np.full(probs.shape[:2], True)
+    others[np.arange(len(labels)), labels] = False
+    expected = -np.log(1 - probs[others]).sum() / (len(labels) * 28 * 28)
+    assert losses["loss_mask"].item() == pytest.approx(alone["loss_mask"].item() + expected)
+    assert losses["loss_mask_teacher"] == alone["loss_mask_teacher"]
 
 
 def test_before_the_gate_the_student_learns_from_masks_alone():

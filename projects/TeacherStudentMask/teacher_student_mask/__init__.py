@@ -6,7 +6,6 @@ PyTorch. The first use also registers the ROI heads, mask heads and demo dataset
 """
 
 import importlib
-import os
 
 __version__ = "0.1.0"
 
@@ -41,20 +40,10 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _register()
+    # Importing them registers the heads, and the demo dataset.
+    from . import data, modeling  # noqa: F401
+
     module, _, own_name = _MODULES[name].partition(":")
     value = getattr(importlib.import_module(f".{module}", __name__), own_name or name)
     globals()[name] = value
     return value
-
-
-def _register() -> None:
-    # As Detectron2's own datasets, "shapes_train" and "shapes_val" are known by name from now on
-    # and read when they are used.
-    from detectron2.data import DatasetCatalog
-
-    from . import data, modeling  # noqa: F401  # Importing registers the heads.
-
-    if "shapes_train" not in DatasetCatalog:
-        root = os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes")
-        data.register_shapes(root)

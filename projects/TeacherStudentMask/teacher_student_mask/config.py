@@ -56,6 +56,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     head = cfg.MODEL.ROI_MASK_HEAD
     # 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     head.NUM_DECONV = 1
+    # Initial weights of the last layer of all mask heads: "d2" = normal with a deviation of 0.001,
+    # "kaiming" (fan out) = MMDetection's.
+    head.PREDICTOR_INIT = "d2"
     # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
     head.HOURGLASS = 52
     # Of "WeightTransferMaskHead" (Mask^X R-CNN): add its class-agnostic fully connected branch, as
@@ -144,13 +147,17 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     box.DILATION = 2
     # The pairwise loss grows linearly to its weight over these iterations.
     box.WARMUP_ITERS = 10000
-    # Rows at the bottom of the image, in pixels of the resized image, that take no part.
+    # These losses are of ROIs of their own: the object's box, its sides so many times as long. At 1
+    # the full box costs nothing, because nothing around it is on the grid.
+    box.ROI_SCALE = 1.5
+    # Rows at the bottom of the image, in pixels before it is resized, that take no part.
     box.BOTTOM_ROWS = 10
 
     # How the teacher's output becomes the student's target where an object has no mask.
     pseudo = cfg.MODEL.PSEUDO_MASK = CN()
     # "none" (soft probabilities), "threshold", "interact" (mean of teacher and student, the
-    # paper's), "crf", or "box_fit" (the threshold whose mask fits the box best, ours).
+    # paper's), "crf", "box_fit" (the threshold whose mask fits the box best, ours), or "self" (the
+    # student's own output, thresholded).
     pseudo.METHOD = "interact"
     # Probability from which on a pixel is foreground; not used by "none" and "box_fit".
     pseudo.THRESHOLD = 0.5
@@ -159,7 +166,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Before this iteration objects without a mask give the student no loss at all. Ours: the
     # paper starts at 0, where "interact" can collapse to empty pseudo masks for good.
     pseudo.WARMUP_ITERS = 1000
-    # The student's loss: "bce" (Mask R-CNN's), "dice" (BoxInst's), or "" = that of the teacher.
+    # The student's loss: "bce" (Mask R-CNN's), "dice" (BoxInst's), or "" = that of the teacher; of
+    # the channel of the ROI's class. "bce_all" is Eq. (3) as printed: all others learn "empty".
     pseudo.STUDENT_LOSS = ""
     # Of "interact". "share": shift the student's logits per ROI until it has as much foreground as
     # the teacher, so that it cannot set the threshold of its own targets; "none": the paper's.

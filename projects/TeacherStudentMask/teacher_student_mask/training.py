@@ -342,10 +342,7 @@ def _judge(run: Path) -> str:
                 gt_boxes=True,
                 output_dir=run / "inference/gt_boxes",
             )
-            masks = on_boxes["segm"]
-            lines.append(
-                f"Masks on given boxes: AP {masks['AP']:.1f} on {masks['num_gt']} objects."
-            )
+            lines.append(_sentence_on_masks(on_boxes))
         _draw_pictures(load_model(run), part, run / "pictures")
         lines.append(f"Your annotations beside what was found: {run}/pictures")
     _draw_curves(run)

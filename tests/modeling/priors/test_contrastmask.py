@@ -181,6 +181,16 @@ def test_attention_against_loops():
             assert np.allclose(actual[n, :, i // 4, i % 4], expected, atol=1e-6)
 
 
+def test_initial_values_are_those_of_the_official_code():
+    prior = make_prior(conv_dim=64, out_channels=128)
+    # Kaiming's with fan out: normal with variance 2 / 128, no bias.
+    assert prior.fuse.weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.05)
+    assert not prior.fuse.bias.any()
+    # torch's linear layer: uniform up to 1 / sqrt(64), the bias, too.
+    for x in prior.projector[-1].parameters():
+        assert 0.9 / 8 < x.abs().max() <= 1 / 8
+
+
 def test_ramp():
     assert [ramp(i * 10, 10) for i in range(7)] == [0.25, 0.25, 0.5, 0.75, 1, 1, 1]
     assert ramp(29, 10) == 0.5 and ramp(30, 10) == 0.75
@@ -310,7 +320,9 @@ def test_the_loss_is_of_all_sampled_foreground_whatever_the_mask_heads_see():
     for n, label in enumerate([0, 1, 0]):
         row = context.classifier.weight[label]
         cam = (sampled_maps(context)[n + 1] * row[:, None, None]).sum(0)
-        cam = F.interpolate(cam[None, None], (FINE, FINE), mode="bilinear")[0, 0]
+        # 7 -> 14 -> 28 cells in the official code.
+        cam = F.interpolate(cam[None, None], (SIDE, SIDE), mode="bilinear")
+        cam = F.interpolate(cam, (FINE, FINE), mode="bilinear")[0, 0]
         cams.append((cam - cam.min()) / (cam.max() - cam.min() + 1e-4))
     masks = foreground.gt_masks.crop_and_resize(foreground.proposal_boxes.tensor, FINE)
     sets = torch.where(

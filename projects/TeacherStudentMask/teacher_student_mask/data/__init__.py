@@ -1,5 +1,7 @@
 """From annotation files to training batches."""
 
+import os
+
 from .dataset_mapper import TeacherStudentDatasetMapper
 from .datasets import (
     check_datasets,
@@ -23,3 +25,7 @@ __all__ = [
     "register_shapes",
     "resolve_auto_settings",
 ]
+
+# As Detectron2's own datasets, "shapes_train" and "shapes_val" are known by name from now on, and
+# read when they are used.
+register_shapes(os.path.join(os.getenv("DETECTRON2_DATASETS", "datasets"), "shapes"))

@@ -47,6 +47,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     * ``gt_has_mask``: bool tensor of shape (N,); whether there is a usable human mask.
     * ``gt_has_model_mask``: bool tensor of shape (N,); whether ``gt_masks`` holds a model's mask.
     * ``gt_exclusion_masks``: :class:`ImageMask`, the union of the image's usable human masks.
+    * ``gt_resize_factor``: float tensor of shape (N,); the image's height in that of the file.
 
     Crowd regions are left out, as in Detectron2. Objects are dropped only if augmentation leaves
     nothing of their box, or of their human mask where they have one. The input dict is not changed.
@@ -163,6 +164,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             instances.gt_masks = PolygonMasks([])
         instances.gt_has_mask = has_mask
         instances.gt_has_model_mask = has_model_mask
+        instances.gt_resize_factor = torch.full((len(instances),), image_shape[0] / size[0])
 
         if self.recompute_boxes and has_mask.any():
             # After a crop the box of a mask is tighter than the cropped box.

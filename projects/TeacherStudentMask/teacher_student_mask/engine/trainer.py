@@ -95,7 +95,8 @@ class Trainer(DefaultTrainer):
         self.finite_loss = FiniteLoss()
         seeding = SeedEveryIteration(self.cfg.SEED) if self.cfg.SEED >= 0 else None
         guard = UnseenMaskGuard(self.cfg)
-        return [seeding, timer, self.finite_loss, guard, PseudoMaskWatch(), *others]
+        watch = PseudoMaskWatch(guard.class_names)
+        return [seeding, timer, self.finite_loss, guard, watch, *others]
 
     def run_step(self) -> None:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.logger import log_first_n
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
@@ -123,7 +124,8 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             annotations = self._coco_api.dataset["annotations"]
             if annotations and not any(map(has_mask, annotations)) and tasks != ("bbox",):
                 json_file = self._metadata.json_file
-                logger.warning(f"{json_file} has no masks: only boxes are evaluated.")
+                message = f"{json_file} has no masks: only boxes are evaluated."
+                log_first_n(logging.WARNING, message, name=__name__, key="message")
                 self._tasks = ("bbox",)
         # Datasets registered from a json set their metadata only when they are loaded.
         names = self._metadata.get("thing_classes")

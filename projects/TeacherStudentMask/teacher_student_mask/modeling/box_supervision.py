@@ -153,10 +153,9 @@ def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def crop_lab(
     pixels: torch.Tensor,
-    image_sizes: Sequence[tuple[int, int]],
+    valid_sizes: Sequence[tuple[float, float]],
     roi_boxes: list[Boxes],
     mask_side_len: int,
-    bottom_rows: float = 10,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cut the colours of each ROI's cells out of the images: averaged over 4 x 4 pixels and converted,
@@ -164,19 +163,18 @@ def crop_lab(
 
     Args:
         pixels: shape (N, 3, H, W), RGB in 0-255, padded at the right and at the bottom.
-        image_sizes: (height, width) of each image without padding.
+        valid_sizes: (height, width) of the part of each image, from its upper left corner, whose
+            colours count: without padding and the rows at the bottom.
         roi_boxes: XYXY in the frame of ``pixels``, one :class:`Boxes` per image, R boxes in all.
         mask_side_len: M.
-        bottom_rows: so many rows of ``pixels`` at the bottom of each image are not valid; BoxInst's
-            authors found COCO's annotations there unreliable, and count rows before resizing.
 
     Returns:
         The colours, shape (R, 3, M, M), CIE Lab, and whether they are valid, bool, shape
-        (R, M, M): the cell's centre lies inside the image and not in its bottom rows.
+        (R, M, M): the cell's centre lies in the part that counts.
     """
     limits = [
-        boxes.tensor.new_tensor([width, height - bottom_rows])
-        for (height, width), boxes in zip(image_sizes, roi_boxes)
+        boxes.tensor.new_tensor([width, height])
+        for (height, width), boxes in zip(valid_sizes, roi_boxes)
     ]
     limits = torch.cat([limit.expand(len(boxes), 2) for limit, boxes in zip(limits, roi_boxes)])
     corners = Boxes.cat(roi_boxes).tensor
@@ -196,17 +194,22 @@ def crop_lab(
 @dataclass(frozen=True)
 class BoxSupervision:
     """
-    BoxInst's two losses of ROIs whose object has a box but no mask.
+    BoxInst's two losses of objects that have a box but no mask, on ROIs of their own.
 
     Attributes:
+        roi_scale: sides of these ROIs in those of the object's box, at least 1. BoxInst's losses
+            are of the whole image. On a grid that ends at the box no pair lies across the box's
+            edge, so that the full box costs nothing: its surroundings must be on the grid.
         color_threshold, dilation: see :func:`pairwise_loss`. ROIs whose short side is below 56
             pixels have neighbours at distance 1, whatever the dilation.
         projection_weight, pairwise_weight: of the two losses.
         warmup_iters: the pairwise loss, which an empty mask does not have, grows linearly from 0 at
             iteration 0 to its full weight at this one; 0 = full weight from the start.
-        bottom_rows: see :func:`crop_lab`.
+        bottom_rows: rows at the bottom of an image, counted before it was resized, whose colours
+            do not count: BoxInst's authors found COCO's annotations there unreliable.
     """
 
+    roi_scale: float = 1.5
     color_threshold: float = 0.3
     dilation: int = 2
     projection_weight: float = 1.0
@@ -220,6 +223,33 @@ class BoxSupervision:
         names = cls.__dataclass_fields__
         return cls(**{name: cfg.MODEL.BOX_SUPERVISION[name.upper()] for name in names})
 
+    def rois_of(self, foreground: list[Instances]) -> list[Instances]:
+        """
+        The ROIs of the objects without a mask, each object once, at its box scaled by ``roi_scale``
+        about its centre and clipped to the image.
+
+        Args:
+            foreground: one per image, with ``gt_boxes``, ``gt_classes`` and ``gt_has_mask``, which
+                an image without ROIs may lack; the result has the same fields, but for
+                ``box_features``, which were not those of these boxes.
+        """
+        rois = []
+        for x in foreground:
+            x = select_rois(x, ~has_mask_of(x))
+            if len(x) > 0:
+                boxes = x.gt_boxes.tensor
+                objects = torch.cat([boxes, x.gt_classes[:, None]], dim=1).tolist()
+                x = x[list({tuple(key): i for i, key in enumerate(objects)}.values())]
+                boxes = x.gt_boxes.tensor
+                margin = (boxes[:, 2:] - boxes[:, :2]) * ((self.roi_scale - 1) / 2)
+                boxes = torch.cat([boxes[:, :2] - margin, boxes[:, 2:] + margin], dim=1)
+                x.proposal_boxes = Boxes(boxes)
+                x.proposal_boxes.clip(x.image_size)
+            if x.has("box_features"):
+                x.remove("box_features")
+            rois.append(x)
+        return rois
+
     def __call__(
         self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, iteration: int
     ) -> dict[str, torch.Tensor]:
@@ -228,15 +258,17 @@ class BoxSupervision:
 
         Args:
             logits: shape (R, M, M).
-            rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
-                ``gt_has_mask``; those with a mask add nothing.
+            rois: of :meth:`rois_of`, R rows in all; ``gt_resize_factor``, (R_i,), is the height of
+                the model's image in that of the original one, 1 where it is missing.
             pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
             iteration: of the training, from 0.
         """
-        logits = logits[~torch.cat([has_mask_of(x) for x in rois])]
-        rois = [select_rois(x, ~has_mask_of(x)) for x in rois]
-        boxes, side = [x.proposal_boxes for x in rois], logits.shape[-1]
-        lab, valid = crop_lab(pixels, [x.image_size for x in rois], boxes, side, self.bottom_rows)
+        boxes, side, sizes = [x.proposal_boxes for x in rois], logits.shape[-1], []
+        for x in rois:
+            is_resized = len(x) > 0 and x.has("gt_resize_factor")
+            factor = x.gt_resize_factor[0].item() if is_resized else 1.0
+            sizes.append((x.image_size[0] - self.bottom_rows * factor, x.image_size[1]))
+        lab, valid = crop_lab(pixels, sizes, boxes, side)
         roi_boxes = Boxes.cat(boxes).tensor
         gt_boxes = torch.cat([roi_boxes[:0], *(x.gt_boxes.tensor for x in rois if len(x) > 0)])
         box_masks = cells_inside_boxes(roi_boxes, gt_boxes, side)

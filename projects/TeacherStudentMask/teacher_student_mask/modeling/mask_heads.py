@@ -17,6 +17,9 @@ __all__ = [
     "MaskRCNNConvMultiUpsampleHead",
     "build_teacher_mask_head",
     "has_batch_norm",
+    "init_predictor",
+    "mask_features_shape",
+    "predict_for_teaching",
     "predict_label_channel",
     "select_label_channel",
 ]
@@ -65,13 +68,51 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
     cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK = True
     head = ROI_MASK_HEAD_REGISTRY.get(cfg.MODEL.TEACHER_MASK_HEAD.NAME)(cfg, input_shape)
     head.loss_weight = cfg.MODEL.TEACHER_MASK_HEAD.LOSS_WEIGHT
+    init_predictor(head, cfg)
     return head
+
+
+def init_predictor(head: BaseMaskRCNNHead, cfg: CfgNode) -> None:
+    """Give a head's last layer the initial weights of ``MODEL.ROI_MASK_HEAD.PREDICTOR_INIT``."""
+    if cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT == "kaiming":
+        weight_init.c2_msra_fill(head.predictor)
+
+
+def mask_features_shape(
+    cfg: CfgNode, input_shape: dict[str, ShapeSpec], prior: nn.Module | None = None
+) -> ShapeSpec:
+    """Of the pooled features that mask heads see, as the prior, if any, returns them."""
+    side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+    channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+    channels = getattr(prior, "out_channels", channels)
+    return ShapeSpec(channels=channels, height=side, width=side)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether what a module computes for a ROI depends on the others of the batch."""
     # nn.SyncBatchNorm is not a BatchNorm2d.
     return any(isinstance(x, (nn.BatchNorm2d, nn.SyncBatchNorm)) for x in module.modules())
+
+
+def predict_for_teaching(
+    head: BaseMaskRCNNHead, features: torch.Tensor, learns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Logits (R, M, M) of a class-agnostic head, of features (R, D, S, S).
+
+    Those of ROIs that do not train it, ``learns`` False, have no gradient where they need none.
+    """
+    # With batch statistics all ROIs belong into one batch.
+    if learns is None or has_batch_norm(head):
+        return head.layers(features)[:, 0]
+    rows, others = (x.nonzero().squeeze(1) for x in (learns, ~learns))
+    # Attached to the head without any row, too: every rank needs gradients.
+    logits = head.layers(features[rows])[:, 0]
+    if len(others) > 0:
+        with torch.no_grad():
+            more = head.layers(features[others])[:, 0]
+        logits = torch.cat([logits, more])[torch.cat([rows, others]).argsort()]
+    return logits
 
 
 def predict_label_channel(

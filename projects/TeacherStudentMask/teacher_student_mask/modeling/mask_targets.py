@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
 __all__ = [
+    "all_channels_bce_loss",
     "at_least_float32",
     "boxes_of",
     "cells_inside_boxes",
@@ -178,6 +179,20 @@ def masked_bce_loss(
     return F.binary_cross_entropy_with_logits(
         pred_mask_logits[is_supervised], targets[is_supervised], reduction="mean"
     )
+
+
+def all_channels_bce_loss(
+    logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor, is_supervised: torch.Tensor
+) -> torch.Tensor:
+    """
+    Loss of Eq. (3) of the paper as printed: the channels of all other classes should be empty.
+
+    The sum of :func:`masked_bce_loss` over the channels of logits (R, C, M, M); by their mean the
+    one of ``labels``, int64 (R,), would learn C times as slowly. ``targets`` are of that one.
+    """
+    is_label = F.one_hot(labels, logits.shape[1])[:, :, None, None]
+    loss = masked_bce_loss(logits, is_label * targets[:, None], is_supervised)
+    return loss * logits.shape[1]
 
 
 def dice_loss(probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,12 +27,13 @@ __all__ = [
     "PSEUDO_MASK_METHODS",
     "PseudoMaskGenerator",
     "balance_foreground",
+    "draw_rois_without_mask",
     "fit_to_boxes",
     "generate_pseudo_masks",
     "make_student_targets",
 ]
 
-PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit")
+PSEUDO_MASK_METHODS = ("none", "threshold", "interact", "crf", "box_fit", "self")
 # Of MODEL.PSEUDO_MASK.INTERACT_BALANCE.
 INTERACT_BALANCES = ("none", "share")
 
@@ -67,6 +68,8 @@ def generate_pseudo_masks(
     * ``"crf"``: CRF(p_t) >= threshold.
     * ``"box_fit"``: per ROI the threshold whose mask fills the object's box best, see
       :func:`fit_to_boxes`; not in the paper.
+    * ``"self"``: p_s >= threshold, without a teacher: of a class-agnostic student the right-hand
+      model of Fig. 3 of the paper.
 
     Cleaning (Sec. 5.1 of the paper, whatever the method): cells whose centre lies outside the
     object's own box are background, and so are cells inside annotated masks of other objects.
@@ -106,6 +109,8 @@ def generate_pseudo_masks(
         masks = (probs + student_probs) / 2 >= threshold
     elif method == "crf":
         masks = crf(probs, roi_images) >= threshold
+    elif method == "self":
+        masks = student_probs >= threshold
     else:
         masks = fit_to_boxes(probs, inside)
     masks = masks.to(teacher_probs.dtype)
@@ -275,8 +280,8 @@ def make_student_targets(
     Returns:
         The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
         (R,); and scalars about those that are not ground truth: how full they are (``fg_ratio``;
-        near 0 or 1: a collapse), and the share of cells that both heads, or model and teacher, put
-        on the same side of 0.5 (``agreement``).
+        near 0 or 1: a collapse), pseudo masks also by class (``fg_ratio/<id>``), and the share of
+        cells that both heads, or model and teacher, put on the same side of 0.5 (``agreement``).
     """
     has_target = torch.cat([has_mask_of(x) for x in rois])
     is_external = torch.cat([has_model_mask_of(x) for x in rois])
@@ -305,8 +310,31 @@ def make_student_targets(
         roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
     masks = generator(base, student_probs, chosen, roi_images)
     scalars.update(_describe("pseudo_mask", masks, teacher_probs[rows], student_probs))
+    classes = torch.cat([x.gt_classes for x in chosen])
+    ratios = masks.float().flatten(1).mean(1)
+    for k in classes.unique().tolist():
+        is_k = classes == k
+        scalars[f"pseudo_mask/fg_ratio/{k}"] = (ratios * is_k).sum() / is_k.sum()
     targets = targets.index_copy(0, rows, masks.to(gt_masks.dtype))
     return targets, torch.ones_like(has_target), scalars
+
+
+@torch.no_grad()
+def draw_rois_without_mask(
+    rois: list[Instances], pixels: torch.Tensor, masks: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """
+    The first 8 ROIs without a human mask, each beside its masks: (8, 3, S, S * (1 + masks)).
+
+    Of ``masks``, R rows of any (M, M) each, and ``pixels``, RGB in 0-255; the result is in [0, 1].
+    """
+    is_shown = ~torch.cat([has_mask_of(x) for x in rois])
+    boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
+    strips = [crop_pixels(pixels, boxes, 4 * masks[-1].shape[-1])[:8].clamp(0, 255) / 255]
+    for x in masks:
+        resized = F.interpolate(x[is_shown][:8, None].float(), size=strips[0].shape[-2:])
+        strips.append(resized.expand(-1, 3, -1, -1))
+    return torch.cat(strips, dim=3)
 
 
 def _describe(

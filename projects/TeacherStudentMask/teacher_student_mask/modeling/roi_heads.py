@@ -18,15 +18,22 @@ from detectron2.modeling.roi_heads.mask_head import build_mask_head, mask_rcnn_i
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
-from torch.nn import functional as F
 
 from .box_supervision import BoxSupervision
-from .mask_heads import build_teacher_mask_head, has_batch_norm, predict_label_channel
+from .mask_heads import (
+    build_teacher_mask_head,
+    has_batch_norm,
+    init_predictor,
+    mask_features_shape,
+    predict_for_teaching,
+    predict_label_channel,
+    select_label_channel,
+)
 from .mask_targets import (
+    all_channels_bce_loss,
     boxes_of,
     check_choice,
     crop_gt_masks,
-    crop_pixels,
     drop_surplus_rois_without_mask,
     has_mask_of,
     has_model_mask_of,
@@ -40,7 +47,12 @@ from .mask_x_rcnn import WeightTransferMaskHead
 from .priors import ROI_MASK_PRIOR_REGISTRY, ROIContext
 from .priors.contrastmask import TwoBranchBoxHead
 from .priors.opmask import FeatureMapBoxHead, PooledFastRCNNOutputLayers
-from .pseudo_masks import EXTERNAL_MASK_USES, PseudoMaskGenerator, make_student_targets
+from .pseudo_masks import (
+    EXTERNAL_MASK_USES,
+    PseudoMaskGenerator,
+    draw_rois_without_mask,
+    make_student_targets,
+)
 
 __all__ = ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"]
 
@@ -121,6 +133,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             pixel_std=cfg.MODEL.PIXEL_STD,
             image_format=cfg.INPUT.FORMAT,
         )
+        check_choice("PREDICTOR_INIT", cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT, ("d2", "kaiming"))
         check_choice("BOX_SUPERVISION.NAME", cfg.MODEL.BOX_SUPERVISION.NAME, ("", "boxinst"))
         if cfg.MODEL.BOX_SUPERVISION.NAME:
             ret["box_supervision"] = BoxSupervision.from_config(cfg)
@@ -138,14 +151,15 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         ret = super()._init_mask_head(cfg, input_shape)
         if ret:
-            shape = _pooled_shape(cfg, input_shape)
+            shape = mask_features_shape(cfg, input_shape)
             shapes = {k: input_shape[k] for k in cfg.MODEL.ROI_HEADS.IN_FEATURES}
             name = cfg.MODEL.ROI_MASK_PRIOR.NAME
             prior = ROI_MASK_PRIOR_REGISTRY.get(name)(cfg, shape, shapes) if name else None
             ret["mask_prior"] = prior
-            head_shape = _pooled_shape(cfg, input_shape, prior)
+            head_shape = mask_features_shape(cfg, input_shape, prior)
             if head_shape != shape:
                 ret["mask_head"] = build_mask_head(cfg, head_shape)
+            init_predictor(ret["mask_head"], cfg)
         return ret
 
     def forward(
@@ -224,17 +238,31 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
         _put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
-        weight = self.mask_head.loss_weight
+        box_losses, share = self._compute_box_losses(self.mask_head, features, sampled, pixels)
+        weight = self.mask_head.loss_weight * share
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
-        return losses | self._compute_box_losses(logits, rois, pixels, weight)
+        return losses | box_losses
 
     def _compute_box_losses(
-        self, logits: torch.Tensor, rois: list[Instances], pixels: torch.Tensor, weight: float
-    ) -> dict[str, torch.Tensor]:
+        self,
+        head: nn.Module,
+        features: dict[str, torch.Tensor],
+        sampled: list[Instances],
+        pixels: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | float]:
+        # Of ROIs of its own, and the factor of the loss of ROIs with a mask: each ROI counts once.
         if self.box_supervision is None:
-            return {}
+            return {}, 1.0
+        foreground, _ = select_foreground_proposals(sampled, self.num_classes)
+        has_mask = torch.cat([has_mask_of(x) for x in foreground])
+        share = has_mask.sum() / max(len(has_mask), 1)
+        rois = self.box_supervision.rois_of(foreground)
+        mask_features, _ = self.compute_mask_features(features, rois, sampled)
+        labels = torch.cat([x.gt_classes for x in rois])
+        logits = predict_label_channel(head, mask_features, labels)
         losses = self.box_supervision(logits, rois, pixels, get_event_storage().iter)
-        return {name: loss * weight for name, loss in losses.items()}
+        weight = head.loss_weight * (1 - share)
+        return {name: loss * weight for name, loss in losses.items()}, share
 
     def _is_supervised(self, rois: Instances) -> torch.Tensor:
         # Bool, shape (R_i,): which ROIs of an image have a mask to learn from that is given.
@@ -250,7 +278,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def _uses_rois_without_mask(self) -> bool:
         # Batch statistics are those of all objects, as at inference.
-        return self.box_supervision is not None or has_batch_norm(self.mask_head)
+        return has_batch_norm(self.mask_head)
 
     def to_rgb(self, images: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation of the model's input, (N, 3, H, W), to RGB in 0-255."""
@@ -323,7 +351,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             pseudo_masks: makes the student's targets where there is no mask.
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
             interact_from: before this iteration the method "interact" is "threshold".
-            student_loss: "bce" or "dice"; "" = ``mask_loss``, which is the teacher's.
+            student_loss: "bce" or "dice"; "bce_all": :func:`all_channels_bce_loss`; "" =
+                ``mask_loss``, which is the teacher's.
             max_rois_without_mask: of an image, chosen at random; 0 = all.
             external_masks: see :func:`make_student_targets`.
             test_mask_head: "student", or "teacher" for analysis.
@@ -342,8 +371,10 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         self.warmup_iters = warmup_iters
         self.interact_from = interact_from
         if student_loss:
-            check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, tuple(_MASK_LOSSES))
+            losses = (*_MASK_LOSSES, "bce_all")
+            check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, losses)
         self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
+        self.learns_all_channels = student_loss == "bce_all"
         self.max_rois_without_mask = max_rois_without_mask
         self.external_masks = external_masks
         self.test_mask_head = test_mask_head
@@ -371,7 +402,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         ret = super()._init_mask_head(cfg, input_shape)
         if not ret:
             raise ValueError("TeacherStudentROIHeads needs MODEL.MASK_ON True.")
-        head_shape = _pooled_shape(cfg, input_shape, ret["mask_prior"])
+        head_shape = mask_features_shape(cfg, input_shape, ret["mask_prior"])
         ret["teacher_mask_head"] = build_teacher_mask_head(cfg, head_shape)
         return ret
 
@@ -409,8 +440,11 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         """As the parent's, with "loss_mask_teacher"; "loss_mask" is the student's."""
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         teacher_logits, student_logits, losses = self.compute_mask_logits(
-            features, rois, has_mask, sampled
+            features, rois, has_mask, sampled, all_channels=self.learns_all_channels
         )
+        all_logits, labels = student_logits, torch.cat([x.gt_classes for x in rois])
+        if self.learns_all_channels:
+            student_logits = select_label_channel(all_logits, labels)
         side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
         gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
         if teacher_side != side:
@@ -428,27 +462,23 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             has_pseudo_masks=self._has_pseudo_masks(),
             pixels=pixels,
         )
-        loss_student = self.student_loss(student_logits, targets, is_supervised)
+        if self.learns_all_channels:
+            loss_student = all_channels_bce_loss(all_logits, labels, targets, is_supervised)
+        else:
+            loss_student = self.student_loss(student_logits, targets, is_supervised)
         losses["loss_mask"] = loss_student * self.mask_head.loss_weight
+        head = self.teacher_mask_head
+        box_losses, share = self._compute_box_losses(head, features, sampled, pixels)
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
-        weight = self.teacher_mask_head.loss_weight
-        losses["loss_mask_teacher"] = loss_teacher * weight
-        losses.update(self._compute_box_losses(teacher_logits, rois, pixels, weight))
+        losses["loss_mask_teacher"] = loss_teacher * (head.loss_weight * share)
+        losses.update(box_losses)
 
         scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
         scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
         _put_scalars(scalars)
         if self._is_vis_iteration():
-            boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
-            strips = [crop_pixels(pixels, boxes, 4 * side)[:8].clamp(0, 255) / 255]
-            for x in (
-                teacher_logits.detach().sigmoid(),
-                student_logits.detach().sigmoid(),
-                targets,
-            ):
-                resized = F.interpolate(x[~has_mask][:8, None].float(), size=strips[0].shape[-2:])
-                strips.append(resized.expand(-1, 3, -1, -1))
-            for k, strip in enumerate(torch.cat(strips, dim=3)):
+            masks = (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)
+            for k, strip in enumerate(draw_rois_without_mask(rois, pixels, masks)):
                 name = f"ROIs without a mask: image | teacher | student | target ({k})"
                 get_event_storage().put_image(name, strip)
         return losses
@@ -459,46 +489,27 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         rois: list[Instances],
         has_mask: torch.Tensor | None = None,
         sampled: list[Instances] | None = None,
+        all_channels: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """
         Run both heads on the same ROI features, Eq. (2) of the paper.
 
         Args:
             features, rois, sampled: see :meth:`compute_mask_features`.
-            has_mask: bool, shape (R,): the rows that train the teacher, None = all. The others'
-                logits get no gradient where no loss could use it.
+            has_mask: bool, shape (R,), ``learns`` of :func:`predict_for_teaching`.
+            all_channels: of the student, instead of that of the ROI's class.
 
         Returns:
             The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
-            (R, M, M), and the losses of the mask prior.
+            (R, M, M), or of all C channels, (R, C, M, M), and the losses of the mask prior.
         """
-        labels = torch.cat([x.gt_classes for x in rois])
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
-        head = self.teacher_mask_head
-        # With batch statistics all ROIs belong into one batch.
-        if has_mask is None or self.box_supervision is not None or has_batch_norm(head):
-            teacher_logits = head.layers(mask_features)[:, 0]
-        else:
-            rows, others = (x.nonzero().squeeze(1) for x in (has_mask, ~has_mask))
-            # Attached to the head without any row, too: every rank needs gradients.
-            teacher_logits = head.layers(mask_features[rows])[:, 0]
-            if len(others) > 0:
-                with torch.no_grad():
-                    more = head.layers(mask_features[others])[:, 0]
-                order = torch.cat([rows, others]).argsort()
-                teacher_logits = torch.cat([teacher_logits, more])[order]
+        teacher_logits = predict_for_teaching(self.teacher_mask_head, mask_features, has_mask)
+        if all_channels:
+            return teacher_logits, self.mask_head.layers(mask_features), losses
+        labels = torch.cat([x.gt_classes for x in rois])
         student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         return teacher_logits, student_logits, losses
-
-
-def _pooled_shape(
-    cfg: CfgNode, input_shape: dict[str, ShapeSpec], prior: nn.Module | None = None
-) -> ShapeSpec:
-    # Channels and size of the pooled mask features, as the prior, if any, returns them.
-    side = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-    channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-    channels = getattr(prior, "out_channels", channels)
-    return ShapeSpec(channels=channels, height=side, width=side)
 
 
 def _put_scalars(scalars: dict[str, torch.Tensor]) -> None:

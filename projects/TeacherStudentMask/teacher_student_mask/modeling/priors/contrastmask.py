@@ -28,7 +28,6 @@ from . import (
     ROIContext,
     arguments_of,
     build_own_pooler,
-    conv1x1,
     conv_stack,
 )
 from .opmask import FeatureMapBoxHead, class_activation_maps, normalize_per_roi
@@ -259,8 +258,10 @@ class ContrastivePrior(nn.Module):
             conv = Conv2d(conv_dim, conv_dim, 1, bias=not norm, norm=normalize, activation=F.relu)
             weight_init.c2_msra_fill(conv)
             layers.append(conv)
-        self.projector = nn.Sequential(*layers, conv1x1(conv_dim, conv_dim))
-        self.fuse = conv1x1(conv_dim, out_channels)
+        # Initial values as in the official code: torch's own of a linear layer, and Kaiming's.
+        self.projector = nn.Sequential(*layers, Conv2d(conv_dim, conv_dim, 1))
+        self.fuse = Conv2d(conv_dim, out_channels, 1)
+        weight_init.c2_msra_fill(self.fuse)
         self.loss_weight = loss_weight
         self.epoch_iters = epoch_iters
         self.key_share = key_share
@@ -292,21 +293,20 @@ class ContrastivePrior(nn.Module):
         ``loss_mask_contrast`` is of the foreground of ``sampled``, with and without a mask.
         """
         rois, losses, rows = context.instances, {}, None
+        side, classifier = mask_features.shape[-1], context.classifier
         if self.training:
             # The classifier's last row is background's.
-            num_classes = context.classifier.out_features - 1
+            num_classes = classifier.out_features - 1
             foreground, _ = select_foreground_proposals(context.sampled, num_classes)
             encoded = self._encode(foreground, context.feature_maps)
-            losses["loss_mask_contrast"] = self._contrast(foreground, encoded, context.classifier)
+            losses["loss_mask_contrast"] = self._contrast(foreground, encoded, classifier, side)
             rows = find_rois(rois, foreground)
         if rows is None:
             encoded = self._encode(rois, context.feature_maps)
         else:
             encoded = encoded[rows]
-        side = mask_features.shape[-1]
         # ROIs with one box have one encoding, but each the map of its own class.
-        cam = _activation_maps(rois, context.class_maps, context.classifier)
-        cam = normalize_per_roi(_resize(cam, side))
+        cam = normalize_per_roi(_activation_maps(rois, context.class_maps, classifier, side))
         if self.stop_gradient:
             cam = cam.detach()
         attended = self.fuse(_resize(attend_by_cosine(encoded), side))
@@ -318,13 +318,14 @@ class ContrastivePrior(nn.Module):
         return self.encoder(self.pooler(maps, [boxes_of(x) for x in rois]))
 
     def _contrast(
-        self, rois: list[Instances], encoded: torch.Tensor, classifier: nn.Linear
+        self, rois: list[Instances], encoded: torch.Tensor, classifier: nn.Linear, cam_side: int
     ) -> torch.Tensor:
         # The sets are by the mask where there is one, else by the map, which does not learn.
         side, has_mask = encoded.shape[-1], torch.cat([has_mask_of(x) for x in rois])
         masks = crop_gt_masks(rois, side, encoded.device) > 0.5
         maps = torch.cat([x.box_features for x in rois]).detach()
-        cam = normalize_per_roi(_resize(_activation_maps(rois, maps, classifier), side))
+        cam = _activation_maps(rois, maps, classifier, cam_side)
+        cam = normalize_per_roi(_resize(cam, side))
         without_mask = sets_of_cams(cam[:, 0])
         sets = torch.where(has_mask[:, None, None], sets_of_masks(masks), without_mask)
         projections = self.projector(encoded)
@@ -333,11 +334,12 @@ class ContrastivePrior(nn.Module):
 
 
 def _activation_maps(
-    rois: list[Instances], maps: torch.Tensor, classifier: nn.Linear
+    rois: list[Instances], maps: torch.Tensor, classifier: nn.Linear, side: int
 ) -> torch.Tensor:
-    # Shape (R, 1, h, w), logits with gradient to the box head, but not to its classifier.
+    # Logits with gradient to the box head, but not to its classifier, (R, 1, side, side): the grid
+    # of the mask features, from which the official code goes on to the finer one.
     cam = class_activation_maps(maps, classifier.weight.detach(), classes_of(rois))
-    return at_least_float32(cam)
+    return _resize(at_least_float32(cam), side)
 
 
 def _resize(x: torch.Tensor, side: int) -> torch.Tensor:
