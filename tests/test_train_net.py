@@ -360,4 +360,4 @@ def test_the_demo_dataset_is_known_by_name_in_a_new_process(tmp_path):
     command = [sys.executable, str(REPOSITORY / "train_net.py"), "--config-file", str(config)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1
-    assert "datasets/shapes/annotations/instances_train.json" in ended.stderr.splitlines()[-1]
+    assert "shapes/annotations/instances_train.json" in ended.stderr.splitlines()[-1]
