@@ -13,7 +13,7 @@ PYTEST_OPTIONS ?=
 # Test processes at a time; each works on one thread, or they would wait for one another.
 PYTEST_WORKERS ?= auto
 # Optional parts that tests use, where they can be had; "app" (gradio, some 35 packages) is another.
-TEST_PARTS ?= crf browser export
+TEST_PARTS ?= crf export
 test test-quick: export OMP_NUM_THREADS ?= 1
 PYTEST := $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 --dist worksteal
 # What the static scan for insecure code reads.

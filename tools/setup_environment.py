@@ -62,11 +62,9 @@ if importlib.util.find_spec("detectron2._C"):
 # Only some tests and programs need them. Part -> packages.
 PARTS = {
     "crf": ["pydensecrf2"],
-    "browser": ["playwright"],
     "export": ["onnx", "onnxruntime"],
     "app": ["gradio"],
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # What pip says (first match wins), and what that means.
 PIP_FAILURES = (
@@ -319,8 +317,6 @@ def install_part(environment: Environment, part: str) -> None:
     packages = PARTS[part]
     print(f"install {', '.join(packages)} (optional)", flush=True)
     reason = missing_build_tool() if part == "crf" else None
-    if part == "browser" and not any(map(shutil.which, BROWSERS)):
-        reason = "there is no Chromium (Debian, Ubuntu: sudo apt install chromium)"
     try:
         if reason:
             raise SetupError(reason)
@@ -409,9 +405,8 @@ def get_parser() -> argparse.ArgumentParser:
         choices=tuple(PARTS),
         default=[],
         help='also try to get: "crf", pydensecrf, the implementation of the paper (compiles); '
-        '"browser", Playwright where there is Chromium, for tests of the report; "export", onnx '
-        'and onnxruntime for `tsmask export`; "app", gradio for `tsmask app`. What cannot be had '
-        "is left out with a reason",
+        '"export", onnx and onnxruntime for `tsmask export`; "app", gradio for `tsmask app`. What '
+        "cannot be had is left out with a reason",
     )
     add("--force", action="store_true", help="empty the folder first and do every step again")
     text = "only print the versions of the main packages of the running interpreter"

@@ -1,17 +1,13 @@
-"""The page of tsmask app: what a session computes, and the page itself in a browser."""
+"""What a session of tsmask app computes."""
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from headless_browser import launch_chromium
 from small_students import write_noise, write_small_student
 
 from teacher_student_mask.cli import app
@@ -83,79 +79,3 @@ def test_without_gradio_the_command_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "--config-file", "none.yaml"]) == 1
     assert "pip install -c constraints.txt gradio" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def browser():
-    reason = "gradio is not installed: make test TEST_PARTS='crf browser export app'"
-    pytest.importorskip("gradio", reason=reason)
-    with launch_chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server(browser, tmp_path_factory):
-    """The program in a process with its own home, working and temporary folder."""
-    folder = tmp_path_factory.mktemp("app")
-    write_small_student(folder, "teacher_student.yaml")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = dict(os.environ, HOME=str(folder / "home"), TMPDIR=str(folder / "temp"))
-    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"):
-        environment.pop(name, None)
-    environment["MPLCONFIGDIR"] = str(folder / "matplotlib")
-    for name in ("home", "temp", "work", "matplotlib"):
-        (folder / name).mkdir()
-    command = [sys.executable, "-m", "teacher_student_mask", "app", "--port", str(port)]
-    command += ["--config-file", str(folder / "config.yaml")]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=folder / "work", env=environment, stdout=log, stderr=log
-        )
-    end = time.monotonic() + 300
-    while "Running on local URL" not in (folder / "log").read_text():
-        assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
-        time.sleep(0.2)
-    yield SimpleNamespace(folder=folder, url=f"http://127.0.0.1:{port}", process=process)
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.slow
-def test_the_page_in_a_browser(browser, server):
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    requests, problems = [], []
-    page.on("request", lambda x: requests.append(x.url))
-    page.on("pageerror", lambda x: problems.append(str(x)))
-    page.set_default_timeout(120_000)
-    page.goto(server.url)
-    picture = page.locator("#picture img")
-
-    def wait_for(text):
-        page.wait_for_function(
-            "text => document.querySelector('#summary')?.innerText.includes(text)", arg=text
-        )
-
-    wait_for("Drop an image.")
-    write_noise(server.folder / "photo.png")
-    page.locator("input[type=file]").first.set_input_files(server.folder / "photo.png")
-    wait_for("5 objects")
-    picture.wait_for()
-    # All objects, with the keyboard.
-    page.locator("#score input[type=range]").focus()
-    page.keyboard.press("Home")
-    wait_for("5 of 5 objects have a score of 0.05")
-    before = picture.get_attribute("src")
-    # The other head has other masks.
-    page.locator("#head input[value=teacher]").check()
-    page.wait_for_function(
-        "before => document.querySelector('#picture img').src !== before", arg=before
-    )
-    page.locator("#score input[type=range]").focus()
-    page.keyboard.press("End")
-    wait_for("score of 1.00")
-    page.close()
-
-    assert problems == []
-    assert [x for x in requests if not x.startswith((server.url, "data:", "blob:"))] == []

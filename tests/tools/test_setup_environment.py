@@ -221,8 +221,8 @@ def test_a_second_run_does_nothing_until_its_inputs_change(tmp_path, monkeypatch
     monkeypatch.setattr(setup_environment, "ROOT", tmp_path)
     options = ["--venv", str(tmp_path)]
     assert setup_environment.main([*options, "--with", "crf"]) == 0
-    assert setup_environment.main([*options, "--with", "crf", "browser"]) == 0
-    assert (len(made), tried) == (1, ["crf", "browser"])
+    assert setup_environment.main([*options, "--with", "crf", "export"]) == 0
+    assert (len(made), tried) == (1, ["crf", "export"])
     assert "up to date" in capsys.readouterr().out
     (tmp_path / "setup.cfg").write_text("b")
     setup_environment.main(options)
@@ -240,10 +240,10 @@ def test_parts_that_cannot_be_had_are_left_out(monkeypatch, capsys):
     setup_environment.install_part(FakeEnvironment(failing=["gradio"]), "app")
     assert "left out: pip failed" in capsys.readouterr().out
     monkeypatch.setattr(setup_environment.shutil, "which", lambda name: None)
-    for part, reason in (("browser", "there is no Chromium"), ("crf", "there is no C++ compiler")):
-        environment = FakeEnvironment()
-        setup_environment.install_part(environment, part)
-        assert environment.commands == [] and reason in capsys.readouterr().out
+    environment = FakeEnvironment()
+    setup_environment.install_part(environment, "crf")
+    assert environment.commands == []
+    assert "there is no C++ compiler" in capsys.readouterr().out
 
 
 def test_the_download_names_the_hash(reachable):
