@@ -67,17 +67,6 @@ def test_overlap_is_the_share_of_the_box_that_one_other_mask_covers(others, expe
     assert overlaps_of(BOX, *others)[0] == expected
 
 
-def test_fractional_boxes_count_parts_of_pixels():
-    box = {"bbox": [1.25, 2.5, 2.0, 1.0], "segmentation": None}
-    # One pixel column, x in [2, 3], is covered over the box's whole height: 1 of 2 units of width.
-    assert overlaps_of(box, rectangle(2, 0, 1, 10))[0] == pytest.approx(0.5, abs=1e-12)
-    # x in [3, 4]: a quarter pixel; y in [3, 4]: half a pixel.
-    assert overlaps_of(box, rectangle(3, 3, 1, 1))[0] == pytest.approx(0.125 / 2, abs=1e-12)
-    # A box that reaches outside the image keeps its whole area.
-    outside = {"bbox": [-5, 0, 10, 4], "segmentation": None}
-    assert overlaps_of(outside, BOX)[0] == 0.5
-
-
 @pytest.mark.parametrize("segmentation", ["missing", None, [], [[]], [[1, 2, 3, 4]], {}])
 def test_objects_without_a_mask_cover_nothing(segmentation, caplog):
     box_only = {"bbox": [0, 0, 10, 10]}
@@ -86,12 +75,6 @@ def test_objects_without_a_mask_cover_nothing(segmentation, caplog):
     with caplog.at_level(logging.WARNING, logger="teacher_student_mask"):
         assert overlaps_of(rectangle(0, 0, 10, 5), box_only) == [0.0, 0.5]
     assert "1 have no mask" in caplog.text
-
-
-@pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])
-def test_box_without_area_is_zero(size):
-    degenerate = {"bbox": [2, 2, *size], "segmentation": rectangle_mask(0, 0, 10, 5)}
-    assert overlaps_of(degenerate, rectangle(0, 0, 10, 10)) == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(

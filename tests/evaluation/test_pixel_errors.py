@@ -15,33 +15,6 @@ def encode(mask):
     return mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
-def row(text):
-    """A mask of one row: "#" is inside."""
-    return encode([[c == "#" for c in text]])
-
-
-def count(predicted, own, others=(), crowds=()):
-    """Masks of one row; ``others`` are pairs (mask, is seen). The own object is an unseen one."""
-    objects = [row(own), *(row(mask) for mask, _ in others)]
-    is_seen = [False, *(seen for _, seen in others)]
-    size = (1, len(own))
-    regions = find_object_regions(size, objects, is_seen, [row(x) for x in crowds])
-    return count_pixels(row(predicted), row(own), regions)
-
-
-def test_each_pixel_counts_once_by_hand():
-    counts = count(
-        predicted=". # # # # # # # . ".replace(" ", ""),
-        own="##.......",
-        others=[("..##.....", True), (".....#...", False), ("...#.....", False)],
-        crowds=["......#.."],
-    )
-    # Column 1 is right; 2 and 3 lie on the seen object (3 on an unseen one too); 4 on nothing; 5 on
-    # an unseen one; 6 under a crowd alone; 7 on nothing.
-    assert (counts.intersection, counts.union) == (1, 8)
-    assert (counts.seen, counts.unseen, counts.background, counts.crowd) == (2, 1, 2, 1)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["seen", "smaller"]))
 def test_equals_a_loop_over_the_pixels(seed, ties):

@@ -22,7 +22,6 @@ from teacher_student_mask.evaluation import (
     Subset,
     compare_with_yardsticks,
     find_candidate_pairs,
-    subset_metrics,
     yardstick_results,
 )
 
@@ -176,22 +175,6 @@ def test_weights_of_images_equal_repeating_them(seed):
     expected = pycocotools_ap(repeated, again, ignored)
     for area in AREA_RANGES:
         np.testing.assert_allclose(actual[area], expected[area], atol=1e-12, err_msg=area)
-
-
-@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
-def test_metrics_are_those_of_pycocotools_summary(iou_type):
-    coco, found = make_problem(11)
-    coco_eval = COCOeval(coco, found, iou_type)
-    for step in (coco_eval.evaluate, coco_eval.accumulate, coco_eval.summarize):
-        quietly(step)
-    pairs = find_candidate_pairs(coco, found.dataset["annotations"], iou_type=iou_type)
-    everything = np.ones(len(pairs.gt_ids), dtype=bool)
-    subsets = {f"x/{area}": Subset(everything, area) for area in AREA_RANGES}
-    metrics = subset_metrics(PrecisionOfSubsets(Matches(pairs), subsets)(), "x")
-    expected = np.where(coco_eval.stats[:6] < 0, np.nan, 100 * coco_eval.stats[:6])
-    np.testing.assert_allclose(list(metrics.values()), expected, atol=1e-10)
-    assert list(metrics) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
-    assert 0 < metrics["AP"] < 100
 
 
 @pytest.mark.parametrize("what", ["no detections", "no objects", "neither"])
