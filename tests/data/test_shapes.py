@@ -1,12 +1,10 @@
 """The procedural dataset: the same files every time, heavy occlusion, exact modal masks."""
 
-import filecmp
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -37,15 +35,6 @@ def masks(coco):
 
 def read_json(root, split):
     return json.loads((Path(root) / "annotations" / f"instances_{split}.json").read_text())
-
-
-def test_the_same_arguments_give_the_same_files(tmp_path):
-    for name in ("a", "b"):
-        generate_shapes(str(tmp_path / name), num_train=2, num_val=2, image_size=64, seed=3)
-    files = [str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*.*")]
-    assert len(files) == 6
-    equal, _, _ = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)
-    assert sorted(equal) == sorted(files)
 
 
 def test_an_image_does_not_depend_on_the_number_of_images(sample, tmp_path):
@@ -96,10 +85,3 @@ def test_colour_does_not_tell_the_class(sample, coco, masks):
     # Independent colours: 1 - 7 / number of objects; a colour of its own for each class: near 0.
     assert (within / colours.var(axis=0) > 0.8).all()
     assert (colours.std(axis=0) > 0.15).all()
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_it_is_registered_by_the_package(split):
-    assert f"shapes_{split}" in DatasetCatalog.list()
-    json_file = MetadataCatalog.get(f"shapes_{split}").json_file
-    assert json_file.endswith(f"shapes/annotations/instances_{split}.json")
