@@ -255,9 +255,6 @@ def test_classes_are_found_by_their_names(run, dataset, tmp_path):
     assert run(annotations=write(dataset, tmp_path))[0] == 0
     first, out = (annotations_of(tmp_path / x) for x in ("first.json", "out.json"))
     assert all(out[i]["segmentation"] == first[i]["segmentation"] for i in TARGETS)
-    dataset.data["categories"].append({"id": 91, "name": "dog"})
-    code, text = run("--force", annotations=write(dataset, tmp_path))
-    assert code == 1 and "'dog'. Its 3 classes: ant, cat, ship" in text
 
 
 @pytest.mark.slow
@@ -314,18 +311,8 @@ def test_two_processes_write_what_one_writes_and_one_error_is_said(run, dataset,
         assert (tmp_path / f"two.{suffix}").read_text() == (tmp_path / f"one.{suffix}").read_text()
 
 
-@pytest.mark.parametrize(
-    "outline",
-    [
-        [[4, 10], [40, 10], [40, 50]],
-        [[[4, 10], [40, 10], [40, 50]]],
-        [4, 10, 40, 10, 40, 50],
-        [[4, 10, 40, 10, 40, 50, 4]],
-        "4 10 40 10 40 50",
-    ],
-)
-def test_an_outline_in_another_form_stops_the_run(run, dataset, tmp_path, outline):
-    dataset.data["annotations"][0]["segmentation"] = outline
+def test_an_outline_in_another_form_stops_the_run(run, dataset, tmp_path):
+    dataset.data["annotations"][0]["segmentation"] = [[4, 10], [40, 10], [40, 50]]
     code, text = run("--grabcut", model=None, annotations=write(dataset, tmp_path))
     assert code == 1 and "'segmentation' is" in text and not (tmp_path / "out.json").exists()
 
