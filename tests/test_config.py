@@ -17,8 +17,6 @@ from teacher_student_mask import (
     TeacherStudentROIHeads,
     add_teacher_student_mask_config,
 )
-from teacher_student_mask.errors import InputError
-from teacher_student_mask.trained_model import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "configs"
@@ -151,22 +149,10 @@ def test_configs_for_own_data_build(path):
     builds(load(path, "MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.TIMM.WEIGHTS", ""))
 
 
-def test_later_bases_of_a_list_win_and_none_is_downloaded(tmp_path):
-    for name, value in ("a", 1), ("b", 2):
-        (tmp_path / f"{name}.yaml").write_text(f"VERSION: 2\nSOLVER: {{MAX_ITER: {value}}}")
-    path = tmp_path / "c.yaml"
-    path.write_text('_BASE_: ["a.yaml", "b.yaml"]')
-    assert load_config(str(path)).SOLVER.MAX_ITER == 2
-    path.write_text('_BASE_: ["a.yaml", "http://example.com/b.yaml"]')
-    with pytest.raises(InputError, match="http://example.com/b.yaml; a base must be a file"):
-        load_config(str(path))
-
-
 @pytest.mark.parametrize(
     "key, value, message",
     [
         ("MODEL.PSEUDO_MASK.METHOD", "interakt", "interakt"),
-        ("TEST.MASK_HEAD", "pupil", "TEST.MASK_HEAD is 'pupil'; allowed: 'student', 'teacher'"),
         ("MODEL.MASK_ON", False, "TeacherStudentROIHeads needs MODEL.MASK_ON True"),
     ],
 )

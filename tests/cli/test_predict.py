@@ -28,6 +28,7 @@ def model(tiny_cfg, tmp_path, monkeypatch):
     """Config and weights of a teacher and student that find four objects in any image."""
     monkeypatch.chdir(tmp_path)
     opts = ["TEST.DETECTIONS_PER_IMAGE", 4, "DATASETS.TEST", (), "DATASETS.TRAIN", ()]
+    opts += ["INPUT.FORMAT", "RGB"]  # tests/test_exporters.py has a model for BGR
     config, weights = save_model(tiny_cfg(opts=[*TEACHER_STUDENT, *opts]), tmp_path / "model")
     categories = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
     (tmp_path / "model" / "categories.json").write_text(json.dumps(categories))
