@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_data import complete
 from detectron2.engine import default_argument_parser
 
 import train_net
@@ -27,12 +28,6 @@ NARROW += ["MODEL.RESNETS.WIDTH_PER_GROUP", 4]
 @pytest.fixture
 def dataset(make_tiny_coco):
     """The tiny dataset with a mask on every object, as mask AP needs it."""
-
-    def complete(data):
-        for annotation in data["annotations"]:
-            if not annotation.get("segmentation"):
-                x, y, w, h = annotation["bbox"]
-                annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
     return make_tiny_coco(complete)
 

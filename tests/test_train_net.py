@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_data import complete
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
@@ -25,16 +26,12 @@ SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap", "segm_unseen_overl
 @pytest.fixture
 def run(tiny_cfg, tiny_coco, tmp_path):
     """Return ``run(*flags, opts)``: train_net.main with a tiny model; gives the output folder."""
-    for annotation in tiny_coco.data["annotations"]:
-        # Mask AP needs a mask on every object of the test set.
-        if not annotation.get("segmentation"):
-            x, y, w, h = annotation["bbox"]
-            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    complete = tmp_path / "complete.json"
-    complete.write_text(json.dumps(tiny_coco.data))
+    complete(tiny_coco.data)  # mask AP needs a mask on every object of the test set
+    test_json = tmp_path / "complete.json"
+    test_json.write_text(json.dumps(tiny_coco.data))
     DatasetCatalog.get(tiny_coco.name)  # the metadata's classes come from the json
     name = f"{tiny_coco.name}_complete"
-    register_partial_coco(name, str(complete), tiny_coco.image_root)
+    register_partial_coco(name, str(test_json), tiny_coco.image_root)
     cfg = tiny_cfg(dataset=tiny_coco)
     cfg.MODEL.ROI_HEADS.NAME = "TeacherStudentROIHeads"
     cfg.DATASETS.TEST = (name,)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from bad_data import complete
 from report_example import make_files
 from saved_model import TEACHER_STUDENT, save_model
 
@@ -95,13 +96,7 @@ def test_wrong_input_is_one_sentence(files, tmp_path, capsys, options, words):
 def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
     """Student and teacher become two models, compared on detected and on the same given boxes."""
 
-    def give_all_objects_a_mask(data):
-        for x in data["annotations"]:
-            left, top, width, height = x["bbox"]
-            if not x.get("segmentation"):
-                x["segmentation"] = [[left, top, left + width, top, left, top + height]]
-
-    dataset = make_tiny_coco(give_all_objects_a_mask)
+    dataset = make_tiny_coco(complete)
     cfg = tiny_cfg(opts=TEACHER_STUDENT, dataset=dataset)
     save_model(cfg, tmp_path / "model")
     options = [str(tmp_path / "model"), "--resamples", "5", "--output-dir", str(tmp_path / "out")]
