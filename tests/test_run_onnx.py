@@ -1,46 +1,16 @@
-"""The example program for onnxruntime, against DefaultPredictor and Detectron2's pasting."""
-
-from pathlib import Path
+"""The masks of the program for onnxruntime; tests/test_exporters.py runs all of it."""
 
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import DefaultPredictor
 from detectron2.layers import paste_masks_in_image
 from detectron2.structures import Boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from small_students import write_small_student
-
-from teacher_student_mask.cli.main import main
 
 run_onnx = pytest.importorskip(
     "teacher_student_mask.run_onnx", reason="onnxruntime is not installed"
 )
-
-
-@pytest.mark.slow
-def test_on_a_real_image_it_is_the_predictor(tmp_path, coco_root):
-    threshold = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.45]
-    cfg = write_small_student(tmp_path, "teacher_student.yaml", *threshold)
-    options = ["--config-file", tmp_path / "config.yaml", "--output-dir", tmp_path / "exported"]
-    assert main(["export", *map(str, options), "--formats", "onnx"]) == 0
-    detector = run_onnx.OnnxDetector(tmp_path / "exported")
-    predictor, count = DefaultPredictor(cfg), 0
-    for path in sorted(Path(coco_root, "val2017").glob("*.jpg"))[:4]:
-        image = np.asarray(Image.open(path).convert("RGB"))
-        expected = predictor(image[:, :, ::-1])["instances"]
-        boxes, scores, classes, found = detector(image)
-        count += len(expected)
-        assert np.array_equal(classes, expected.pred_classes.numpy())
-        # Ten times the graph's: the boxes are scaled up from 64 pixels to 640.
-        np.testing.assert_allclose(boxes, expected.pred_boxes.tensor.numpy(), atol=1e-2)
-        np.testing.assert_allclose(scores, expected.scores.numpy(), atol=1e-4)
-        masks = expected.pred_masks.numpy()
-        assert found.shape == masks.shape
-        assert (found != masks).sum() <= 1e-4 * masks.size
-    assert count > 0
 
 
 number = st.floats(-40, 80, width=32)

@@ -122,21 +122,6 @@ def test_the_rule_finds(source):
     assert unsafe_calls(source)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "model.eval()",
-        "import re\nre.compile('a')",
-        "import torch\ntorch.load('a.pth', weights_only=True)",
-        "import yaml\nyaml.safe_load(f)",
-        "import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    pass",
-        "import subprocess\nsubprocess.run(['ls'])",
-    ],
-)
-def test_the_rule_lets_pass(source):
-    assert unsafe_calls(source) == []
-
-
 def test_no_template_marks_the_input_as_safe():
     (template,) = PACKAGE.rglob("*.j2")
     # Of the report: its style sheet, plotly, and html of plotly, which escapes names;
