@@ -11,7 +11,7 @@ from detectron2.engine import DefaultPredictor
 from PIL import Image
 from small_students import run_without, small_config, small_model, write_noise, write_small_student
 
-from teacher_student_mask import export
+from teacher_student_mask import exporters
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.exporters import compare, detect, export_student
 from teacher_student_mask.trained_model import TrainedModel, load_model
@@ -123,7 +123,7 @@ def test_torchscript_runs_without_detectron2(exported):
     found = np.load(exported / "found.npz")
     model = load_model(str(exported / "config.yaml")).model
     pixels = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)).astype("float32"))
-    for name, x in zip(export.OUTPUTS, numpy_of(lambda x: detect(model, x), pixels)):
+    for name, x in zip(exporters.OUTPUTS, numpy_of(lambda x: detect(model, x), pixels)):
         assert len(x) > 0
         np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-4)
 
@@ -150,7 +150,9 @@ def test_a_graph_finds_the_same_on_images_of_other_sizes(exported, name):
         run = lambda image: numpy_of(graph, image)  # noqa: E731
     else:
         graph = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        run = lambda image: graph.run(list(export.OUTPUTS), {"image": image.numpy()})  # noqa: E731
+        run = lambda image: graph.run(
+            list(exporters.OUTPUTS), {"image": image.numpy()}
+        )  # noqa: E731
     images = [f(*size) for size in SIZES for f in (noise, lambda *s: torch.zeros(3, *s))]
     counts = set()
     for image in images:
@@ -225,9 +227,9 @@ def test_what_finds_something_else_is_not_written(tmp_path, monkeypatch, kind):
     def trace_changed(detector, image):
         return b"", lambda x: tuple(y.numpy() + (y.ndim == 3) * 0.1 for y in detector(x))
 
-    monkeypatch.setattr(export, "build_model", build_changed)
-    monkeypatch.setattr(export, "_trace", trace_changed)
-    with pytest.raises(export.InputError, match="finds something else.*masks .* of .* allowed"):
+    monkeypatch.setattr(exporters, "build_model", build_changed)
+    monkeypatch.setattr(exporters, "_trace", trace_changed)
+    with pytest.raises(exporters.InputError, match="finds something else.*masks .* of .* allowed"):
         export_student(trained_student("mask_rcnn.yaml"), tmp_path / "exported", [kind])
     assert not (tmp_path / "exported").exists()
 
@@ -287,7 +289,7 @@ def changed(index, value):
 def test_comparing_by_hand(others, words):
     try:
         report = compare(lambda _: OBJECTS, lambda _: others, [torch.zeros(3, 8, 8)])
-    except export.InputError as error:
+    except exporters.InputError as error:
         report = f"something else {error}"
     assert report.startswith("something else") == words.startswith("something else")
     assert re.search(f"2 objects on 1 images, {words.removeprefix('something else.* ')}", report)

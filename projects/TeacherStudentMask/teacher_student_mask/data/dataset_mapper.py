@@ -30,6 +30,10 @@ __all__ = [
     "usable_segmentations",
 ]
 
+# Of PIL and the file system; UnicodeError: a name that no file can have.
+_IMAGE_ERRORS = (OSError, SyntaxError, UnicodeError)
+_IMAGE_ERRORS += (Image.DecompressionBombError, utils.SizeMismatchError)
+
 
 class TeacherStudentDatasetMapper(DatasetMapper):
     """
@@ -111,7 +115,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             if mode.startswith(DEEP_MODES):
                 raise OSError(f"Its mode {mode!r} has values above 255; convert it to 8 bits.")
             example = super().__call__(prepared)
-        except (OSError, SyntaxError, Image.DecompressionBombError, utils.SizeMismatchError) as e:
+        except _IMAGE_ERRORS as e:
             raise InputError(
                 f"{_name_of(dataset_dict)}: the image cannot be used: {e} Replace it, or correct "
                 "the json; tsmask check --images finds all such images."
