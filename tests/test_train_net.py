@@ -286,7 +286,7 @@ def test_without_a_gpu_the_cpu_trains(run, monkeypatch, log, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     run(opts=["MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()])
     assert "MODEL.DEVICE is cuda, but there is no GPU: using the CPU" in log.text
-    assert main(["train", "--num-gpus", "8"]) == 1
+    assert main(["train", "--config-file", "a.yaml", "--num-gpus", "8"]) == 1
     assert "--num-gpus is 8, but this machine has 0" in capsys.readouterr().err
 
 
@@ -296,7 +296,7 @@ def test_the_command_is_the_same_program(monkeypatch, capsys):
     monkeypatch.setattr("teacher_student_mask.engine.main", taken.append)
     assert main(["train", *options]) == 0
     expected = vars(default_argument_parser().parse_args(options))
-    assert vars(taken[0]) == {**expected, "dist_url": "auto"}
+    assert vars(taken[0]).items() >= {**expected, "dist_url": "auto"}.items()
     monkeypatch.undo()
     assert main(["train", "--config-file", "none.yaml"]) == 1
     assert "error: The config none.yaml cannot be read" in capsys.readouterr().err
