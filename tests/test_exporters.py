@@ -150,9 +150,8 @@ def test_a_graph_finds_the_same_on_images_of_other_sizes(exported, name):
         run = lambda image: numpy_of(graph, image)  # noqa: E731
     else:
         graph = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        run = lambda image: graph.run(
-            list(exporters.OUTPUTS), {"image": image.numpy()}
-        )  # noqa: E731
+        names = list(exporters.OUTPUTS)
+        run = lambda image: graph.run(names, {"image": image.numpy()})  # noqa: E731
     images = [f(*size) for size in SIZES for f in (noise, lambda *s: torch.zeros(3, *s))]
     counts = set()
     for image in images:

@@ -286,7 +286,7 @@ def test_without_a_gpu_the_cpu_trains(run, monkeypatch, log, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     run(opts=["MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()])
     assert "MODEL.DEVICE is cuda, but there is no GPU: using the CPU" in log.text
-    assert main(["train", "--num-gpus", "8", "--config-file", "a.yaml"]) == 1
+    assert main(["train", "--config-file", "a.yaml", "--num-gpus", "8"]) == 1
     assert "--num-gpus is 8, but this machine has 0" in capsys.readouterr().err
 
 
