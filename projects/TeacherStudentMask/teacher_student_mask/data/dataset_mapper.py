@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
-from ..coco_json.masks import MaskState, compress_mask, measure_masks
+from ..coco_json.masks import MaskState, compress_mask, measure_masks, polygons_cover
 from ..coco_json.report import shorten
 from ..errors import InputError
 from ..structures import ImageMask
@@ -247,9 +247,7 @@ def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -
     """
     if isinstance(masks, BitMasks):
         return masks.nonempty()
-    polygons = [[x.tolist() for x in of_one] for of_one in masks.polygons]
-    state = measure_masks(polygons, np.full((len(polygons), 2), image_shape)).state
-    return torch.from_numpy(state == MaskState.MASK)
+    return torch.from_numpy(polygons_cover(masks.polygons, image_shape))
 
 
 def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
