@@ -158,8 +158,9 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
         split: key of the yaml: "train", "val" or "test".
     """
     path = Path(data_yaml)
+    text = read_text(path)
     try:
-        settings = yaml.safe_load(read_text(path))
+        settings = yaml.safe_load(text)
         names = msgspec.convert(settings, _YoloSettings).names
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}.") from error

@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    args = parser.parse_args(rest)
+    # Options may stand between the words, but not where a word has options of its own.
+    has_parts = name in ("edit", "import")
+    args = (parser.parse_args if has_parts else parser.parse_intermixed_args)(rest)
     try:
         return module.run(args) or 0
     except InputError as error:
