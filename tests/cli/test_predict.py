@@ -101,8 +101,8 @@ def test_a_folder_and_a_config_name_the_same_model(run, model, capsys):
     write_image(Path("a.png"), 40, 60), write_image(Path("b.png"), 40, 60)
     output, found = ["--output-dir", "out", "--score-threshold", "0"], []
     files = ["--config-file", model[0], "--weights", model[1]]
-    for words in (["model", "a.png", "b.png"], ["a.png", "b.png", *files]):
-        assert main(["predict", *words, *output]) == 0
+    for words in (["model", "a.png", *output, "b.png"], ["a.png", "b.png", *files, *output]):
+        assert main(["predict", *words]) == 0
         found.append(json.loads(Path("out/coco_instances_results.json").read_text()))
     assert found[0] == found[1] and len(found[0]) == 8
     assert main(["predict", "a.png", *output]) == 1
