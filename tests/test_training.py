@@ -103,6 +103,8 @@ def test_layouts_of_other_tools(shapes, tmp_path):
         (["."], "none of train.json, train/_annotations.coco.json, data.yaml"),
         (["data", "--model", "huge"], "allowed: nano, small, base"),
         (["data", "--resume"], "give DATA, one path, or --config-file"),
+        (["data/train.json", "--output-dir", "."], "lies in ., the folder of the run"),
+        (["--config-file", "a.yaml", "--time", "5m"], "--time.* go with DATA"),
         (["data/moved.json"], "its image 'train_000000.png' is not in .*--image-root"),
         ([], "give DATA"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .coco_json import has_mask, is_from_model, read_coco, write_json
+from .coco_json import check_coco, has_mask, is_from_model, read_coco, write_json
 from .errors import InputError
 from .importers import import_yolo, read_text
 
@@ -79,14 +79,16 @@ def find_data(
         parts = [DataPart(str(x), str(image_root or _find_image_root(x))) for x in files]
     if len(parts) == 1:
         parts = _set_aside(parts[0], folder, seed)
+    else:  # before the minutes after which the training would come to it
+        check_coco(parts[1].json_file, image_root=parts[1].image_root).raise_on_error()
     return parts[0], _separate_masks(parts[1], folder) if len(parts) > 1 else None
 
 
 def _convert_yolo(data_yaml: Path, folder: Path, say: Callable[[str], None]) -> list[DataPart]:
-    parts, settings = [], yaml.safe_load(read_text(data_yaml))
-    has_validation = isinstance(settings, dict) and settings.get("val")
-    for split in ("train", "val") if has_validation else ("train",):
-        dataset = import_yolo(data_yaml, split)
+    parts, datasets = [], {"train": import_yolo(data_yaml, "train")}  # it checks the yaml
+    if yaml.safe_load(read_text(data_yaml)).get("val"):
+        datasets["val"] = import_yolo(data_yaml, "val")
+    for split, dataset in datasets.items():
         for note, count in dataset.notes.items():
             say(f"{data_yaml}, {split}: {count} {note}")
         parts.append(DataPart(str(folder / f"{split}.json"), str(dataset.image_root)))

@@ -101,14 +101,27 @@ def train(
     """
     start, run = time.monotonic(), Path(data)
     if (run / "config.yaml").is_file():
+        if not (run / "data/parts.json").is_file():
+            raise InputError(
+                f"{run} was trained by a config; --resume --config-file goes on with it."
+            )
+        if output_dir or model or time_limit or epochs or image_root:
+            raise InputError(
+                f"{run} goes on as it was planned; of all options only opts change it."
+            )
         say(f"Going on with the run in {run}")
-        arguments = {"config_file": str(run / "config.yaml"), "opts": ["OUTPUT_DIR", str(run)]}
+        arguments = {
+            "config_file": str(run / "config.yaml"),
+            "opts": ["OUTPUT_DIR", str(run), *map(str, opts)],
+        }
     else:
         numbered = (f"output/train{i}" for i in itertools.count(2))
         folders = map(Path, itertools.chain(["output/train"], numbered))
         run = Path(output_dir) if output_dir else next(x for x in folders if not x.exists())
         if (run / "config.yaml").exists():
             raise InputError(f"{run} holds another run; 'tsmask train {run}' goes on with it.")
+        if Path(data).resolve().is_relative_to(run.resolve()):
+            raise InputError(f"{data} lies in {run}, the folder of the run; name another folder.")
         model = model or ("base" if torch.cuda.is_available() else "nano")
         if model not in PRESETS:
             raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
@@ -124,7 +137,8 @@ def train(
     try:
         main(arguments, trainer_class=_WatchedTrainer, console_level=logging.WARNING)
     except KeyboardInterrupt:
-        say(f"\nInterrupted. 'tsmask train {run}' goes on.")
+        if (run / "config.yaml").is_file():
+            say(f"\nInterrupted. 'tsmask train {run}' goes on.")
         raise
     summary = _judge(run)
     (run / "summary.md").write_text(summary + "\n", encoding="utf-8")
@@ -405,4 +419,6 @@ def _draw_pictures(trained: TrainedModel, part: DataPart, folder: Path) -> None:
         found = trained.predict(pixels)
         found = draw_predictions(pixels, found[found.scores > 0.5], trained.class_names)
         picture = np.hstack([draw_instances(pixels, truth, labels), found])
-        cv2.imwrite(str(folder / f"{Path(image['file_name']).stem}.jpg"), picture)
+        # Images of the same name may lie in several folders.
+        name = "_".join(Path(image["file_name"]).with_suffix("").parts)
+        cv2.imwrite(str(folder / f"{name}.jpg"), picture)

@@ -69,8 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train on DATA, or train or evaluate by a config, in one process for each GPU."""
     if args.config_file:
+        if args.model or args.time or args.epochs or args.image_root or args.output_dir:
+            raise InputError(
+                "--model, --time, --epochs, --image-root and --output-dir go with DATA; "
+                "--config-file takes KEY VALUE, such as OUTPUT_DIR output/ts."
+            )
         return _run_config(args)
-    if len(args.words) != 1 or args.eval_only or args.resume:
+    if len(args.words) != 1 or args.eval_only or args.resume or args.num_gpus > 1:
         raise InputError("give DATA, one path, or --config-file; see tsmask train --help.")
     from ..training import train
 
