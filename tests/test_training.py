@@ -30,9 +30,7 @@ def shapes(tmp_path, monkeypatch):
     for annotation in coco["annotations"][::3]:
         annotation["segmentation"] = None
     Path("data/train.json").write_text(json.dumps(coco))
-    yield tmp_path / "data"
-    for name in ("detectron2", "fvcore", "teacher_student_mask"):
-        logging.getLogger(name).handlers.clear()
+    return tmp_path / "data"
 
 
 def read(path):
@@ -106,11 +104,16 @@ def test_layouts_of_other_tools(shapes, tmp_path):
         (["data/train.json", "--output-dir", "."], "lies in ., the folder of the run"),
         (["--config-file", "a.yaml", "--time", "5m"], "--time.* go with DATA"),
         (["data/moved.json"], "its image 'train_000000.png' is not in .*--image-root"),
+        (["data/boxes.json"], "no object has a mask that a human drew; draw some"),
         ([], "give DATA"),
     ],
 )
 def test_what_cannot_be_trained_on_is_one_sentence(shapes, tmp_path, capsys, words, sentence):
     (shapes / "moved.json").write_text((shapes / "train.json").read_text())
+    boxes = read(shapes / "train.json")
+    for annotation in boxes["annotations"]:
+        annotation["segmentation"] = None
+    (shapes / "boxes.json").write_text(json.dumps(boxes))
     if words == ["data/moved.json"]:
         (shapes / "images").rename(tmp_path / "photos")
     assert main(["train", *words]) == 1
@@ -134,6 +137,7 @@ def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, c
     assert cfg.DATASETS.SEEN_CLASSES == "all" and cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS == 0
     found = training.evaluate(run, gt_boxes=True, output_dir="elsewhere")
     assert f"Masks on given boxes: AP {found['segm']['AP']:.1f}" in printed
+    assert not logging.getLogger("detectron2").handlers
     # Numbered, and no run is overwritten.
     other = training.train("data", opts=FEW_STEPS)
     assert other == Path("output/train2")

@@ -19,7 +19,7 @@ import re
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -100,7 +100,9 @@ def train(
         InputError: data, settings or weights cannot be used.
     """
     start, run = time.monotonic(), Path(data)
-    if (run / "config.yaml").is_file():
+    is_resumed = (run / "config.yaml").is_file()
+    opts = [str(x) for x in opts]
+    if is_resumed:
         if not (run / "data/parts.json").is_file():
             raise InputError(
                 f"{run} was trained by a config; --resume --config-file goes on with it."
@@ -110,41 +112,57 @@ def train(
                 f"{run} goes on as it was planned; of all options only opts change it."
             )
         say(f"Going on with the run in {run}")
-        arguments = {
-            "config_file": str(run / "config.yaml"),
-            "opts": ["OUTPUT_DIR", str(run), *map(str, opts)],
-        }
+        config_file, chosen = run / "config.yaml", {"OUTPUT_DIR": str(run)}
     else:
-        numbered = (f"output/train{i}" for i in itertools.count(2))
-        folders = map(Path, itertools.chain(["output/train"], numbered))
-        run = Path(output_dir) if output_dir else next(x for x in folders if not x.exists())
-        if (run / "config.yaml").exists():
-            raise InputError(f"{run} holds another run; 'tsmask train {run}' goes on with it.")
-        if Path(data).resolve().is_relative_to(run.resolve()):
-            raise InputError(f"{data} lies in {run}, the folder of the run; name another folder.")
+        run = _choose_folder(Path(data), output_dir)
         model = model or ("base" if torch.cuda.is_available() else "nano")
         if model not in PRESETS:
             raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
         parts = find_data(data, run / "data", image_root=image_root, seed=seed, say=say)
-        opts = [str(x) for x in opts]
         chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
-        chosen["SEED"] = str(seed)
-        flat = [x for pair in chosen.items() for x in pair]
-        arguments = {"config_file": str(CONFIGS / PRESETS[model][0]), "opts": [*flat, *opts]}
-        (run / "data" / "parts.json").write_text(json.dumps([vars(x) for x in parts if x]))
-    is_resumed = run == Path(data)
-    arguments = argparse.Namespace(**arguments, resume=is_resumed, eval_only=False)
+        config_file, chosen["SEED"] = CONFIGS / PRESETS[model][0], str(seed)
+        (run / "data/parts.json").write_text(json.dumps([vars(x) for x in parts if x]))
+    opts = [*(x for pair in chosen.items() for x in pair), *opts]
+    arguments = argparse.Namespace(
+        config_file=str(config_file), opts=opts, resume=is_resumed, eval_only=False
+    )
     try:
-        main(arguments, trainer_class=_WatchedTrainer, console_level=logging.WARNING)
+        with _preserved_log_handlers():
+            main(arguments, trainer_class=_WatchedTrainer, console_level=logging.WARNING)
+            summary = _judge(run)
     except KeyboardInterrupt:
         if (run / "config.yaml").is_file():
             say(f"\nInterrupted. 'tsmask train {run}' goes on.")
         raise
-    summary = _judge(run)
     (run / "summary.md").write_text(summary + "\n", encoding="utf-8")
     minutes = (time.monotonic() - start) / 60
     say(f"\n{summary}\n\nDone in {minutes:.0f} min. Everything is in {run}.")
     return run
+
+
+def _choose_folder(data: Path, output_dir: str | os.PathLike | None) -> Path:
+    if output_dir is None:
+        numbered = (f"output/train{i}" for i in itertools.count(2))
+        folders = map(Path, itertools.chain(["output/train"], numbered))
+        return next(x for x in folders if not x.exists())
+    run = Path(output_dir)
+    if (run / "config.yaml").exists():
+        raise InputError(f"{run} holds another run; 'tsmask train {run}' goes on with it.")
+    if data.resolve().is_relative_to(run.resolve()):
+        raise InputError(f"{data} lies in {run}, the folder of the run; name another folder.")
+    return run
+
+
+@contextlib.contextmanager
+def _preserved_log_handlers() -> Iterator[None]:
+    # A second training of this process must not write to the log of the first.
+    loggers = [logging.getLogger(x) for x in ("detectron2", "fvcore", "teacher_student_mask")]
+    before = [list(x.handlers) for x in loggers]
+    try:
+        yield
+    finally:
+        for x, handlers in zip(loggers, before):
+            x.handlers[:] = handlers
 
 
 def evaluate(
@@ -224,6 +242,11 @@ def _plan(
         str(CONFIGS / config_file), [*(x for pair in chosen.items() for x in pair), *opts]
     )
     objects, masks = (sum(getattr(x, k) for x in report.classes) for k in ("num_objects", "masks"))
+    if not masks and "MODEL.BOX_SUPERVISION.NAME" not in opts:
+        raise InputError(
+            f"{training.json_file}: no object has a mask that a human drew; draw some, or give "
+            "--opts MODEL.BOX_SUPERVISION.NAME boxinst to learn from boxes alone."
+        )
     say(
         f"Data        {training.json_file}: {report.num_images} images, {objects} objects of "
         f"{len(report.classes)} classes, {masks} with a mask"
