@@ -50,7 +50,8 @@ def trained_student(config, *opts):
 def exported(tmp_path_factory):
     """A folder with config.yaml, weights.pth, photo.png (noise) and, in exported/, all formats."""
     folder = tmp_path_factory.mktemp("student")
-    write_small_student(folder, "teacher_student.yaml", *THRESHOLD)
+    norm = ["MODEL.ROI_MASK_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.CONV_DIM", 32]
+    write_small_student(folder, "teacher_student.yaml", *THRESHOLD, *norm)
     write_noise(folder / "photo.png", 100, 150)
     formats = ["--formats", "plain", "torchscript", "onnx"]
     assert export_to(folder, *formats, "--check-images", folder / "photo.png") == 0
@@ -162,7 +163,7 @@ def test_a_graph_finds_the_same_on_images_of_other_sizes(exported, name):
         for a, b in zip(expected, found):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
         counts.add(len(found[1]))
-    assert 0 in counts and len(counts) > 2, counts
+    assert 0 in counts and len(counts) > 1, counts
 
 
 @pytest.mark.slow

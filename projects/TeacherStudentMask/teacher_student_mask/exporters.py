@@ -236,7 +236,15 @@ class _TraceableDetector(nn.Module):
                 module = importlib.import_module(f"detectron2.modeling.roi_heads.{name}")
                 count = mock.patch.object(module, "len", lambda x: x.__len__(), create=True)
                 stack.enter_context(count)
+            head = self.model.roi_heads.mask_head
+            layers = functools.partial(_with_one_more_row, head.layers)
+            stack.enter_context(mock.patch.object(head, "layers", layers))
             return detect(self.model, image)
+
+
+def _with_one_more_row(layers: Callable, features: torch.Tensor) -> torch.Tensor:
+    # ONNX's GroupNorm cannot reshape what has no rows, as in an image without objects.
+    return layers(torch.cat([features.new_zeros(1, *features.shape[1:]), features]))[1:]
 
 
 def _trace(detector: nn.Module, image: torch.Tensor) -> tuple[bytes, Callable]:

@@ -423,7 +423,9 @@ def _draw_curves(run: Path) -> None:
     for ax, (title, names) in zip(figure.subplots(1, 2), charts.items()):
         for name in names:
             points = [(x["iteration"], x[name]) for x in rows if name in x]
-            ax.plot(*np.reshape(points, (-1, 2)).T, marker="." if "/" in name else "", label=name)
+            if not points:
+                continue
+            ax.plot(*zip(*points), marker="." if "/" in name else "", label=name)
         ax.set(xlabel="iteration", title=title)
         ax.legend()
     figure.savefig(run / "curves.png", dpi=120)
