@@ -123,8 +123,12 @@ def test_what_cannot_be_trained_on_is_one_sentence(shapes, tmp_path, capsys, wor
 
 @pytest.mark.slow
 def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, capsys):
+    handlers = list(logging.getLogger("detectron2").handlers)
     assert main(["train", "data", "--opts", *FEW_STEPS]) == 0
     run = Path("output/train")
+    assert logging.getLogger("detectron2").handlers == handlers
+    # What the console is spared.
+    assert "MAX_ITER: 6" in (run / "log.txt").read_text()
     printed = capsys.readouterr().out
     # 20 images, of which 2 of every 3 objects have a mask, and all of val.json's.
     assert "20 images" in printed and "data/val.json: 4 images" in printed
@@ -137,7 +141,6 @@ def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, c
     assert cfg.DATASETS.SEEN_CLASSES == "all" and cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS == 0
     found = training.evaluate(run, gt_boxes=True, output_dir="elsewhere")
     assert f"Masks on given boxes: AP {found['segm']['AP']:.1f}" in printed
-    assert not logging.getLogger("detectron2").handlers
     # Numbered, and no run is overwritten.
     other = training.train("data", opts=FEW_STEPS)
     assert other == Path("output/train2")

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -261,7 +262,8 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
         for handler in setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name).handlers:
-            if not isinstance(handler, logging.FileHandler):
+            # Detectron2's handlers of files are of the same class.
+            if getattr(handler, "stream", None) is sys.stdout:
                 handler.setLevel(console_level)
     choose_device(cfg)
     has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
