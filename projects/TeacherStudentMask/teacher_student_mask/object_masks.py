@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .box_prompts import BoxPredictor
 from .coco_json import MODEL
+from .coco_json.masks import compress_mask
 from .evaluation import draw_yardsticks
 from .modeling import grab_cut
 from .modeling.inference import predict_masks_on_boxes
@@ -209,8 +210,6 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]] | None:
 
 def is_plain(annotation: dict, image_size: tuple[int, int]) -> bool:
     """Whether a mask is one of the yardsticks of its box, but for a tenth."""
-    rle = annotation["segmentation"]
-    if isinstance(rle, list):
-        rle = mask_util.merge(mask_util.frPyObjects(rle, *image_size))
+    rle = compress_mask(annotation["segmentation"], image_size)
     shapes = draw_yardsticks([annotation["bbox"]], image_size)
     return mask_util.iou([rle], [x for (x,) in shapes.values()], [0, 0]).max() > PLAIN_IOU

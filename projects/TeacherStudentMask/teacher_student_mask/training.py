@@ -122,7 +122,7 @@ def train(
         chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
         config_file, chosen["SEED"] = CONFIGS / PRESETS[model][0], str(seed)
         (run / "data/parts.json").write_text(json.dumps([vars(x) for x in parts if x]))
-    opts = [*(x for pair in chosen.items() for x in pair), *opts]
+    opts = [*itertools.chain.from_iterable(chosen.items()), *opts]
     arguments = argparse.Namespace(
         config_file=str(config_file), opts=opts, resume=is_resumed, eval_only=False
     )
@@ -238,9 +238,8 @@ def _plan(
     if has_sides:
         chosen["INPUT.RANDOM_FLIP"] = "none"
         flips = "no flips, as names of classes tell left from right"
-    cfg = read_config(
-        str(CONFIGS / config_file), [*(x for pair in chosen.items() for x in pair), *opts]
-    )
+    flat = itertools.chain.from_iterable(chosen.items())
+    cfg = read_config(str(CONFIGS / config_file), [*flat, *opts])
     objects, masks = (sum(getattr(x, k) for x in report.classes) for k in ("num_objects", "masks"))
     if not masks and "MODEL.BOX_SUPERVISION.NAME" not in opts:
         raise InputError(

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on from here.")
-        return 130
+        raise
     finally:
         signal.signal(signal.SIGTERM, handler)
     print(f"\n{write_summary(args.output_dir)}\n\nResults: {args.output_dir}/summary.md")
