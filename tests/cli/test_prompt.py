@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from PIL import Image
 
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.coco_json import has_mask
@@ -62,6 +63,15 @@ def test_objects_without_a_mask_get_the_models(prompt, tiny_coco):
     missing = {i for i, x in before.items() if not has_mask(x) and not x.get("iscrowd")}
     assert {i for i in rows if rows[i] != before[i]} == missing and missing
     assert len(made[0].boxes) == len(missing)
+    # Every object without a mask is in one image; the model gets it in RGB.
+    (name,) = {
+        x["file_name"]
+        for x in tiny_coco.data["images"]
+        for i in missing
+        if x["id"] == before[i]["image_id"]
+    }
+    image = np.array(Image.open(f"{tiny_coco.image_root}/{name}").convert("RGB"))
+    assert np.array_equal(made[0].image, image)
     for i in missing:
         x, y, w, h = before[i]["bbox"]
         assert rows[i]["mask_source"] == "model" and rows[i]["score"] == 0.75
