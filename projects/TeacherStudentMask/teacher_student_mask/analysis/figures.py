@@ -16,7 +16,6 @@ __all__ = [
     "PROTOCOL_LABELS",
     "make_figures",
     "model_color",
-    "pseudo_mask_results",
     "results_by_protocol",
     "uncertainty_note",
 ]
@@ -50,15 +49,6 @@ def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
     return {protocol: x for protocol, x in results.items() if x}
 
 
-def pseudo_mask_results(summary: Mapping) -> dict[str, Mapping]:
-    """The quality of the pseudo masks of each method, {"MODEL: METHOD": its numbers}."""
-    return {
-        f"{name}: {method}": quality
-        for name, x in summary["models"].items()
-        for method, quality in x.get("pseudo_masks", {}).get("methods", {}).items()
-    }
-
-
 def uncertainty_note(difference: Mapping) -> str:
     """Why a difference is not established, in two or three words; "" where it is."""
     if difference["interval"] is None:
@@ -73,8 +63,8 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     """
     All figures of a report by the name of their place in the page.
 
-    "overlap-detections", "overlap-METRIC" (on ground-truth boxes) and "pseudo-masks" are curves
-    over the overlap, Fig. 2 of the paper; "false-positives" is Fig. 3; "classes-N" is the N-th of
+    "overlap-detections" and "overlap-METRIC" (on ground-truth boxes) are curves over the overlap,
+    Fig. 2 of the paper; "false-positives" is Fig. 3; "classes-N" is the N-th of
     the differences. Figures without data are left out.
 
     Args:
@@ -86,7 +76,6 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     figures = {"false-positives": _false_positive_shares(results)}
     for name, protocol, metric, title, _ in OVERLAP_FIGURES:
         figures[name] = _curves(results.get(protocol, {}), metric, title, colors)
-    figures["pseudo-masks"] = _curves(pseudo_mask_results(summary), "mask_iou", "mean IoU", {})
     for i, difference in enumerate(summary["differences"]):
         figures[f"classes-{i}"] = _class_differences(difference)
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -116,7 +105,6 @@ def _curves(results: Mapping, metric: str, title: str, colors: Mapping) -> go.Fi
         error_y_minus="below",
         hover_data="objects",
         color_discrete_map=colors,
-        color_discrete_sequence=_COLORS,
         labels={"overlap": "overlap O: upper edge of the bin"},
     )
     figure.update_traces(marker_size=9, error_y={"thickness": 1.2, "width": 3})

@@ -16,7 +16,6 @@ from .figures import (
     PROTOCOL_LABELS,
     make_figures,
     model_color,
-    pseudo_mask_results,
     results_by_protocol,
     uncertainty_note,
 )
@@ -160,7 +159,6 @@ def _content(summary: Mapping) -> dict:
         "results": results,
         "headline": headline(summary),
         "overlap": [x for x in OVERLAP_FIGURES if x[0] in figures],
-        "pseudo_masks": pseudo_mask_results(summary),
     }
 
 
