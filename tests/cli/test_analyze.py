@@ -38,12 +38,12 @@ def test_writes_the_report_and_prints_table_and_path(files, tmp_path, capsys):
 
 def test_settings_reach_the_measurement(files, tmp_path):
     options = ["--bins", 0, 0.5, 1, "--threshold", 0.2, "--score-threshold", 0.95, "--seed", 3]
-    options += ["--confidence", 0.9, "--ties", "smaller"]
+    options += ["--confidence", 0.9]
     options += ["--gt-box-results", f"a={files['exact']}"]
     assert run(files, tmp_path, *options) == 0
     settings = summary_of(tmp_path)["settings"]
     assert settings["overlap_bins"] == [0, 0.5, 1] and settings["overlap_threshold"] == 0.2
-    assert settings["score_threshold"] == 0.95 and settings["ties"] == "smaller"
+    assert settings["score_threshold"] == 0.95
     assert settings["seed"] == 3 and settings["confidence"] == 0.9
     model = summary_of(tmp_path)["models"]["a"]
     assert model["false_positives"]["num_objects"] == 0

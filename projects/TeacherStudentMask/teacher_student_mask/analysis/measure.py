@@ -61,7 +61,6 @@ class Settings:
         overlap_bins: edges, rising from 0 to 1.
         score_threshold: smallest score of a detection whose false positives are attributed.
         min_objects_per_bin: bins with fewer are flagged.
-        ties: whose a pixel is that seen and unseen objects cover: "seen" or "smaller".
         max_detections: of a class in an image, that count; 100 as in COCO.
 
     Raises:
@@ -75,7 +74,6 @@ class Settings:
     overlap_bins: Sequence[float] = tuple(k / 10 for k in range(11))
     score_threshold: float = 0.5
     min_objects_per_bin: int = 100
-    ties: str = "seen"
     max_detections: int = 100
 
     def __post_init__(self):
@@ -259,7 +257,6 @@ class _Dataset:
             self.unseen_ids,
             protocol=protocol,
             score_threshold=settings.score_threshold,
-            ties=settings.ties,
         )
         numbers = self._summarize(evaluate, values, samples, table)
         return _Measured(values, samples, table, numbers)

@@ -84,7 +84,6 @@ def measure_objects(
     *,
     protocol: str = "detections",
     score_threshold: float = 0.5,
-    ties: str = "seen",
 ) -> ObjectTable:
     """
     Find the detection of each object and compare the masks.
@@ -99,7 +98,6 @@ def measure_objects(
         overlaps: {annotation id: overlap} of the non-crowd objects.
         unseen_ids: category ids of the unseen classes.
         protocol, score_threshold: see above.
-        ties: see :func:`find_object_regions`.
     """
     is_on_gt_boxes = protocol == "gt_boxes"
     if not is_on_gt_boxes:
@@ -117,7 +115,7 @@ def measure_objects(
     for image_id, found in detections_of.items():
         objects_of_image = [x for x in coco.imgToAnns.get(image_id, []) if not x["iscrowd"]]
         pairs = _match(objects_of_image, found, by_iou=is_on_gt_boxes)
-        regions = _regions(coco, image_id, unseen_ids, ties) if pairs else None
+        regions = _regions(coco, image_id, unseen_ids) if pairs else None
         for annotation, detection in pairs:
             row = rows[annotation["id"]]
             rles[row], own = detection["segmentation"], annotation["segmentation"]
@@ -163,7 +161,7 @@ def _match(objects: list[dict], detections: list[dict], by_iou: bool) -> list[tu
     return [(objects[j], detections[i]) for i, j in object_of.items()]
 
 
-def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int], ties: str) -> ObjectRegions:
+def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int]) -> ObjectRegions:
     image, annotations = coco.imgs[image_id], coco.imgToAnns[image_id]
     objects = [x for x in annotations if not x["iscrowd"]]
     return find_object_regions(
@@ -171,7 +169,6 @@ def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int], ties: str) 
         [x["segmentation"] for x in objects],
         [x["category_id"] not in unseen_ids for x in objects],
         [x["segmentation"] for x in annotations if x["iscrowd"]],
-        ties=ties,
     )
 
 
@@ -236,7 +233,7 @@ def draw_objects(
         pixels = _read_grey(image, image_root)
         if pixels is None:
             continue
-        regions = _regions(coco, image["id"], unseen_ids, summary["settings"]["ties"])
+        regions = _regions(coco, image["id"], unseen_ids)
         panels = _draw_panels(pixels, annotation, [x.rles[row] for x in tables], regions)
         _, data = cv2.imencode(".jpg", panels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
         picture = {

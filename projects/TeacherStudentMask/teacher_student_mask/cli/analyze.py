@@ -57,8 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bins", type=float, nargs="+", default=edges, metavar="O", help=text)
     text = "smallest score of a detection whose false positives are attributed (%(default)s)"
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
-    text = "whose a false-positive pixel is that seen and unseen objects cover (%(default)s)"
-    add("--ties", choices=("seen", "smaller"), default="seen", help=text)
     text = "detections of a class in an image that count (%(default)s, as in COCO)"
     add("--max-detections", type=int, default=100, metavar="N", help=text)
     add("--resamples", type=int, default=1000, metavar="N", help="0: no intervals (%(default)s)")
@@ -81,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ..analysis import Settings, analyze, write_report
-    from ..analysis.figures import PROTOCOL_LABELS, results_by_protocol
-    from ..analysis.report import headline
+    from ..analysis.report import PROTOCOL_LABELS, headline, results_by_protocol
     from ..evaluation import comparison_table
 
     setup_logger(name="teacher_student_mask")
@@ -90,7 +87,6 @@ def run(args: argparse.Namespace) -> None:
         overlap_threshold=args.threshold,
         overlap_bins=args.bins,
         score_threshold=args.score_threshold,
-        ties=args.ties,
         num_resamples=args.resamples,
         confidence=args.confidence,
         seed=args.seed,

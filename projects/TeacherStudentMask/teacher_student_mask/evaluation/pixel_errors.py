@@ -24,7 +24,7 @@ class ObjectRegions:
     The pixels of an image that its objects cover, as compressed RLE.
 
     Args:
-        seen: pixels that count as "on an object of a seen class".
+        seen: pixels of objects of seen classes, those of unseen classes on them included.
         objects: pixels of any object.
         all: ``objects`` and the pixels of crowds.
     """
@@ -56,8 +56,6 @@ def find_object_regions(
     objects: Sequence[dict],
     is_seen: Sequence[bool],
     crowds: Sequence[dict] = (),
-    *,
-    ties: str = "seen",
 ) -> ObjectRegions:
     """
     Find what lies under the pixels of an image.
@@ -67,19 +65,10 @@ def find_object_regions(
         objects: compressed RLE of the non-crowd objects.
         is_seen: whether the class of each is seen.
         crowds: compressed RLE of the crowds.
-        ties: whose a pixel is that objects of both kinds cover: "seen" (the seen one's), or
-            "smaller" (that of the object with the smallest area, of equal ones the seen one's).
     """
-    seen = np.zeros(size, dtype=np.uint8, order="F")
-    empty = mask_util.encode(seen)
+    empty = mask_util.encode(np.zeros(size, dtype=np.uint8, order="F"))
+    seen = mask_util.merge([empty, *(x for x, s in zip(objects, is_seen) if s)])
     every = mask_util.merge([empty, *objects])
-    if ties == "smaller":
-        # Painted last wins: from large to small, seen after unseen.
-        for mask, value in sorted(zip(objects, is_seen), key=lambda x: (-_area(x[0]), x[1])):
-            seen[mask_util.decode(mask).astype(bool)] = value
-        seen = mask_util.encode(seen)
-    else:
-        seen = mask_util.merge([empty, *(x for x, s in zip(objects, is_seen) if s)])
     return ObjectRegions(seen=seen, objects=every, all=mask_util.merge([every, *crowds]))
 
 
