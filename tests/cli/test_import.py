@@ -324,14 +324,6 @@ def test_label_studio_needs_no_import(examples):
     ]
 
 
-def test_lvis_gets_file_names(run, examples, inputs):
-    path = inputs / "lvis/lvis_v1_train.json"
-    status, output, printed = run("lvis", path, "--images", inputs / "lvis")
-    assert status == 0 and "1 images have got a 'file_name'" in printed
-    found = examples(output, inputs / "lvis")["000000000001.jpg"]
-    assert rows(found, output) == [("antenna", [4, 4, 12, 9], True)]
-
-
 @pytest.mark.parametrize(
     "line", ["0 0.5 0.5 0.5 0.5 0.9", "2 0.5 0.5 0.5 0.5", "0 0.5 0.5 0.5 1.2", "0 0.5 nan 0.5 0.5"]
 )
@@ -415,7 +407,7 @@ def test_a_size_that_is_not_that_of_the_image_is_an_error(run, inputs):
         (["yolo", "none.yaml", "--output", "TMP/a.json"], "none.yaml: cannot be read"),
         (["voc", "none", "--output", "TMP/a.json"], "none: there is no .xml in it"),
         (["voc", "FIX/voc", "--output", "TMP/there.json"], "exists; --force replaces it"),
-        (["lvis", "TMP/there.json", "--output", "TMP/there.json", "--force"], "the input itself"),
+        (["cvat", "TMP/there.json", "--output", "TMP/there.json", "--force"], "the input itself"),
     ],
 )
 def test_paths_that_cannot_be_right(arguments, message, tmp_path, capsys):

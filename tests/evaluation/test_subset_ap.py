@@ -14,15 +14,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from teacher_student_mask.analysis.measure import resample_images
-from teacher_student_mask.evaluation import (
+from teacher_student_mask.evaluation import compare_with_yardsticks, yardstick_results
+from teacher_student_mask.evaluation.subset_ap import (
     AREA_RANGES,
     IOU_THRESHOLDS,
     Matches,
     PrecisionOfSubsets,
     Subset,
-    compare_with_yardsticks,
     find_candidate_pairs,
-    yardstick_results,
 )
 
 SIZE = (40, 140)

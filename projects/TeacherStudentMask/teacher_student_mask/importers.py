@@ -34,7 +34,6 @@ __all__ = [
     "files_in",
     "import_cvat",
     "import_labelme",
-    "import_lvis",
     "import_voc",
     "import_yolo",
     "read_text",
@@ -446,18 +445,6 @@ def _read_cvat_mask(shape: ElementTree.Element, size: tuple[int, int], where: st
         allowed = "left, top, width, height and the lengths of runs"
         raise _input_error(where, "the mask", ", ".join(texts), allowed) from error
     return _paste_mask(part, left, top, size, where)
-
-
-def import_lvis(
-    path: str | os.PathLike, image_root: str | os.PathLike | None = None
-) -> ImportedDataset:
-    """Read a json of LVIS; images get a ``file_name`` such as train2017/000000391895.jpg."""
-    dataset = ImportedDataset(read_coco(path), image_root and Path(image_root))
-    for image in dataset.coco["images"]:
-        if "coco_url" in image and not image.get("file_name"):
-            image["file_name"] = "/".join(str(image["coco_url"]).split("/")[-2:])
-            dataset.notes["images have got a 'file_name' from their 'coco_url'"] += 1
-    return dataset
 
 
 def _input_error(where: object, field: str, value: object, allowed: str) -> InputError:

@@ -9,7 +9,6 @@ examples:
   tsmask import labelme my_folder --classes classes.txt --output train.json
   tsmask import voc VOC2012/Annotations --images VOC2012/JPEGImages --output train.json
   tsmask import cvat annotations/instances_default.json --output train.json
-  tsmask import lvis lvis_v1_train.json --output train.json
   tsmask import masks train.json --masks corrected/ --output corrected.json
 
 The COCO json of Label Studio needs no import: name it in DATASETS.TRAIN.
@@ -35,7 +34,6 @@ _FORMATS = {
     "labelme": ("FOLDER", "polygons (a group_id is one object), masks; rectangles are boxes"),
     "voc": ("FOLDER", "Pascal VOC: boxes, and outlines where there is a <polygon>"),
     "cvat": ("FILE", '"COCO 1.0" (json) or "CVAT for images 1.1" (xml); brush masks are no crowds'),
-    "lvis": ("lvis_v1_train.json", "LVIS; gives the images a file_name"),
     "masks": ("FILE.json", "COCO's format, and pngs named after annotations or images"),
 }
 
@@ -53,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ("labelme", "voc"):
             text = "one class name a line"
             add("--classes", dest="class_names", type=Path, metavar="TXT", help=text)
-        if name in ("voc", "cvat", "lvis"):
+        if name in ("voc", "cvat"):
             text = "folder of the images, which are checked then"
             add("--images", dest="image_root", type=Path, metavar="DIR", help=text)
         if name == "masks":

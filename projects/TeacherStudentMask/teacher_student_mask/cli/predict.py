@@ -13,8 +13,6 @@ Files of an earlier run are replaced. What cannot be read is listed at the end; 
 examples:
   tsmask predict output/train photo.jpg "archive/2024-*/*.png" clip.mp4 \\
       --output-dir output/predictions --score-threshold 0.8
-  image | teacher | student, side by side:
-  tsmask predict output/train images/ --output-dir output/compare --compare
   a model that is not in the folder of a training:
   tsmask predict images/ --config-file model.yaml --weights model.pth --output-dir output/others
 """
@@ -56,8 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     text = "keep detections with a score above this (default: %(default)s)"
     add("--score-threshold", type=float, default=0.5, metavar="P", help=text)
-    text = "pictures show image | teacher | student; the json has the masks of TEST.MASK_HEAD"
-    add("--compare", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         opts=args.opts,
         score_threshold=args.score_threshold,
-        heads=["student", "teacher"] if args.compare else None,
     )
     overlay_dir.mkdir(parents=True, exist_ok=True)
     images, results, failures = [], [], []
@@ -87,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         is_video = path.suffix.lower() in _VIDEOS
         overlay = overlay_dir / f"{number:04d}_{path.stem}{'.mp4' if is_video else '.jpg'}"
         try:
-            for frame, found in enumerate(_predict(trained, path, overlay, args.compare)):
+            for frame, found in enumerate(_predict(trained, path, overlay)):
                 entry = {"id": len(images) + 1, "file_name": str(path)}
                 entry["overlay"] = f"overlays/{overlay.name}"
                 entry["height"], entry["width"] = found.image_size
@@ -121,9 +116,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _predict(
-    trained: TrainedModel, path: Path, overlay: Path, compare: bool
-) -> Iterator[Instances]:
+def _predict(trained: TrainedModel, path: Path, overlay: Path) -> Iterator[Instances]:
     """Yield the objects of the image, or of the frames of the video, and write the overlay."""
     import cv2
     import supervision as sv
@@ -134,11 +127,8 @@ def _predict(
     with contextlib.ExitStack() as stack:
         for image in _read(path):
             found = trained.predict(image)
-            if compare:
-                picture = _compare(trained, image, found)
-            else:
-                scale = 1 if is_video else None
-                picture = draw_predictions(image, found, trained.class_names, scale=scale)
+            scale = 1 if is_video else None
+            picture = draw_predictions(image, found, trained.class_names, scale=scale)
             if not is_video:
                 overlay.write_bytes(cv2.imencode(".jpg", picture)[1])
             else:
@@ -203,25 +193,3 @@ def _read(path: Path) -> Iterator[np.ndarray]:
         yield read_image(str(path), format="BGR").copy()  # with its EXIF orientation
     except Exception as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _compare(trained: TrainedModel, image: np.ndarray, found: Instances) -> np.ndarray:
-    """Join the image and the masks of each head on the same detections."""
-    import cv2
-    import numpy as np
-
-    from ..drawing import draw_predictions
-
-    roi_heads = trained.model.roi_heads
-    chosen, panels = roi_heads.test_mask_head, {}
-    for head in ("teacher", "student"):
-        roi_heads.test_mask_head = head
-        of_head = found if head == chosen else trained.predict(image)
-        panels[head] = draw_predictions(image, of_head, trained.class_names)
-    roi_heads.test_mask_head = chosen
-    panels = {"image": cv2.resize(image, panels["student"].shape[1::-1]), **panels}
-    for title, panel in panels.items():
-        panel = cv2.copyMakeBorder(panel, 30, 0, 3, 3, cv2.BORDER_CONSTANT, value=(255,) * 3)
-        cv2.putText(panel, title, (6, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0,) * 3, 1, cv2.LINE_AA)
-        panels[title] = panel
-    return np.hstack(list(panels.values()))

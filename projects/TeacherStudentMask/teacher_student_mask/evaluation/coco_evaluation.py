@@ -20,8 +20,14 @@ from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import compute_overlaps, overlap_bins
 from .subset_ap import METRICS, find_candidate_pairs
-from .tasks import MASK_TASKS, TaskMetrics, tasks_with_objects
-from .yardsticks import YARDSTICKS, compare_with_yardsticks, yardstick_results
+from .tasks import (
+    MASK_TASKS,
+    YARDSTICKS,
+    TaskMetrics,
+    compare_with_yardsticks,
+    tasks_with_objects,
+    yardstick_results,
+)
 
 logger = logging.getLogger(__name__)
 

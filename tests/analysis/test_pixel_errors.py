@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_student_mask.evaluation.pixel_errors import (
+from teacher_student_mask.analysis.objects import (
     boundary_iou,
     count_pixels,
     find_object_regions,
