@@ -211,8 +211,7 @@ def test_the_report_is_what_needs_templates_and_charts():
         for path in files_in("analysis")
         if {"jinja2", "pandas", "plotly"} & {name.split(".")[0] for name in imports_of(path)}
     }
-    allowed = {"report", "figures"}
-    assert needing <= {f"analysis/{name}.py" for name in allowed}
+    assert needing == {"analysis/report.py"}
 
 
 def test_the_program_for_onnxruntime_needs_nothing_of_this_project():

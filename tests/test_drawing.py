@@ -47,10 +47,10 @@ def test_masks_are_filled_and_boxes_are_not(size):
 
 
 def test_labels_need_no_mask_and_no_object():
-    image = np.full((64, 64, 3), 90, dtype=np.uint8)
+    image = np.full((400, 400, 3), 90, dtype=np.uint8)
     boxes = np.array([[0, 20, 30, 40]], dtype=np.float32)
     one = sv.Detections(xyxy=boxes, class_id=np.array([3]))
-    plain = draw_instances(image, one, scale=1)
-    labelled = draw_instances(image, one, ["cät 猫 97%"], scale=1)
+    plain = draw_instances(image, one)
+    labelled = draw_instances(image, one, ["cät 猫 97%"])
     assert (plain != labelled).any() and plain.shape == image.shape
-    np.testing.assert_array_equal(draw_instances(image, sv.Detections.empty(), [], scale=1), image)
+    np.testing.assert_array_equal(draw_instances(image, sv.Detections.empty(), []), image)

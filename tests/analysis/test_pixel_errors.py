@@ -3,6 +3,7 @@ import pycocotools.mask as mask_util
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
 
 from teacher_student_mask.analysis.objects import (
     boundary_iou,
@@ -24,7 +25,13 @@ def test_equals_a_loop_over_the_pixels(seed):
     is_seen = rng.random(5) < 0.5
     crowd, predicted = rng.random(size) < 0.2, rng.random(size) < 0.5
     own = int(rng.integers(5))
-    regions = find_object_regions(size, [encode(x) for x in masks], is_seen, [encode(crowd)])
+    coco = COCO()
+    coco.imgs = {1: {"height": size[0], "width": size[1]}}
+    coco.imgToAnns[1] = [{"segmentation": encode(crowd), "category_id": 5, "iscrowd": 1}]
+    coco.imgToAnns[1] += [
+        {"segmentation": encode(x), "category_id": k, "iscrowd": 0} for k, x in enumerate(masks)
+    ]
+    regions = find_object_regions(coco, 1, np.flatnonzero(~is_seen).tolist())
     counts = count_pixels(encode(predicted), encode(masks[own]), regions)
 
     expected = dict(seen=0, unseen=0, background=0, crowd=0)

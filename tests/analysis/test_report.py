@@ -4,9 +4,11 @@ import html.parser
 import json
 import re
 
+import pytest
 from report_example import HOSTILE, example_analysis, make_files, run
 
 from teacher_student_mask.analysis import write_report
+from teacher_student_mask.analysis.report import make_figures
 
 
 class Page(html.parser.HTMLParser):
@@ -122,3 +124,25 @@ def test_where_nothing_is_unseen_the_report_is_about_all_classes(tmp_path):
     sections = [x["id"] for x in page.all("section") if "id" in x]
     assert sections == ["extremes", "results", "classes", "pictures", "method", "files"]
     assert not {"seen classes", "unseen classes"} & {x[0] for x in page.rows}
+
+
+def test_figures_have_the_numbers_and_intervals_as_distances(tmp_path):
+    analysis = example_analysis(tmp_path)
+    figures = make_figures(analysis.summary)
+    for name, protocol, metric in (
+        ("overlap-detections", None, "AP"),
+        ("overlap-mask_iou", "gt_boxes", "mask_iou"),
+    ):
+        for trace, (model, x) in zip(figures[name].data, analysis.summary["models"].items()):
+            bins = (x[protocol] if protocol else x)["overlap_bins"]
+            bins = [one for one in bins if one[metric] is not None]
+            assert trace.name == model
+            assert list(trace.y) == [one[metric] for one in bins]
+            if metric == "AP":
+                below = [one["AP"] - one["AP_interval"][0] for one in bins]
+                assert list(trace.error_y.arrayminus) == pytest.approx(below)
+    colors = {trace.name: trace.line.color for trace in figures["overlap-AP"].data}
+    assert list(colors) == ["exact", "swollen", "filled box", "inscribed ellipse"]
+    assert len(set(colors.values())) == 4
+    shares = {trace.name: list(trace.x) for trace in figures["false-positives"].data}
+    assert shares["on seen objects"] == [100, 100]

@@ -153,7 +153,7 @@ def test_video(run):
     assert [x["frame"] for x in load_images()] == [0, 1, 2]
     info = sv.VideoInfo.from_video_path("out/overlays/0001_v.mp4")
     assert (info.total_frames, info.fps) == (3, 10)
-    assert info.resolution_wh == (80, 64)
+    assert info.resolution_wh == (5 * 80, 5 * 64)  # enlarged
 
 
 def test_what_is_wrong_is_one_sentence(run, capsys):

@@ -60,7 +60,14 @@ def test_masks_are_kept_where_one_of_their_polygons_may_have_pixels(polygons_of)
     usable = usable_segmentations(lists, SIZE, "x")
     expected = [any(map(covers, polygons)) for polygons in polygons_of]
     assert [x is not None for x in usable] == expected
-    assert lie_in_image(PolygonMasks(polygons_of), SIZE).tolist() == expected
+    kept = lie_in_image(PolygonMasks(polygons_of), SIZE)
+    assert kept[torch.tensor(expected, dtype=torch.bool)].all()
+
+
+def test_masks_beside_the_image_are_not_in_it():
+    right, below = [31.0, 2, 40, 2, 40, 9], [2.0, 23, 9, 23, 9, 30]
+    polygons = [[np.array(x)] for x in (right, below, [30.0, 2, 40, 2, 40, 9])]
+    assert lie_in_image(PolygonMasks([*polygons, []]), SIZE).tolist() == [False, False, True, False]
 
 
 def test_rles_become_compressed_and_empty_ones_none():

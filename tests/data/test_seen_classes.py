@@ -6,7 +6,7 @@ from detectron2.data import DatasetCatalog
 from teacher_student_mask import TeacherStudentDatasetMapper, resolve_seen_classes
 from teacher_student_mask.class_splits import AUTO
 from teacher_student_mask.data import resolve_auto_settings
-from teacher_student_mask.data.seen_classes import training_seen_classes
+from teacher_student_mask.data.datasets import training_seen_classes
 from teacher_student_mask.engine import UnseenMaskGuard
 
 

@@ -21,7 +21,6 @@ from pycocotools.cocoeval import COCOeval
 
 from teacher_student_mask.evaluation import (
     PartiallySupervisedCOCOEvaluator,
-    comparison_table,
     compute_overlaps,
     results_table,
 )
@@ -336,9 +335,3 @@ def test_tables_have_unseen_classes_in_bold():
     assert lines[2] == ["segm", "40.00", "41.00", "42.00", "43.00", "44.00", "45.00", "7"]
     assert lines[3][:2] == ["**segm_unseen**", "**1.23**"]
     assert results_table({"a": results, "b": {}}) == f"a:\n{table}\n\nb:\nno results"
-    others = {task: {"AP": 5.0, "AP50": math.nan, "num_gt": 7} for task in results}
-    rows = comparison_table({"x": results, "y": others}).replace(" ", "").splitlines()
-    assert rows[4:] == [
-        "|**segm_unseenAP**|**1.23**|**5.00**|",
-        "|**segm_unseenAP50**|**2.23**|**-**|",
-    ]

@@ -39,7 +39,7 @@ NONVOC_CLASSES = (
 )
 # fmt: on
 
-# The spec that the training data have to answer, see data/seen_classes.py.
+# The spec that the training data have to answer, see data/datasets.py.
 AUTO = "auto"
 
 _NAMED_SPLITS = {"voc": VOC_CLASSES, "nonvoc": NONVOC_CLASSES}

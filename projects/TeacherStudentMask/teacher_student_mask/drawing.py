@@ -69,10 +69,9 @@ def draw_instances(
     labels: Sequence[str] | None = None,
     *,
     colors: Sequence[str] | None = None,
-    scale: int | None = None,
 ) -> np.ndarray:
     """
-    Draw masks, boxes and labels.
+    Draw masks, boxes and labels; a small image is enlarged until labels are legible.
 
     Args:
         image: uint8 (H, W, 3), BGR; not changed.
@@ -80,12 +79,11 @@ def draw_instances(
         labels: a text for each detection, such as "dog 97%"; None draws none.
         colors: "#rrggbb" for each detection; None: by ``class_id``, which keeps colours from one
             frame of a video to the next.
-        scale: enlarge the picture by this factor; None: until labels are legible on a small image.
 
     Returns:
-        uint8 (scale * H, scale * W, 3), BGR.
+        uint8 (k * H, k * W, 3), BGR, k being 1 or, of a small image, more.
     """
-    scale = scale or max(1, -(-_MIN_SIDE // max(image.shape[:2])))
+    scale = max(1, -(-_MIN_SIDE // max(image.shape[:2])))
     picture = cv2.resize(image, None, fx=scale, fy=scale) if scale > 1 else image.copy()
     if not len(detections):
         return picture
@@ -115,11 +113,9 @@ def draw_instances(
     return annotator.annotate(picture, detections, list(labels))
 
 
-def draw_predictions(
-    image: np.ndarray, found: Instances, class_names: Sequence[str], scale: int | None = None
-) -> np.ndarray:
+def draw_predictions(image: np.ndarray, found: Instances, class_names: Sequence[str]) -> np.ndarray:
     """Draw what a model has found, on the CPU and in the frame of the image, with its scores."""
     classes, scores = found.pred_classes.tolist(), found.scores.tolist()
     labels = [f"{class_names[k]} {x:.0%}" for k, x in zip(classes, scores)]
     detections = sv.Detections.from_detectron2({"instances": found})
-    return draw_instances(image, detections, labels, scale=scale)
+    return draw_instances(image, detections, labels)

@@ -17,8 +17,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 __all__ = [
+    "ObjectRegions",
     "ObjectTable",
     "PIXEL_COLORS",
+    "PixelCounts",
     "boundary_iou",
     "count_pixels",
     "draw_objects",
@@ -116,7 +118,7 @@ def measure_objects(
     for image_id, found in detections_of.items():
         objects_of_image = [x for x in coco.imgToAnns.get(image_id, []) if not x["iscrowd"]]
         pairs = _match(objects_of_image, found, by_iou=is_on_gt_boxes)
-        regions = _regions(coco, image_id, unseen_ids) if pairs else None
+        regions = find_object_regions(coco, image_id, unseen_ids) if pairs else None
         for annotation, detection in pairs:
             row = rows[annotation["id"]]
             rles[row], own = detection["segmentation"], annotation["segmentation"]
@@ -162,17 +164,6 @@ def _match(objects: list[dict], detections: list[dict], by_iou: bool) -> list[tu
     return [(objects[j], detections[i]) for i, j in object_of.items()]
 
 
-def _regions(coco: COCO, image_id: int, unseen_ids: Collection[int]) -> ObjectRegions:
-    image, annotations = coco.imgs[image_id], coco.imgToAnns[image_id]
-    objects = [x for x in annotations if not x["iscrowd"]]
-    return find_object_regions(
-        (image["height"], image["width"]),
-        [x["segmentation"] for x in objects],
-        [x["category_id"] not in unseen_ids for x in objects],
-        [x["segmentation"] for x in annotations if x["iscrowd"]],
-    )
-
-
 @dataclass(frozen=True)
 class ObjectRegions:
     """
@@ -206,25 +197,24 @@ class PixelCounts:
     crowd: int
 
 
-def find_object_regions(
-    size: tuple[int, int],
-    objects: Sequence[dict],
-    is_seen: Sequence[bool],
-    crowds: Sequence[dict] = (),
-) -> ObjectRegions:
+def find_object_regions(coco: COCO, image_id: int, unseen_ids: Collection[int]) -> ObjectRegions:
     """
     Find what lies under the pixels of an image.
 
     Args:
-        size: height and width of the image.
-        objects: compressed RLE of the non-crowd objects.
-        is_seen: whether the class of each is seen.
-        crowds: compressed RLE of the crowds.
+        coco: the ground truth, all masks compressed RLE.
+        image_id: of the image.
+        unseen_ids: category ids of the unseen classes.
     """
-    empty = mask_util.encode(np.zeros(size, dtype=np.uint8, order="F"))
-    seen = mask_util.merge([empty, *(x for x, s in zip(objects, is_seen) if s)])
-    every = mask_util.merge([empty, *objects])
-    return ObjectRegions(seen=seen, objects=every, all=mask_util.merge([every, *crowds]))
+    image, annotations = coco.imgs[image_id], coco.imgToAnns[image_id]
+    nothing = np.zeros((image["height"], image["width"]), dtype=np.uint8, order="F")
+
+    def union(chosen: Sequence[dict]) -> dict:
+        return mask_util.merge([mask_util.encode(nothing), *(x["segmentation"] for x in chosen)])
+
+    objects = [x for x in annotations if not x["iscrowd"]]
+    seen = [x for x in objects if x["category_id"] not in unseen_ids]
+    return ObjectRegions(seen=union(seen), objects=union(objects), all=union(annotations))
 
 
 def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCounts:
@@ -348,7 +338,7 @@ def draw_objects(
         pixels = _read_grey(image, image_root)
         if pixels is None:
             continue
-        regions = _regions(coco, image["id"], unseen_ids)
+        regions = find_object_regions(coco, image["id"], unseen_ids)
         panels = _draw_panels(pixels, annotation, [x.rles[row] for x in tables], regions)
         _, data = cv2.imencode(".jpg", panels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
         picture = {

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from .measure import Analysis
 
-__all__ = ["PROTOCOL_LABELS", "headline", "make_figures", "results_by_protocol", "write_report"]
+__all__ = ["headline", "make_figures", "write_report"]
 
-PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
+_PROTOCOL_LABELS = {"detections": "detected boxes", "gt_boxes": "ground-truth boxes"}
 # Name, protocol, metric, title, digits in tables.
-OVERLAP_FIGURES = (
+_OVERLAP_FIGURES = (
     ("overlap-detections", "detections", "AP", "AP on detected boxes", 1),
     ("overlap-AP", "gt_boxes", "AP", "AP on ground-truth boxes", 1),
     ("overlap-mask_iou", "gt_boxes", "mask_iou", "mask IoU on ground-truth boxes", 3),
@@ -140,7 +140,7 @@ def headline(summary: Mapping) -> list[str]:
     return sentences
 
 
-def results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
+def _results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
     """{protocol: {model or yardstick: its numbers}}, detections first; no empty protocols."""
     models = summary["models"].items()
     results = {
@@ -164,19 +164,19 @@ def _content(summary: Mapping) -> dict:
         for name, figure in make_figures(summary).items()
     }
     threshold = summary["settings"]["overlap_threshold"]
-    results = results_by_protocol(summary)
+    results = _results_by_protocol(summary)
     with_objects = tasks_with_objects(next(iter(next(iter(results.values())).values())))
     tasks = {**MASK_TASKS, "segm_unseen_overlap": f"unseen, overlap ≥ {threshold:g}"}
     return {
         "summary": summary,
         "colors": dict(zip(summary["models"], itertools.cycle(_COLORS))),
         "figures": figures,
-        "labels": PROTOCOL_LABELS,
+        "labels": _PROTOCOL_LABELS,
         "metrics": METRICS,
         "tasks": {x: tasks[x] for x in _TASK_ORDER if x in with_objects},
         "results": results,
         "headline": headline(summary),
-        "overlap": [x for x in OVERLAP_FIGURES if x[0] in figures],
+        "overlap": [x for x in _OVERLAP_FIGURES if x[0] in figures],
     }
 
 
@@ -192,9 +192,9 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     """
     names = [*summary["models"], *summary["yardsticks"]]
     colors = dict(zip(map(_label, names), itertools.cycle(_COLORS)))
-    results = results_by_protocol(summary)
+    results = _results_by_protocol(summary)
     figures = {"false-positives": _false_positive_shares(results)}
-    for name, protocol, metric, title, _ in OVERLAP_FIGURES:
+    for name, protocol, metric, title, _ in _OVERLAP_FIGURES:
         figures[name] = _curves(results.get(protocol, {}), metric, title, colors)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -236,7 +236,7 @@ def _false_positive_shares(results: Mapping[str, Mapping]) -> go.Figure | None:
 
     rows = [
         {
-            "result": f"{_label(model)}<br>{PROTOCOL_LABELS[protocol]}",
+            "result": f"{_label(model)}<br>{_PROTOCOL_LABELS[protocol]}",
             "pixels": "on the background" if kind == "background" else f"on {kind} objects",
             "share, %": 100 * x["false_positives"][kind] / x["false_positives"]["total"],
             "number": x["false_positives"][kind],

@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ..analysis import Settings, analyze, write_report
-    from ..analysis.report import PROTOCOL_LABELS, headline, results_by_protocol
-    from ..evaluation import comparison_table
+    from ..analysis.report import headline
 
     setup_logger(name="teacher_student_mask")
     settings = Settings(
@@ -114,10 +113,7 @@ def run(args: argparse.Namespace) -> None:
     report = write_report(
         analysis, args.output_dir, image_root=images, num_objects=args.num_pictures
     )
-    print("\n".join(headline(analysis.summary)), end="\n\n")
-    for protocol, by_model in results_by_protocol(analysis.summary).items():
-        print(f"{PROTOCOL_LABELS[protocol].capitalize()}:\n{comparison_table(by_model)}\n")
-    print(f"Report: {report}")
+    print(*headline(analysis.summary), f"Report: {report}", sep="\n")
 
 
 def _named_file(text: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ Find and segment the objects in images and videos with a trained model.
 Inputs are image files, video files, folders (searched with their subfolders) and quoted globs. The
 output folder then holds
   overlays/                    a picture for each image, an mp4 for each video, with masks, boxes,
-                               classes and scores; small pictures are enlarged
+                               classes and scores; small ones are enlarged
   coco_instances_results.json  the objects, in COCO's result format
   images.json                  the images (for a video: its frames, from 0) and the categories that
                                the ids stand for; COCO("images.json").loadRes(...) reads both
@@ -127,8 +127,7 @@ def _predict(trained: TrainedModel, path: Path, overlay: Path) -> Iterator[Insta
     with contextlib.ExitStack() as stack:
         for image in _read(path):
             found = trained.predict(image)
-            scale = 1 if is_video else None
-            picture = draw_predictions(image, found, trained.class_names, scale=scale)
+            picture = draw_predictions(image, found, trained.class_names)
             if not is_video:
                 overlay.write_bytes(cv2.imencode(".jpg", picture)[1])
             else:

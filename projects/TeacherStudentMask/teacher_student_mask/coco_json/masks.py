@@ -31,7 +31,6 @@ __all__ = [
     "has_mask",
     "is_from_model",
     "measure_masks",
-    "polygons_cover",
     "valid_polygons",
 ]
 
@@ -154,7 +153,8 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     has_box = ~np.isnan(boxes[owners, 0])
     extents, areas, num_filled = _measure_polygons(polygons, limits, has_box)
     low, high = extents[:, :2], extents[:, 2:]
-    covers = _covers(extents, areas, num_filled, limits)
+    covers = (high > 0).all(axis=1) & (low < limits).all(axis=1)
+    covers &= (areas > 0) | (num_filled > 0)
     state[owners] = MaskState.EMPTY
     state[owners[covers]] = MaskState.MASK
     state[of_half_points] = MaskState.NOT_A_MASK
@@ -172,31 +172,6 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     is_box &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
     is_rectangle[owners[is_box & (np.bincount(owners)[owners] == 1)]] = True
     return state, is_rectangle, is_crossing, object_extents
-
-
-def polygons_cover(objects: Sequence[Sequence[np.ndarray]], size: tuple[int, int]) -> np.ndarray:
-    """
-    Whether objects have a polygon with an area that lies, at least with its extents, in the image.
-
-    Args:
-        objects: the polygons of each object, of three points or more.
-        size: height and width of the image.
-
-    Returns:
-        bool, shape (number of objects,).
-    """
-    owners = np.repeat(np.arange(len(objects)), [len(x) for x in objects])
-    polygons = list(chain.from_iterable(objects))
-    limits = np.full((len(polygons), 2), size[::-1], dtype=np.float64)
-    measured = _measure_polygons(polygons, limits, np.zeros(len(polygons), dtype=bool))
-    return np.isin(np.arange(len(objects)), owners[_covers(*measured, limits)])
-
-
-def _covers(
-    extents: np.ndarray, areas: np.ndarray, num_filled: np.ndarray, limits: np.ndarray
-) -> np.ndarray:
-    is_out = ((extents[:, 2:] <= 0) | (extents[:, :2] >= limits)).any(axis=1)
-    return ~is_out & ((areas > 0) | (num_filled > 0))
 
 
 def _measure_polygons(

@@ -5,11 +5,12 @@ import os
 from .dataset_mapper import TeacherStudentDatasetMapper
 from .datasets import (
     check_datasets,
+    dataset_classes,
     load_partial_coco_json,
     register_json_datasets,
     register_partial_coco,
+    resolve_auto_settings,
 )
-from .seen_classes import dataset_classes, resolve_auto_settings
 from .shapes import generate_shapes, register_shapes
 from .train_loader import build_train_loader
 

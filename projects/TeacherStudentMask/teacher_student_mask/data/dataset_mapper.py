@@ -16,11 +16,11 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
-from ..coco_json.masks import MaskState, compress_mask, measure_masks, polygons_cover
+from ..coco_json.masks import MaskState, compress_mask, measure_masks
 from ..coco_json.report import shorten
 from ..errors import InputError
 from ..structures import ImageMask
-from .seen_classes import training_seen_classes
+from .datasets import training_seen_classes
 
 __all__ = [
     "TeacherStudentDatasetMapper",
@@ -241,13 +241,14 @@ def box_polygons(annotations: Sequence[dict]) -> list[list[np.ndarray]]:
 
 def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
     """
-    Which masks have an area inside the image: bool, shape (N,).
+    Which masks lie, at least with their extents, in the image: bool, shape (N,).
 
     :meth:`PolygonMasks.nonempty` asks for a polygon, wherever it lies.
     """
     if isinstance(masks, BitMasks):
         return masks.nonempty()
-    return torch.from_numpy(polygons_cover(masks.polygons, image_shape))
+    low, high = masks.get_bounding_boxes().tensor.split(2, dim=1)
+    return (torch.minimum(high, torch.tensor(image_shape[::-1])) > low.clamp(min=0)).all(dim=1)
 
 
 def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..class_splits import resolve_seen_classes
-from ..data.seen_classes import training_classes
+from ..data.datasets import training_classes
 from ..data.train_loader import seed_generators
 
 __all__ = ["FiniteLoss", "PseudoMaskWatch", "SeedEveryIteration", "UnseenMaskGuard"]
@@ -101,9 +101,7 @@ class FiniteLoss(HookBase):
     Ends training with a message that names the iteration, the images and the losses.
 
     Detectron2's trainer looks at the mean loss of all ranks, on the main one alone; this hook at
-    each rank's own. A gradient can overflow where all losses are finite, so :meth:`state_dict`,
-    which every checkpoint asks for before its file is opened, raises where a tensor of the model is
-    not finite.
+    each rank's own.
     """
 
     def __init__(self) -> None:
@@ -130,33 +128,15 @@ class FiniteLoss(HookBase):
         for handle in self._handles:
             handle.remove()
 
-    def state_dict(self) -> dict:
-        """Raise FloatingPointError if the checkpoint would hold a number that is not finite."""
-        if _non_finite_tensors(self.trainer.model):
-            raise self.explain("the losses of this step were finite, a gradient was not")
-        return {}
-
     def explain(self, reason: object) -> FloatingPointError:
         """Return the error that names iteration, rank and images of the last batch."""
         return FloatingPointError(
-            f"Training stops at iteration {self.trainer.iter}: {reason}"
-            f"{_non_finite_tensors(self.trainer.model)}. Images of the batch on rank "
-            f"{comm.get_rank()}: {self._images}. Nothing is saved: earlier checkpoints and "
+            f"Training stops at iteration {self.trainer.iter}: {reason}. Images of the batch on "
+            f"rank {comm.get_rank()}: {self._images}. Nothing is saved: earlier checkpoints and "
             "last_checkpoint stay as they were. What helps: a lower SOLVER.BASE_LR, a longer "
             "SOLVER.WARMUP_ITERS, clipped gradients (SOLVER.CLIP_GRADIENTS.ENABLED True), or a "
             "look at these images, those of the batch before, and their annotations."
         )
-
-
-@torch.no_grad()
-def _non_finite_tensors(model: nn.Module) -> str:
-    """A clause that names the tensors of ``model`` with NaN or infinity, "" if there are none."""
-    tensors = {k: x for k, x in model.state_dict().items() if x.is_floating_point()}
-    # One transfer for all.
-    is_finite = torch.stack([x.isfinite().all() for x in tensors.values()]).tolist()
-    names = [name.removeprefix("module.") for name, good in zip(tensors, is_finite) if not good]
-    number = f"{len(names)} of the model's {len(tensors)} tensors"
-    return f"; {number} are not finite ({names[0]!r})" if names else ""
 
 
 def _name_of(example: Mapping) -> str:

@@ -32,8 +32,7 @@ from ..data import (
     dataset_classes,
     resolve_auto_settings,
 )
-from ..data.datasets import answer_of_main_process
-from ..data.seen_classes import training_classes
+from ..data.datasets import answer_of_main_process, training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
@@ -66,7 +65,7 @@ class Trainer(DefaultTrainer):
 
     With SEED of 0 or more, data and random numbers follow from the seed, the rank and the iteration
     alone, and ``--resume`` goes on as if the run had not been interrupted. Checkpoints appear when
-    they are complete, hold finite numbers, and are read without running what is in them.
+    they are complete, and are read without running what is in them.
     """
 
     def __init__(self, cfg: CfgNode):

@@ -2,7 +2,6 @@
 
 from .coco_evaluation import (
     PartiallySupervisedCOCOEvaluator,
-    comparison_table,
     results_table,
     warn_of_many_objects,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "PartiallySupervisedCOCOEvaluator",
     "TaskMetrics",
     "compare_with_yardsticks",
-    "comparison_table",
     "compute_overlaps",
     "draw_yardsticks",
     "find_candidate_pairs",

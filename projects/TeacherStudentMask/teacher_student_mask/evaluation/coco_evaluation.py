@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "PartiallySupervisedCOCOEvaluator",
-    "comparison_table",
     "has_compiled_cocoeval",
     "results_table",
     "warn_of_many_objects",
@@ -259,22 +258,6 @@ def results_table(results: Mapping) -> str:
     table = _to_markdown(("task", *metrics), rows)
     sentence = compare_with_yardsticks(results, yardsticks) if yardsticks else ""
     return f"{table}\n\n{sentence}" if sentence else table
-
-
-def comparison_table(results_by_model: Mapping[str, Mapping]) -> str:
-    """
-    Mask AP and AP50 of the tasks that have objects, one column per model.
-
-    Args:
-        results_by_model: {model: {task: {metric: value}}}, all on the same objects.
-    """
-    models = list(results_by_model.values())
-    lines = [
-        [f"{task} {metric}", *(x[task][metric] for x in models)]
-        for task in tasks_with_objects(models[0])
-        for metric in ("AP", "AP50")
-    ]
-    return _to_markdown(("", *results_by_model), lines)
 
 
 def _yardstick_task(task: str, yardstick: str) -> str:
