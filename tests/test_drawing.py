@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from teacher_student_mask.drawing import (
-    BOX_COLOR,
-    SEEN_COLOR,
-    annotations_to_detections,
-    draw_instances,
-)
+from teacher_student_mask.drawing import annotations_to_detections, draw_instances
 
 
 def test_annotations_in_all_forms():
@@ -35,10 +30,10 @@ def test_masks_are_filled_and_boxes_are_not(size):
     mask[0, 2:10, 2:10] = True
     boxes = np.array([[2, 2, 10, 10], [14, 2, 26, 16]], dtype=np.float32)
     detections = sv.Detections(xyxy=boxes, mask=mask, class_id=np.array([0, 1]))
-    picture = draw_instances(image, detections, colors=[SEEN_COLOR, BOX_COLOR])
+    picture = draw_instances(image, detections, colors=["#009e73", "#d55e00"])
     scale = 14 if size[0] == 20 else 1  # ceil(400 / 30)
     assert picture.shape == (scale * size[0], scale * size[1], 3) and not image.any()
-    red, green, blue = bytes.fromhex(SEEN_COLOR[1:])
+    red, green, blue = bytes.fromhex("009e73")
     np.testing.assert_allclose(
         picture[6 * scale, 6 * scale], [blue / 2, green / 2, red / 2], atol=1
     )

@@ -14,23 +14,11 @@ from detectron2.structures import Instances
 from .coco_json.masks import MaskState, compress_mask, measure_masks
 
 __all__ = [
-    "BOX_COLOR",
-    "CROWD_COLOR",
-    "MODEL_COLOR",
-    "SEEN_COLOR",
-    "UNSEEN_COLOR",
     "annotations_to_detections",
     "class_color",
     "draw_instances",
     "draw_predictions",
 ]
-
-# Okabe and Ito, "Color Universal Design", 2008: told apart by people with any colour vision.
-SEEN_COLOR = "#009e73"  # masks of seen classes, which training reads
-UNSEEN_COLOR = "#56b4e9"  # masks of unseen classes, which training does not read
-MODEL_COLOR = "#e69f00"  # masks made by a model
-BOX_COLOR = "#d55e00"  # objects without a mask
-CROWD_COLOR = "#999999"
 
 # Labels are not legible on pictures smaller than this, so those are enlarged.
 _MIN_SIDE = 400

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import random
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -37,6 +36,12 @@ pre { overflow-x: auto; }
 img { max-width: 100%; height: auto; } figcaption { overflow-wrap: anywhere; font-size: .9em; }
 .key { display: inline-block; width: 1em; height: 1em; vertical-align: -.1em; }
 """
+# Colour and words for what is known of an object; Okabe and Ito, "Color Universal Design", 2008.
+_MASK = "#009e73", "mask"
+_UNREAD_MASK = "#56b4e9", "mask that training does not read (unseen class)"
+_MODEL_MASK = "#e69f00", "mask made by a model"
+_BOX_ONLY = "#d55e00", "box only"
+_CROWD = "#999999", "crowd: left out of training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", required=True, type=Path, metavar="DIR", help="made if new")
     text = 'whose masks training reads, as DATASETS.SEEN_CLASSES: "voc", "nonvoc", "auto", names'
     add("--seen-classes", metavar="SPEC", help=f"{text} separated by commas, a list (default: all)")
-    text = "at most so many pictures (default: %(default)s)"
+    text = "at most so many pictures, from all parts of the json (default: %(default)s)"
     add("--max-images", type=int, default=100, metavar="N", help=text)
     text = "of tsmask complete: the images whose objects need a human most, in this order"
     add("--rank", metavar="CSV", help=text)
-    text = "another number is another choice of images (default: %(default)s)"
-    add("--seed", type=int, default=0, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,10 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from ..coco_json import check_coco, read_json
 
     coco = read_json(args.annotations)
-    # First of all classes, as masks that training does not read are drawn, too.
-    for seen_classes in dict.fromkeys([None, args.seen_classes]):
-        report = check_coco(args.annotations, data=coco, seen_classes=seen_classes)
-        report.raise_on_error()
+    report = check_coco(args.annotations, data=coco, seen_classes=args.seen_classes)
+    report.raise_on_error()
     classes = {x.category_id: x for x in report.classes}
     annotations_of = defaultdict(list)
     for annotation in coco["annotations"]:
@@ -76,9 +77,7 @@ def run(args: argparse.Namespace) -> int:
         by_id = {str(x["id"]): x for x in coco["images"]}
         shown = [by_id[x] for x in places if x in by_id][: args.max_images]
     else:
-        rng = random.Random(args.seed)  # nosec B311  # A draw that can be repeated.
-        shown = rng.sample(coco["images"], min(args.max_images, len(coco["images"])))
-        shown.sort(key=lambda x: x["id"])
+        shown = coco["images"][:: -(-len(coco["images"]) // max(1, args.max_images))]
 
     (args.output_dir / "pictures").mkdir(parents=True, exist_ok=True)
     figures, failures = [], []
@@ -148,15 +147,12 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
 
 def _describe(annotation: dict, is_unseen: bool) -> tuple[str, str]:
     """Colour of an object, and what is known of it."""
-    from .. import drawing
     from ..coco_json import has_mask, is_from_model
 
     if annotation.get("iscrowd"):
-        return drawing.CROWD_COLOR, "crowd: left out of training"
+        return _CROWD
     if not has_mask(annotation):
-        return drawing.BOX_COLOR, "box only"
+        return _BOX_ONLY
     if is_from_model(annotation):
-        return drawing.MODEL_COLOR, "mask made by a model"
-    if is_unseen:
-        return drawing.UNSEEN_COLOR, "mask that training does not read (unseen class)"
-    return drawing.SEEN_COLOR, "mask"
+        return _MODEL_MASK
+    return _UNREAD_MASK if is_unseen else _MASK
