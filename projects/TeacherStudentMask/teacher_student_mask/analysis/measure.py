@@ -161,10 +161,9 @@ def analyze(
         if protocol == "gt_boxes":
             models[name]["gt_boxes"] = found.numbers
         else:
-            box_metrics = dataset.measure_boxes(detections)
             models[name] |= {
                 "num_detections": len(detections),
-                "bbox": box_metrics,
+                "bbox": dataset.measure_boxes(detections),
                 **found.numbers,
             }
     yardsticks = yardstick_results(coco) if on_gt_boxes else {}

@@ -250,34 +250,24 @@ def results_table(results: Mapping) -> str:
         for name in YARDSTICKS
         if _yardstick_task("segm", name) in results
     }
-    metrics = (*METRICS, "num_gt")
     tasks = ["bbox"] if "bbox" in results else []
     for task in tasks_with_objects(results):
         tasks += [task, *(_yardstick_task(task, name) for name in yardsticks)]
-    rows = [[x, *(results[x].get(m) for m in metrics)] for x in tasks]
-    table = _to_markdown(("task", *metrics), rows)
+    if not tasks:
+        return "no results"
+    header, lines = ("task", *METRICS, "num_gt"), []
+    for task in tasks:
+        values = [results[task].get(metric, math.nan) for metric in header[1:]]
+        texts = [f"{x:.{0 if isinstance(x, int) else 2}f}".replace("nan", "-") for x in values]
+        lines.append([f"**{x}**" if "unseen" in task else x for x in (task, *texts)])
+    alignment = ["left", *["right"] * len(header[1:])]
+    table = tabulate(lines, header, tablefmt="pipe", colalign=alignment, disable_numparse=True)
     sentence = compare_with_yardsticks(results, yardsticks) if yardsticks else ""
     return f"{table}\n\n{sentence}" if sentence else table
 
 
 def _yardstick_task(task: str, yardstick: str) -> str:
     return f"{task}/{yardstick.replace(' ', '_')}"
-
-
-def _to_markdown(header: Sequence[str], rows: list[list]) -> str:
-    if not rows:
-        return "no results"
-
-    def cell(value: float | None) -> str:
-        is_defined = value is not None and not math.isnan(value)
-        return f"{value:.{0 if isinstance(value, int) else 2}f}" if is_defined else "-"
-
-    lines = [[label, *map(cell, values)] for label, *values in rows]
-    lines = [[f"**{x}**" for x in line] if "unseen" in line[0] else line for line in lines]
-    alignment = ("left",) + ("right",) * (len(header) - 1)
-    return tabulate(
-        lines, headers=header, tablefmt="pipe", colalign=alignment, disable_numparse=True
-    )
 
 
 def has_compiled_cocoeval() -> bool:
