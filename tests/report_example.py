@@ -72,11 +72,18 @@ def run(files, names=("exact", "swollen"), settings=Settings(num_resamples=40), 
 
 
 def example_analysis(folder, names=("exact", "swollen"), classes=("dog", "pole", "kite")):
-    """With results on ground-truth boxes, too."""
+    """With results on ground-truth boxes and the quality of pseudo masks, too."""
     files = make_files(folder, classes)
+    bins = [
+        {"low": low, "high": high, "num_gt": 6, "mask_iou": 0.5 - high / 4}
+        for low, high in [(0.0, 0.0), *((k / 10, (k + 1) / 10) for k in range(10))]
+    ]
+    quality = {"mask_iou": 0.4, "overlap_bins": bins}
+    methods = {"threshold": quality, "interact": quality}
     return run(
         files,
         names,
         seen_classes=[classes[0]],
         gt_box_results=dict(zip(names, (files["exact"], files["swollen"]))),
+        pseudo_masks={names[1]: {"num_objects": 66, "mask_side": 28, "methods": methods}},
     )

@@ -59,7 +59,8 @@ def test_all_files_are_written_and_json_is_the_summary(tmp_path):
     assert len(page.all("img")) == 18 + 4 + 4  # the worst and the best
     for name in ("detections", "AP", "mask_iou", "boundary_iou"):
         assert f"figure-overlap-{name}" in ids
-    assert "figure-false-positives" in ids
+    for name in ("pseudo-masks", "false-positives"):
+        assert f"figure-{name}" in ids
 
 
 def test_page_asks_nothing_of_a_network(tmp_path):
@@ -102,6 +103,7 @@ def test_tables_of_the_report(tmp_path):
     assert table("objects", "AP")[2][:2] == ["seen classes", "+0.0 [0.0, 0.0] (contains 0)"]
     bins = [x for x in rows if x[0] == "0.4 < O ≤ 0.5"]
     assert ["0.4 < O ≤ 0.5", "6 (few)", "1.000", "0.833", "1.000"] in [x[:5] for x in bins]
+    assert ["overlap", "objects", "swollen: threshold", "swollen: interact"] in rows
     pixels = table("model", "boxes")[:4]
     assert [x[3] for x in pixels] == ["-", "100.0 % (600 px)"] * 2
     assert ["unseen classes", "filled box", "100.0 [100.0, 100.0]"] in [x[:3] for x in rows]

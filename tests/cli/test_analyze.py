@@ -109,4 +109,5 @@ def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
     for model in summary["models"].values():
         assert model["num_detections"] > 0
         assert model["gt_boxes"]["num_masks"] == summary["dataset"]["num_unseen"] == 3
+    assert "box_fit" in summary["models"]["teacher"]["pseudo_masks"]["methods"]
     assert {x["protocol"] for x in summary["differences"]} == {"detections", "gt_boxes"}

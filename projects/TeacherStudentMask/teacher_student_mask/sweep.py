@@ -335,13 +335,16 @@ def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -
         The path of the page.
     """
     from .analysis import analyze, write_report
+    from .analysis.model_outputs import measure_pseudo_masks
     from .trained_model import find_test_dataset, load_config
 
-    on_gt_boxes = {}
+    on_gt_boxes, quality = {}, {}
     for name, run in runs.items():
         on_gt_boxes[name] = _result_file(run.folder / STUDENT)
         if TEACHER in run.evaluations:
             on_gt_boxes[f"{name}, teacher"] = _result_file(run.folder / TEACHER)
+            model = run.folder / "config.yaml", run.folder / "model_final.pth"
+            quality[name] = measure_pseudo_masks(*map(str, model))
     baseline = next(iter(runs))
     cfg = load_config(str(runs[baseline].folder / "config.yaml"))
     annotations, image_root = find_test_dataset(cfg)
@@ -350,6 +353,7 @@ def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -
         {name: _result_file(run.folder) for name, run in runs.items()},
         seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
         gt_box_results=on_gt_boxes,
+        pseudo_masks=quality,
         baseline=baseline,
     )
     return write_report(analysis, output_dir, image_root=image_root, num_objects=60)

@@ -42,7 +42,7 @@ __all__ = [
     "resample_images",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 # Detections times resamples that are processed at once: enough that numpy's calls cost little, and
 # small enough for the caches.
 _MAX_ELEMENTS = 300_000
@@ -105,6 +105,7 @@ def analyze(
     seen_classes: str | Sequence[str],
     gt_box_results: Mapping[str, str] | None = None,
     settings: Settings = Settings(),
+    pseudo_masks: Mapping[str, dict] | None = None,
     baseline: str | None = None,
 ) -> Analysis:
     """
@@ -119,6 +120,7 @@ def analyze(
             which tells the mask head from the detector. A name may stand in both. The yardsticks
             of :func:`yardstick_results` are measured beside them.
         settings: thresholds, bins, intervals.
+        pseudo_masks: {name: quality}, as :func:`measure_pseudo_masks` returns it.
         baseline: the model that all others are compared with; None: every pair is compared.
 
     Returns:
@@ -167,6 +169,8 @@ def analyze(
                 **found.numbers,
             }
     yardsticks = yardstick_results(coco) if on_gt_boxes else {}
+    for name, quality in (pseudo_masks or {}).items():
+        models[name]["pseudo_masks"] = quality
     summary = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now().isoformat(timespec="seconds"),

@@ -152,6 +152,15 @@ def _results_by_protocol(summary: Mapping) -> dict[str, dict[str, Mapping]]:
     return {protocol: x for protocol, x in results.items() if x}
 
 
+def _pseudo_mask_results(summary: Mapping) -> dict[str, Mapping]:
+    """The quality of the pseudo masks of each method, {"MODEL: METHOD": its numbers}."""
+    return {
+        f"{name}: {method}": quality
+        for name, x in summary["models"].items()
+        for method, quality in x.get("pseudo_masks", {}).get("methods", {}).items()
+    }
+
+
 def _content(summary: Mapping) -> dict:
     """The variables of templates/report.html.j2, without the pictures."""
     figures = {
@@ -177,6 +186,7 @@ def _content(summary: Mapping) -> dict:
         "results": results,
         "headline": headline(summary),
         "overlap": [x for x in _OVERLAP_FIGURES if x[0] in figures],
+        "pseudo_masks": _pseudo_mask_results(summary),
     }
 
 
@@ -185,7 +195,8 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     All figures of a report by the name of their place in the page.
 
     "overlap-detections" and "overlap-METRIC" (on ground-truth boxes) are curves over the overlap,
-    Fig. 2 of the paper; "false-positives" is Fig. 3. Figures without data are left out.
+    Fig. 2 of the paper; so are "pseudo-masks". "false-positives" is Fig. 3. Figures without data
+    are left out.
 
     Args:
         summary: of an :class:`Analysis`.
@@ -196,6 +207,7 @@ def make_figures(summary: Mapping) -> dict[str, go.Figure]:
     figures = {"false-positives": _false_positive_shares(results)}
     for name, protocol, metric, title, _ in _OVERLAP_FIGURES:
         figures[name] = _curves(results.get(protocol, {}), metric, title, colors)
+    figures["pseudo-masks"] = _curves(_pseudo_mask_results(summary), "mask_iou", "mean IoU", {})
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -223,6 +235,7 @@ def _curves(results: Mapping, metric: str, title: str, colors: Mapping) -> go.Fi
         error_y_minus="below",
         hover_data="objects",
         color_discrete_map=colors,
+        color_discrete_sequence=_COLORS,
         labels={"overlap": "overlap O: upper edge of the bin"},
     )
     figure.update_traces(marker_size=9, error_y={"thickness": 1.2, "width": 3})

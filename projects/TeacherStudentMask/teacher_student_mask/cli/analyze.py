@@ -12,7 +12,7 @@ Inputs are a COCO ground truth with a mask on every object, and either
                  ground-truth boxes (as TEST.GT_BOXES or box-prompted SAM gives them), such as
                  Detectron2's coco_instances_results.json or MMDetection's *.segm.json;
   a trained model  MODEL, which runs on its test dataset first. Student and teacher become two
-                 models of the report.
+                 models of the report; the quality of the pseudo masks is added.
 Both may be combined. DIR then holds report.html (one file, no network needed) and analysis.json;
 docs/ANALYSIS.md says what is where.
 
@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seen", metavar="SPEC", help=text)
     add("--baseline", metavar="NAME", help="compare the others with it (default: each pair)")
     add("--images", metavar="DIR", help="folder of the images, for the report's pictures")
-    add_model_arguments(parser.add_argument_group("a trained model"))
+    group = parser.add_argument_group("a trained model")
+    add_model_arguments(group)
+    text = "do not measure the pseudo masks"
+    group.add_argument("--no-pseudo-masks", action="store_true", help=text)
     add = parser.add_argument_group("what is measured").add_argument
     add("--threshold", type=float, default=0.3, metavar="O", help="smallest overlap (%(default)s)")
     text = "edges of the overlap bins; O = 0 has a bin of its own (default: 0 0.1 ... 1)"
@@ -91,23 +94,29 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         max_detections=args.max_detections,
     )
-    annotations, images, seen = args.annotations, args.images, args.seen
+    annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
     if has_model:
         # Only now: reading result files needs no model.
-        from ..analysis.model_outputs import run_model
+        from ..analysis.model_outputs import measure_pseudo_masks, run_model
 
+        model = choose_model(args)
         folder = os.path.join(args.output_dir, "results")
-        found = run_model(choose_model(args), args.weights, folder, opts=args.opts)
+        found = run_model(model, args.weights, folder, opts=args.opts)
         # The model first: it is the baseline of the differences.
         results, gt_box_results = found.results | results, found.gt_box_results | gt_box_results
         annotations, images = annotations or found.annotations, images or found.image_root
         seen = seen or found.seen_classes
+        if "teacher" in found.gt_box_results and not args.no_pseudo_masks:
+            pseudo_masks["teacher"] = measure_pseudo_masks(
+                model, args.weights, overlap_bins=args.bins, opts=args.opts
+            )
     analysis = analyze(
         annotations,
         results,
         seen_classes=seen,
         gt_box_results=gt_box_results,
         settings=settings,
+        pseudo_masks=pseudo_masks,
         baseline=args.baseline,
     )
     report = write_report(
