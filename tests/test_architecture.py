@@ -91,8 +91,9 @@ ALLOWED = {
     "exporters": DETECTOR,
     "sweep": DETECTOR | {"analysis"},
     "mask_files": BASE | {"importers"},
-    "own_data": BASE | {"importers"},
-    "training": DETECTOR | {"drawing", "engine", "own_data"},
+    "own_data": BASE | {"importers", "run_folder"},
+    "judgement": DETECTOR | {"drawing", "engine", "own_data"},
+    "training": DETECTOR | {"engine", "judgement", "own_data"},
     "run_onnx": set(),  # runs where this project is not installed
     "__main__": {"cli"},
 }
