@@ -87,7 +87,7 @@ ALLOWED = {
     "analysis": DETECTOR,
     "box_prompts": {"errors"},
     "object_masks": {"box_prompts", "coco_json", "evaluation", "modeling"},
-    "completion": DETECTOR | {"box_prompts", "object_masks"},
+    "completion": DETECTOR | {"box_prompts", "drawing", "object_masks"},
     "exporters": DETECTOR,
     "sweep": DETECTOR | {"analysis"},
     "mask_files": BASE | {"importers"},

@@ -301,7 +301,8 @@ class _KeepBest(HookBase):
                 raise _EarlyStop
 
     def after_train(self) -> None:
-        self._look()
+        if self.trainer.iter == self.trainer.max_iter:  # else nothing is new
+            self._look()
 
     def _look(self) -> bool:
         """Whether there is a new evaluation; the best one's model is saved."""
