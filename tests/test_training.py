@@ -173,6 +173,11 @@ def test_an_interrupted_run_goes_on_where_it_was_moved_to(shapes, monkeypatch, c
     training.train("moved")
     states = [torch.load(Path(x, "model_final.pth"))["model"] for x in (whole, "moved")]
     assert all(torch.equal(states[0][k], x) for k, x in states[1].items())
+    # Of the validation objects two of three have a mask.
+    words = ["--resamples", "0", "--no-pseudo-masks"]
+    assert main(["analyze", "moved", "--output-dir", "report", *words]) == 0
+    number = read("report/analysis.json")["dataset"]["num_objects"]
+    assert number == len(read("moved/data/val_masks.json")["annotations"])
 
 
 @pytest.mark.slow

@@ -325,6 +325,7 @@ def _write_output(
     counts = Counter(zip((x["category_id"] for x in data["annotations"]), kinds))
     columns = ("human", "model", "made", "missing")
     table = [[x["name"], *(counts[x["id"], kind] for kind in columns)] for x in data["categories"]]
+    table = [row for row in table if any(row[1:])]
     table.append(["all", *(kinds.count(kind) for kind in columns)])
     headers = ["class", "human masks kept", "model masks kept", "masks made", "without a mask"]
     lines = [tabulate(table, headers, disable_numparse=[0])]

@@ -42,15 +42,19 @@ class QuietTrainer(Trainer):
 @contextlib.contextmanager
 def log_to(folder: str | os.PathLike) -> Iterator[None]:
     """
-    Around what calls ``engine.main``: Python's and PyTorch's warnings go to the log file in
-    ``folder`` (made if new), and the loggers are then as they were, for a second call.
+    Around a quiet ``engine.main``: log.txt in ``folder``, made if new, takes all messages.
+
+    Those of PyTorch and Python's warnings, too. In the end the loggers are as they were before.
     """
+    # Not by Detectron2, which keeps a file open under its name, whatever becomes of its folder.
     os.makedirs(folder, exist_ok=True)
+    handler = logging.FileHandler(Path(folder, "log.txt"), delay=True)
+    form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
+    handler.setFormatter(logging.Formatter(form, datefmt="%m/%d %H:%M:%S"))
     names = ("detectron2", "fvcore", "teacher_student_mask", "py.warnings", "torch")
     loggers = [logging.getLogger(x) for x in names]
     before = [(list(x.handlers), x.propagate) for x in loggers]
-    handler = logging.FileHandler(Path(folder, "log.txt"), delay=True)
-    for x in loggers[-2:]:
+    for x in loggers:
         x.handlers[:], x.propagate = [handler], False
     logging.captureWarnings(True)
     try:

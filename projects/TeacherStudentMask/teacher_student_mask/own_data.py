@@ -16,7 +16,7 @@ from .errors import InputError
 from .importers import import_yolo, read_text
 from .run_folder import find_moved
 
-__all__ = ["DataPart", "find_data", "read_parts"]
+__all__ = ["DataPart", "find_data", "partly_masked_validation", "read_parts"]
 
 # What a folder may hold: the training's file, and those that may be the validation's.
 _LAYOUTS = (
@@ -98,6 +98,19 @@ def read_parts(run: Path) -> list[DataPart]:
         )
         for row in rows
     ]
+
+
+def partly_masked_validation(model: str | os.PathLike) -> str:
+    """
+    The json of the validation objects with a mask, "" where all have one or none.
+
+    Args:
+        model: folder of a training; of others the answer is "".
+    """
+    if not Path(model, "data/parts.json").is_file():
+        return ""
+    parts = [x for x in read_parts(Path(model))[1:] if x.masks_file != x.json_file]
+    return parts[0].masks_file if parts else ""
 
 
 def _convert_yolo(data_yaml: Path, folder: Path, say: Callable[[str], None]) -> list[DataPart]:

@@ -198,8 +198,8 @@ def main(
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
         trainer_class: what trains and evaluates.
-        is_quiet: of all messages the console has only the warnings of this project, and errors; the
-            log file has all.
+        is_quiet: the console has only the warnings of this project, and errors; the log file is the
+            caller's affair.
 
     Raises:
         InputError: config, data or weights cannot be used, or ``OUTPUT_DIR`` holds another run.
@@ -263,8 +263,9 @@ def setup(args: argparse.Namespace, is_quiet: bool = False) -> CfgNode:
     if args.eval_only:
         cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
+    folder = None if is_quiet else cfg.OUTPUT_DIR
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
-        for handler in setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name).handlers:
+        for handler in setup_logger(folder, comm.get_rank(), name=name).handlers:
             # Detectron2's handlers of files are of the same class.
             if is_quiet and getattr(handler, "stream", None) is sys.stdout:
                 is_ours = name == "teacher_student_mask"
