@@ -48,7 +48,7 @@ def log_to(folder: str | os.PathLike) -> Iterator[None]:
     """
     # Not by Detectron2, which keeps a file open under its name, whatever becomes of its folder.
     os.makedirs(folder, exist_ok=True)
-    handler = logging.FileHandler(Path(folder, "log.txt"), delay=True)
+    handler = logging.FileHandler(Path(folder, "log.txt"), delay=True, encoding="utf-8")
     form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
     handler.setFormatter(logging.Formatter(form, datefmt="%m/%d %H:%M:%S"))
     names = ("detectron2", "fvcore", "teacher_student_mask", "py.warnings", "torch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -91,13 +92,8 @@ def find_data(
 def read_parts(run: Path) -> list[DataPart]:
     """What the training in ``run`` was given by :func:`find_data`; validation is the second."""
     rows = json.loads((run / "data/parts.json").read_text(encoding="utf-8"))
-    names = ("json_file", "masks_file")
-    return [
-        DataPart(
-            **{k: find_moved(x, run / "config.yaml") if k in names else x for k, x in row.items()}
-        )
-        for row in rows
-    ]
+    moved = functools.partial(find_moved, config_file=run / "config.yaml")
+    return [DataPart(moved(x["json_file"]), x["image_root"], moved(x["masks_file"])) for x in rows]
 
 
 def partly_masked_validation(model: str | os.PathLike) -> str:
