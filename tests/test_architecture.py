@@ -87,12 +87,13 @@ ALLOWED = {
     "analysis": DETECTOR,
     "box_prompts": {"errors"},
     "object_masks": {"box_prompts", "coco_json", "evaluation", "modeling"},
-    "completion": DETECTOR | {"box_prompts", "object_masks"},
+    "completion": DETECTOR | {"box_prompts", "drawing", "object_masks"},
     "exporters": DETECTOR,
     "sweep": DETECTOR | {"analysis"},
     "mask_files": BASE | {"importers"},
-    "own_data": BASE | {"importers"},
-    "training": DETECTOR | {"drawing", "engine", "own_data"},
+    "own_data": BASE | {"importers", "run_folder"},
+    "judgement": DETECTOR | {"drawing", "engine", "own_data"},
+    "training": DETECTOR | {"engine", "judgement", "own_data"},
     "run_onnx": set(),  # runs where this project is not installed
     "__main__": {"cli"},
 }

@@ -74,6 +74,14 @@ def test_what_a_human_has_drawn_is_replaced_on_request_alone(run):
     assert pixels_of(rows[19]).all()
 
 
+def test_a_mask_that_covers_all_but_its_box_is_taken_and_doubted(run):
+    inverted = np.ones((4, 6), np.uint8)
+    inverted[1:3, 2:5] = 0
+    # The box leaves the last column out.
+    status, printed, _ = run({"17.png": inverted})
+    assert status == 0 and "1 masks cover the surroundings of their box" in printed
+
+
 @pytest.mark.parametrize(
     "name, pixels, sentence",
     [

@@ -13,6 +13,7 @@ from PIL import Image
 from teacher_student_mask import InputError, training
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.data import generate_shapes
+from teacher_student_mask.judgement import evaluate
 from teacher_student_mask.own_data import find_data
 from teacher_student_mask.trained_model import load_model
 
@@ -117,6 +118,7 @@ def test_what_cannot_be_trained_on_is_one_sentence(shapes, tmp_path, capsys, wor
     if words == ["data/moved.json"]:
         (shapes / "images").rename(tmp_path / "photos")
     assert main(["train", *words]) == 1
+    assert not list(Path("output").glob("*"))
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(sentence, line)
 
@@ -139,7 +141,7 @@ def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, c
     assert len(list((run / "pictures").iterdir())) == 4
     cfg = load_model(run).cfg
     assert cfg.DATASETS.SEEN_CLASSES == "all" and cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS == 0
-    found = training.evaluate(run, gt_boxes=True, output_dir="elsewhere")
+    found = evaluate(run, gt_boxes=True, output_dir="elsewhere")
     assert f"Masks on given boxes: AP {found['segm']['AP']:.1f}" in printed
     # Numbered, and no run is overwritten.
     other = training.train("data", opts=FEW_STEPS)
@@ -152,7 +154,8 @@ def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, c
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(shapes, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_where_it_was_moved_to(shapes, monkeypatch, capsys):
+    (shapes / "val.json").unlink()
     opts = [*FEW_STEPS, "SOLVER.CHECKPOINT_PERIOD", "2"]
     whole = training.train("data", "whole", opts=opts)
     after_step = training._Progress.after_step
@@ -166,9 +169,33 @@ def test_an_interrupted_run_goes_on(shapes, monkeypatch, capsys):
         patch.setattr(training._Progress, "after_step", stop)
         training.train("data", "cut", opts=opts)
     assert "'tsmask train cut' goes on" in capsys.readouterr().out
-    training.train("cut")
-    states = [torch.load(Path(x, "model_final.pth"))["model"] for x in (whole, "cut")]
+    Path("cut").rename("moved")
+    training.train("moved")
+    states = [torch.load(Path(x, "model_final.pth"))["model"] for x in (whole, "moved")]
     assert all(torch.equal(states[0][k], x) for k, x in states[1].items())
+    # Of the validation objects two of three have a mask.
+    words = ["--resamples", "0", "--no-pseudo-masks"]
+    assert main(["analyze", "moved", "--output-dir", "report", *words]) == 0
+    number = read("report/analysis.json")["dataset"]["num_objects"]
+    assert number == len(read("moved/data/val_masks.json")["annotations"])
+
+
+@pytest.mark.slow
+def test_a_training_stops_when_ap_does_not_rise_and_goes_on_when_told_to(
+    shapes, monkeypatch, capsys
+):
+    values = iter([1.0, 2.0, 2.0, 1.5])
+    opts = [*FEW_STEPS, "TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_validation_ap", lambda metrics: next(values))
+        run = training.train("data", early_stop=2, opts=opts)
+    assert "AP has not risen for 2 evaluations" in capsys.readouterr().out
+    assert torch.load(run / "model_best.pth")["iteration"] == 1
+    assert (run / "last_checkpoint").read_text() == "model_0000003.pth"
+    training.train(run)
+    assert torch.load(run / "model_final.pth")["iteration"] == 5
+    # A second training of the same process has a log, too.
+    assert "Starting training from iteration 4" in (run / "log.txt").read_text()
 
 
 def test_flips_are_off_where_names_tell_left_from_right(shapes, tmp_path, capsys, monkeypatch):

@@ -7,10 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
+import yaml
 from pycocotools.coco import COCO
 from saved_model import TEACHER_STUDENT, save_model
 
@@ -119,6 +121,28 @@ def test_every_box_gets_a_mask_and_nothing_else_changes(run, dataset, tmp_path, 
     total = next(x for x in text.splitlines() if x.startswith("all "))
     assert total.split()[1:4] == ["6", "0", "5"]
     assert f"tsmask train {tmp_path / 'out.json'} --image-root {dataset.image_root}" in text
+
+
+def test_the_outcome_as_labels_of_yolo_comes_back_as_it_was(run, dataset, tmp_path):
+    code, _ = run("--yolo", tmp_path / "yolo")
+    assert code == 0
+    coco = load_coco(tmp_path / "out.json")
+    settings = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())
+    assert settings["names"] == ["ant", "cat", "ship"]
+    for image in coco.loadImgs(coco.getImgIds()):
+        rows = (tmp_path / "yolo/labels" / image["file_name"]).with_suffix(".txt").read_text()
+        drawn = np.zeros((3, image["height"], image["width"]), np.uint8)
+        for row in rows.splitlines():
+            k, *numbers = row.split()
+            points = np.array(numbers, float).reshape(-1, 2) * drawn.shape[:0:-1]
+            cv2.fillPoly(drawn[int(k)], [np.rint(points).astype(np.int32)], 1)
+        for k, category_id in enumerate((3, 17, 90)):
+            ids = coco.getAnnIds(image["id"], [category_id], iscrowd=False)
+            masks = [coco.annToMask(coco.anns[i]) for i in ids]
+            union = np.any([np.zeros_like(drawn[k]), *masks], axis=0)
+            intersection, union = (drawn[k] & union).sum(), (drawn[k] | union).sum()
+            # Parts of a pixel or two have no outline.
+            assert intersection >= 0.8 * union
 
 
 @pytest.mark.slow
@@ -274,7 +298,7 @@ def test_wrong_command_lines_say_what_is_right(run, dataset, tmp_path):
     for arguments, options, words in (
         ([], {"out": "there.json"}, "there.json exists; --force"),
         ([], {"annotations": "nowhere.json"}, "nowhere.json: cannot be read"),
-        (["--rank", dataset.json_file], {}, "must be different files"),
+        (["--rank", dataset.json_file], {}, "must be different paths"),
         (["--rank", there], {}, "there.json exists; --force"),
         (["--grabcut"], {}, "one of a trained model, --grabcut, or a model that takes boxes"),
     ):

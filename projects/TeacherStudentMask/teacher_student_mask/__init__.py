@@ -23,7 +23,7 @@ _MODULES = {
     "add_teacher_student_mask_config": "config",
     "complete": "completion",
     "compute_overlaps": "evaluation",
-    "evaluate": "training",
+    "evaluate": "judgement",
     "export": "exporters:export_student",
     "generate_pseudo_masks": "modeling",
     "load": "trained_model:load_model",

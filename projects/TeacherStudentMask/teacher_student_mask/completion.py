@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
+import supervision as sv
 import torch
 from detectron2.data import build_detection_test_loader
 from tabulate import tabulate
@@ -23,6 +25,7 @@ from .box_prompts import load_predictor
 from .class_splits import match_classes
 from .coco_json import check_coco, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
+from .drawing import annotations_to_detections
 from .errors import InputError
 from .object_masks import (
     PLAIN_IOU,
@@ -33,13 +36,14 @@ from .object_masks import (
 )
 from .trained_model import load_model
 
-__all__ = ["CompletionSettings", "complete", "complete_dataset"]
+__all__ = ["CompletionSettings", "complete", "complete_dataset", "write_yolo"]
 
 # Keys of an object that is given a mask, always or sometimes.
 _NEW_KEYS = {"segmentation", "area", "score", "mask_source", "teacher_student_agreement"}
 _NEW_KEYS |= {"mask_fallback"}
 # What may be another one when an interrupted run goes on.
-_FREE_SETTINGS = {"output", "skip_broken_images", "ranking", "resume", "force", "num_processes"}
+_FREE_SETTINGS = {"output", "skip_broken_images", "ranking", "yolo", "resume", "force"}
+_FREE_SETTINGS |= {"num_processes"}
 # Of teacher and student; below it the user is told. See docs/COMPLETE.md for what was measured.
 _LOW_AGREEMENT = 0.6
 
@@ -61,6 +65,7 @@ class CompletionSettings:
         redo_model_masks: make masks with ``mask_source`` "model" anew; they are kept otherwise.
         skip_broken_images: leave the objects of images that cannot be read as they are.
         ranking: csv of the objects that were to be given a mask, the greatest need first.
+        yolo: folder for the outcome as labels of YOLO, see :func:`write_yolo`.
         resume, force: go on with what an interrupted run has left; replace it, and the outputs.
         num_processes: one per GPU, or on the CPU where the model runs there.
     """
@@ -78,6 +83,7 @@ class CompletionSettings:
     redo_model_masks: bool = False
     skip_broken_images: bool = False
     ranking: str | None = None
+    yolo: str | None = None
     resume: bool = False
     force: bool = False
     num_processes: int = 1
@@ -153,9 +159,10 @@ def complete_dataset(settings: CompletionSettings) -> str:
 def _check_paths(settings: CompletionSettings) -> None:
     if [settings.grabcut, bool(settings.predictor), bool(settings.model)].count(True) != 1:
         raise InputError("Give one of a trained model, --grabcut, or a model that takes boxes.")
-    paths = [settings.annotations, settings.output, *filter(None, [settings.ranking])]
+    outputs = [settings.output, settings.ranking, settings.yolo]
+    paths = [settings.annotations, *filter(None, outputs)]
     if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise InputError("Annotations, output and ranking must be different files.")
+        raise InputError("Annotations, output, ranking and yolo must be different paths.")
     for path in paths[1:]:
         if os.path.exists(path) and not settings.force:
             raise InputError(f"{path} exists; --force replaces it.")
@@ -318,6 +325,7 @@ def _write_output(
     counts = Counter(zip((x["category_id"] for x in data["annotations"]), kinds))
     columns = ("human", "model", "made", "missing")
     table = [[x["name"], *(counts[x["id"], kind] for kind in columns)] for x in data["categories"]]
+    table = [row for row in table if any(row[1:])]
     table.append(["all", *(kinds.count(kind) for kind in columns)])
     headers = ["class", "human masks kept", "model masks kept", "masks made", "without a mask"]
     lines = [tabulate(table, headers, disable_numparse=[0])]
@@ -333,7 +341,13 @@ def _write_output(
         lines.append(f"Mean agreement of teacher and student: {mean:.3f}")
         if mean < _LOW_AGREEMENT:
             lines.append("One of them may be far from the truth: see --masks-of teacher, student.")
-    return "\n".join(lines + [f"{n} {problem}" for problem, n in problems.most_common()])
+    lines += [f"{n} {problem}" for problem, n in problems.most_common()]
+    if settings.yolo and (num_in_parts := write_yolo(data, settings.image_root, settings.yolo)):
+        lines.append(
+            f"{num_in_parts} objects have masks of several parts; YOLO's labels count each part as "
+            "an object."
+        )
+    return "\n".join(lines)
 
 
 def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -> None:
@@ -356,3 +370,36 @@ def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([header.split(","), *sorted(rows, key=lambda x: -x[0])])
+
+
+def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
+    """
+    Write a checked COCO json as labels of YOLO, by supervision.
+
+    ``folder`` then holds data.yaml with the names of the classes, and labels/ with a txt for each
+    image that can be read. A row is an outline, or the box where an object has no mask; each part
+    of a mask has a row of its own. Crowds are left out.
+
+    Returns:
+        The number of objects whose mask has several parts.
+    """
+    categories = sorted(coco["categories"], key=lambda x: x["id"])
+    class_ids = {x["id"]: k for k, x in enumerate(categories)}
+    objects = defaultdict(list)
+    for x in coco["annotations"]:
+        if not x.get("iscrowd"):
+            objects[x["image_id"]].append(x)
+    names, num_in_parts = [x["name"] for x in categories], 0
+    sv.DetectionDataset(names, [], {}).as_yolo(data_yaml_path=str(Path(folder, "data.yaml")))
+    for image in coco["images"]:
+        rows, size = objects[image["id"]], (int(image["height"]), int(image["width"]))
+        ids = [class_ids[x["category_id"]] for x in rows]
+        found = annotations_to_detections(rows, size, ids)
+        num_in_parts += sum(cv2.connectedComponents(x.astype(np.uint8))[0] > 2 for x in found.mask)
+        # Ultralytics looks for labels in the same folders as images.
+        labels = Path(folder, "labels", image["file_name"]).parent
+        path = os.path.join(image_root, image["file_name"])
+        if os.path.isfile(path):
+            dataset = sv.DetectionDataset(names, [path], {path: found})
+            dataset.as_yolo(annotations_directory_path=str(labels))
+    return num_in_parts

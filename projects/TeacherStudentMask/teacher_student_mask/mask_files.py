@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,7 @@ def import_masks(
     images = {x["id"]: x for x in dataset.coco["images"]}
     by_stem = {Path(x["file_name"]).stem: x for x in dataset.coco["images"]}
     for file in files_in(Path(masks), ".png"):
-        try:
-            pixels = np.array(Image.open(file))
-        except Exception as error:  # PIL's readers raise many kinds on broken files
-            raise InputError(f"{file}: cannot be read: {error}.") from error
+        pixels = _read_pixels(file)
         number = int(file.stem) if file.stem.isdecimal() else None
         if number in objects:
             image = images[objects[number]["image_id"]]
@@ -71,6 +70,11 @@ def import_masks(
                         f"{file}: a human has drawn a mask of annotation {i}; see --replace."
                     )
                 dataset.notes["masks of humans were replaced"] += 1
+            if _is_inverted(mask, annotation["bbox"]):
+                dataset.notes[
+                    "masks cover the surroundings of their box rather than the box: are their "
+                    "pictures inverted?"
+                ] += 1
             rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
             annotation["segmentation"] = {
                 "size": list(size),
@@ -81,3 +85,19 @@ def import_masks(
                 annotation.pop(key, None)
             dataset.notes["masks were read"] += 1
     return dataset
+
+
+def _read_pixels(file: Path) -> np.ndarray:
+    try:
+        return np.array(Image.open(file))
+    except Exception as error:  # PIL's readers raise many kinds on broken files
+        raise InputError(f"{file}: cannot be read: {error}.") from error
+
+
+def _is_inverted(mask: np.ndarray, box: Sequence[float]) -> bool:
+    x, y, w, h = box
+    around = np.ones(mask.shape, dtype=bool)
+    around[max(int(y), 0) : math.ceil(y + h), max(int(x), 0) : math.ceil(x + w)] = False
+    if not around.any():
+        return False
+    return mask[around].mean() > max(0.5, mask[~around].mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ import yaml
 from .coco_json import check_coco, has_mask, is_from_model, read_coco, write_json
 from .errors import InputError
 from .importers import import_yolo, read_text
+from .run_folder import find_moved
 
-__all__ = ["DataPart", "find_data"]
+__all__ = ["DataPart", "find_data", "partly_masked_validation", "read_parts"]
 
 # What a folder may hold: the training's file, and those that may be the validation's.
 _LAYOUTS = (
@@ -81,7 +84,29 @@ def find_data(
         parts = _set_aside(parts[0], folder, seed)
     else:  # before the minutes after which the training would come to it
         check_coco(parts[1].json_file, image_root=parts[1].image_root).raise_on_error()
-    return parts[0], _separate_masks(parts[1], folder) if len(parts) > 1 else None
+    parts[1:] = [_separate_masks(x, folder) for x in parts[1:]]
+    (folder / "parts.json").write_text(json.dumps([vars(x) for x in parts]), encoding="utf-8")
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def read_parts(run: Path) -> list[DataPart]:
+    """What the training in ``run`` was given by :func:`find_data`; validation is the second."""
+    rows = json.loads((run / "data/parts.json").read_text(encoding="utf-8"))
+    moved = functools.partial(find_moved, config_file=run / "config.yaml")
+    return [DataPart(moved(x["json_file"]), x["image_root"], moved(x["masks_file"])) for x in rows]
+
+
+def partly_masked_validation(model: str | os.PathLike) -> str:
+    """
+    The json of the validation objects with a mask, "" where all have one or none.
+
+    Args:
+        model: folder of a training; of others the answer is "".
+    """
+    if not Path(model, "data/parts.json").is_file():
+        return ""
+    parts = [x for x in read_parts(Path(model))[1:] if x.masks_file != x.json_file]
+    return parts[0].masks_file if parts else ""
 
 
 def _convert_yolo(data_yaml: Path, folder: Path, say: Callable[[str], None]) -> list[DataPart]:

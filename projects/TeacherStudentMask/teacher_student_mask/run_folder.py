@@ -15,6 +15,7 @@ from .errors import InputError
 __all__ = [
     "check_is_new",
     "find_model",
+    "find_moved",
     "last_checkpoint",
     "open_atomically",
     "read_class_names",
@@ -56,6 +57,18 @@ def find_model(model: str | os.PathLike) -> tuple[str, str | None]:
         "until it ends, a checkpoint and last_checkpoint with its name. For other files give "
         "--config-file and --weights."
     )
+
+
+def find_moved(json_file: str, config_file: str | os.PathLike) -> str:
+    """
+    Where a json is that the config of a run names.
+
+    Those that ``tsmask train DATA`` has written, to the folder ``data`` beside the config, move
+    with it.
+    """
+    moved = Path(config_file).parent / "data" / Path(json_file).name
+    is_moved = not os.path.exists(json_file) and moved.is_file()
+    return str(moved) if is_moved else json_file
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str:

@@ -33,7 +33,7 @@ from .config import add_teacher_student_mask_config
 from .data import dataset_classes, register_json_datasets, resolve_auto_settings
 from .errors import InputError
 from .modeling import GTBoxInference, TeacherStudentROIHeads
-from .run_folder import find_model, read_class_names
+from .run_folder import find_model, find_moved, read_class_names
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -272,6 +272,8 @@ def read_config(config_file: str, opts: Sequence = (), *, weights: str | None = 
         if config_file:
             _PlainConfig.load_yaml_with_base(config_file)
             cfg.merge_from_file(config_file, allow_unsafe=False)
+            for key in ("TRAIN", "TEST"):
+                cfg.DATASETS[key] = tuple(find_moved(x, config_file) for x in cfg.DATASETS[key])
     except Exception as error:  # of a file, of yaml, of types: of many kinds
         where = " ".join(str(error).split())
         raise InputError(

@@ -2,43 +2,39 @@
 From photographs, some objects of which have masks, to a model that has been judged.
 
 :func:`train` is behind ``tsmask train DATA``: it finds the data, chooses the settings, trains, and
-measures boxes and masks. :func:`evaluate` measures any model in the same way.
+measures boxes and masks.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
 import json
 import logging
 import math
 import os
 import re
-import shlex
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from tqdm import tqdm
 
-from .coco_json import check_coco, has_mask, read_coco
+from .coco_json import check_coco, read_coco
 from .data import register_json_datasets
-from .drawing import annotations_to_detections, draw_instances, draw_predictions
 from .engine import Trainer, main
 from .errors import InputError
+from .judgement import QuietTrainer, judge, log_to, number_of
 from .own_data import DataPart, find_data
-from .trained_model import TrainedModel, load_model, read_config
+from .trained_model import read_config
 
-__all__ = ["PRESETS", "evaluate", "train"]
+__all__ = ["PRESETS", "train"]
 
 CONFIGS = Path(__file__).parent / "configs"
 # Name -> (config, changes to it).
@@ -59,7 +55,6 @@ PRESETS = {
 _UNTIMED_STEPS, _TIMED_STEPS = 2, 4
 # Evaluations of a training, and the share of a time limit that they take.
 _NUM_EVALUATIONS, _EVALUATION_SHARE = 5, 0.15
-_NUM_PICTURES = 12
 
 
 def train(
@@ -71,6 +66,7 @@ def train(
     epochs: float | None = None,
     image_root: str | os.PathLike | None = None,
     seed: int = 1,
+    early_stop: int | None = None,
     opts: Sequence = (),
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -89,9 +85,11 @@ def train(
             square root of the number of images is the number of iterations, but at least 600.
         image_root: folder of the images; None: that of the json, or ``images`` in or beside it.
         seed: of the training, and of the images that are set aside.
+        early_stop: the training ends when validation AP (of masks, else of boxes) has not risen for
+            so many evaluations, of which a training has 5; None: not before the time.
         opts: KEY, VALUE, ... of the config; they win over what is chosen.
-        say: takes the plan and the outcome. All other messages go to the log file, warnings to the
-            console, too.
+        say: takes the plan and the outcome. All other messages go to the log file, warnings of this
+            project to the console, too.
 
     Returns:
         The folder of the run, which :func:`load_model` and every command take for a model.
@@ -100,40 +98,45 @@ def train(
         InputError: data, settings or weights cannot be used.
     """
     start, run = time.monotonic(), Path(data)
-    is_resumed = (run / "config.yaml").is_file()
     opts = [str(x) for x in opts]
-    if is_resumed:
-        if not (run / "data/parts.json").is_file():
-            raise InputError(
-                f"{run} was trained by a config; --resume --config-file goes on with it."
-            )
-        if output_dir or model or time_limit or epochs or image_root:
-            raise InputError(
-                f"{run} goes on as it was planned; of all options only opts change it."
-            )
-        say(f"Going on with the run in {run}")
-        config_file, chosen = run / "config.yaml", {"OUTPUT_DIR": str(run)}
-    else:
-        run = _choose_folder(Path(data), output_dir)
-        model = model or ("base" if torch.cuda.is_available() else "nano")
-        if model not in PRESETS:
-            raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
-        parts = find_data(data, run / "data", image_root=image_root, seed=seed, say=say)
-        chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
-        config_file, chosen["SEED"] = CONFIGS / PRESETS[model][0], str(seed)
-        (run / "data/parts.json").write_text(json.dumps([vars(x) for x in parts if x]))
-    opts = [*itertools.chain.from_iterable(chosen.items()), *opts]
-    arguments = argparse.Namespace(
-        config_file=str(config_file), opts=opts, resume=is_resumed, eval_only=False
-    )
+    is_resumed = (run / "config.yaml").is_file()
+    if not is_resumed:
+        run = _choose_folder(run, output_dir)
+    elif not (run / "data/parts.json").is_file():
+        raise InputError(f"{run} was trained by a config; --resume --config-file goes on with it.")
+    elif output_dir or model or time_limit or epochs or image_root:
+        raise InputError(
+            f"{run} goes on as it was planned; of all options only early_stop and opts change it."
+        )
+    is_new = not run.exists()
     try:
-        with _preserved_log_handlers():
-            main(arguments, trainer_class=_WatchedTrainer, console_level=logging.WARNING)
-            summary = _judge(run)
-    except KeyboardInterrupt:
-        if (run / "config.yaml").is_file():
+        if is_resumed:
+            say(f"Going on with the run in {run}")
+            config_file, chosen = run / "config.yaml", {"OUTPUT_DIR": str(run)}
+        else:
+            model = model or ("base" if torch.cuda.is_available() else "nano")
+            if model not in PRESETS:
+                raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
+            config_file = CONFIGS / PRESETS[model][0]
+            parts = find_data(data, run / "data", image_root=image_root, seed=seed, say=say)
+            with log_to(run):
+                chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
+            chosen["SEED"] = str(seed)
+        opts = [*itertools.chain.from_iterable(chosen.items()), *opts]
+        arguments = argparse.Namespace(
+            config_file=str(config_file), opts=opts, resume=is_resumed, eval_only=False
+        )
+        trainer_class = type("Trainer", (_WatchedTrainer,), {"early_stop": early_stop})
+        with log_to(run):
+            main(arguments, trainer_class, is_quiet=True)
+    except BaseException as error:
+        if not (run / "config.yaml").is_file():
+            if is_new and run.exists():  # A start that failed leaves nothing behind.
+                shutil.rmtree(run)
+        elif isinstance(error, KeyboardInterrupt):
             say(f"\nInterrupted. 'tsmask train {run}' goes on.")
         raise
+    summary = judge(run)
     (run / "summary.md").write_text(summary + "\n", encoding="utf-8")
     minutes = (time.monotonic() - start) / 60
     say(f"\n{summary}\n\nDone in {minutes:.0f} min. Everything is in {run}.")
@@ -151,58 +154,6 @@ def _choose_folder(data: Path, output_dir: str | os.PathLike | None) -> Path:
     if data.resolve().is_relative_to(run.resolve()):
         raise InputError(f"{data} lies in {run}, the folder of the run; name another folder.")
     return run
-
-
-@contextlib.contextmanager
-def _preserved_log_handlers() -> Iterator[None]:
-    # A second training of this process must not write to the log of the first.
-    loggers = [logging.getLogger(x) for x in ("detectron2", "fvcore", "teacher_student_mask")]
-    before = [list(x.handlers) for x in loggers]
-    try:
-        yield
-    finally:
-        for x, handlers in zip(loggers, before):
-            x.handlers[:] = handlers
-
-
-def evaluate(
-    model: str | os.PathLike,
-    annotations: str | os.PathLike | None = None,
-    image_root: str | os.PathLike = "",
-    *,
-    gt_boxes: bool = False,
-    head: str = "student",
-    output_dir: str | os.PathLike | None = None,
-) -> dict:
-    """
-    Measure a model on a COCO json.
-
-    Args:
-        model: folder of a training, or the path of a config that names its weights.
-        annotations: the json, with a mask on every object or on none; None: the test data of the
-            training.
-        image_root: folder of its images; "": the folder of the json.
-        gt_boxes: draw the masks on the boxes and classes of the json. AP then measures the masks
-            alone, and the yardsticks stand beside it.
-        head: "student" or "teacher".
-        output_dir: for results.json and the masks; None: ``inference/`` in the model's folder.
-
-    Returns:
-        {task: {metric: value}}, see :class:`PartiallySupervisedCOCOEvaluator`.
-
-    Raises:
-        InputError: the model or the json cannot be used.
-    """
-    opts = ["TEST.GT_BOXES", str(gt_boxes), "TEST.MASK_HEAD", head]
-    if annotations is not None:
-        opts += ["DATASETS.TEST", repr((os.fspath(annotations),))]
-        opts += ["DATASETS.TEST_IMAGE_ROOT", os.fspath(image_root)]
-    trained = load_model(os.fspath(model), opts=opts, heads=[head])
-    cfg = trained.cfg
-    cfg.OUTPUT_DIR = os.fspath(output_dir or Path(cfg.MODEL.WEIGHTS).parent / "inference")
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
-    return dict(_WatchedTrainer.test(cfg, trained.model, evaluators))
 
 
 # ---- the plan ----
@@ -303,25 +254,70 @@ def _time_steps(cfg: CfgNode) -> float:
 # ---- the training ----
 
 
-class _WatchedTrainer(Trainer):
-    """The trainer with a progress bar, which also keeps the best checkpoint as model_best.pth."""
+class _WatchedTrainer(QuietTrainer):
+    """The trainer with a progress bar, which keeps the best checkpoint and may stop early."""
 
-    @classmethod
-    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its tables
-            return super().test(cfg, model, evaluators)
+    early_stop: int | None = None
 
     def build_hooks(self) -> list[HookBase | None]:
-        found, period = super().build_hooks(), self.cfg.TEST.EVAL_PERIOD
-        if self.cfg.DATASETS.TEST:
-            # After the evaluation, whose result it reads.
-            place = 1 + [isinstance(x, hooks.EvalHook) for x in found].index(True)
-            metric = "segm/AP" if _has_masks(self.cfg.DATASETS.TEST[0]) else "bbox/AP"
-            best = hooks.BestCheckpointer(
-                period, self.checkpointer, metric, file_prefix="model_best"
-            )
-            found.insert(place, best)
-        return [*found, _Progress()]
+        # Behind the evaluation, whose result it reads.
+        best = _KeepBest(self.early_stop) if self.cfg.DATASETS.TEST else None
+        return [*super().build_hooks(), _Progress(), best]
+
+    def train(self) -> dict | None:
+        try:
+            return super().train()
+        except _EarlyStop:
+            return None
+
+
+class _EarlyStop(BaseException):
+    """Ends a training; not an Exception, which Detectron2 would log as a failure."""
+
+
+class _KeepBest(HookBase):
+    """
+    Keeps the checkpoint of the highest validation AP as model_best.pth.
+
+    That of masks, else that of boxes. The training ends when it has not risen for ``early_stop``
+    evaluations; None: it goes on.
+    """
+
+    def __init__(self, early_stop: int | None):
+        self._early_stop = early_stop
+
+    def before_train(self) -> None:
+        log, begin = Path(self.trainer.cfg.OUTPUT_DIR, "metrics.json"), self.trainer.start_iter
+        rows = map(json.loads, log.read_text().splitlines() if log.is_file() else ())
+        self._found = [
+            _validation_ap(x) for x in rows if "bbox/AP" in x and x["iteration"] <= begin
+        ]
+
+    def after_step(self) -> None:
+        if self._look() and self._early_stop:
+            since = len(self._found) - 1 - self._found.index(max(self._found))
+            if since >= self._early_stop:
+                tqdm.write(f"AP has not risen for {since} evaluations: the training ends.")
+                raise _EarlyStop
+
+    def after_train(self) -> None:
+        if self.trainer.iter == self.trainer.max_iter:  # else nothing is new
+            self._look()
+
+    def _look(self) -> bool:
+        """Whether there is a new evaluation; the best one's model is saved."""
+        now = self.trainer.storage.iter
+        latest = {k: x for k, (x, i) in self.trainer.storage.latest().items() if i == now}
+        if "bbox/AP" not in latest:
+            return False
+        self._found.append(_validation_ap(latest))
+        if self._found[-1] > max(self._found[:-1], default=-1):
+            self.trainer.checkpointer.save("model_best", iteration=self.trainer.iter)
+        return True
+
+
+def _validation_ap(metrics: Mapping[str, float]) -> float:
+    return number_of(metrics.get("segm/AP", metrics["bbox/AP"]))
 
 
 class _Progress(HookBase):
@@ -338,8 +334,9 @@ class _Progress(HookBase):
         done, end = self.trainer.iter + 1, self.trainer.max_iter
         latest = {k: x for k, (x, i) in storage.latest().items() if i == self.trainer.iter}
         if "bbox/AP" in latest:
-            masks = f", mask AP {latest['segm/AP']:.1f}" if "segm/AP" in latest else ""
-            tqdm.write(f"iteration {done}: validation box AP {latest['bbox/AP']:.1f}{masks}")
+            masks = f", mask AP {number_of(latest['segm/AP']):.1f}" if "segm/AP" in latest else ""
+            ap = number_of(latest["bbox/AP"])
+            tqdm.write(f"iteration {done}: validation box AP {ap:.1f}{masks}")
         is_line = self._bar.disable and done % max(1, end // 10) == 0
         if not is_line and done % 20:
             return
@@ -352,97 +349,3 @@ class _Progress(HookBase):
 
     def after_train(self) -> None:
         self._bar.close()
-
-
-def _has_masks(json_file: str) -> bool:
-    return any(map(has_mask, read_coco(json_file)["annotations"]))
-
-
-# ---- the judgement ----
-
-
-def _judge(run: Path) -> str:
-    """Evaluate the best checkpoint, draw curves and pictures, and return what was learned."""
-    training, *rest = [DataPart(**x) for x in json.loads((run / "data/parts.json").read_text())]
-    lines = []
-    for part in rest:
-        found = evaluate(run)
-        lines.append(_sentence_on_boxes(found["bbox"]))
-        if "segm" in found:
-            lines.append(f"Masks on detected boxes: AP {found['segm']['AP']:.1f}.")
-        if part.masks_file:
-            on_boxes = evaluate(
-                run,
-                part.masks_file,
-                part.image_root,
-                gt_boxes=True,
-                output_dir=run / "inference/gt_boxes",
-            )
-            lines.append(_sentence_on_masks(on_boxes))
-        _draw_pictures(load_model(run), part, run / "pictures")
-        lines.append(f"Your annotations beside what was found: {run}/pictures")
-    _draw_curves(run)
-    lines.append(f"Losses, and AP of the evaluations: {run}/curves.png")
-    command = ["tsmask", "complete", str(run), "--annotations", training.json_file]
-    command += ["--image-root", training.image_root, "--output", str(run / "completed.json")]
-    predict = f"  tsmask predict {run} PHOTOS --output-dir {run}/predictions"
-    return "\n".join([*lines, "Next:", predict, f"  {shlex.join(command)}"])
-
-
-def _sentence_on_boxes(found: Mapping[str, float]) -> str:
-    text = f"Boxes: AP {found['AP']:.1f}, AP50 {found['AP50']:.1f} on {found['num_gt']} objects."
-    if found["AP50"] >= 10:
-        return text
-    return text + " Detection has not been learnt: train longer, or on more images."
-
-
-def _sentence_on_masks(on_boxes: Mapping[str, Mapping[str, float]]) -> str:
-    ap, number = on_boxes["segm"]["AP"], on_boxes["segm"]["num_gt"]
-    yardsticks = {
-        task.split("/")[1].replace("_", " "): x["AP"]
-        for task, x in on_boxes.items()
-        if task.startswith("segm/")
-    }
-    others = ", ".join(f"{name} {x:.1f}" for name, x in yardsticks.items())
-    text = f"Masks on given boxes: AP {ap:.1f} on {number} objects (without a model: {others})."
-    if ap > max(yardsticks.values()):
-        return text
-    return text + " The masks are no better than that: train longer, or draw more masks."
-
-
-def _draw_curves(run: Path) -> None:
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(x) for x in (run / "metrics.json").read_text().splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    charts = {
-        "loss": ("total_loss", "loss_mask", "loss_mask_teacher"),
-        "AP of the validation images": ("bbox/AP", "segm/AP"),
-    }
-    for ax, (title, names) in zip(figure.subplots(1, 2), charts.items()):
-        for name in names:
-            points = [(x["iteration"], x[name]) for x in rows if name in x]
-            if not points:
-                continue
-            ax.plot(*zip(*points), marker="." if "/" in name else "", label=name)
-        ax.set(xlabel="iteration", title=title)
-        ax.legend()
-    figure.savefig(run / "curves.png", dpi=120)
-
-
-def _draw_pictures(trained: TrainedModel, part: DataPart, folder: Path) -> None:
-    coco = read_coco(part.masks_file or part.json_file)
-    names = {x["id"]: x["name"] for x in coco["categories"]}
-    folder.mkdir(exist_ok=True)
-    for image in coco["images"][:_NUM_PICTURES]:
-        pixels = cv2.imread(os.path.join(part.image_root, image["file_name"]))
-        given = [x for x in coco["annotations"] if x["image_id"] == image["id"]]
-        labels = [names[x["category_id"]] for x in given]
-        classes = [trained.class_names.index(x) for x in labels]
-        truth = annotations_to_detections(given, pixels.shape[:2], classes)
-        found = trained.predict(pixels)
-        found = draw_predictions(pixels, found[found.scores > 0.5], trained.class_names)
-        picture = np.hstack([draw_instances(pixels, truth, labels), found])
-        # Images of the same name may lie in several folders.
-        name = "_".join(Path(image["file_name"]).with_suffix("").parts)
-        cv2.imwrite(str(folder / f"{name}.jpg"), picture)

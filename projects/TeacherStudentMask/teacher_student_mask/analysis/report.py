@@ -288,6 +288,7 @@ def _finish(figure: go.Figure, height: int) -> go.Figure:
         height=height,
         margin={"l": 12, "r": 16, "t": 12, "b": 12},
         legend={"orientation": "h", "x": 0, "y": 1 + 8 / height, "yanchor": "bottom", "title": ""},
+        modebar={"orientation": "v"},  # not over the legend, on a phone
         # A drag must scroll the page on a phone; the buttons of the figure still zoom.
         dragmode=False,
     )

@@ -98,17 +98,25 @@ def run(args: argparse.Namespace) -> None:
     if has_model:
         # Only now: reading result files needs no model.
         from ..analysis.model_outputs import measure_pseudo_masks, run_model
+        from ..own_data import partly_masked_validation
 
         model = choose_model(args)
         folder = os.path.join(args.output_dir, "results")
-        found = run_model(model, args.weights, folder, opts=args.opts)
+        opts, masks_file = args.opts, partly_masked_validation(model)
+        if masks_file and "DATASETS.TEST" not in opts:
+            opts = ["DATASETS.TEST", repr((masks_file,)), *opts]
+        found = run_model(model, args.weights, folder, opts=opts)
         # The model first: it is the baseline of the differences.
-        results, gt_box_results = found.results | results, found.gt_box_results | gt_box_results
+        gt_box_results = found.gt_box_results | gt_box_results
+        if opts is args.opts:
+            results = found.results | results
+        else:
+            print("Some validation objects have no mask: the others are measured, on their boxes.")
         annotations, images = annotations or found.annotations, images or found.image_root
         seen = seen or found.seen_classes
         if "teacher" in found.gt_box_results and not args.no_pseudo_masks:
             pseudo_masks["teacher"] = measure_pseudo_masks(
-                model, args.weights, overlap_bins=args.bins, opts=args.opts
+                model, args.weights, overlap_bins=args.bins, opts=opts
             )
     analysis = analyze(
         annotations,

@@ -49,6 +49,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", dest="mask_format", choices=formats, default="rle", help=text)
     text = "list the objects, those in need of a human first"
     add("--rank", dest="ranking", metavar="CSV", help=text)
+    text = "also write the outcome as YOLO's labels"
+    add("--yolo", metavar="DIR", help=text)
     text = 'make masks with "mask_source": "model" anew; they are kept otherwise'
     add("--redo-model-masks", action="store_true", help=text)
     text = "leave the objects of images that are missing or broken as they are"

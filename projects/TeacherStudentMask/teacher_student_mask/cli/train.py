@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="nano (CPU), small or base (GPU); default: by the device")
     add("--time", type=_duration, metavar="30m", help="what the training may take: 90s, 30m, 2h")
     add("--epochs", type=float, metavar="N", help="passes over the images, in the place of --time")
+    text = "stop when validation AP has not risen for N evaluations (there are 5)"
+    add("--early-stop", type=int, metavar="N", help=text)
     add("--image-root", metavar="DIR", help="of the images, if they are not beside the json")
     text = "of the run (default: output/train, output/train2, ...)"
     add("--output-dir", metavar="DIR", help=text)
@@ -69,10 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train on DATA, or train or evaluate by a config, in one process for each GPU."""
     if args.config_file:
-        if args.model or args.time or args.epochs or args.image_root or args.output_dir:
+        names = ("model", "time", "epochs", "early_stop", "image_root", "output_dir")
+        if any(vars(args)[x] for x in names):
             raise InputError(
-                "--model, --time, --epochs, --image-root and --output-dir go with DATA; "
-                "--config-file takes KEY VALUE, such as OUTPUT_DIR output/ts."
+                "--model, --time, --epochs, --early-stop, --image-root and --output-dir go with "
+                "DATA; --config-file takes KEY VALUE, such as OUTPUT_DIR output/ts."
             )
         return _run_config(args)
     if len(args.words) != 1 or args.eval_only or args.resume or args.num_gpus > 1:
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
         epochs=args.epochs,
         image_root=args.image_root,
         seed=args.seed,
+        early_stop=args.early_stop,
         opts=args.opts,
     )
 

@@ -429,7 +429,7 @@ def _check_classes(
     )
     if is_seen is not None and objects.any():
         if masks[is_seen].any():
-            is_bad = is_seen & (masks == 0)
+            is_bad = is_seen & (masks == 0) & (objects > 0)
             find("seen without mask", is_bad, lambda k: f"{objects[k]} objects and no human mask")
         else:
             report.add_to_file("no seen mask", "classes without any mask")

@@ -186,7 +186,7 @@ class Trainer(DefaultTrainer):
 def main(
     args: argparse.Namespace,
     trainer_class: type[Trainer] = Trainer,
-    console_level: int = logging.INFO,
+    is_quiet: bool = False,
 ) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
@@ -196,23 +196,26 @@ def main(
 
     Args:
         args: of :func:`detectron2.engine.default_argument_parser`.
-        trainer_class: what trains.
-        console_level: of the messages that go to the console; the log file has all.
+        trainer_class: what trains and evaluates.
+        is_quiet: the console has only the warnings of this project, and errors; the log file is the
+            caller's affair.
 
     Raises:
         InputError: config, data or weights cannot be used, or ``OUTPUT_DIR`` holds another run.
     """
-    cfg = setup(args, console_level)
+    cfg = setup(args, is_quiet)
     classes = _check_data(cfg, args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        model = trainer_class.build_model(cfg)
         load_weights(model, cfg, heads=[cfg.TEST.MASK_HEAD])
         _write_config(cfg)
         if comm.is_main_process():
             write_class_names(cfg.OUTPUT_DIR, *classes)  # where Trainer.test looks for them
         comm.synchronize()
-        evaluators = [Trainer.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST]
-        return Trainer.test(cfg, model, evaluators)
+        evaluators = [
+            trainer_class.build_evaluator(cfg, x, cfg.OUTPUT_DIR) for x in cfg.DATASETS.TEST
+        ]
+        return trainer_class.test(cfg, model, evaluators)
     trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
 
@@ -231,7 +234,7 @@ def main(
     return trainer.train()
 
 
-def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNode:
+def setup(args: argparse.Namespace, is_quiet: bool = False) -> CfgNode:
     """
     Build the config from the command line of :func:`main`, and start logging.
 
@@ -259,11 +262,13 @@ def setup(args: argparse.Namespace, console_level: int = logging.INFO) -> CfgNod
     if args.eval_only:
         cfg.MODEL.WEIGHTS = last or cfg.MODEL.WEIGHTS
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
+    folder = None if is_quiet else cfg.OUTPUT_DIR
     for name in ("fvcore", "detectron2", "teacher_student_mask"):
-        for handler in setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name).handlers:
+        for handler in setup_logger(folder, comm.get_rank(), name=name).handlers:
             # Detectron2's handlers of files are of the same class.
-            if getattr(handler, "stream", None) is sys.stdout:
-                handler.setLevel(console_level)
+            if is_quiet and getattr(handler, "stream", None) is sys.stdout:
+                is_ours = name == "teacher_student_mask"
+                handler.setLevel(logging.WARNING if is_ours else logging.ERROR)
     choose_device(cfg)
     has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
     if not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only):
