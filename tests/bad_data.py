@@ -298,6 +298,7 @@ CASES = [
     *of(
         "segmentation",
         ("polygon of 4 numbers", [[4, 10, 40, 50]], *NO_MASK),
+        ("polygon of 4 numbers beside another", [SQUARE, [4, 10, 40, 50]], "warning"),
         ("polygon with half a point", [[*SQUARE, 4]]),
         ("half a point beside a polygon", [[*SQUARE, 4], SQUARE]),
         ("point pairs", [[4, 10], [40, 10], [40, 50]]),

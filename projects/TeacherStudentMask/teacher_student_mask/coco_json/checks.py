@@ -379,6 +379,7 @@ def _check_masks(
     find("broken RLE", (state == MaskState.BROKEN_RLE) & is_read)
     find("unread mask", (state >= MaskState.NOT_A_MASK) & ~is_read & ~is_unread_form)
     find("empty mask", (state == MaskState.TOO_SHORT) | (state == MaskState.EMPTY))
+    find("short part", masks.has_short_part)
     find("crossing edges", masks.is_crossing)
 
 

@@ -77,6 +77,7 @@ class MeasuredMasks:
     # Edges of a polygon cross, so that its area by the shoelace formula is less than half of the
     # pixels that pycocotools fills; bool.
     is_crossing: np.ndarray
+    has_short_part: np.ndarray  # beside a polygon, an outline of one or two points; bool
     extents: np.ndarray  # left, top, right and bottom, (n, 4); nan where there is no mask
 
 
@@ -127,7 +128,7 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     # The columns of MeasuredMasks.
     num = len(segmentations)
     state = np.full(num, MaskState.NONE, dtype=np.int8)
-    is_rectangle, is_crossing = np.zeros((2, num), dtype=bool)
+    is_rectangle, is_crossing, has_short_part = np.zeros((3, num), dtype=bool)
     object_extents = np.full((num, 4), np.nan)
     outlines, owners = [], []
     for i, segmentation in enumerate(segmentations):
@@ -147,6 +148,7 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     # Three points or more, in pieces such as [[x, y], [x, y], [x, y]].
     state[np.bincount(owners, lengths, num) >= _MIN_COORDINATES] = MaskState.NOT_A_MASK
     of_half_points = owners[lengths % 2 == 1]
+    has_short_part[owners[lengths < _MIN_COORDINATES]] = True
     polygons = valid_polygons(outlines)
     owners = owners[(lengths >= _MIN_COORDINATES) & (lengths % 2 == 0)]
     limits = sizes[owners, ::-1]
@@ -158,6 +160,7 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     state[owners] = MaskState.EMPTY
     state[owners[covers]] = MaskState.MASK
     state[of_half_points] = MaskState.NOT_A_MASK
+    has_short_part &= state == MaskState.MASK
 
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     object_extents[owners[first], :2] = np.minimum.reduceat(low, first)
@@ -171,7 +174,7 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     is_box = covers & (areas >= 0.999 * sides.prod(axis=1))
     is_box &= (abs(extents - corners) <= BOX_TOLERANCE).all(axis=1)
     is_rectangle[owners[is_box & (np.bincount(owners)[owners] == 1)]] = True
-    return state, is_rectangle, is_crossing, object_extents
+    return state, is_rectangle, is_crossing, has_short_part, object_extents
 
 
 def _measure_polygons(

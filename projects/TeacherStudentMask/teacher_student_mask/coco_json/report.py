@@ -188,6 +188,8 @@ _TABLE = {
                         "as it is of a crowd or an unseen class"),
         "empty mask": ("segmentation", _W, "", "no polygon has 3 points, or nothing of it is in "
                        "its image, so the object counts as one without a mask"),
+        "short part": ("segmentation", _W, _W, "an outline of one or two points beside a polygon "
+                       "is not part of the mask"),
         "crossing edges": ("segmentation", _W, _W, "edges of the outline cross; the mask is the "
                            "pixels that pycocotools fills; draw the points in order"),
         "no mask": ("segmentation", "", _E, "mask AP needs a mask on every object, of unseen "
