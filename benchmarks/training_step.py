@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--foreground", type=int, default=64, help="proposals added per image (%(default)s)")
     add("--amp", action="store_true", help="under autocast, as SOLVER.AMP.ENABLED")
     add("--costs", action="store_true", help="count multiply-adds and memory, too")
+    add("--threads", nargs="+", type=int, help="numbers of CPU threads (that of torch)")
 
 
 def make_programs(args: argparse.Namespace) -> Programs:
@@ -49,7 +50,9 @@ def make_programs(args: argparse.Namespace) -> Programs:
         model.proposal_generator = WithProposalsAroundObjects(
             model.proposal_generator, args.foreground
         )
-        programs[name] = on_next(step, [(model, batch, args.amp) for batch in batches])
+        for threads in args.threads or [torch.get_num_threads()]:
+            key = f"{name}, {threads} threads" if args.threads else name
+            programs[key] = on_next(step, [(model, x, args.amp, threads) for x in batches])
         if args.costs:
             print_costs(name, model, batches[0], args.amp)
     return programs
@@ -68,9 +71,10 @@ def read_batches(args: argparse.Namespace) -> list[list[dict]]:
     return [examples[i : i + args.batch_size] for i in starts]
 
 
-def step(model: nn.Module, batch: list[dict], amp: bool) -> float:
+def step(model: nn.Module, batch: list[dict], amp: bool, threads: int) -> float:
     """Forward and backward, with the same proposals drawn each time; returns the loss."""
     torch.manual_seed(0)
+    torch.set_num_threads(threads)
     with EventStorage():
         with torch.autocast(model.device.type, enabled=amp):
             loss = sum(model(batch).values())
@@ -81,12 +85,12 @@ def step(model: nn.Module, batch: list[dict], amp: bool) -> float:
 
 def print_costs(name: str, model: nn.Module, batch: list[dict], amp: bool) -> None:
     is_on_gpu = model.device.type == "cuda"
-    step(model, batch, amp)  # so that nothing is counted that stays
+    step(model, batch, amp, torch.get_num_threads())  # nothing is counted that stays
     if is_on_gpu:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     with FlopCounterMode(display=False) as counter:
-        step(model, batch, amp)
+        step(model, batch, amp, torch.get_num_threads())
     costs = f"{counter.get_total_flops() / 2e9:.1f} G multiply-adds"
     if is_on_gpu:
         costs += f", {(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
