@@ -101,7 +101,7 @@ def run_model(
     title = f"{cfg.DATASETS.TEST[0]}, {' and '.join(trained.heads)}"
     for inputs in tqdm(loader, desc=title, unit="image"):
         for head, (end, program) in itertools.product(trained.heads, programs.items()):
-            if isinstance(roi_heads, TeacherStudentROIHeads):
+            if len(trained.heads) > 1:
                 roi_heads.test_mask_head = head
             with torch.no_grad():
                 outputs = program(inputs)
@@ -166,8 +166,9 @@ def measure_pseudo_masks(
     model, cfg, heads = trained.model, trained.cfg, trained.model.roi_heads
     if not isinstance(heads, TeacherStudentROIHeads):
         raise InputError(
-            f"{config_file}: MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}, which makes no "
-            "pseudo masks; give the config of a model with TeacherStudentROIHeads."
+            f"{config_file}: pseudo masks are measured on the ROIs of TeacherStudentROIHeads; "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, MODEL.ROI_HEADS.NAME "
+            f"{cfg.MODEL.ROI_HEADS.NAME!r}."
         )
     settings = cfg.MODEL.PSEUDO_MASK
     generators = {
