@@ -128,11 +128,11 @@ class PlaneTargets:
     """
     The G objects of a batch, image after image, on planes: h x w cells over each padded image.
 
-    A cell stands for one pixel of its square, at ``stride // 2`` from the upper left one.
+    A cell stands for one pixel of its square, ``stride // 2`` right of and below the first one.
 
     Attributes:
         masks: bool, shape (G, h, w), of objects with a mask of a human or a model, else False.
-        box_masks: bool, shape (G, h, w), the cells in the object's own box, edges included.
+        box_masks: bool, shape (G, h, w), the cells whose pixel's centre lies in the object's box.
         has_mask, has_model_mask: bool, shape (G,), a human's, or a model's alone.
         centres: shape (G, 2), pixels: the centroid of a human mask, else the centre of the box.
         boxes: shape (G, 4), XYXY in pixels.
@@ -172,8 +172,9 @@ def make_plane_targets(
     """
     device = targets[0].gt_classes.device
     plane = (size[0] // stride, size[1] // stride)
-    ys = torch.arange(plane[0], device=device) * stride + stride // 2
-    xs = torch.arange(plane[1], device=device) * stride + stride // 2
+    # Centres of pixels.
+    ys = torch.arange(plane[0], device=device) * stride + stride // 2 + 0.5
+    xs = torch.arange(plane[1], device=device) * stride + stride // 2 + 0.5
     fields: dict[str, list[torch.Tensor]] = {name: [] for name in PlaneTargets.__dataclass_fields__}
     for i, (x, (height, width)) in enumerate(zip(targets, valid_sizes)):
         boxes, is_human, is_model = x.gt_boxes.tensor, has_mask_of(x), has_model_mask_of(x)
@@ -216,8 +217,8 @@ def _sample(masks: torch.Tensor, stride: int, plane: tuple[int, int]) -> torch.T
 
 
 def _centroids(masks: torch.Tensor) -> torch.Tensor:
-    # Bool, (G, H, W), none empty -> (G, 2), the mean index of pixels, as the official code has it.
+    # Bool, (G, H, W), none empty -> (G, 2). A rectangle has the centre of its box.
     columns, rows = masks.sum(1).double(), masks.sum(2).double()
     xs = columns @ torch.arange(columns.shape[1], device=masks.device).double()
     ys = rows @ torch.arange(rows.shape[1], device=masks.device).double()
-    return torch.stack([xs, ys], dim=1) / rows.sum(1, keepdim=True)
+    return torch.stack([xs, ys], dim=1) / rows.sum(1, keepdim=True) + 0.5
