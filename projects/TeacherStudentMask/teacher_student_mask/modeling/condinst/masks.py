@@ -212,4 +212,5 @@ def predict_planes(
         x = torch.baddbmm(own[:, inputs * outputs :, None], weights, x)
         if i < len(_LAYERS) - 1:
             x = x.relu()
-    return aligned_bilinear(x.unflatten(2, (height, width)), factor)[:, 0]
+    # Not unflatten(), which a graph for ONNX would keep the sizes of.
+    return aligned_bilinear(x.reshape(-1, 1, height, width), factor)[:, 0]
