@@ -1,4 +1,4 @@
-"""CondInst (Tian et al., ECCV 2020), which with box supervision is BoxInst, and the paper's pair."""
+"""CondInst (Tian et al., ECCV 2020), with box supervision BoxInst, and the paper's pair on it."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class CondInstHeads(nn.Module):
     """
     All of :class:`CondInst` above the backbone, in the form of Detectron2's ROI heads.
 
-    Objects with a mask learn by Dice, the others by BoxInst's losses where there is box supervision;
-    all divide by the number of selected locations of the process.
+    Objects with a mask learn by Dice, the others by BoxInst's losses if there is box supervision;
+    both divide by the number of selected locations of the process.
     """
 
     @configurable
