@@ -18,9 +18,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # are equal bit for bit. Slower on a GPU; an operation without such a form stops training.
     cfg.DETERMINISTIC = False
 
-    # Whose masks training may use: "voc", "nonvoc", "all", "auto" = the classes with enough masks
-    # in the training data, class names separated by commas, or a path to a text or json list. The
-    # masks of all other classes are forgotten by the mapper.
+    # Whose masks training may use: "voc", "nonvoc", "all", "none", "auto" = the classes with enough
+    # masks in the training data, class names separated by commas, or a path to a text or json list.
+    # The masks of all other classes are forgotten by the mapper.
     cfg.DATASETS.SEEN_CLASSES = "voc"
     # How many masks a class needs to be seen by "auto"; those of crowds and of models do not count.
     # 10: fewer make no AP of a "seen" class, and are few to lose. 1 = all classes with any mask.

@@ -40,7 +40,13 @@ from .masks import (
 from .planes import box_losses, make_student_planes
 from .targets import Grid, PlaneTargets, assign_objects, make_plane_targets
 
-__all__ = ["CondInst", "CondInstHeads", "TeacherStudentCondInst", "TeacherStudentCondInstHeads"]
+__all__ = [
+    "CondInst",
+    "CondInstHeads",
+    "Locations",
+    "TeacherStudentCondInst",
+    "TeacherStudentCondInstHeads",
+]
 
 _MASK_LOSSES = {"bce": masked_bce_loss, "dice": masked_dice_loss}
 # Cells along each side of a box, where masks leave the model without postprocessing.
@@ -329,12 +335,12 @@ class TeacherStudentCondInstHeads(CondInstHeads):
             raise ValueError("TRAIN_ON_EXTERNAL_MASKS is not for a pair: see PSEUDO_MASK.EXTERNAL.")
         ret = super().from_config(cfg, input_shape)
         channels = input_shape[ret["box_predictor"].in_features[0]].channels
-        student = {"all_layers": cfg.MODEL.CONDINST.CLASS_SPECIFIC_LAYERS == "all"}
-        name, value = "MODEL.CONDINST.CLASS_SPECIFIC_LAYERS", cfg.MODEL.CONDINST
-        check_choice(name, value.CLASS_SPECIFIC_LAYERS, ("last", "all"))
+        layers = cfg.MODEL.CONDINST.CLASS_SPECIFIC_LAYERS
+        check_choice("MODEL.CONDINST.CLASS_SPECIFIC_LAYERS", layers, ("last", "all"))
+        num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         ret.update(
             teacher_mask_head=ret["mask_head"],
-            mask_head=Controller(channels, cfg.MODEL.ROI_HEADS.NUM_CLASSES, **student),
+            mask_head=Controller(channels, num_classes, all_layers=layers == "all"),
             pseudo_masks=PseudoMaskGenerator.from_config(cfg),
             warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
             interact_from=cfg.MODEL.PSEUDO_MASK.INTERACT_FROM,
