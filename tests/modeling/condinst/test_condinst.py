@@ -305,7 +305,7 @@ def test_both_heads_on_given_boxes(tiny_cfg):
     boxes = torch.tensor([[4.0, 4, 30, 30], [20, 20, 50, 56]])
     probs = predict_masks_on_boxes(model, inputs, boxes, torch.tensor([0, 2]))
     assert list(probs) == ["student", "teacher"]
-    assert probs["student"].shape == (2, 112, 112)
+    assert probs["student"].shape == (2, 56, 56)
     assert not torch.equal(probs["student"], probs["teacher"])
     assert model.roi_heads.test_mask_head == "student"
     # A class of its own has masks of its own; the teacher does not look at it.

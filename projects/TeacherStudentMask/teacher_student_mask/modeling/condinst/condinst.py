@@ -50,7 +50,7 @@ __all__ = [
 
 _MASK_LOSSES = {"bce": masked_bce_loss, "dice": masked_dice_loss}
 # Cells along each side of a box, where masks leave the model without postprocessing.
-_ROI_SIDE = 112
+_ROI_SIDE = 56
 # Masks that are brought to the size of their image together.
 _CHUNK = 16
 
