@@ -205,7 +205,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # forgets them. Clipped and excluded like pseudo masks.
     pseudo.EXTERNAL = "alone"
     # How many ROIs without a mask an image gives to the mask heads at most, a random choice: less
-    # time per step. 0 = all, as in the paper.
+    # time per step. 0 = all, as in the paper. CondInst has MODEL.CONDINST.MAX_LOCATIONS instead.
     pseudo.MAX_ROIS_PER_IMAGE = 0
 
     # Dense CRF on the teacher's probabilities, for METHOD "crf". Widths in cells of the ROI grid

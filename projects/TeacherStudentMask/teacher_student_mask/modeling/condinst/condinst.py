@@ -61,13 +61,12 @@ class Locations:
     R locations of a batch, and what the controllers see there.
 
     Attributes:
-        images, indices: int64, shape (R,): positions in the batch and in the grid.
+        images: int64, shape (R,): positions in the batch.
         points, scales: shapes (R, 2) and (R,), see :func:`predict_planes`.
         tower_features: shape (R, D * 9), see :func:`features_at`.
     """
 
     images: torch.Tensor
-    indices: torch.Tensor
     points: torch.Tensor
     scales: torch.Tensor
     tower_features: torch.Tensor
@@ -250,7 +249,7 @@ class CondInstHeads(nn.Module):
         sizes = self.box_predictor.sizes
         scales = grid.points.new_tensor([*sizes, 2 * sizes[-1]])[grid.levels[index]]
         own = features_at(towers, grid, image, index)
-        return Locations(image, index, grid.points[index], scales, own)
+        return Locations(image, grid.points[index], scales, own)
 
     def _predict(
         self, head: Controller, mask_features: torch.Tensor, where: Locations, classes: torch.Tensor
