@@ -26,7 +26,11 @@ from teacher_student_mask import (
     GTBoxInference,
     TeacherStudentDatasetMapper,
 )
-from teacher_student_mask.modeling import PSEUDO_MASK_METHODS, ROI_MASK_PRIOR_REGISTRY
+from teacher_student_mask.modeling import (
+    PSEUDO_MASK_METHODS,
+    ROI_MASK_PRIOR_REGISTRY,
+    CondInst,
+)
 from teacher_student_mask.modeling.pseudo_masks import INTERACT_BALANCES
 
 OPMASK = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]
@@ -49,6 +53,11 @@ HOURGLASS = ["MODEL.TEACHER_MASK_HEAD.NAME", "HourglassMaskHead"]
 HOURGLASS += ["MODEL.TEACHER_MASK_HEAD.HOURGLASS", 20]
 HOURGLASS += ["MODEL.TEACHER_MASK_HEAD.NORM", "naiveSyncBN_N"]
 ON_GT_BOXES = ["MODEL.ROI_MASK_HEAD.TRAIN_ON_GT_BOXES", True]
+CONDINST = ["MODEL.META_ARCHITECTURE", "CondInst", "MODEL.CONDINST.STRIDE", 2]
+CONDINST += ["MODEL.FCOS.IN_FEATURES", ["p2", "p3", "p4", "p5"], "MODEL.FCOS.SIZES", [16, 32, 64]]
+CONDINST += ["MODEL.FCOS.NUM_CONV", 1, "MODEL.FCOS.NORM", "", "MODEL.CONDINST.NORM", ""]
+CONDINST += ["MODEL.CONDINST.IN_FEATURES", ["p2", "p3", "p4"], "MODEL.CONDINST.CONV_DIM", 8]
+CONDINST_PAIR = [*CONDINST, "MODEL.META_ARCHITECTURE", "TeacherStudentCondInst"]
 GRABCUT = ["MODEL.META_ARCHITECTURE", "GrabCutRCNN"]
 
 
@@ -89,6 +98,10 @@ METHODS = {
     "contrastmask": [*AGNOSTIC, *CONTRASTMASK],
     "contrastmask, GT boxes": [*AGNOSTIC, *CONTRASTMASK, *ON_GT_BOXES],
     "contrastmask + ours": [*OURS, *CONTRASTMASK],
+    "condinst": CONDINST,
+    "condinst + boxinst": [*CONDINST, *BOXINST],
+    "condinst + ours": [*CONDINST_PAIR, "MODEL.PSEUDO_MASK.METHOD", "box_fit"],
+    "condinst + boxinst + ours": [*CONDINST_PAIR, *BOXINST],
 }
 # Not for comparisons that need a mask head, or whose tolerance rounding exceeds in 52 layers.
 EVERY_METHOD = {
@@ -102,7 +115,7 @@ every_method = pytest.mark.parametrize("method", EVERY_METHOD)
 
 
 def has_teacher(opts):
-    return "TeacherStudentROIHeads" in opts
+    return "TeacherStudentROIHeads" in opts or "TeacherStudentCondInst" in opts
 
 
 def has_mask_head(opts):
@@ -128,7 +141,10 @@ def dataset_of(make_tiny_coco):
 
 def build(cfg):
     torch.manual_seed(0)
-    return build_model(cfg)
+    model = build_model(cfg)
+    if isinstance(model, CondInst):  # boxes of random weights would have no area
+        torch.nn.init.ones_(model.roi_heads.box_predictor.bbox_pred.bias)
+    return model
 
 
 def batch_of(cfg, dataset):
@@ -176,6 +192,8 @@ LEAK_METHODS = {
     + ["MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE", 2],
     "ours, Dice, balanced": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "dice"]
     + ["MODEL.PSEUDO_MASK.INTERACT_BALANCE", "share"],
+    "condinst + ours, CRF": [*CONDINST_PAIR, "MODEL.PSEUDO_MASK.METHOD", "crf"]
+    + ["MODEL.PSEUDO_MASK.CRF.NUM_ITERS", 2, "MODEL.CONDINST.CLASS_SPECIFIC_LAYERS", "all"],
     "ours, all channels": [*OURS, "MODEL.PSEUDO_MASK.STUDENT_LOSS", "bce_all"],
     "high-res masks": [*AGNOSTIC, "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvMultiUpsampleHead"]
     + ["MODEL.ROI_MASK_HEAD.NUM_DECONV", 2],
@@ -391,7 +409,7 @@ def test_inference_on_detected_and_on_given_boxes(tiny_cfg, tiny_coco, method):
 
 
 @pytest.mark.parametrize(
-    "method", ["ours", "opmask", "opmask + ours", "shapeprop + ours", "cpmask"]
+    "method", ["ours", "opmask", "opmask + ours", "shapeprop + ours", "cpmask", "condinst + ours"]
 )
 def test_test_time_augmentation(tiny_cfg, tiny_coco, method):
     """Detectron2's own: boxes of all views are merged, and masks predicted for them averaged."""
@@ -427,7 +445,8 @@ def system_cfg(name, output_dir):
         + ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 0, "MODEL.BOX_SUPERVISION.WARMUP_ITERS", 0]
         + ["MODEL.ROI_MASK_PRIOR.SHAPE_PROPAGATION.CONV_DIM", 16]
         + ["MODEL.ROI_MASK_PRIOR.COMMONALITY_PARSING.CONV_DIM", 16]
-        + ["MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM", 16]
+        + ["MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM", 16, "MODEL.FCOS.NORM", ""]
+        + ["MODEL.CONDINST.CONV_DIM", 16]
         + ["INPUT.MIN_SIZE_TRAIN", (128,), "INPUT.MIN_SIZE_TEST", 128]
         + ["DATASETS.TRAIN", ("coco_2017_val",), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
         + ["TEST.DETECTIONS_PER_IMAGE", 20]

@@ -56,7 +56,7 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
         spec: one of
 
             * ``"voc"`` / ``"nonvoc"``: the halves of COCO's 80 classes; the dataset has no others.
-            * ``"all"``: every class (the fully supervised oracle).
+            * ``"all"``: every class (the fully supervised oracle); ``"none"``: boxes alone.
             * names separated by commas, e.g. ``"cat, hair drier"``; after a comma, ``", all"``
               is a class, too.
             * a path to a ``.json`` file with a list of names, or to a text file with one name a
@@ -77,8 +77,8 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
             f"{problem}, which only the training annotations can answer: use the config.yaml that "
             f"train_net.py writes to OUTPUT_DIR. A class of this name is meant by ', {AUTO}'."
         )
-    if spec == "all":
-        return list(range(len(thing_classes)))
+    if spec in ("all", "none"):
+        return list(range(len(thing_classes))) if spec == "all" else []
     if spec in _NAMED_SPLITS:
         foreign = [name for name in thing_classes if name not in VOC_CLASSES + NONVOC_CLASSES]
         if foreign:
@@ -90,7 +90,7 @@ def resolve_seen_classes(spec: str, thing_classes: Sequence[str]) -> list[int]:
     names = _read_names(spec)
     if not names:
         raise InputError(
-            f"{problem}, which names no class. Allowed: 'voc', 'nonvoc', 'all', class names "
+            f"{problem}, which names no class. Allowed: 'voc', 'nonvoc', 'all', 'none', names "
             "separated by commas, or a path to a text or json list."
         )
     return sorted(

@@ -18,9 +18,9 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # are equal bit for bit. Slower on a GPU; an operation without such a form stops training.
     cfg.DETERMINISTIC = False
 
-    # Whose masks training may use: "voc", "nonvoc", "all", "auto" = the classes with enough masks
-    # in the training data, class names separated by commas, or a path to a text or json list. The
-    # masks of all other classes are forgotten by the mapper.
+    # Whose masks training may use: "voc", "nonvoc", "all", "none", "auto" = the classes with enough
+    # masks in the training data, class names separated by commas, or a path to a text or json list.
+    # The masks of all other classes are forgotten by the mapper.
     cfg.DATASETS.SEEN_CLASSES = "voc"
     # How many masks a class needs to be seen by "auto"; those of crowds and of models do not count.
     # 10: fewer make no AP of a "seen" class, and are few to lose. 1 = all classes with any mask.
@@ -133,7 +133,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     contrast.OFFICIAL_DENOMINATOR = False
 
     # Losses on the boxes of objects without a mask, for the teacher, or for the only mask head:
-    # "" = none, "boxinst" = BoxInst's projection and pairwise losses on the ROI grid.
+    # "" = none, "boxinst" = BoxInst's projection and pairwise losses: on the ROI grid, or with
+    # CondInst on the whole image, as in BoxInst itself.
     box = cfg.MODEL.BOX_SUPERVISION = CN()
     box.NAME = ""
     # Loss of the objects with a mask, of all mask heads, while box supervision is on: "dice"
@@ -143,7 +144,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     box.PAIRWISE_WEIGHT = 1.0
     # Neighbours of at least this colour similarity, in [0, 1], should have the same label.
     box.COLOR_THRESHOLD = 0.3
-    # Distance of the neighbours in cells of the grid; ROIs with a side under 56 pixels have 1.
+    # Distance of the neighbours in cells; ROIs with a side under 56 pixels have 1.
     box.DILATION = 2
     # The pairwise loss grows linearly to its weight over these iterations.
     box.WARMUP_ITERS = 10000
@@ -152,6 +153,30 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     box.ROI_SCALE = 1.5
     # Rows at the bottom of the image, in pixels before it is resized, that take no part.
     box.BOTTOM_ROWS = 10
+
+    # The detector of META_ARCHITECTURE "CondInst" and "TeacherStudentCondInst". It also reads
+    # NUM_CLASSES, NMS_THRESH_TEST and SCORE_THRESH_TEST of MODEL.ROI_HEADS; a detection's score is
+    # the square root of class probability times centreness.
+    fcos = cfg.MODEL.FCOS = CN()
+    fcos.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Limits between the levels: the largest distance from a location to a side of its box, pixels.
+    fcos.SIZES = [64, 128, 256, 512]
+    # Locations learn an object up to this many strides from its centre.
+    fcos.CENTRE_RADIUS = 1.5
+    fcos.NUM_CONV = 4  # of each of the two towers
+    fcos.NORM = "GN"
+
+    # Masks of the same, without ROIs. Of MODEL.ROI_MASK_HEAD counts TRAIN_ON_EXTERNAL_MASKS alone.
+    condinst = cfg.MODEL.CONDINST = CN()
+    condinst.IN_FEATURES = ["p3", "p4", "p5"]  # of the mask branch
+    condinst.CONV_DIM = 128
+    # The official "BN" has other statistics in each process, and needs some images in each.
+    condinst.NORM = "BN"
+    condinst.STRIDE = 4  # of the masks, in pixels; divides that of the first of IN_FEATURES
+    # Locations of an image that train the masks, shared equally among its objects.
+    condinst.MAX_LOCATIONS = 64
+    # Which layers of the student's masks have weights of the class: "last", or "all".
+    condinst.CLASS_SPECIFIC_LAYERS = "last"
 
     # How the teacher's output becomes the student's target where an object has no mask.
     pseudo = cfg.MODEL.PSEUDO_MASK = CN()
@@ -180,7 +205,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # forgets them. Clipped and excluded like pseudo masks.
     pseudo.EXTERNAL = "alone"
     # How many ROIs without a mask an image gives to the mask heads at most, a random choice: less
-    # time per step. 0 = all, as in the paper.
+    # time per step. 0 = all, as in the paper. CondInst has MODEL.CONDINST.MAX_LOCATIONS instead.
     pseudo.MAX_ROIS_PER_IMAGE = 0
 
     # Dense CRF on the teacher's probabilities, for METHOD "crf". Widths in cells of the ROI grid

@@ -237,8 +237,9 @@ class _TraceableDetector(nn.Module):
                 count = mock.patch.object(module, "len", lambda x: x.__len__(), create=True)
                 stack.enter_context(count)
             head = self.model.roi_heads.mask_head
-            layers = functools.partial(_with_one_more_row, head.layers)
-            stack.enter_context(mock.patch.object(head, "layers", layers))
+            if hasattr(head, "layers"):
+                layers = functools.partial(_with_one_more_row, head.layers)
+                stack.enter_context(mock.patch.object(head, "layers", layers))
             return detect(self.model, image)
 
 

@@ -134,7 +134,8 @@ def plan_sweep(
             if not os.path.isfile(seen_path):
                 raise InputError(f"The list of seen classes {seen_path} does not exist.")
             arguments += ["DATASETS.SEEN_CLASSES", str(Path(seen_path).resolve())]
-        has_teacher = cfg.MODEL.ROI_HEADS.NAME == "TeacherStudentROIHeads"
+        names = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME)
+        has_teacher = any(x.startswith("TeacherStudent") for x in names)
         heads = {STUDENT: "student", **({TEACHER: "teacher"} if has_teacher else {})}
         parts = [label, *([seen_set] if seen_set else []), f"seed_{seed}"]
         run = Run(

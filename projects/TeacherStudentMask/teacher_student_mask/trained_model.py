@@ -32,7 +32,7 @@ from .class_splits import match_classes
 from .config import add_teacher_student_mask_config
 from .data import dataset_classes, register_json_datasets, resolve_auto_settings
 from .errors import InputError
-from .modeling import GTBoxInference, TeacherStudentROIHeads
+from .modeling import GTBoxInference, has_teacher
 from .run_folder import find_model, find_moved, read_class_names
 
 if TYPE_CHECKING:
@@ -201,14 +201,10 @@ def load_model(
     network = build_model(built)
     if not isinstance(network, GeneralizedRCNN) or not cfg.MODEL.MASK_ON:
         raise InputError("needed is a GeneralizedRCNN with MODEL.MASK_ON True; this is another.")
-    has_teacher = isinstance(network.roi_heads, TeacherStudentROIHeads)
-    existing = ("student", "teacher") if has_teacher else ("student",)
+    existing = ("student", "teacher") if has_teacher(network) else ("student",)
     heads = existing if heads is None else tuple(heads)
     if set(heads) - set(existing):
-        name = cfg.MODEL.ROI_HEADS.NAME
-        raise InputError(
-            f"No such head: {heads}; the model of {name!r} has: {', '.join(existing)}."
-        )
+        raise InputError(f"No such head: {heads}; the model has: {', '.join(existing)}.")
     load_weights(network, cfg, heads=heads)
     names, ids = find_model_classes(cfg, [cfg.MODEL.WEIGHTS, config_file])
     return TrainedModel(cfg, network.eval(), names, ids, heads)

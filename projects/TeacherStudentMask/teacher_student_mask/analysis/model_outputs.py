@@ -35,7 +35,7 @@ from ..modeling import (
     DenseCRF,
     GTBoxInference,
     PseudoMaskGenerator,
-    TeacherStudentROIHeads,
+    predict_masks_on_boxes,
 )
 from ..modeling.mask_targets import crop_gt_masks, crop_pixels
 from ..structures import ImageMask
@@ -102,7 +102,7 @@ def run_model(
     title = f"{cfg.DATASETS.TEST[0]}, {' and '.join(trained.heads)}"
     for inputs in tqdm(loader, desc=title, unit="image"):
         for head, (end, program) in itertools.product(trained.heads, programs.items()):
-            if isinstance(roi_heads, TeacherStudentROIHeads):
+            if len(trained.heads) > 1:
                 roi_heads.test_mask_head = head
             with torch.no_grad():
                 outputs = program(inputs)
@@ -164,11 +164,12 @@ def measure_pseudo_masks(
     """
     bins = to_overlap_bins(overlap_bins)
     trained = load_model(config_file, weights=weights, opts=opts)
-    model, cfg, heads = trained.model, trained.cfg, trained.model.roi_heads
-    if not isinstance(heads, TeacherStudentROIHeads):
+    model, cfg = trained.model, trained.cfg
+    if "teacher" not in trained.heads:
         raise InputError(
-            f"{config_file}: MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME!r}, which makes no "
-            "pseudo masks; give the config of a model with TeacherStudentROIHeads."
+            f"{config_file}: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} with "
+            f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} makes no pseudo masks; give the "
+            "config of a model with a teacher."
         )
     settings = cfg.MODEL.PSEUDO_MASK
     generators = {
@@ -186,16 +187,14 @@ def measure_pseudo_masks(
     mask_side = None
     for inputs, rois, truth, overlaps_of_image in _unseen_objects(trained):
         rois = rois.to(model.device)
-        with torch.no_grad():
-            images = model.preprocess_image([inputs])
-            features = model.backbone(images.tensor)
-            teacher_logits, student_logits, _ = heads.compute_mask_logits(features, [rois])
-        mask_side = student_logits.shape[-1]
+        probs = predict_masks_on_boxes(model, inputs, rois.gt_boxes.tensor, rois.gt_classes)
+        mask_side = probs["student"].shape[-1]
         true_masks = crop_gt_masks([truth], mask_side, model.device).double()
-        pixels = crop_pixels(heads.to_rgb(images.tensor), [rois.proposal_boxes], mask_side)
+        image = inputs["image"].to(model.device, torch.float32)[None]
+        image = image.flip(1) if cfg.INPUT.FORMAT == "BGR" else image
+        pixels = crop_pixels(image, [rois.proposal_boxes], mask_side)
         for method, generator in generators.items():
-            probs = teacher_logits.sigmoid(), student_logits.sigmoid()
-            masks = generator(*probs, [rois], pixels).double()
+            masks = generator(probs["teacher"], probs["student"], [rois], pixels).double()
             unions = torch.maximum(masks, true_masks).sum(dim=(1, 2)).clamp(min=1e-9)
             intersections = torch.minimum(masks, true_masks).sum(dim=(1, 2))
             ious[method] += (intersections / unions).tolist()

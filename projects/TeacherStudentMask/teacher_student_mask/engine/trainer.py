@@ -19,6 +19,7 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -301,7 +302,7 @@ def _write_config(cfg: CfgNode) -> None:
 
 def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """Stop at errors of the datasets; return names and category ids of the model's classes."""
-    is_rcnn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "GrabCutRCNN")
+    is_rcnn = issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN)
     learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
     earlier = read_class_names(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else None
     check_datasets(

@@ -6,10 +6,16 @@ classes; M side of a mask in cells (28, or 56); D feature channels; H, W height 
 image.
 """
 
+from .condinst import (
+    CondInst,
+    TeacherStudentCondInst,
+    build_fcos_resnet_fpn_backbone,
+    build_fcos_timm_fpn_backbone,
+)
 from .crf import DenseCRF
 from .grabcut import GrabCutRCNN, grab_cut
 from .hourglass import HourglassMaskHead
-from .inference import GTBoxInference, predict_masks_on_boxes
+from .inference import GTBoxInference, has_teacher, predict_masks_on_boxes
 from .mask_heads import MaskRCNNConvMultiUpsampleHead, build_teacher_mask_head
 from .mask_x_rcnn import WeightTransferMaskHead
 from .priors import ROI_MASK_PRIOR_REGISTRY
@@ -24,6 +30,7 @@ from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 __all__ = [
     "ClassActivationPrior",
     "CommonalityParsingPrior",
+    "CondInst",
     "ContrastivePrior",
     "DenseCRF",
     "FeatureMapBoxHead",
@@ -36,13 +43,17 @@ __all__ = [
     "PseudoMaskGenerator",
     "ROI_MASK_PRIOR_REGISTRY",
     "ShapePropagationPrior",
+    "TeacherStudentCondInst",
     "TeacherStudentROIHeads",
     "TimmBackbone",
     "TwoBranchBoxHead",
     "WeightTransferMaskHead",
+    "build_fcos_resnet_fpn_backbone",
+    "build_fcos_timm_fpn_backbone",
     "build_teacher_mask_head",
     "build_timm_fpn_backbone",
     "generate_pseudo_masks",
     "grab_cut",
+    "has_teacher",
     "predict_masks_on_boxes",
 ]

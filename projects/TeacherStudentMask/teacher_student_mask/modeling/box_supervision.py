@@ -1,5 +1,6 @@
 """
-BoxInst's mask losses (Tian et al., CVPR 2021), on the M x M grids of ROIs instead of whole images.
+BoxInst's mask losses (Tian et al., CVPR 2021), on the M x M grids of ROIs, or on h x w cells over
+whole images as BoxInst has them.
 
 p is the probability of a cell, B whether its centre lies in the object's own box.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "color_similarity",
     "crop_lab",
     "pairwise_loss",
+    "pairwise_sums",
     "projection_loss",
     "rgb_to_lab",
 ]
@@ -68,7 +70,7 @@ def projection_loss(logits: torch.Tensor, box_masks: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def color_similarity(
-    lab: torch.Tensor, valid: torch.Tensor, dilation: int, is_small: torch.Tensor
+    lab: torch.Tensor, valid: torch.Tensor, dilation: int, is_small: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
     Compare the colour of each cell with those of its 8 neighbours.
@@ -79,7 +81,7 @@ def color_similarity(
     Args:
         lab, valid: CIE Lab, shape (R, 3, M, M), and bool, shape (R, M, M), of :func:`crop_lab`.
         dilation: distance of the neighbours in cells along each axis.
-        is_small: bool, shape (R,); in these ROIs the distance is 1.
+        is_small: bool, shape (R,); in these ROIs the distance is 1. None: in none of them.
 
     Returns:
         shape (R, 8, M, M), in [0, 1]; the neighbours row by row from the upper left one.
@@ -95,7 +97,7 @@ def pairwise_loss(
     box_masks: torch.Tensor,
     threshold: float,
     dilation: int,
-    is_small: torch.Tensor,
+    is_small: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Ask neighbours of similar colour for the same label, whichever it is.
@@ -111,22 +113,37 @@ def pairwise_loss(
             for a neighbour that does not exist.
         dilation, is_small: see :func:`color_similarity`.
     """
+    total, count = pairwise_sums(logits, similarity, box_masks, threshold, dilation, is_small)
+    return total / count.clamp(min=1)
+
+
+def pairwise_sums(
+    logits: torch.Tensor,
+    similarity: torch.Tensor,
+    box_masks: torch.Tensor,
+    threshold: float,
+    dilation: int,
+    is_small: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator and sum W_ij of :func:`pairwise_loss`, which parts of a batch can add up."""
     logits = at_least_float32(logits)
     # Probabilities would round to 0 or 1 and their logarithm to infinity.
     log_probs = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
     others = _neighbours(log_probs, dilation, is_small)
     both_in, both_out = (log_probs[:, :, None] + others).unbind(1)
     weights = ((similarity >= threshold) & box_masks[:, None]).to(logits.dtype)
-    return -(weights * torch.logaddexp(both_in, both_out)).sum() / weights.sum().clamp(min=1)
+    return -(weights * torch.logaddexp(both_in, both_out)).sum(), weights.sum()
 
 
-def _neighbours(values: torch.Tensor, dilation: int, is_small: torch.Tensor) -> torch.Tensor:
+def _neighbours(values: torch.Tensor, dilation: int, is_small: torch.Tensor | None) -> torch.Tensor:
     # (R, K, M, M) -> (R, K, 8, M, M), 0 outside the grid. Both distances of all: no loop.
     at_distance = []
-    for d in (1, dilation):
+    for d in (dilation,) if is_small is None else (1, dilation):
         padded = F.pad(values, [d] * 4).unfold(2, values.shape[2], d).unfold(3, values.shape[3], d)
         cells = padded.flatten(2, 3)
         at_distance.append(torch.cat([cells[:, :, :4], cells[:, :, 5:]], dim=2))
+    if is_small is None:
+        return at_distance[0]
     return torch.where(is_small[:, None, None, None, None], *at_distance)
 
 
@@ -263,12 +280,8 @@ class BoxSupervision:
             pixels: shape (N, 3, H, W), RGB in 0-255, of the model's input.
             iteration: of the training, from 0.
         """
-        boxes, side, sizes = [x.proposal_boxes for x in rois], logits.shape[-1], []
-        for x in rois:
-            is_resized = len(x) > 0 and x.has("gt_resize_factor")
-            factor = x.gt_resize_factor[0].item() if is_resized else 1.0
-            sizes.append((x.image_size[0] - self.bottom_rows * factor, x.image_size[1]))
-        lab, valid = crop_lab(pixels, sizes, boxes, side)
+        boxes, side = [x.proposal_boxes for x in rois], logits.shape[-1]
+        lab, valid = crop_lab(pixels, self.valid_sizes(rois), boxes, side)
         roi_boxes = Boxes.cat(boxes).tensor
         gt_boxes = torch.cat([roi_boxes[:0], *(x.gt_boxes.tensor for x in rois if len(x) > 0)])
         box_masks = cells_inside_boxes(roi_boxes, gt_boxes, side)
@@ -277,8 +290,23 @@ class BoxSupervision:
         pairwise = pairwise_loss(
             logits, similarity, box_masks, self.color_threshold, self.dilation, is_small
         )
+        return self.weigh(projection_loss(logits, box_masks), pairwise, iteration)
+
+    def valid_sizes(self, instances: list[Instances]) -> list[tuple[float, float]]:
+        """(height, width) of the part of each image whose colours count, see :func:`crop_lab`."""
+        sizes = []
+        for x in instances:
+            is_resized = len(x) > 0 and x.has("gt_resize_factor")
+            factor = x.gt_resize_factor[0].item() if is_resized else 1.0
+            sizes.append((x.image_size[0] - self.bottom_rows * factor, x.image_size[1]))
+        return sizes
+
+    def weigh(
+        self, projection: torch.Tensor, pairwise: torch.Tensor, iteration: int
+    ) -> dict[str, torch.Tensor]:
+        """The two losses by their names and times their weights at an iteration, from 0."""
         warmup = min(iteration / self.warmup_iters, 1.0) if self.warmup_iters > 0 else 1.0
         return {
-            "loss_mask_projection": projection_loss(logits, box_masks) * self.projection_weight,
+            "loss_mask_projection": projection * self.projection_weight,
             "loss_mask_pairwise": pairwise * (warmup * self.pairwise_weight),
         }

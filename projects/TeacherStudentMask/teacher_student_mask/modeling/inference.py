@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .grabcut import GrabCutRCNN
-from .roi_heads import TeacherStudentROIHeads
 
-__all__ = ["GTBoxInference", "predict_masks_on_boxes"]
+__all__ = ["GTBoxInference", "has_teacher", "predict_masks_on_boxes"]
 
 # Bounds the memory of the mask heads in images with very many objects.
 _MAX_ROIS = 128
@@ -40,6 +39,11 @@ class GTBoxInference(nn.Module):
         return self.model.inference(batched_inputs, detected_instances=detected)
 
 
+def has_teacher(model: nn.Module) -> bool:
+    """Whether a model has the paper's pair of mask heads, one of which runs at inference."""
+    return hasattr(model.roi_heads, "teacher_mask_head")
+
+
 @torch.no_grad()
 def predict_masks_on_boxes(
     model: GeneralizedRCNN, inputs: dict, boxes: torch.Tensor, classes: torch.Tensor
@@ -55,29 +59,34 @@ def predict_masks_on_boxes(
 
     Returns:
         Probabilities in the channel of each box's class, shape (R, M, M) over the box, on the
-        model's device: "student", the only head of most models, and "teacher" of
-        :class:`TeacherStudentROIHeads`; M may differ between the two.
+        model's device: "student", the only head of most models, and "teacher" where there is one;
+        M may differ between the two.
 
     Raises:
         ValueError: a model without a mask head, or :class:`GrabCutRCNN`, which does not use one.
     """
     if isinstance(model, GrabCutRCNN) or not model.roi_heads.mask_on:
         raise ValueError("No mask probabilities: the model has no mask head, or is GrabCutRCNN.")
-    image_size = tuple(inputs["image"].shape[-2:])
+    image_size, roi_heads = tuple(inputs["image"].shape[-2:]), model.roi_heads
     features = model.backbone(model.preprocess_image([inputs]).tensor)
     boxes, classes = boxes.to(model.device), classes.to(model.device)
-    parts = []
-    # Without boxes one part, of no rows.
-    for b, c in zip(boxes.split(_MAX_ROIS), classes.split(_MAX_ROIS)):
-        if isinstance(model.roi_heads, TeacherStudentROIHeads):
-            rois = Instances(image_size, proposal_boxes=Boxes(b), gt_classes=c)
-            teacher, student, _ = model.roi_heads.compute_mask_logits(features, [rois])
-            parts.append({"student": student.sigmoid(), "teacher": teacher.sigmoid()})
-        else:
+
+    def run() -> torch.Tensor:
+        parts = []
+        # Without boxes one part, of no rows.
+        for b, c in zip(boxes.split(_MAX_ROIS), classes.split(_MAX_ROIS)):
             given = [_detections(image_size, b, c)]
-            (found,) = model.roi_heads.forward_with_given_boxes(features, given)
-            parts.append({"student": found.pred_masks[:, 0]})
-    return {head: torch.cat([x[head] for x in parts]) for head in parts[0]}
+            (found,) = roi_heads.forward_with_given_boxes(features, given)
+            parts.append(found.pred_masks[:, 0])
+        return torch.cat(parts)
+
+    if not has_teacher(model):
+        return {"student": run()}
+    probs, chosen = {}, roi_heads.test_mask_head
+    for roi_heads.test_mask_head in ("student", "teacher"):
+        probs[roi_heads.test_mask_head] = run()
+    roi_heads.test_mask_head = chosen
+    return probs
 
 
 def _detections(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
 from torch.nn import functional as F
 
 __all__ = [
@@ -26,8 +28,10 @@ __all__ = [
     "mask_accuracy",
     "masked_bce_loss",
     "masked_dice_loss",
+    "put_scalars",
     "rois_of_objects",
     "select_rois",
+    "to_rgb",
 ]
 
 
@@ -235,3 +239,20 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ValueError if ``value``, of the setting ``name``, is not ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+
+
+def put_scalars(scalars: dict[str, torch.Tensor]) -> None:
+    """Log scalars in the event storage; NaN means that there is nothing to log."""
+    # Together, so that a GPU is waited for once.
+    numbers = torch.stack([x.detach().float() for x in scalars.values()]).tolist()
+    for name, number in zip(scalars, numbers):
+        if not math.isnan(number):
+            get_event_storage().put_scalar(name, number)
+
+
+def to_rgb(
+    images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, image_format: str
+) -> torch.Tensor:
+    """RGB in 0-255 of normalised images, (N, 3, H, W), mean and std of shape (3, 1, 1)."""
+    pixels = images * std + mean
+    return pixels.flip(1) if image_format == "BGR" else pixels

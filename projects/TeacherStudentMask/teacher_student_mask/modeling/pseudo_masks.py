@@ -51,6 +51,7 @@ def generate_pseudo_masks(
     balance: str = "none",
     roi_boxes: torch.Tensor | None = None,
     gt_boxes: torch.Tensor | None = None,
+    box_masks: torch.Tensor | None = None,
     clip_to_box: bool = True,
     exclusion_masks: torch.Tensor | None = None,
     crf: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -77,13 +78,15 @@ def generate_pseudo_masks(
     Args:
         teacher_probs: shape (R, M_t, M_t), probabilities; M_t is a multiple of M (56 for 28), and
             is averaged down to M.
-        student_probs: shape (R, M, M), probabilities of the label channel.
+        student_probs: shape (R, M, M), probabilities of the label channel. Any grid will do, such
+            as (R, h, w) of the whole image, if both have it.
         method: one of :data:`PSEUDO_MASK_METHODS`.
         threshold: probability from which on (inclusive) a cell is foreground.
         balance: one of :data:`INTERACT_BALANCES`.
         roi_boxes, gt_boxes: shape (R, 4), XYXY, of one frame; the ROIs, over which the M x M grid
             lies, and the matched objects. Needed by ``"box_fit"`` and for ``clip_to_box``.
-        clip_to_box: if there are boxes, cells outside ``gt_boxes`` become background.
+        box_masks: bool, shape (R, M, M), instead of these two: the cells in the object's box.
+        clip_to_box: if there are boxes, cells outside the object's become background.
         exclusion_masks: bool, shape (R, M, M); if given, these cells become background.
         crf: called with (R, M, M) probabilities and ``roi_images``; needed by ``"crf"``.
         roi_images: shape (R, 3, M, M), RGB in 0-255; needed by ``"crf"``.
@@ -95,7 +98,7 @@ def generate_pseudo_masks(
         ValueError: an unknown method, or M_t is not a multiple of M.
     """
     check_choice("The pseudo-mask method", method, PSEUDO_MASK_METHODS)
-    side, inside = student_probs.shape[-1], None
+    side, inside = student_probs.shape[-1], box_masks
     probs = _average_down(teacher_probs, side)
     if roi_boxes is not None and gt_boxes is not None:
         inside = cells_inside_boxes(roi_boxes, gt_boxes, side)

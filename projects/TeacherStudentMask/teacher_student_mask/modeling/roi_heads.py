@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -40,8 +39,10 @@ from .mask_targets import (
     mask_accuracy,
     masked_bce_loss,
     masked_dice_loss,
+    put_scalars,
     rois_of_objects,
     select_rois,
+    to_rgb,
 )
 from .mask_x_rcnn import WeightTransferMaskHead
 from .priors import ROI_MASK_PRIOR_REGISTRY, ROIContext
@@ -237,7 +238,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         logits = predict_label_channel(self.mask_head, mask_features, labels)
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
-        _put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
+        put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
         box_losses, share = self._compute_box_losses(self.mask_head, features, sampled, pixels)
         weight = self.mask_head.loss_weight * share
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
@@ -283,8 +284,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     def to_rgb(self, images: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation of the model's input, (N, 3, H, W), to RGB in 0-255."""
         mean, std = images.new_tensor(self.pixel_mean), images.new_tensor(self.pixel_std)
-        pixels = images * std[:, None, None] + mean[:, None, None]
-        return pixels.flip(1) if self.image_format == "BGR" else pixels
+        return to_rgb(images, mean[:, None, None], std[:, None, None], self.image_format)
 
     def compute_mask_features(
         self,
@@ -475,7 +475,7 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
 
         scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
         scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
-        _put_scalars(scalars)
+        put_scalars(scalars)
         if self._is_vis_iteration():
             masks = (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)
             for k, strip in enumerate(draw_rois_without_mask(rois, pixels, masks)):
@@ -510,11 +510,3 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         labels = torch.cat([x.gt_classes for x in rois])
         student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         return teacher_logits, student_logits, losses
-
-
-def _put_scalars(scalars: dict[str, torch.Tensor]) -> None:
-    # NaN means that there is nothing to log. Together, so that a GPU is waited for once.
-    numbers = torch.stack([x.detach().float() for x in scalars.values()]).tolist()
-    for name, number in zip(scalars, numbers):
-        if not math.isnan(number):
-            get_event_storage().put_scalar(name, number)

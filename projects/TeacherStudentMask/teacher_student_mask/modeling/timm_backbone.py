@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 
 from ..errors import InputError
 
-__all__ = ["TimmBackbone", "build_timm_fpn_backbone"]
+__all__ = ["TimmBackbone", "build_timm_backbone", "build_timm_fpn_backbone"]
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,22 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     Build the FPN of Detectron2 on a :class:`TimmBackbone`; p2 to p5, and p6 by max pooling.
 
+    Errors as of :func:`build_timm_backbone`.
+    """
+    return FPN(
+        bottom_up=build_timm_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """
+    Build the :class:`TimmBackbone` of a config whose images are what it was trained on.
+
     Raises:
         InputError: as :class:`TimmBackbone`, or ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD`` or
             ``INPUT.FORMAT`` are not those that the weights were trained with.
@@ -172,14 +188,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
             + ", ".join(f"{key} {expected[key]} (it is {found[key]})" for key in wrong)
             + "."
         )
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return bottom_up
 
 
 def _import_timm():
