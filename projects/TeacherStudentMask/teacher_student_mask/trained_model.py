@@ -204,7 +204,8 @@ def load_model(
     existing = ("student", "teacher") if has_teacher(network) else ("student",)
     heads = existing if heads is None else tuple(heads)
     if set(heads) - set(existing):
-        raise InputError(f"No such head: {heads}; the model has: {', '.join(existing)}.")
+        name = f"{cfg.MODEL.META_ARCHITECTURE!r} with {cfg.MODEL.ROI_HEADS.NAME!r}"
+        raise InputError(f"No such head: {heads}; {name} has: {', '.join(existing)}.")
     load_weights(network, cfg, heads=heads)
     names, ids = find_model_classes(cfg, [cfg.MODEL.WEIGHTS, config_file])
     return TrainedModel(cfg, network.eval(), names, ids, heads)
