@@ -70,31 +70,32 @@ def build_random_model(cfg: CfgNode, inputs: list[dict]) -> nn.Module:
 
     The frozen batch norms get the statistics of the inputs, for with those of nothing (mean 0,
     variance 1) activations grow with each block. The box head's class scores become peaked, so that
-    a few pass the score threshold, and mask logits have both signs.
+    a few pass the score threshold, and mask logits have both signs. CondInst finds its 100 objects
+    with MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.
 
     Args:
-        cfg: of any ROI heads that are :class:`StandardROIHeads`.
+        cfg: of CondInst, or any ROI heads that are :class:`StandardROIHeads`.
         inputs: for the model, at inference.
     """
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     norms = [x for x in model.modules() if isinstance(x, FrozenBatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(_set_statistics) for norm in norms]
-    scores = []
-    hooks.append(
-        model.roi_heads.box_predictor.register_forward_hook(lambda m, x, y: scores.append(y[0]))
-    )
+    scores, box_predictor = [], model.roi_heads.box_predictor
+    hooks.append(box_predictor.register_forward_hook(lambda m, x, y: scores.append(y)))
     with torch.no_grad():
         # One pass is enough: each layer's statistics are taken after the layers before are done.
         model.inference(inputs[:1])
         for hook in hooks:
             hook.remove()
+        if model.proposal_generator is None:
+            return model
         # Logits over the classes with a standard deviation of 3, and their mean over the boxes
         # taken out, or else every box would have the same class.
-        predictor = model.roi_heads.box_predictor.cls_score
-        spread = (scores[0] - scores[0].mean(dim=0)).std()
+        predictor, logits = box_predictor.cls_score, scores[0][0]
+        spread = (logits - logits.mean(dim=0)).std()
         predictor.weight.mul_(3 / spread)
-        predictor.bias.copy_(-(scores[0].mean(dim=0) - predictor.bias) * 3 / spread)
+        predictor.bias.copy_(-(logits.mean(dim=0) - predictor.bias) * 3 / spread)
         for name, parameter in model.named_parameters():
             if name.endswith("mask_head.predictor.weight"):
                 nn.init.normal_(parameter, std=0.05)

@@ -47,9 +47,9 @@ def make_programs(args: argparse.Namespace) -> Programs:
     programs = {}
     for name, model in models.items():
         model.train()
-        model.proposal_generator = WithProposalsAroundObjects(
-            model.proposal_generator, args.foreground
-        )
+        rpn = model.proposal_generator
+        if rpn is not None:  # CondInst has none
+            model.proposal_generator = WithProposalsAroundObjects(rpn, args.foreground)
         for threads in args.threads or [torch.get_num_threads()]:
             key = f"{name}, {threads} threads" if args.threads else name
             programs[key] = on_next(step, [(model, x, args.amp, threads) for x in batches])
