@@ -17,33 +17,17 @@ from pathlib import Path
 
 from paired import Programs, main
 
-# The programs that the commands of tsmask were before, in tools/.
-BEFORE = {
-    "check": "tools/check_annotations.py",
-    "import": "tools/import_annotations.py",
-    "view": "tools/view_dataset.py",
-    "edit": "tools/strip_masks.py",
-    "train": "train_net.py",
-    "predict": "tools/predict.py",
-    "complete": "tools/complete_masks.py",
-    "export": "tools/export_student.py",
-    "analyze": "tools/analyze.py",
-    "sweep": "tools/sweep.py",
-    "app": "tools/app.py",
-    "demo": "tools/demo.py",
-}
+from teacher_student_mask.cli.main import COMMANDS
 
 
 def make_programs(args: argparse.Namespace) -> Programs:
-    has_tsmask = (args.checkout / "projects/TeacherStudentMask/teacher_student_mask/cli").is_dir()
     commands = {
         "import torch, detectron2": ["-c", "import torch, detectron2"],
         "import teacher_student_mask": ["-c", "import teacher_student_mask"],
         "train_net.py --help": ["train_net.py", "--help"],
     }
-    for name, program in BEFORE.items():
-        command = ["-m", "teacher_student_mask", name] if has_tsmask else [program]
-        commands[f"tsmask {name} --help"] = [*command, "--help"]
+    for name in COMMANDS:
+        commands[f"tsmask {name} --help"] = ["-m", "teacher_student_mask", name, "--help"]
     return {
         name: functools.partial(run, command, args.checkout) for name, command in commands.items()
     }

@@ -1,7 +1,6 @@
-"""train_net.py as people run it: on a tiny dataset in this process, on real COCO as a program."""
+"""train_net.py as people run it: on a tiny dataset in this process, or as a program."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from teacher_student_mask.cli.main import main
 from teacher_student_mask.engine import trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAPER = "configs/coco/teacher_student.yaml"
 SUBSETS = {"segm_seen", "segm_unseen", "segm_unseen_overlap", "segm_unseen_overlap_bins"}
 
 
@@ -60,7 +58,7 @@ def metrics(output):
 
 
 def test_train_resume_and_evaluate(run):
-    output = run()
+    output = run(opts=["MODEL.RESNETS.NORM", "FrozenBN"])  # of which there are no statistics
     assert (output / "config.yaml").is_file()
     categories = json.loads((output / "categories.json").read_text())
     assert categories == [
@@ -79,7 +77,9 @@ def test_train_resume_and_evaluate(run):
     weights = torch.load(output / "model_final.pth", weights_only=False)["model"]
     assert any("roi_heads.teacher_mask_head" in key for key in weights)
     run("--resume", opts=["SOLVER.MAX_ITER", 4])
-    assert "Starting training from iteration 2" in (output / "log.txt").read_text()
+    log = (output / "log.txt").read_text()
+    assert "Starting training from iteration 2" in log
+    assert "training from scratch, with MODEL.RESNETS.NORM 'BN'" in log
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
 
     before = {x.name: x.read_bytes() for x in output.glob("*.*") if x.suffix in (".json", ".yaml")}
@@ -300,56 +300,6 @@ def test_the_command_is_the_same_program(monkeypatch, capsys):
     monkeypatch.undo()
     assert main(["train", "--config-file", "none.yaml"]) == 1
     assert "error: The config none.yaml cannot be read" in capsys.readouterr().err
-
-
-def test_loss_scalars_are_logged(run):
-    output = run(opts=["SOLVER.MAX_ITER", 20, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", ()])
-    names = {
-        "loss_mask",
-        "loss_mask_teacher",
-        "pseudo_mask/fg_ratio",
-        "pseudo_mask/agreement",
-        "teacher_mask/accuracy",
-        "student_mask/accuracy",
-    }
-    # A scalar is written in the line of its last iteration: not every batch has every kind of ROI.
-    assert names <= set().union(*metrics(output))
-
-
-def program(*arguments, datasets=None):
-    environment = dict(os.environ)
-    if datasets is not None:
-        environment["DETECTRON2_DATASETS"] = str(datasets)
-    command = [sys.executable, "train_net.py", *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
-
-
-@pytest.mark.slow
-def test_real_coco_trains_checkpoints_resumes_and_evaluates(coco_root, tmp_path):
-    """The paper's config as it is, only shorter, on smaller images and from scratch."""
-    common = ["--config-file", PAPER, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
-    common += ["MODEL.WEIGHTS", "", "SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2]
-    common += ["INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MIN_SIZE_TEST", 128]
-    common += ["MODEL.PSEUDO_MASK.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
-    program(*common, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()")
-    assert (tmp_path / "model_0000001.pth").is_file()
-    output = program("--resume", *common, "SOLVER.MAX_ITER", 3)
-    assert "Starting training from iteration 2" in output
-    assert "training from scratch, with MODEL.RESNETS.NORM 'BN'" in output
-    losses = [m for m in metrics(tmp_path) if "loss_mask_teacher" in m]
-    assert losses and all(m["total_loss"] < 100 for m in losses)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert SUBSETS <= set(results)
-    # The counts of the shared real data; a fuller COCO has more.
-    with open(os.path.join(coco_root, "annotations", "instances_val2017.json")) as f:
-        objects = [x for x in json.load(f)["annotations"] if not x["iscrowd"]]
-    num_evaluated = sum(results[t]["num_gt"] for t in ("segm_seen", "segm_unseen"))
-    assert num_evaluated == len(objects)
-    assert "**segm_unseen**" in output  # the unseen rows of the table stand out
 
 
 def test_the_demo_dataset_is_known_by_name_in_a_new_process(tmp_path):

@@ -1,6 +1,7 @@
 """tsmask analyze: from result files or a model to a report, and sentences about wrong input."""
 
 import json
+from pathlib import Path
 
 import pytest
 from bad_data import complete
@@ -51,29 +52,20 @@ def test_settings_reach_the_measurement(files, tmp_path):
 
 
 def test_more_objects_than_ap_counts_are_told_once(tmp_path, log):
-    boxes = [[4 * (i % 12), 4 * (i // 12), 3, 3] for i in range(130)]
-    objects = [
-        {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 9}
-        | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
-        for i, box in enumerate(boxes)
-        for x, y, w, h in [box]
-    ]
-    image = {"id": 1, "file_name": "a.png", "width": 64, "height": 64}
-    coco = {"images": [image], "annotations": objects, "categories": [{"id": 1, "name": "dot"}]}
-    results = [{**x, "score": 0.9} for x in objects]
-    for name, content in (("truth", coco), ("results", results)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = make_files(tmp_path)
+    for name in ("truth", "exact"):
+        content = json.loads(Path(files[name]).read_text())
+        for x in content["annotations"] if name == "truth" else content:
+            x["category_id"] = 1
+        Path(files[name]).write_text(json.dumps(content))
 
     def segm_ap(limit):
-        options = ["--annotations", tmp_path / "truth.json", "--seen", "all", "--resamples", 0]
-        options += ["--results", f"a={tmp_path / 'results.json'}", "--max-detections", limit]
-        options += ["--output-dir", tmp_path / "out"]
-        assert main(["analyze", *map(str, options)]) == 0
+        assert run(files, tmp_path, "--max-detections", limit) == 0
         return summary_of(tmp_path)["models"]["a"]["segm"]["AP"]
 
-    assert segm_ap(100) < 80
-    assert log.text.count("AP counts 100 detections") == 1 and "130 of category 1" in log.text
-    assert segm_ap(130) == pytest.approx(100) and log.text.count("AP counts") == 1
+    assert segm_ap(2) < 80
+    assert log.text.count("AP counts 2 detections") == 1 and "3 of category 1" in log.text
+    assert segm_ap(3) == pytest.approx(100) and log.text.count("AP counts") == 1
 
 
 @pytest.mark.parametrize(

@@ -299,23 +299,6 @@ def test_cvat_for_images(run, tmp_path):
     assert coco["annotations"][3]["area"] == 5
 
 
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        ('<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the task as"),
-        ("0, 3, 1, 2", "0, 3, 1", "object 4: the mask is 14, 6, 3, 2, 0,  3,  1; allowed: left"),
-        ('left="14"', 'left="18"', r"mask, 3x2 pixels at \(18, 6\) of 20x10, is empty or not"),
-    ],
-)
-def test_broken_xmls_of_cvat_are_named(old, new, message, run, tmp_path):
-    path = tmp_path / "annotations.xml"
-    path.write_text(CVAT_XML)
-    edit(path, old, new)
-    status, output, printed = run("cvat", path)
-    assert status == 1 and not output.exists()
-    assert re.search(f"error: {path}.*{message}", printed)
-
-
 def test_label_studio_needs_no_import(examples):
     path = FIXTURES / "label_studio/result.json"
     assert rows(examples(path, "")["3f2a1b7c-shelf.png"], path) == [
@@ -353,20 +336,27 @@ def test_a_broken_yaml_is_named(yaml, message, run, inputs):
 
 
 @pytest.mark.parametrize(
-    "old, new, message",
+    "tool, old, new, message",
     [
-        ("<xmax>50</xmax>", "<xmax>0</xmax>", "object 0: <bndbox> is .*'0', '40'"),
-        ("<name>dog</name>", "", "object 1: the class is ''; allowed: horse"),
-        ("<name>dog</name>", "<name>dog</name><polygon>1 2</polygon>", "object 1: the outline is"),
+        ("voc", "<xmax>50</xmax>", "<xmax>0</xmax>", "object 0: <bndbox> is .*'0', '40'"),
+        ("voc", "<name>dog</name>", "", "object 1: the class is ''; allowed: horse"),
+        ("voc", "<truncated>0", "<polygon>1 2</polygon><truncated>0", "object 1: the outline is"),
+        ("cvat", '<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the"),
+        ("cvat", "0, 3, 1, 2", "0, 3, 1", "object 4: the mask is 14, 6, 3, 2, 0,  3,  1; allowed"),
+        ("cvat", 'left="14"', 'left="18"', r"mask, 3x2 pixels at \(18, 6\) of 20x10, is empty or"),
     ],
 )
-def test_a_broken_xml_is_named(old, new, message, run, inputs):
+def test_a_broken_xml_is_named(tool, old, new, message, run, inputs):
     path = inputs / "voc/Annotations/2008_000001.xml"
+    arguments = [path.parent, "--images", inputs / "voc/JPEGImages"]
+    if tool == "cvat":
+        path = inputs / "annotations.xml"
+        path.write_text(CVAT_XML)
+        arguments = [path]
     edit(path, old, new)
-    status, _, printed = run(
-        "voc", inputs / "voc/Annotations", "--images", inputs / "voc/JPEGImages"
-    )
-    assert status == 1 and re.search(f"error: .*2008_000001.xml.*{message}", printed)
+    status, output, printed = run(tool, *arguments)
+    assert status == 1 and not output.exists()
+    assert re.search(f"error: {path}.*{message}", printed)
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

@@ -120,12 +120,6 @@ def test_a_test_set_without_annotations_can_be_predicted_on(register):
     check_datasets((), (register(lambda data: data.pop("annotations")).name,), SEEN)
 
 
-def test_classes_are_known_without_another_reading(make_tiny_coco):
-    dataset = make_tiny_coco(complete)
-    check_datasets((dataset.name,), (), SEEN)
-    assert MetadataCatalog.get(dataset.name).thing_classes == ["ant", "cat", "ship"]
-
-
 def test_detectron2s_own_loader_is_checked_too(register):
     dataset = register(change("annotations", 111, bbox=[1, 2, 3]))
     with pytest.raises(ValueError, match="annotation 111: 'bbox' is \\[1, 2, 3\\]"):

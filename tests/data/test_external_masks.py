@@ -170,13 +170,6 @@ def mark(*category_ids):
     return change
 
 
-def test_the_loader_keeps_the_source(make_tiny_coco):
-    dataset = make_tiny_coco(mark(17))
-    found = [x for image in DatasetCatalog.get(dataset.name) for x in image["annotations"]]
-    assert {x.get("mask_source") for x in found if x["category_id"] == 1} == {"model"}
-    assert not any("mask_source" in x for x in found if x["category_id"] != 1)
-
-
 IGNORE = ["MODEL.PSEUDO_MASK.EXTERNAL", "ignore"]
 
 

@@ -37,33 +37,6 @@ def test_the_union_of_nothing_and_of_bitmasks():
     assert union_of_masks(BitMasks(bits), SIZE).nonzero().tolist() == [[3, 4], [5, 6]]
 
 
-def covers(polygon):
-    """Whether a polygon has an area, and extents that meet the image."""
-    x, y = np.reshape(polygon, (-1, 2)).T
-    area = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
-    is_inside = x.max() > 0 and x.min() < SIZE[1] and y.max() > 0 and y.min() < SIZE[0]
-    return abs(area) > 0 and is_inside
-
-
-# Whole numbers, so that an area of 0 is exactly that.
-whole = st.lists(st.integers(-20, 60), min_size=3, max_size=9).flatmap(
-    lambda xs: st.lists(st.integers(-20, 60), min_size=len(xs), max_size=len(xs)).map(
-        lambda ys: np.array([xs, ys], dtype=np.float64).T.reshape(-1)
-    )
-)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.lists(whole, min_size=1, max_size=3), max_size=4))
-def test_masks_are_kept_where_one_of_their_polygons_may_have_pixels(polygons_of):
-    lists = [[x.tolist() for x in polygons] for polygons in polygons_of]
-    usable = usable_segmentations(lists, SIZE, "x")
-    expected = [any(map(covers, polygons)) for polygons in polygons_of]
-    assert [x is not None for x in usable] == expected
-    kept = lie_in_image(PolygonMasks(polygons_of), SIZE)
-    assert kept[torch.tensor(expected, dtype=torch.bool)].all()
-
-
 def test_masks_beside_the_image_are_not_in_it():
     right, below = [31.0, 2, 40, 2, 40, 9], [2.0, 23, 9, 23, 9, 30]
     polygons = [[np.array(x)] for x in (right, below, [30.0, 2, 40, 2, 40, 9])]

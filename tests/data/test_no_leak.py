@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import PolygonMasks
 
 from teacher_student_mask import TeacherStudentDatasetMapper
 from teacher_student_mask.cli.main import main
@@ -147,14 +147,6 @@ def test_seen_segmentations_do_show(augmented_cfg, tiny_coco, make_tiny_coco):
     found = differences(examples, training_examples(cfg, changed))
     assert {"gt_masks", "gt_boxes", "gt_has_mask", "gt_exclusion_masks"} <= found
     assert "image" in differences(examples, training_examples(cfg, tiny_coco, seed=1))
-
-
-@FORMATS
-def test_both_mask_formats_were_compared(augmented_cfg, tiny_coco, mask_format):
-    examples = training_examples(augmented_cfg(mask_format), tiny_coco)
-    kinds = {type(x["instances"].gt_masks) for x in examples if len(x["instances"]) > 0}
-    # The image with RLEs has BitMasks in any case.
-    assert kinds == ({PolygonMasks, BitMasks} if mask_format == "polygon" else {BitMasks})
 
 
 @FORMATS

@@ -258,13 +258,6 @@ def square(x, y, w, h):
     return mask
 
 
-def make_scene(register):
-    """Classes ant (unseen): "under" and "alone"; cat: "over"."""
-    objects = zip((1, 2, 3), (UNDER, OVER, ALONE), (3, 17, 3))
-    annotations = [annotation(i, box, category, mask=square(*box)) for i, box, category in objects]
-    return register(make_images(), annotations)
-
-
 def detect(*boxes):
     """Detections of class ant with falling scores."""
     scores = [0.9 - 0.001 * k for k in range(len(boxes))]
@@ -316,7 +309,12 @@ def test_more_objects_of_a_class_than_ap_counts_are_told_once(register, caplog):
 
 @pytest.mark.parametrize("tasks", [None, ("bbox", "segm")])
 def test_no_predictions_give_nan_and_object_counts(register, tasks):
-    results = evaluate(make_scene(register), {1: make_instances([], [], [])}, [1], tasks=tasks)
+    # Of class ant, unseen, are UNDER and ALONE, of cat OVER.
+    objects = zip((1, 2, 3), (UNDER, OVER, ALONE), (3, 17, 3))
+    annotations = [annotation(i, box, category, mask=square(*box)) for i, box, category in objects]
+    results = evaluate(
+        register(make_images(), annotations), {1: make_instances([], [], [])}, [1], tasks=tasks
+    )
     assert list(results) == ["bbox", "segm", "segm_seen", "segm_unseen", "segm_unseen_overlap"]
     assert [x["num_gt"] for x in results.values()] == [3, 3, 1, 2, 1]
     for task in results.values():

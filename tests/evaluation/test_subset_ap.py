@@ -196,25 +196,6 @@ def test_nothing_found_is_0_and_no_object_is_nan(what):
 # ---- yardsticks ----
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_ap_of_filled_boxes_is_that_of_pycocotools(seed):
-    coco, _ = make_problem(seed)
-    rng, painted = np.random.default_rng(seed), []
-    for x in coco.dataset["annotations"]:
-        left, top, w, h = map(int, x["bbox"])
-        x["segmentation"] = rectangle(left, top, w, round(h * rng.uniform(0.5, 1)))
-        keep = {key: x[key] for key in ("image_id", "category_id")}
-        if not x["iscrowd"]:
-            painted.append({**keep, "score": 1, "segmentation": rectangle(left, top, w, h)})
-    pairs = find_candidate_pairs(coco, yardstick_results(coco)["filled box"])
-    every = np.ones(len(pairs.gt_ids), dtype=bool)
-    actual = PrecisionOfSubsets(Matches(pairs), subsets_of(every))()
-    expected = pycocotools_ap(coco, quietly(coco.loadRes, painted))
-    assert 0.1 < np.nanmean(actual["all"]) < 0.9
-    for area in AREA_RANGES:
-        np.testing.assert_allclose(actual[area], expected[area], atol=1e-12, err_msg=area)
-
-
 def test_shapes_lie_in_the_part_of_the_box_that_is_in_the_image():
     boxes = [[10.0, 5.0, 80.0, 30.0], [-20.0, 10.0, 60.0, 1000.0], [3.0, 3.0, 0.0, 5.0]]
     annotations = [

@@ -136,6 +136,7 @@ def test_before_the_gate_the_student_learns_from_masks_alone():
     assert 0 <= logged["pseudo_mask/fg_ratio"] <= 1
     assert 0 <= logged["pseudo_mask/agreement"] <= 1
     assert logged["pseudo_mask/num_rois"] == 4
+    assert {"teacher_mask/accuracy", "student_mask/accuracy"} <= logged.keys()
 
 
 def rows_of(head):

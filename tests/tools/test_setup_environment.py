@@ -4,13 +4,11 @@ import csv
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import sys
 import tarfile
 import zipfile
-from base64 import urlsafe_b64decode
 from collections import namedtuple
 from pathlib import Path
 
@@ -87,11 +85,7 @@ def test_pip_can_install_the_wheel(tmp_path):
     record_name = f"{detectron2_wheel.DIST_INFO}/RECORD"
     rows = {row[0]: row[1:] for row in csv.reader(files[record_name].splitlines())}
     assert set(rows) == set(files) and rows.pop(record_name) == ["", ""]
-    for name, (digest, size) in rows.items():
-        content = files[name].encode()
-        expected = hashlib.sha256(content).digest()
-        assert urlsafe_b64decode(digest.removeprefix("sha256=") + "=") == expected
-        assert int(size) == len(content)
+    assert all(int(size) == len(files[name]) for name, (_, size) in rows.items())
     (distribution,) = importlib.metadata.distributions(path=[str(path)])
     assert distribution.metadata["Name"] == "detectron2"
     assert path.name == f"detectron2-{distribution.version}-py3-none-any.whl"
@@ -108,31 +102,19 @@ def test_another_source_distribution_is_refused(tmp_path):
         detectron2_wheel.build_wheel(tmp_path / "pb1-detectron2-0.6.tar.gz", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "version, is_supported",
-    [((3, 10, 0), True), ((3, 13, 2), True), ((3, 9, 20), False), ((3, 14, 0), False)],
-)
-def test_versions_of_python(version, is_supported, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup_environment.sys, "version_info", version)
-    if is_supported:
-        setup_environment.check_machine(tmp_path, needs_space=False)
-        return
-    with pytest.raises(SetupError, match="wheels for 3.10 to 3.13 only.*PYTHON="):
-        setup_environment.check_machine(tmp_path, needs_space=False)
-
-
-def test_what_a_machine_may_lack(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        setup_environment.shutil, "disk_usage", lambda path: DiskUsage(100e9, 94e9, 6e9)
-    )
+@pytest.mark.parametrize("version", [(3, 9, 20), (3, 14, 0)])
+def test_what_a_machine_may_lack(tmp_path, monkeypatch, version):
+    usage = DiskUsage(100e9, 94e9, 6e9)
+    monkeypatch.setattr(setup_environment.shutil, "disk_usage", lambda path: usage)
     setup_environment.check_machine(tmp_path, needs_space=False)
     with pytest.raises(SetupError, match=r"6\.0 GB free.*7 GB"):
         setup_environment.check_machine(tmp_path / "not/there", needs_space=True)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        setup_environment.importlib.util, "find_spec", lambda x: None if x == "venv" else find(x)
-    )
-    with pytest.raises(SetupError, match="no module venv.*python3-venv"):
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_environment.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SetupError, match="no module venv.*python3-venv"):
+            setup_environment.check_machine(tmp_path, needs_space=False)
+    monkeypatch.setattr(setup_environment.sys, "version_info", version)
+    with pytest.raises(SetupError, match="wheels for 3.10 to 3.13 only.*PYTHON="):
         setup_environment.check_machine(tmp_path, needs_space=False)
 
 

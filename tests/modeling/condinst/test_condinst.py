@@ -55,35 +55,6 @@ def pixels_of(num_images, seed=0):
     return torch.rand(num_images, 3, SIZE, SIZE, generator=generator) * 255
 
 
-def objects_by_loops(boxes, centres, sizes, radius):
-    limits, found = [-1, *sizes, np.inf], []
-    for (x, y), level in zip(GRID.points.tolist(), GRID.levels.tolist()):
-        best, best_area = -1, np.inf
-        for i, ((x0, y0, x1, y1), (cx, cy)) in enumerate(zip(boxes, centres)):
-            sides, reach = (x - x0, y - y0, x1 - x, y1 - y), radius * GRID.strides[level]
-            inside = min(sides) > 0 and abs(x - cx) < reach and abs(y - cy) < reach
-            in_range = limits[level] <= max(sides) <= limits[level + 1]
-            area = (x1 - x0) * (y1 - y0)
-            if inside and in_range and area < best_area:
-                best, best_area = i, area
-        found.append(best)
-    return found
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_location_targets_are_those_of_a_loop(seed):
-    rng = np.random.default_rng(seed)
-    corners = rng.integers(0, 40, (7, 2)).astype(np.float32)
-    boxes = np.concatenate([corners, corners + rng.integers(1, 40, (7, 2))], axis=1)
-    boxes[3] = boxes[0]
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 + rng.integers(-4, 5, (7, 2))
-    found = assign_objects(GRID, torch.tensor(boxes), torch.tensor(centres), (8, 16), 1.5)
-    assert found.tolist() == objects_by_loops(boxes.tolist(), centres.tolist(), (8, 16), 1.5)
-    assert len(found.unique()) > 3
-    nothing = assign_objects(GRID, torch.zeros(0, 4), torch.zeros(0, 2), (8, 16), 1.5)
-    assert nothing.tolist() == [-1] * len(GRID.points)
-
-
 @pytest.mark.parametrize("bitmask", [False, True])
 def test_planes_sample_masks_that_may_be_read_and_no_other(bitmask):
     planes = planes_of([*MIXED, ([], [], [])], bitmask=bitmask)
@@ -98,21 +69,6 @@ def test_planes_sample_masks_that_may_be_read_and_no_other(bitmask):
     # The centroid of the upper left half of a square, and the centres of boxes.
     assert planes.centres[0].tolist() == pytest.approx([4 + 26 / 3] * 2, abs=0.2)
     assert planes.centres[1:].tolist() == [[35, 38], [24, 20]]
-
-
-def test_the_full_box_costs_more_than_the_object():
-    """A bright disk in a dark box, on the whole image."""
-    planes = planes_of([([[8, 8, 56, 56]], [0], [False])])
-    y, x = torch.meshgrid(*[torch.arange(SIZE) + 0.5] * 2, indexing="ij")
-    disk = (x - 32) ** 2 + (y - 32) ** 2 < 24**2
-    pixels = torch.where(disk, 220.0, 30.0).expand(1, 3, -1, -1)
-    zero = torch.zeros(1, dtype=torch.int64)
-
-    def cost(mask):
-        own = (10 * (2 * mask.float() - 1))[None]
-        return sum(box_losses(own, zero, planes, pixels, 2, BoxSupervision(), 10**5).values())
-
-    assert cost(disk[1::2, 1::2]) < 0.5 * cost(planes.box_masks[0])
 
 
 def test_pairs_in_the_surroundings_of_the_box_are_those_of_the_whole_image():
