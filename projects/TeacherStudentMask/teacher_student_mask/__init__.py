@@ -6,8 +6,14 @@ PyTorch. The first use also registers the ROI heads, mask heads and demo dataset
 """
 
 import importlib
+import os
 
 __version__ = "0.1.0"
+
+# PyTorch's threads wait for one another in a busy loop, which starves them where other programs have
+# the cores, too (docs/BENCHMARKS.md). libgomp reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Public name -> module that defines it, and the name it has there if that is another.
 _MODULES = {
