@@ -10,8 +10,8 @@ import os
 
 __version__ = "0.1.0"
 
-# PyTorch's threads wait for one another in a busy loop, which starves them where other programs have
-# the cores, too (docs/BENCHMARKS.md). libgomp reads this when torch is imported.
+# PyTorch's threads wait for one another in a busy loop, which starves them where other programs use
+# the cores, too: docs/BENCHMARKS.md. libgomp reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -143,24 +143,27 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             masks = measure_masks(segmentations, sizes, np.array(boxes, np.float64).reshape(-1, 4))
             for i in np.flatnonzero(masks.is_rectangle):
                 human[i]["segmentation"] = None
-        return annotations
+        # Now, because Detectron2 copies arrays much faster than lists.
+        size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
+        segmentations = [x["segmentation"] for x in annotations]
+        usable = usable_segmentations(segmentations, size, _name_of(dataset_dict))
+        return [{**x, "segmentation": mask} for x, mask in zip(annotations, usable)]
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
         if not self.use_instance_mask:
             return super()._transform_annotations(dataset_dict, transforms, image_shape)
 
         annotations = dataset_dict.pop("annotations")
-        size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
-        masks = usable_segmentations(
-            [x["segmentation"] for x in annotations], size, _name_of(dataset_dict)
-        )
+        masks = [x["segmentation"] for x in annotations]
         is_usable = torch.tensor([x is not None for x in masks], dtype=torch.bool)
         is_model = torch.tensor([is_from_model(x) for x in annotations], dtype=torch.bool)
         has_mask, has_model_mask = is_usable & ~is_model, is_usable & is_model
         has_rle = any(isinstance(x, dict) for x in masks)
         mask_format = "bitmask" if has_rle else self.instance_mask_format
-        for annotation, mask, rectangle in zip(annotations, masks, box_polygons(annotations)):
-            annotation["segmentation"] = rectangle if mask is None else mask
+        boxes_alone = [x for x in annotations if x["segmentation"] is None]
+        for annotation, rectangle in zip(boxes_alone, box_polygons(boxes_alone)):
+            annotation["segmentation"] = rectangle
+        for annotation in annotations:
             annotation.pop("keypoints", None)
             utils.transform_instance_annotations(annotation, transforms, image_shape)
         instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
@@ -168,7 +171,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             instances.gt_masks = PolygonMasks([])
         instances.gt_has_mask = has_mask
         instances.gt_has_model_mask = has_model_mask
-        instances.gt_resize_factor = torch.full((len(instances),), image_shape[0] / size[0])
+        instances.gt_resize_factor = torch.full(
+            (len(instances),), image_shape[0] / int(dataset_dict["height"])
+        )
 
         if self.recompute_boxes and has_mask.any():
             # After a crop the box of a mask is tighter than the cropped box.
@@ -247,8 +252,10 @@ def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -
     """
     if isinstance(masks, BitMasks):
         return masks.nonempty()
-    low, high = masks.get_bounding_boxes().tensor.split(2, dim=1)
-    return (torch.minimum(high, torch.tensor(image_shape[::-1])) > low.clamp(min=0)).all(dim=1)
+    # As get_bounding_boxes does, in a fraction of its time.
+    points = [np.concatenate(x or [np.zeros(2)]).reshape(-1, 2) for x in masks.polygons]
+    low, high = (np.array([f(x, axis=0) for x in points]).reshape(-1, 2) for f in (np.min, np.max))
+    return torch.from_numpy((np.minimum(high, image_shape[::-1]) > low.clip(min=0)).all(axis=1))
 
 
 def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
