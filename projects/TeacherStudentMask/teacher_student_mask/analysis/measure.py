@@ -42,7 +42,7 @@ __all__ = [
     "resample_images",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Detections times resamples that are processed at once: enough that numpy's calls cost little, and
 # small enough for the caches.
 _MAX_ELEMENTS = 300_000
