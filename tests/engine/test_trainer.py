@@ -30,13 +30,13 @@ def test_epochs_and_warm_ups_follow_the_number_of_processes(tiny_cfg, tiny_coco)
     opts += ["MODEL.ROI_MASK_PRIOR.CONTRAST.CONV_DIM", 8, "SOLVER.IMS_PER_BATCH", 16]
     opts += ["MODEL.ROI_MASK_PRIOR.CONTRAST.EPOCH_ITERS", 100]
     opts += ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads", "MODEL.PSEUDO_MASK.WARMUP_ITERS", 30]
-    opts += ["MODEL.PSEUDO_MASK.INTERACT_FROM", 50, "MODEL.BOX_SUPERVISION.NAME", "boxinst"]
-    opts += ["MODEL.BOX_SUPERVISION.WARMUP_ITERS", 70, "SOLVER.REFERENCE_WORLD_SIZE", 8]
+    opts += ["MODEL.BOX_SUPERVISION.NAME", "boxinst", "MODEL.BOX_SUPERVISION.WARMUP_ITERS", 70]
+    opts += ["SOLVER.REFERENCE_WORLD_SIZE", 8]
     trainer = Trainer(tiny_cfg(opts=opts, dataset=tiny_coco))
     assert trainer.max_iter == 9600 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
     heads = trainer.model.roi_heads
     assert heads.mask_prior.epoch_iters == 800
-    assert (heads.warmup_iters, heads.interact_from) == (240, 400)
+    assert heads.warmup_iters == 240
     assert heads.box_supervision.warmup_iters == 560
 
 

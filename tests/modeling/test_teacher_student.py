@@ -70,16 +70,14 @@ def test_student_loss_is_bce_to_gt_and_pseudo_masks(method):
     torch.testing.assert_close(losses["loss_mask"], expected)
 
 
-def test_interact_begins_at_its_iteration_and_the_loss_of_the_student_is_its_own():
+def test_the_loss_of_the_student_is_its_own():
     features, targets = make_features(2), targets_of(MIXED)
 
-    def losses(iteration=0, **settings):
-        return mask_losses(make_heads(**settings), targets, features, iteration=iteration)[0]
+    def losses(**settings):
+        return mask_losses(make_heads(**settings), targets, features)[0]
 
     interact, threshold = losses(), losses(method="threshold")
     assert interact["loss_mask"] != threshold["loss_mask"]
-    assert losses(49, interact_from=50) == threshold
-    assert losses(50, interact_from=50) == interact
     dice = losses(student_loss="dice")
     assert dice["loss_mask"] == losses(mask_loss="dice")["loss_mask"] != interact["loss_mask"]
     assert dice["loss_mask_teacher"] == interact["loss_mask_teacher"]

@@ -197,8 +197,6 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # Of "interact". "share": shift the student's logits per ROI until it has as much foreground as
     # the teacher, so that it cannot set the threshold of its own targets; "none": the paper's.
     pseudo.INTERACT_BALANCE = "none"
-    # Before this iteration "interact" is "threshold"; up to WARMUP_ITERS it plays no part.
-    pseudo.INTERACT_FROM = 0
     # What masks with "mask_source" "model" are to the student; the teacher never sees them.
     # "alone": they are its target, from iteration 0 on; "mean": the mean of mask and teacher takes
     # the place of the teacher's probabilities in METHOD, from WARMUP_ITERS on; "ignore": the mapper

@@ -147,7 +147,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         size = (int(dataset_dict["height"]), int(dataset_dict["width"]))
         segmentations = [x["segmentation"] for x in annotations]
         usable = usable_segmentations(segmentations, size, _name_of(dataset_dict))
-        return [{**x, "segmentation": mask} for x, mask in zip(annotations, usable)]
+        for annotation, mask in zip(annotations, usable):
+            annotation["segmentation"] = mask
+        return annotations
 
     def _transform_annotations(self, dataset_dict, transforms, image_shape):
         if not self.use_instance_mask:
@@ -239,9 +241,11 @@ def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: 
 
 def box_polygons(annotations: Sequence[dict]) -> list[list[np.ndarray]]:
     """The rectangles of the boxes of annotations, one polygon for each, shape (8,)."""
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
-    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
-    return [[x] for x in corners]
+    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
+    modes = np.array([x["bbox_mode"] for x in annotations], dtype=int)
+    for mode in set(modes.tolist()):
+        boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], mode, BoxMode.XYXY_ABS)
+    return [[x] for x in boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]]
 
 
 def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:

@@ -82,7 +82,6 @@ class Trainer(DefaultTrainer):
             for node, key in (
                 (scaled.MODEL.ROI_MASK_PRIOR.CONTRAST, "EPOCH_ITERS"),
                 (scaled.MODEL.PSEUDO_MASK, "WARMUP_ITERS"),
-                (scaled.MODEL.PSEUDO_MASK, "INTERACT_FROM"),
                 (scaled.MODEL.BOX_SUPERVISION, "WARMUP_ITERS"),
             ):
                 # Up: an epoch has at least one iteration.

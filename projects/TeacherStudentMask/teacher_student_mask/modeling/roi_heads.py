@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -337,7 +336,6 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         teacher_mask_head: nn.Module,
         pseudo_masks: PseudoMaskGenerator,
         warmup_iters: int = 1000,
-        interact_from: int = 0,
         student_loss: str = "",
         max_rois_without_mask: int = 0,
         external_masks: str = "alone",
@@ -350,7 +348,6 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             teacher_mask_head: class-agnostic, (R, D, S, S) -> logits (R, 1, M_t, M_t).
             pseudo_masks: makes the student's targets where there is no mask.
             warmup_iters: first iteration at which the teacher's pseudo masks train the student.
-            interact_from: before this iteration the method "interact" is "threshold".
             student_loss: "bce" or "dice"; "bce_all": :func:`all_channels_bce_loss`; "" =
                 ``mask_loss``, which is the teacher's.
             max_rois_without_mask: of an image, chosen at random; 0 = all.
@@ -369,7 +366,6 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
-        self.interact_from = interact_from
         if student_loss:
             losses = (*_MASK_LOSSES, "bce_all")
             check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, losses)
@@ -388,7 +384,6 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         ret.update(
             pseudo_masks=PseudoMaskGenerator.from_config(cfg),
             warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
-            interact_from=cfg.MODEL.PSEUDO_MASK.INTERACT_FROM,
             student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
             max_rois_without_mask=cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE,
             external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
@@ -449,15 +444,12 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
         if teacher_side != side:
             teacher_targets = crop_gt_masks(rois, teacher_side, has_mask.device)
-        generator = self.pseudo_masks
-        if get_event_storage().iter < self.interact_from and generator.method == "interact":
-            generator = dataclasses.replace(generator, method="threshold")
         targets, is_supervised, scalars = make_student_targets(
             gt_masks,
             rois,
             teacher_logits.detach(),
             student_logits.detach(),
-            generator,
+            self.pseudo_masks,
             external=self.external_masks,
             has_pseudo_masks=self._has_pseudo_masks(),
             pixels=pixels,

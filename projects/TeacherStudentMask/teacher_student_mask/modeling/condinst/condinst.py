@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -301,7 +300,6 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         teacher_mask_head: Controller,
         pseudo_masks: PseudoMaskGenerator,
         warmup_iters: int = 1000,
-        interact_from: int = 0,
         student_loss: str = "",
         external_masks: str = "alone",
         test_mask_head: str = "student",
@@ -310,7 +308,7 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         """
         Args:
             teacher_mask_head: class-agnostic.
-            pseudo_masks, warmup_iters, interact_from, external_masks, test_mask_head: see
+            pseudo_masks, warmup_iters, external_masks, test_mask_head: see
                 :class:`TeacherStudentROIHeads`.
             student_loss: "dice", "bce", or "" = ``mask_loss``, which is the teacher's.
             **kwargs: of :class:`CondInstHeads`.
@@ -324,7 +322,7 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, ("", *_MASK_LOSSES))
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
-        self.warmup_iters, self.interact_from = warmup_iters, interact_from
+        self.warmup_iters = warmup_iters
         self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
         self.external_masks, self.test_mask_head = external_masks, test_mask_head
 
@@ -342,7 +340,6 @@ class TeacherStudentCondInstHeads(CondInstHeads):
             mask_head=Controller(channels, num_classes, all_layers=layers == "all"),
             pseudo_masks=PseudoMaskGenerator.from_config(cfg),
             warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
-            interact_from=cfg.MODEL.PSEUDO_MASK.INTERACT_FROM,
             student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
             external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
             test_mask_head=cfg.TEST.MASK_HEAD,
@@ -361,17 +358,14 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         classes = targets.classes[objects]
         heads = (self.teacher_mask_head, self.mask_head)
         teacher, student = (self._predict(x, mask_features, chosen, classes) for x in heads)
-        iteration, generator = get_event_storage().iter, self.pseudo_masks
-        if iteration < self.interact_from and generator.method == "interact":
-            generator = dataclasses.replace(generator, method="threshold")
         planes, has_target, scalars = make_student_planes(
             teacher.detach(),
             student.detach(),
             objects,
             targets,
-            generator,
+            self.pseudo_masks,
             external=self.external_masks,
-            has_pseudo_masks=iteration >= self.warmup_iters,
+            has_pseudo_masks=get_event_storage().iter >= self.warmup_iters,
             pixels=pixels,
             stride=self.stride,
         )
