@@ -19,7 +19,7 @@ SMALL = {
     "annotation_checks.py": "--images 20 --objects 120 --rounds 1 --warmup 0",
     "evaluation.py": "--images 20 --objects 120 --detections 600 --rounds 1 --warmup 0",
     "inference.py": f"--device cpu --size 64 --num-images 2 --stock --rounds 1 --opts {TINY_MODEL}",
-    "mapper.py": "--images 3 --rounds 1",
+    "mapper.py": "--rounds 1",
     "startup.py": "--rounds 1 --warmup 0",
     "training_step.py": "--device cpu --size 64 --foreground 4 --rounds 1 --costs "
     f"--baseline {BENCHMARKS.parent} --opts {TINY_MODEL}",

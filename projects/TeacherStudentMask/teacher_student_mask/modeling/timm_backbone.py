@@ -11,10 +11,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from torch import nn
 
 from ..errors import InputError
 
-__all__ = ["TimmBackbone", "build_timm_backbone", "build_timm_fpn_backbone"]
+__all__ = ["TimmBackbone", "build_fpn", "build_timm_backbone", "build_timm_fpn_backbone"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +152,17 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
     Errors as of :func:`build_timm_backbone`.
     """
+    return build_fpn(build_timm_backbone(cfg, input_shape), LastLevelMaxPool(), cfg)
+
+
+def build_fpn(bottom_up: Backbone, top_block: nn.Module, cfg: CfgNode) -> FPN:
+    """Build the FPN of ``cfg.MODEL.FPN``; ``top_block`` makes its coarsest levels."""
     return FPN(
-        bottom_up=build_timm_backbone(cfg, input_shape),
+        bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 

@@ -8,7 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 
-from ..timm_backbone import build_timm_backbone
+from ..timm_backbone import build_fpn, build_timm_backbone
 
 __all__ = ["build_fcos_resnet_fpn_backbone", "build_fcos_timm_fpn_backbone"]
 
@@ -27,11 +27,4 @@ def build_fcos_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 def _with_p6_and_p7(bottom_up: Backbone, cfg: CfgNode) -> FPN:
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_fpn(bottom_up, LastLevelP6P7(channels, channels, in_feature="p5"), cfg)

@@ -111,12 +111,8 @@ def features_at(
     Returns:
         shape (R, D * 9), in the order of a convolution's weights.
     """
-    steps, levels, parts, rows = (
-        torch.arange(3, device=images.device),
-        grid.levels[locations],
-        [],
-        [],
-    )
+    steps, levels = torch.arange(3, device=images.device), grid.levels[locations]
+    parts, rows = [], []
     for level, tower in enumerate(towers):
         of_level = (levels == level).nonzero()[:, 0]
         cells = locations[of_level] - grid.starts[level]
