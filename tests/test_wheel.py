@@ -1,6 +1,7 @@
 """The wheel: with what it holds, everything runs outside the repository."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -35,11 +36,23 @@ def test_the_wheel_holds_configs_and_templates(tmp_path):
         elif (REPOSITORY / name).is_file():
             target.write_bytes((REPOSITORY / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, str(source), "--wheel-dir", str(tmp_path)], check=True)
+    url = "https://example.com/project"
+    environment = {**os.environ, "PROJECT_URL": url}
+    command = [*pip, str(source), "--wheel-dir", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "wheel")
         assert any(x.endswith("templates/report.html.j2") for x in archive.namelist())
+    (metadata,) = (tmp_path / "wheel").glob("*.dist-info/METADATA")
+    text = metadata.read_text()
+    assert f"Project-URL: Homepage, {url}\n" in text
+    assert (
+        f"![photograph, ground truth, baseline, teacher-student]({url}/raw/HEAD/docs/photos.jpg)"
+        in text
+    )
+    assert f"[docs/PYTHON.md]({url}/blob/HEAD/docs/PYTHON.md)" in text
+    assert not re.search(r"\]\((?!https?:|#)", text)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "wheel")}
     run = {"cwd": tmp_path, "env": environment, "check": True}
     subprocess.run([sys.executable, "-c", PROGRAM], **run)

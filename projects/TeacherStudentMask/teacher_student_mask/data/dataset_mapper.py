@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
-from ..coco_json.masks import MaskState, compress_mask, measure_masks
+from ..coco_json.masks import MaskState, compress_mask, decode_mask, measure_masks
 from ..coco_json.report import shorten
 from ..errors import InputError
 from ..structures import ImageMask
@@ -270,4 +270,4 @@ def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int])
     if not polygons:
         return torch.zeros(image_shape, dtype=torch.bool)
     rle = mask_util.merge(mask_util.frPyObjects(polygons, *image_shape))
-    return torch.from_numpy(mask_util.decode(rle).astype(bool))
+    return torch.from_numpy(decode_mask(rle))
