@@ -207,10 +207,21 @@ def step_of(tiny_cfg):
             {"image": x, "instances": y}
             for x, y in zip(pixels_of(len(batch)), add_model_masks(targets_of(batch), {}))
         ]
-        with EventStorage(10000):
+        with EventStorage(10000) as step.storage:
             return model, model(inputs)
 
     return step
+
+
+@pytest.mark.parametrize("period", [5000, 7000])
+def test_pictures_of_objects_without_a_mask(step_of, period):
+    step_of([*CONDINST_PAIR, *BOXINST, "VIS_PERIOD", period], MIXED)
+    pictures = [x for _, x, _ in step_of.storage._vis_data]
+    assert len(pictures) == (2 if period == 5000 else 0)
+    for k, picture in enumerate(pictures):
+        assert picture.shape == (3, SIZE // 2, 4 * SIZE // 2) and 0 <= picture.min() <= 1
+        image = torch.nn.functional.avg_pool2d(pixels_of(2)[k], 2) / 255
+        assert torch.allclose(picture[:, :, : SIZE // 2], image.flip(0), atol=1e-5)
 
 
 def test_dice_and_projection_have_one_divisor(step_of, monkeypatch):

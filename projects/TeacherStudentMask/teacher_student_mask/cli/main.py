@@ -23,7 +23,7 @@ COMMANDS = {
     "check": ("check", "look for what is wrong with a COCO json and its images"),
     "import": (
         "import_annotations",
-        "turn YOLO, LabelMe, CVAT, VOC, LVIS data or masks into a COCO json",
+        "turn YOLO, LabelMe, CVAT, VOC data or masks into a COCO json",
     ),
     "view": ("view", "draw the annotations of a dataset"),
     "edit": ("edit", "take masks out of a COCO json"),

@@ -303,12 +303,13 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         student_loss: str = "",
         external_masks: str = "alone",
         test_mask_head: str = "student",
+        vis_period: int = 0,
         **kwargs,
     ):
         """
         Args:
             teacher_mask_head: class-agnostic.
-            pseudo_masks, warmup_iters, external_masks, test_mask_head: see
+            pseudo_masks, warmup_iters, external_masks, test_mask_head, vis_period: see
                 :class:`TeacherStudentROIHeads`.
             student_loss: "dice", "bce", or "" = ``mask_loss``, which is the teacher's.
             **kwargs: of :class:`CondInstHeads`.
@@ -325,6 +326,7 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         self.warmup_iters = warmup_iters
         self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
         self.external_masks, self.test_mask_head = external_masks, test_mask_head
+        self.vis_period = vis_period
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict) -> dict:
@@ -343,6 +345,7 @@ class TeacherStudentCondInstHeads(CondInstHeads):
             student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
             external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
             test_mask_head=cfg.TEST.MASK_HEAD,
+            vis_period=cfg.VIS_PERIOD,
         )
         return ret
 
@@ -372,6 +375,18 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         scalars["teacher_mask/accuracy"] = _accuracy(teacher, targets, objects)
         scalars["student_mask/accuracy"] = _accuracy(student, targets, objects)
         put_scalars(scalars)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            # The first location of each of up to 8 objects.
+            shown = (objects[:, None] == objects).int().argmax(1).unique()
+            shown = shown[~targets.has_mask[objects[shown]]][:8]
+            colours = F.avg_pool2d(pixels, self.stride) / 255
+            for k, row in enumerate(shown.tolist()):
+                strip = [colours[chosen.images[row]]]
+                strip += [
+                    x[row].expand(3, -1, -1) for x in (teacher.sigmoid(), student.sigmoid(), planes)
+                ]
+                name = f"objects without a mask: image | teacher | student | target ({k})"
+                get_event_storage().put_image(name, torch.cat(strip, dim=2))
         own = (objects, targets.has_mask, targets, pixels)
         losses = self._losses_of("loss_mask_teacher", teacher, *own)
         return {"loss_mask": self.student_loss(student, planes, has_target), **losses}
