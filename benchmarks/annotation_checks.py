@@ -13,8 +13,6 @@ whose polygons have 24 points. Each program begins with the json file:
 The memory, in MiB, is what a process of its own needs beyond that of its imports.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -15,8 +15,6 @@ Ground truth and detections are drawn at random, by default as many as in COCO v
 The printed numbers are AP of masks, which must be equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

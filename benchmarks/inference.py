@@ -6,8 +6,6 @@ One image at a time, at most 100 detections. "stock" is Detectron2's own Mask R-
 specific mask head, with the student's weights. The printed number is that of the detections.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

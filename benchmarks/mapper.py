@@ -8,8 +8,6 @@ draw the same augmentations. The stock mapper keeps all masks as polygons. Ours 
 classes that are not VOC's, writes which objects have one, and draws the union of the masks.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from collections.abc import Iterator

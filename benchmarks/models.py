@@ -1,7 +1,5 @@
 """Models with random weights that behave like trained ones, and images for them."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -7,8 +7,6 @@ script, and runs one of them whenever it is told to. With ``--baseline`` there a
 processes, and in each round a program runs in both before the next one does.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

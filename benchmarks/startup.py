@@ -6,8 +6,6 @@ The first program imports torch and detectron2 and nothing of them, less than an
 Detectron2 needs. Files are in the disk cache after the first round, which does not count.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os

@@ -12,8 +12,6 @@ gradients of the weights included, the weights themselves not.
   every base method:      training_step.py --methods mask_rcnn opmask shapeprop ... --costs
 """
 
-from __future__ import annotations
-
 import argparse
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A corpus of broken annotation files and images: what is broken, and what must come of it."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

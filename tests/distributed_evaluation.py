@@ -1,7 +1,5 @@
 """An evaluation in a process group, or in one process, that needs no trained model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

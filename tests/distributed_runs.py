@@ -5,8 +5,6 @@ The processes import this module by its name. What they find out goes to files, 
 tests read it.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 from datetime import timedelta

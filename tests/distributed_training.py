@@ -4,8 +4,6 @@ Models, images and trainings of which each process of a process group runs one.
 The mask branch is that of the tiny model of the other tests, the backbone is smaller still.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -5,8 +5,6 @@ A program: ``fuzzed_annotations.py fuzz_mapper`` raises what should not have bee
 run it in a process with a limit on its memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

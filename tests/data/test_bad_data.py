@@ -5,8 +5,6 @@ Each is named by a sentence of the checks, or is not a problem. And each, withou
 and maps as it should or stops with an InputError that names the file.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

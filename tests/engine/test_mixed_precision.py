@@ -17,7 +17,7 @@ ALL = {
     "opmask + crf": [*OURS, *OPMASK, "MODEL.PSEUDO_MASK.METHOD", "crf"],
     DEEPEST: EVERY_METHOD[DEEPEST],
 }
-QUICK = ("opmask + crf", "opmask + boxinst + ours")
+QUICK = ("opmask + crf", "opmask + boxinst + ours", "condinst + boxinst + ours")
 every_method = pytest.mark.parametrize(
     "method", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in ALL]
 )

@@ -255,7 +255,8 @@ def test_the_students_gradient_is_that_of_the_bce_to_a_models_mask(has_target):
     features = make_features(1)
     found = gradients(heads, targets, features=features)["loss_mask"]
     rois = make_proposals(targets)
-    logits = heads.compute_mask_logits(features, rois)[1]
+    mask_features, _ = heads.compute_mask_features(features, rois)
+    logits = heads.mask_head.layers(mask_features)[:, 1]
     boxes = rois[0].proposal_boxes.tensor
     mask = PolygonMasks([triangle([8, 10, 40, 30])] * 2).crop_and_resize(boxes, 28).float()
     centres = (np.arange(28) + 0.5) / 28

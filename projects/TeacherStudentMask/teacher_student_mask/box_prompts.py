@@ -1,7 +1,5 @@
 """Masks of models that are prompted with a box: Segment Anything and its relatives."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Which classes may be trained with masks: the field's splits, and how users name their own."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """Finish a half-annotated dataset: a mask for every object of a COCO json that has only a box."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import glob

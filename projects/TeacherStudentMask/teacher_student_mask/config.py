@@ -1,7 +1,5 @@
 """Every config key that this project adds to Detectron2's."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode as CN
 
 __all__ = ["add_teacher_student_mask_config"]
@@ -137,8 +135,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # CondInst on the whole image, as in BoxInst itself.
     box = cfg.MODEL.BOX_SUPERVISION = CN()
     box.NAME = ""
-    # Loss of the objects with a mask, of all mask heads, while box supervision is on: "dice"
-    # (BoxInst's), or "bce".
+    # Loss of the objects with a mask, of all mask heads, while box supervision is on, and of
+    # CondInst in any case: "dice" (BoxInst's), or "bce".
     box.MASK_LOSS = "dice"
     box.PROJECTION_WEIGHT = 1.0
     box.PAIRWISE_WEIGHT = 1.0
@@ -166,7 +164,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     fcos.NUM_CONV = 4  # of each of the two towers
     fcos.NORM = "GN"
 
-    # Masks of the same, without ROIs. Of MODEL.ROI_MASK_HEAD counts TRAIN_ON_EXTERNAL_MASKS alone.
+    # Masks of the same, without ROIs. Of MODEL.ROI_MASK_HEAD counts TRAIN_ON_EXTERNAL_MASKS alone,
+    # of MODEL.TEACHER_MASK_HEAD nothing.
     condinst = cfg.MODEL.CONDINST = CN()
     condinst.IN_FEATURES = ["p3", "p4", "p5"]  # of the mask branch
     condinst.CONV_DIM = 128

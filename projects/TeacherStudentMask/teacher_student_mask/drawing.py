@@ -1,7 +1,5 @@
 """Objects drawn on images, by supervision's annotators: one look for all programs."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Mapping, Sequence
 

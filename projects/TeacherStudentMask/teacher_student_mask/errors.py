@@ -1,7 +1,5 @@
 """The one exception for what the user has to mend."""
 
-from __future__ import annotations
-
 __all__ = ["InputError"]
 
 

@@ -1,7 +1,5 @@
 """The student without this project: a plain Detectron2 model, TorchScript and ONNX."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """How good a model is: AP beside yardsticks, sentences, curves and pictures."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

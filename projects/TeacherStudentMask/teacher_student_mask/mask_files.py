@@ -1,7 +1,5 @@
 """Masks that are drawn as pictures, merged into a COCO json: the way back from a paint program."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

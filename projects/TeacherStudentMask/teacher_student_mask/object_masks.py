@@ -1,7 +1,5 @@
 """Masks of objects whose boxes are known, as keys of COCO's annotations."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util

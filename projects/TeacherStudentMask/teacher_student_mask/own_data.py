@@ -1,7 +1,5 @@
 """Data as people have them, as the jsons that a training and its validation read."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -1,7 +1,5 @@
 """The folder of a training: which files make it a model, and how they get there."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -13,8 +13,6 @@ In Python, with the folder on the path:
   boxes, scores, classes, masks = detector(image)          # uint8 (H, W, 3), RGB
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -5,8 +5,6 @@ From photographs, some objects of which have masks, to a model that has been jud
 measures boxes and masks.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

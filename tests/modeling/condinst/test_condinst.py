@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from roi_heads_factory import SIZE, WITH_MODEL_MASKS, add_model_masks, targets_of
 from test_base_methods import BOXINST, CONDINST, CONDINST_PAIR, build
@@ -172,6 +173,10 @@ def test_targets_of_the_student():
     assert scalars["pseudo_mask/fg_ratio"] == ratio
     assert scalars["pseudo_mask/num_rois"] == 3
 
+    assert scalars["external_mask/num_rois"] == 2  # objects 1 and 4
+    model_masks = found[[1, 5]].sum((1, 2)) / planes.box_masks[objects[[1, 5]]].sum((1, 2))
+    assert scalars["external_mask/fg_ratio"] == model_masks.mean()
+
     found, has_target, *_ = make_student(has_pseudo_masks=False)
     assert has_target.tolist() == [True, True, False, False, False, True]
     assert not found[2:5].any()
@@ -262,6 +267,33 @@ def test_every_parameter_has_a_gradient_whatever_the_batch(step_of, kind, batch)
     sum(losses.values()).backward()
     for name, x in model.roi_heads.named_parameters():
         assert x.grad is not None and x.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_masks_over_boxes_lie_where_those_of_the_image_do(tiny_cfg, monkeypatch, stride):
+    """Planes of x and y: a crop of them holds the coordinates of its own cells."""
+    model = build(tiny_cfg(opts=[*CONDINST, "MODEL.CONDINST.STRIDE", stride])).eval()
+    pixels = torch.arange(SIZE // stride) * stride + stride // 2 + 0.5
+    planes = torch.stack([pixels.expand(len(pixels), -1), pixels.expand(len(pixels), -1).T])
+    monkeypatch.setattr(model.roi_heads, "_predict", lambda *_: (planes / SIZE).logit())
+    box = torch.tensor([8.0, 12, 40, 52])
+    found = Instances((SIZE, SIZE), pred_boxes=Boxes(box.repeat(2, 1)))
+    found.pred_classes = torch.tensor([0, 0])
+    (found,) = model.inference([{"image": pixels_of(1)[0]}], [found], do_postprocess=False)
+    cells = (torch.arange(56) + 0.5) / 56
+    x, y = (found.pred_masks[:, 0] * SIZE).unbind()
+    torch.testing.assert_close(x, (8 + 32 * cells).expand(56, -1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(y, (12 + 40 * cells).expand(56, -1).T, atol=1e-3, rtol=0)
+
+
+def test_detected_boxes_are_cut_at_the_image_before_their_masks(tiny_cfg, monkeypatch):
+    model = build(tiny_cfg(opts=CONDINST)).eval()
+    far = Instances((SIZE, SIZE), pred_boxes=Boxes(torch.tensor([[-9.0, 5, 30, 99]])))
+    far.locations, far.pred_classes = torch.tensor([0]), torch.tensor([0])
+    far.scores = torch.ones(1)
+    monkeypatch.setattr(model.roi_heads.box_predictor, "detect", lambda *_: [far])
+    (found,) = model.inference([{"image": pixels_of(1)[0]}], do_postprocess=False)
+    assert found.pred_boxes.tensor.tolist() == [[0, 5, 30, SIZE]]
 
 
 def test_both_heads_on_given_boxes(tiny_cfg):

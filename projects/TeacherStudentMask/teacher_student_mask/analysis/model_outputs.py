@@ -1,7 +1,5 @@
 """From a trained model to result files in COCO's format, and the quality of its pseudo masks."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -1,7 +1,5 @@
 """Single objects: what each model's mask is like, and pictures of those that tell the most."""
 
-from __future__ import annotations
-
 import base64
 import logging
 import os

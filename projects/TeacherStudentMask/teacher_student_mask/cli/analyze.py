@@ -25,8 +25,6 @@ examples:
     tsmask analyze output/train --output-dir output/train/report
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 

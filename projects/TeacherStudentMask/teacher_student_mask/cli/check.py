@@ -17,8 +17,6 @@ examples:
     tsmask check train.json --image-root images --seen-classes "cat, dog" --images
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 

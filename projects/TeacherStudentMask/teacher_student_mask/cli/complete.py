@@ -16,8 +16,6 @@ examples:
         --output output/train_grabcut.json
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import shlex

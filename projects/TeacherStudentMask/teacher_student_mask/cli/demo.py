@@ -16,8 +16,6 @@ again, and an interrupted call goes on where it stopped.
   tsmask demo --data-only --output-dir .     the dataset alone, in ./datasets/shapes
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -18,8 +18,6 @@ examples:
   tsmask edit hide train.json train_few.json --keep 0.01 --min-per-class 10
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math

@@ -17,8 +17,6 @@ example:
       --check-images data/images/*.jpg
 """
 
-from __future__ import annotations
-
 import argparse
 
 from .main import add_model_arguments, choose_model

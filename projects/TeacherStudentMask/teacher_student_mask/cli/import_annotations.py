@@ -17,8 +17,6 @@ labelme and voc name classes in each file: without --classes, the ids follow the
 that occur.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -6,8 +6,6 @@ A module of a subcommand has a docstring, which is its description in ``--help``
 long to import, PyTorch above all, is imported in ``run``.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import re

@@ -13,8 +13,6 @@ device and returns the predictor.
       --image-root data/images --output data/prompted.json
 """
 
-from __future__ import annotations
-
 import argparse
 
 from .complete import add_data_arguments, run_with

@@ -31,8 +31,6 @@ examples:
         --jobs 20 --num-gpus 8 --configs ... --opts SOLVER.MAX_ITER 5000
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 from pathlib import Path

@@ -27,8 +27,6 @@ checkpoints, TensorBoard events and results.json; an evaluation writes to the fo
 it. Classes are matched by name: the test json may have other ids, and some of the classes.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 

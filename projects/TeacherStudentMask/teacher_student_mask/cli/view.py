@@ -15,8 +15,6 @@ example, with masks of unseen classes told apart:
 Images that cannot be read are listed on the page, and the exit status is then 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import os

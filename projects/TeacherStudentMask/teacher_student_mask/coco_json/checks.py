@@ -5,8 +5,6 @@ Types are checked by msgspec; what types cannot say is looked for in numpy, and 
 says what each problem means.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

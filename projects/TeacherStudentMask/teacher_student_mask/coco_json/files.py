@@ -1,7 +1,5 @@
 """Json files as large as COCO's, and the files of their images."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

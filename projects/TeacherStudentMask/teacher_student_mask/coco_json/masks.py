@@ -6,8 +6,6 @@ runs of length 0 meet, and walks along a polygon however far that goes. So masks
 in numpy, before it sees them.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -294,7 +292,7 @@ def compress_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
 
 
 def decode_mask(rle: dict) -> np.ndarray:
-    """The mask of an RLE that can be used, bool, (H, W): mask_util.decode in a third of its time."""
+    """The mask of a usable RLE, bool (H, W), in a third of the time of mask_util.decode."""
     runs = _runs_of(rle["counts"])
     height, width = rle["size"]
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T

@@ -1,7 +1,5 @@
 """Ground truth and results in COCO's format, checked and made ready for pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """The mapper that forgets the masks of unseen classes and says which instances have one."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from itertools import chain
 

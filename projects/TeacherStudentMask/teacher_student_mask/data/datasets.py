@@ -1,7 +1,5 @@
 """COCO jsons in which any object may lack its mask, as datasets: their classes and their checks."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import logging

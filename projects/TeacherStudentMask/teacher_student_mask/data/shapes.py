@@ -1,7 +1,5 @@
 """A procedural dataset, small enough to train on a CPU in minutes, on which the method shows."""
 
-from __future__ import annotations
-
 import colorsys
 import json
 import math

@@ -6,8 +6,6 @@ the images, and the flips, that an uninterrupted training would have seen next; 
 starts its order anew, with random numbers that depend on the number of workers.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import random

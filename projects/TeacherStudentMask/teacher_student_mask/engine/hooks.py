@@ -1,7 +1,5 @@
 """Hooks that watch a training: unseen masks, losses, pseudo masks, and random numbers."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence

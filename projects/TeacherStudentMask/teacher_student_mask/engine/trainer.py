@@ -1,7 +1,5 @@
 """The trainer, and the program behind train_net.py and ``tsmask train``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

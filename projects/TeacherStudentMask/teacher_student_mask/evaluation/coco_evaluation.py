@@ -1,7 +1,5 @@
 """COCO AP on all, seen, unseen and unseen overlapped objects, and tables of it."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math

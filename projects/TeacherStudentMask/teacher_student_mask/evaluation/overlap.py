@@ -1,7 +1,5 @@
 """How much of each object's box is covered by other objects: Eq. (1) of the paper."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

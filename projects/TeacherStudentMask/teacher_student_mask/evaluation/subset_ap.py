@@ -1,7 +1,5 @@
 """COCO mask AP of any subset of the objects from one matching, also for resampled images."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The tasks that are reported, mask AP on four sets of objects, and what it has to beat."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 

@@ -7,7 +7,7 @@ p is the probability of a cell, B whether its centre lies in the object's own bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -240,7 +240,11 @@ class BoxSupervision:
         names = cls.__dataclass_fields__
         return cls(**{name: cfg.MODEL.BOX_SUPERVISION[name.upper()] for name in names})
 
-    def rois_of(self, foreground: list[Instances]) -> list[Instances]:
+    def rois_of(
+        self,
+        foreground: list[Instances],
+        has_mask: Callable[[Instances], torch.Tensor] = has_mask_of,
+    ) -> list[Instances]:
         """
         The ROIs of the objects without a mask, each object once, at its box scaled by ``roi_scale``
         about its centre and clipped to the image.
@@ -249,10 +253,11 @@ class BoxSupervision:
             foreground: one per image, with ``gt_boxes``, ``gt_classes`` and ``gt_has_mask``, which
                 an image without ROIs may lack; the result has the same fields, but for
                 ``box_features``, which were not those of these boxes.
+            has_mask: which ROIs of an image have one, see :func:`crop_gt_masks`.
         """
         rois = []
         for x in foreground:
-            x = select_rois(x, ~has_mask_of(x))
+            x = select_rois(x, ~has_mask(x))
             if len(x) > 0:
                 boxes = x.gt_boxes.tensor
                 objects = torch.cat([boxes, x.gt_classes[:, None]], dim=1).tolist()

@@ -4,8 +4,6 @@ Mask GrabCut: the mask of an object from its box and the colours of the image, w
 No code was published: the sizes, the margin, and the answer where GrabCut finds nothing are ours.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

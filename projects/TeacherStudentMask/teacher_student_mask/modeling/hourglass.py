@@ -1,7 +1,5 @@
 """Deep mask heads: the hourglass networks of Deep-MAC, as a head of Mask R-CNN."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init

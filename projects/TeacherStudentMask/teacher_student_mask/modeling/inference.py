@@ -1,7 +1,5 @@
 """Masks on boxes that are given, not detected."""
 
-from __future__ import annotations
-
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances

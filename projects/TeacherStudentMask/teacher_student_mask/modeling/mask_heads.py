@@ -1,7 +1,5 @@
 """The teacher's mask head, and mask heads with a finer output grid."""
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable

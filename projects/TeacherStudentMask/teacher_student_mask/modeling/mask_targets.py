@@ -1,7 +1,5 @@
 """Which ROIs train the mask heads, their targets, and the losses of those that have one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Mask^X R-CNN: mask weights of a class predicted from its box weights."""
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable

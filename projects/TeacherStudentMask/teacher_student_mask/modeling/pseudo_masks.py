@@ -27,6 +27,7 @@ __all__ = [
     "PSEUDO_MASK_METHODS",
     "PseudoMaskGenerator",
     "balance_foreground",
+    "describe_targets",
     "draw_rois_without_mask",
     "fit_to_boxes",
     "generate_pseudo_masks",
@@ -282,9 +283,8 @@ def make_student_targets(
 
     Returns:
         The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
-        (R,); and scalars about those that are not ground truth: how full they are (``fg_ratio``;
-        near 0 or 1: a collapse), pseudo masks also by class (``fg_ratio/<id>``), and the share of
-        cells that both heads, or model and teacher, put on the same side of 0.5 (``agreement``).
+        (R,); and :func:`describe_targets` of external masks, beside the teacher, and of pseudo
+        masks, by both heads and by class. ``pseudo_mask/fg_ratio`` near 0 or 1 is a collapse.
     """
     has_target = torch.cat([has_mask_of(x) for x in rois])
     is_external = torch.cat([has_model_mask_of(x) for x in rois])
@@ -296,7 +296,7 @@ def make_student_targets(
         masks = crop_gt_masks(chosen, side, gt_masks.device, has_model_mask_of)
         masks = replace(generator, method="none")(masks, masks, chosen)
         targets = targets.index_copy(0, rows, masks)
-        scalars.update(_describe("external_mask", masks, teacher_probs[rows], masks))
+        scalars.update(describe_targets("external_mask", masks, teacher_probs[rows], masks))
         has_target = has_target | is_external
     rows = (~has_target).nonzero().squeeze(1)
     if not has_pseudo_masks or len(rows) == 0:
@@ -312,12 +312,9 @@ def make_student_targets(
     if generator.needs_images:
         roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
     masks = generator(base, student_probs, chosen, roi_images)
-    scalars.update(_describe("pseudo_mask", masks, teacher_probs[rows], student_probs))
     classes = torch.cat([x.gt_classes for x in chosen])
-    ratios = masks.float().flatten(1).mean(1)
-    for k in classes.unique().tolist():
-        is_k = classes == k
-        scalars[f"pseudo_mask/fg_ratio/{k}"] = (ratios * is_k).sum() / is_k.sum()
+    own = (masks, teacher_probs[rows], student_probs)
+    scalars.update(describe_targets("pseudo_mask", *own, classes=classes))
     targets = targets.index_copy(0, rows, masks.to(gt_masks.dtype))
     return targets, torch.ones_like(has_target), scalars
 
@@ -340,15 +337,39 @@ def draw_rois_without_mask(
     return torch.cat(strips, dim=3)
 
 
-def _describe(
-    name: str, masks: torch.Tensor, probs: torch.Tensor, others: torch.Tensor
+@torch.no_grad()
+def describe_targets(
+    name: str,
+    targets: torch.Tensor,
+    probs: torch.Tensor,
+    others: torch.Tensor,
+    inside: torch.Tensor | None = None,
+    classes: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    agreement = ((probs >= 0.5) == (others >= 0.5)).float().mean()
-    return {
-        f"{name}/fg_ratio": masks.float().mean(),
-        f"{name}/agreement": agreement,
-        f"{name}/num_rois": agreement.new_tensor(len(masks)),
+    """
+    Scalars about targets that are not ground truth, as means over R > 0 of them.
+
+    Args:
+        name: the scalars begin with it and a slash.
+        targets: shape (R, h, w), in [0, 1]; "fg_ratio" is their mean.
+        probs, others: shape (R, h, w), in [0, 1]; "agreement" is the share of the cells on the same
+            side of 0.5.
+        inside: bool, shape (R, h, w), the cells that count; None: all.
+        classes: int64, shape (R,); adds "fg_ratio/<id>" of each class.
+    """
+    if inside is None:
+        inside = torch.ones_like(targets, dtype=torch.bool)
+    size = inside.sum((1, 2)).clamp(min=1)
+    ratios = (targets * inside).sum((1, 2)) / size
+    is_same = ((probs >= 0.5) == (others >= 0.5)) & inside
+    scalars = {
+        f"{name}/fg_ratio": ratios.mean(),
+        f"{name}/agreement": (is_same.sum((1, 2)) / size).mean(),
+        f"{name}/num_rois": ratios.new_tensor(len(targets)),
     }
+    for k in [] if classes is None else classes.unique().tolist():
+        scalars[f"{name}/fg_ratio/{k}"] = ratios[classes == k].mean()
+    return scalars
 
 
 def _average_down(probs: torch.Tensor, side: int) -> torch.Tensor:

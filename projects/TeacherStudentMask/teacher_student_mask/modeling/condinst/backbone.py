@@ -1,7 +1,5 @@
 """Feature pyramids for FCOS: two levels more, made from the coarsest one of the pyramid."""
 
-from __future__ import annotations
-
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone

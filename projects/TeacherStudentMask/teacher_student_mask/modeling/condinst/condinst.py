@@ -1,7 +1,5 @@
 """CondInst (Tian et al., ECCV 2020), with box supervision BoxInst, and the paper's pair on it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,8 +73,9 @@ class CondInstHeads(nn.Module):
     """
     All of :class:`CondInst` above the backbone, in the form of Detectron2's ROI heads.
 
-    Objects with a mask learn by Dice, the others by BoxInst's losses if there is box supervision;
-    both divide by the number of selected locations of the process.
+    Objects with a mask learn by Dice, the others by BoxInst's losses if there is box supervision.
+    Dice and projection divide by the number of selected locations of the process; the pairwise loss
+    is a mean over pairs, times the share of the locations whose object has no mask.
     """
 
     @configurable
@@ -99,7 +98,8 @@ class CondInstHeads(nn.Module):
             mask_head: makes the weights of the masks' layers.
             stride: of the masks' planes in pixels; that of the branch is a multiple of it.
             max_locations: of an image that train the masks, an equal number of each object, those
-                with the highest product of class probability and centreness; one at least.
+                with the highest product of class probability and centreness; one at least, so an
+                image with many objects takes more memory.
             train_on_external_masks: take masks that another model made as ground truth, too.
             box_supervision: losses of locations whose object has no mask.
             mask_loss: of those whose object has one, "dice" or "bce".
@@ -162,6 +162,8 @@ class CondInstHeads(nn.Module):
         grid = output.grid
         if not self.training:
             found = self.box_predictor.detect(output, images.image_sizes)
+            for x in found:  # before their masks, as those of Mask R-CNN
+                x.pred_boxes.clip(x.image_size)
             return self._add_masks(found, features, grid, output.towers), {}
         if any(len(x) > 0 and not x.has("gt_has_mask") for x in targets):
             raise ValueError(
@@ -271,12 +273,14 @@ class CondInstHeads(nn.Module):
         if self.mask_on:
             mask_features, head = self.mask_branch(features), self._head_at_test()
             crop = ROIAlign((_ROI_SIDE, _ROI_SIDE), 1 / self.stride, 0, aligned=True)
+            # A cell stands for the pixel stride // 2 after its first; for ROIAlign, for its middle.
+            shift = self.stride // 2 + 0.5 - self.stride / 2
             for i, x in enumerate(found):
                 image = torch.full_like(x.locations, i)
                 where = self._locations(grid, towers, image, x.locations)
                 x.pred_planes = self._predict(head, mask_features, where, x.pred_classes).sigmoid()
                 rows = torch.arange(x.locations.shape[0], device=image.device)[:, None]
-                rois = torch.cat([rows.to(where.points.dtype), x.pred_boxes.tensor], dim=1)
+                rois = torch.cat([rows.to(where.points.dtype), x.pred_boxes.tensor - shift], dim=1)
                 x.pred_masks = crop(x.pred_planes[:, None].float(), rois.float())
         for x in found:
             x.remove("locations")

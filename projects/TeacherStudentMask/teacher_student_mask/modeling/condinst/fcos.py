@@ -1,7 +1,5 @@
 """FCOS (Tian et al., ICCV 2019): the head, its losses, and what it detects."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +10,10 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, batched_nms, get_norm
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from fvcore.nn import giou_loss, sigmoid_focal_loss
+from fvcore.nn import sigmoid_focal_loss
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import generalized_box_iou_loss
 
 from ..mask_targets import at_least_float32
 from .targets import Grid, box_distances, centreness_of
@@ -85,13 +84,13 @@ class FCOS(nn.Module):
             test_topk_per_image: detections of an image at most.
 
         Raises:
-            ValueError: the number of ``sizes`` is not one fewer than that of levels.
+            ValueError: the number of ``sizes`` is not one fewer than that of levels, two or more.
         """
         super().__init__()
-        if len(sizes) != len(in_features) - 1:
+        if not sizes or len(sizes) != len(in_features) - 1:
             raise ValueError(
                 f"MODEL.FCOS.SIZES has {len(sizes)} limits; {len(in_features)} levels "
-                f"(MODEL.FCOS.IN_FEATURES) need {len(in_features) - 1}."
+                f"(MODEL.FCOS.IN_FEATURES; two at least) need {len(in_features) - 1}."
             )
         self.in_features, self.strides = tuple(in_features), tuple(strides)
         self.num_classes = num_classes
@@ -183,7 +182,8 @@ class FCOS(nn.Module):
         # As boxes around the location.
         sign = targets.new_tensor([-1, -1, 1, 1])
         predicted = at_least_float32(output.distances[image, location])
-        loss_loc = giou_loss(predicted * sign, targets * sign) * centreness
+        # Not fvcore's, which asserts on values that are not finite: FiniteLoss says more.
+        loss_loc = generalized_box_iou_loss(predicted * sign, targets * sign) * centreness
         own = at_least_float32(output.centreness[image, location])
         loss_ctr = F.binary_cross_entropy_with_logits(own, centreness, reduction="sum")
         return {

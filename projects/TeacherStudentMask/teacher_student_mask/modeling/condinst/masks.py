@@ -1,7 +1,5 @@
 """CondInst's mask branch and its mask heads, whose weights a controller makes for each object."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -77,7 +75,9 @@ class MaskBranch(nn.Module):
             return layer
 
         self.refine = nn.ModuleList([conv(in_channels) for _ in in_features])
-        self.tower = nn.Sequential(*(conv(width) for _ in range(4)), nn.Conv2d(width, 16, 1))
+        self.tower = nn.Sequential(
+            *(conv(width) for _ in range(4)), nn.Conv2d(width, _NUM_CHANNELS, 1)
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:

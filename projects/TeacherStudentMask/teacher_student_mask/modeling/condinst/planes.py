@@ -1,7 +1,5 @@
 """Losses and pseudo masks on planes: h x w cells over the whole image, one plane per location."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -15,7 +13,7 @@ from ..box_supervision import (
     projection_loss,
     rgb_to_lab,
 )
-from ..pseudo_masks import PseudoMaskGenerator, generate_pseudo_masks
+from ..pseudo_masks import PseudoMaskGenerator, describe_targets, generate_pseudo_masks
 from .targets import PlaneTargets
 
 __all__ = ["box_losses", "make_student_planes"]
@@ -98,7 +96,7 @@ def make_student_planes(
         scalars of the same names, over the cells in the objects' boxes.
     """
     has_target, is_external = targets.has_mask[objects], targets.has_model_mask[objects]
-    masks = targets.masks[objects]
+    masks, scalars = targets.masks[objects], {}
     planes = (masks & has_target[:, None, None]).to(teacher_logits.dtype)
     if external == "alone":
         cleaned = masks & is_external[:, None, None]
@@ -107,8 +105,13 @@ def make_student_planes(
         if generator.exclude_seen:
             cleaned &= ~targets.exclusion_masks[targets.images[objects]]
         planes, has_target = planes + cleaned, has_target | is_external
+        rows = is_external.nonzero()[:, 0]
+        if len(rows) > 0:
+            own = (planes[rows], teacher_logits[rows].sigmoid(), planes[rows])
+            inside = targets.box_masks[objects[rows]]
+            scalars.update(describe_targets("external_mask", *own, inside))
     if not has_pseudo_masks or has_target.all():
-        return planes, has_target, {}
+        return planes, has_target, scalars
     settings = dict(vars(generator))
     settings.pop("exclude_seen")
     if generator.crf is not None:
@@ -135,18 +138,9 @@ def make_student_planes(
             **settings,
         )
     rows = (~has_target).nonzero()[:, 0]
-    inside = targets.box_masks[objects[rows]]
-    size = inside.sum((1, 2)).clamp(min=1)
-    is_same = (teacher_probs[rows] >= 0.5) == (student_probs[rows] >= 0.5)
-    ratios = (planes[rows] * inside).sum((1, 2)) / size
-    classes = targets.classes[objects[rows]]
-    scalars = {
-        "pseudo_mask/fg_ratio": ratios.mean(),
-        "pseudo_mask/agreement": ((is_same & inside).sum((1, 2)) / size).mean(),
-        "pseudo_mask/num_rois": ratios.new_tensor(len(rows)),
-    }
-    for k in classes.unique().tolist():
-        scalars[f"pseudo_mask/fg_ratio/{k}"] = ratios[classes == k].mean()
+    where = (targets.box_masks[objects[rows]], targets.classes[objects[rows]])
+    own = (planes[rows], teacher_probs[rows], student_probs[rows])
+    scalars.update(describe_targets("pseudo_mask", *own, *where))
     return planes, torch.ones_like(has_target), scalars
 
 

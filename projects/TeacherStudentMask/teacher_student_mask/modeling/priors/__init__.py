@@ -1,7 +1,5 @@
 """Mask-feature priors, which enrich the ROI features of the mask heads: one file per paper."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import fvcore.nn.weight_init as weight_init

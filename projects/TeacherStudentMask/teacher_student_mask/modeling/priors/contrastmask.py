@@ -1,7 +1,5 @@
 """ContrastMask: features in which the pixels of objects of all classes are alike."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init

@@ -6,8 +6,6 @@ and pairwise affinities of pixels (commonality of appearance). Widths, losses an
 results of it are not results of CPMask.
 """
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable

@@ -1,7 +1,5 @@
 """OPMask: a box head that keeps its map, and where in a ROI it sees the ROI's class, as a prior."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """ShapeProp's prior: a saliency map of each ROI's class, spread over the object."""
 
-from __future__ import annotations
-
 import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import CfgNode, configurable
