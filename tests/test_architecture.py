@@ -59,7 +59,7 @@ ALLOWED = {
     "config": set(),
     "structures": set(),
     "coco_json": BASE,
-    "drawing": {"coco_json"},
+    "drawing": {"coco_json", "errors"},
     "importers": BASE,
     # The three meet in the fields of Instances alone.
     "data": BASE | {"structures"},
@@ -72,7 +72,7 @@ ALLOWED = {
     "box_prompts": {"errors"},
     "object_masks": {"box_prompts", "coco_json", "evaluation", "modeling"},
     "completion": DETECTOR | {"box_prompts", "drawing", "object_masks"},
-    "exporters": DETECTOR,
+    "exporters": DETECTOR | {"drawing"},
     "sweep": DETECTOR | {"analysis"},
     "mask_files": BASE | {"importers"},
     "own_data": BASE | {"importers", "run_folder"},

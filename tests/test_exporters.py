@@ -242,8 +242,13 @@ def test_the_files_of_a_training_are_never_replaced(tmp_path, capsys):
     assert main(["export", "--config-file", str(config), "--output-dir", str(tmp_path)]) == 1
     assert "holds config.yaml, which no export has written" in capsys.readouterr().err
     assert config.read_text() == before and not (tmp_path / "model.pth").exists()
-    # An earlier export is replaced.
-    assert export_to(tmp_path) == 0 and export_to(tmp_path) == 0
+    # An earlier export is replaced, with what is no longer asked for.
+    exported = tmp_path / "exported"
+    assert (
+        export_to(tmp_path, "--formats", "plain", "torchscript") == 0
+        and (exported / "model.ts").exists()
+    )
+    assert export_to(tmp_path) == 0 and not (exported / "model.ts").exists()
 
 
 def test_a_config_that_evaluates_the_teacher_has_its_student_exported(tmp_path):

@@ -13,7 +13,10 @@ from teacher_student_mask.cli.main import main
 # Image 5 is street.jpg of 6x4 pixels; 17 has no mask, 18 one of a model, 19 one of a human.
 DISK = [[1, 1, 4, 1, 4, 3, 1, 3]]
 COCO = {
-    "images": [{"id": 5, "file_name": "a/street.jpg", "width": 6, "height": 4}],
+    "images": [
+        {"id": i, "file_name": name, "width": 6, "height": 4}
+        for i, name in ((5, "a/street.jpg"), (6, "18.jpg"))
+    ],
     "categories": [{"id": 2, "name": "car"}],
     "annotations": [
         {"id": i, "image_id": 5, "category_id": 2, "bbox": [0, 0, 5, 4], "iscrowd": 0, **more}
@@ -86,6 +89,7 @@ def test_a_mask_that_covers_all_but_its_box_is_taken_and_doubted(run):
     "name, pixels, sentence",
     [
         ("20.png", np.ones((4, 6), np.uint8), "named after no annotation id and no image"),
+        ("18.png", np.ones((4, 6), np.uint8), "the id of an annotation and the name of an image"),
         ("17.png", np.ones((6, 4), np.uint8), r"shape \(6, 4\); allowed: \(4, 6\)"),
         ("17.png", np.ones((4, 6, 3), np.uint8), "one channel"),
         ("17.png", np.zeros((4, 6), np.uint8), "has no pixel of an annotation 17"),

@@ -13,8 +13,8 @@ from PIL import Image
 from teacher_student_mask import InputError, training
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.data import generate_shapes
-from teacher_student_mask.judgement import evaluate
-from teacher_student_mask.own_data import find_data
+from teacher_student_mask.judgement import _draw_pictures, evaluate
+from teacher_student_mask.own_data import DataPart, find_data
 from teacher_student_mask.trained_model import load_model
 
 FEW_STEPS = ["SOLVER.MAX_ITER", "6", "MODEL.DEVICE", "cpu"]
@@ -53,6 +53,31 @@ def test_a_tenth_of_the_images_is_set_aside_and_no_object_is_lost(shapes):
     assert both == whole["annotations"]
     assert find(shapes, shapes / "again")[1].json_file.endswith(Path(validation.json_file).name)
     assert read(shapes / "again" / "val.json") == aside
+
+
+def test_what_evaluation_alone_needs_is_added_to_what_is_set_aside(shapes):
+    (shapes / "val.json").unlink()
+    coco = read(shapes / "train.json")
+    for annotation in coco["annotations"]:
+        del annotation["area"]
+    del coco["annotations"][3]["id"]
+    (shapes / "train.json").write_text(json.dumps(coco))
+    parts = find(shapes, shapes / "run")
+    assert all(x.source == str(shapes / "train.json") for x in parts)
+    found = [y for x in parts for y in read(x.json_file)["annotations"]]
+    assert sorted(x["id"] for x in found) == list(range(1, len(coco["annotations"]) + 1))
+    assert all(x["area"] == x["bbox"][2] * x["bbox"][3] for x in found)
+
+
+def test_pictures_stay_in_their_folder_whatever_the_images_are_called(shapes):
+    coco, run = read(shapes / "val.json"), shapes / "run"
+    for image in coco["images"]:
+        image["file_name"] = str(shapes / "images" / image["file_name"])
+    (shapes / "val.json").write_text(json.dumps(coco))
+    (run / "inference").mkdir(parents=True)
+    (run / "inference/coco_instances_results.json").write_text("[]")
+    _draw_pictures(run, DataPart(str(shapes / "val.json"), str(shapes)))
+    assert len(list((run / "pictures").iterdir())) == 4
 
 
 def test_a_validation_set_with_masks_on_some_objects_is_split_by_what_it_can_judge(shapes):
@@ -104,6 +129,8 @@ def test_layouts_of_other_tools(shapes, tmp_path):
         (["data", "--resume"], "give DATA, one path, or --config-file"),
         (["data/train.json", "--output-dir", "."], "lies in ., the folder of the run"),
         (["--config-file", "a.yaml", "--time", "5m"], "--time.* go with DATA"),
+        (["--config-file", "a.yaml", "--seed", "5"], "--seed go with DATA"),
+        (["data", "--opts", "OUTPUT_DIR", "x"], "OUTPUT_DIR is chosen by output_dir"),
         (["data/moved.json"], "its image 'train_000000.png' is not in .*--image-root"),
         (["data/boxes.json"], "no object has a mask that a human drew; draw some"),
         ([], "give DATA"),
@@ -144,7 +171,7 @@ def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, c
     found = evaluate(run, gt_boxes=True, output_dir="elsewhere")
     assert f"Masks on given boxes: AP {found['segm']['AP']:.1f}" in printed
     # Numbered, and no run is overwritten.
-    other = training.train("data", opts=FEW_STEPS)
+    other = training.train("data", opts=[*FEW_STEPS, "DATASETS.TEST", "()"])
     assert other == Path("output/train2")
     with pytest.raises(InputError, match="'tsmask train output/train' goes on with it"):
         training.train("data", run, opts=FEW_STEPS)
@@ -157,7 +184,9 @@ def test_a_run_ends_with_a_judged_model_and_the_next_runs_have_numbers(shapes, c
 def test_an_interrupted_run_goes_on_where_it_was_moved_to(shapes, monkeypatch, capsys):
     (shapes / "val.json").unlink()
     opts = [*FEW_STEPS, "SOLVER.CHECKPOINT_PERIOD", "2"]
-    whole = training.train("data", "whole", opts=opts)
+    whole = training.train("data", "2024", opts=opts)
+    # The images that were set aside are to be completed, too.
+    assert "--annotations data/train.json" in (whole / "summary.md").read_text()
     after_step = training._Progress.after_step
 
     def stop(self):
@@ -169,15 +198,15 @@ def test_an_interrupted_run_goes_on_where_it_was_moved_to(shapes, monkeypatch, c
         patch.setattr(training._Progress, "after_step", stop)
         training.train("data", "cut", opts=opts)
     assert "'tsmask train cut' goes on" in capsys.readouterr().out
-    Path("cut").rename("moved")
-    training.train("moved")
-    states = [torch.load(Path(x, "model_final.pth"))["model"] for x in (whole, "moved")]
+    Path("cut").rename("7")
+    training.train("7")
+    states = [torch.load(Path(x, "model_final.pth"))["model"] for x in (whole, "7")]
     assert all(torch.equal(states[0][k], x) for k, x in states[1].items())
     # Of the validation objects two of three have a mask.
     words = ["--resamples", "0", "--no-pseudo-masks"]
-    assert main(["analyze", "moved", "--output-dir", "report", *words]) == 0
+    assert main(["analyze", "7", "--output-dir", "report", *words]) == 0
     number = read("report/analysis.json")["dataset"]["num_objects"]
-    assert number == len(read("moved/data/val_masks.json")["annotations"])
+    assert number == len(read("7/data/val_masks.json")["annotations"])
 
 
 @pytest.mark.slow
@@ -190,7 +219,7 @@ def test_a_training_stops_when_ap_does_not_rise_and_goes_on_when_told_to(
         patch.setattr(training, "_validation_ap", lambda metrics: next(values))
         run = training.train("data", early_stop=2, opts=opts)
     assert "AP has not risen for 2 evaluations" in capsys.readouterr().out
-    assert torch.load(run / "model_best.pth")["iteration"] == 1
+    assert torch.load(run / "model_best.pth")["iteration"] == 2
     assert (run / "last_checkpoint").read_text() == "model_0000003.pth"
     training.train(run)
     assert torch.load(run / "model_final.pth")["iteration"] == 5

@@ -22,6 +22,7 @@ from teacher_student_mask import (
     completion,
 )
 from teacher_student_mask.cli.main import main
+from teacher_student_mask.completion import write_yolo
 from teacher_student_mask.data import load_partial_coco_json
 from teacher_student_mask.trained_model import load_model
 
@@ -189,6 +190,27 @@ def interrupt_after(monkeypatch, num_images):
     return begun
 
 
+def test_labels_of_yolo_stay_in_their_folder(tmp_path):
+    coco = {"categories": [{"id": 1, "name": "ant"}], "images": [], "annotations": []}
+    for i, name in enumerate(("a/x.png", "b/y.png")):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "photos" / name), np.zeros((8, 8, 3), np.uint8))
+        file = str(tmp_path / "photos" / name)
+        coco["images"].append({"id": i, "file_name": file, "width": 8, "height": 8})
+        coco["annotations"].append({"image_id": i, "category_id": 1, "bbox": [0, 0, 4, 4]})
+    write_yolo(coco, "elsewhere", tmp_path / "yolo")
+    labels = {str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*.txt")}
+    assert labels == {"yolo/labels/a/x.txt", "yolo/labels/b/y.txt"}
+
+
+def test_objects_need_no_id(run, dataset, tmp_path):
+    for annotation in dataset.data["annotations"]:
+        del annotation["id"]
+    path = write(dataset, tmp_path)
+    assert run("--rank", tmp_path / "rank.csv", annotations=path)[0] == 0
+    assert len((tmp_path / "rank.csv").read_text().splitlines()) == 1 + len(TARGETS)
+
+
 def test_an_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
     run("--rank", tmp_path / "whole.csv", out="whole.json")
     with monkeypatch.context() as patch:
@@ -196,6 +218,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch
         assert run("--rank", tmp_path / "out.csv")[0] == 130
         assert begun == [0, 1] and not (tmp_path / "out.json").exists()
     (shard,) = tmp_path.glob("out.json.part-*.jsonl")
+    # Of two processes, the first of which had not begun.
+    shard = shard.rename(tmp_path / "out.json.part-00001.jsonl")
     with open(shard, "a") as file:
         file.write('{"image": 1, "half a li')
     # What has been made is neither mixed with something else nor thrown away unasked.

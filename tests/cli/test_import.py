@@ -183,6 +183,7 @@ def test_labelme_reserved_labels_are_no_classes(inputs):
 
 def test_labels_that_differ_by_blanks_or_case_are_told(run, inputs):
     edit_labelme(inputs, lambda x: x["shapes"][0].update(label=" Hen"))
+    (inputs / "labelme/train.json").write_text('{"images": [], "annotations": []}')  # not read
     status, _, printed = run("labelme", inputs / "labelme")
     assert status == 0 and re.search("warning: .*'name' is ' Hen'; .* blanks or case", printed)
 
@@ -253,6 +254,7 @@ def test_turned_boxes_of_cvat_become_the_boxes_around_them(run, inputs):
     data = json.loads(path.read_text())
     (box,) = [x for x in data["annotations"] if x["segmentation"] == []]
     box.update(bbox=[4, 4, 8, 2], attributes={"rotation": 90.0})  # about (8, 5), of 20x10
+    data["annotations"][0]["attributes"] = []
     path.write_text(json.dumps(data))
     status, output, printed = run("cvat", path)
     assert status == 0 and "turned" in printed and "warning" not in printed
@@ -324,6 +326,7 @@ def test_broken_lines_of_yolo_are_named(line, run, inputs):
         ("train: images/train\nnames: [a, yes]", r"got `bool` - at `\$.names\[1\]`"),
         ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]", "the labels are keypoints"),
         ("train: list.txt\nnames: [a]", "none of the 1 images of 'train' has its txt"),
+        ("train: far\nnames: [a]", r"'train' names \S*/far, which does not exist"),
         ("a: [", r"data.yaml: [^\n]*line 1, column 5[^\n]*\.\n$"),
     ],
 )

@@ -112,6 +112,8 @@ def test_every_file_has_one_overlay_and_overlays_are_no_inputs(run):
     for seed, name in enumerate(names):
         write_image(Path(name), 40, 60, seed=seed)
     Path("in/notes.txt").write_text("left out")
+    write_image(Path("in/.ipynb_checkpoints/a-checkpoint.png"), 40, 60)
+    Path("in/._a.png").write_bytes(b"of macOS")
     for more in ([], ["."]):
         assert run("in", "b/*", "in/a.png", *more) == 0
         assert sorted(x["file_name"] for x in load_images()) == sorted(names)

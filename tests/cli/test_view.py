@@ -1,6 +1,7 @@
 """The page of a partly annotated dataset."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -66,8 +67,15 @@ def test_the_ranking_of_complete_gives_the_order(tiny_coco, view, tmp_path):
     order = ["seen.png", "mixed.png", "seen.png", "unseen.png"]
     rows = "".join(f"0.5,{ids[x]}\n" for x in order)
     (tmp_path / "rank.csv").write_text(f"need,image_id\n{rows}")
+    picture = Path(tiny_coco.image_root, "seen.png")
+    picture.rename(tmp_path / "far.png")
+    picture.symlink_to(tmp_path / "far.png")
     _, page, _ = view(tiny_coco, "--rank", tmp_path / "rank.csv", "--max-images", 2)
     assert re.findall(r"<figcaption>(\w+\.png)", page) == ["seen.png", "mixed.png"]
+    (tmp_path / "rank.csv").write_text("need,image\n0.5,7\n")
+    assert (
+        "rank.csv: no csv of tsmask complete" in view(tiny_coco, "--rank", tmp_path / "rank.csv")[2]
+    )
 
 
 def test_a_part_of_the_images_is_from_all_parts_of_the_json(tiny_coco, view):

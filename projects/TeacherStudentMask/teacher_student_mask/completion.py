@@ -42,7 +42,7 @@ _NEW_KEYS |= {"mask_fallback"}
 # What may be another one when an interrupted run goes on.
 _FREE_SETTINGS = {"output", "skip_broken_images", "ranking", "yolo", "resume", "force"}
 _FREE_SETTINGS |= {"num_processes"}
-# Of teacher and student; below it the user is told. See docs/COMPLETE.md for what was measured.
+# Of teacher and student; below it the user is told.
 _LOW_AGREEMENT = 0.6
 
 
@@ -141,7 +141,8 @@ def complete_dataset(settings: CompletionSettings) -> str:
     ]
     num_processes = max(1, min(settings.num_processes, len(todo)))
     # A shard of an interrupted run may end with half a line, so each run has its own.
-    args = settings, num_processes, todo, header, data["categories"], len(shards)
+    first = 1 + max((int(x.rsplit("-", 1)[1].split(".")[0]) for x in shards), default=-1)
+    args = settings, num_processes, todo, header, data["categories"], first
     if todo and num_processes == 1:
         _complete_images(0, *args)
     elif todo:
@@ -224,7 +225,7 @@ def _complete_images(
     tasks: list[dict],
     header: dict,
     categories: list[dict],
-    num_shards: int,
+    first_shard: int,
 ) -> None:
     """Complete this process's share of the images, and write each to the process's shard."""
     tasks = tasks[rank::num_processes]
@@ -236,7 +237,7 @@ def _complete_images(
     loader = build_detection_test_loader(
         tasks, mapper=functools.partial(_read_image, mapper), num_workers=num_workers
     )
-    with open(f"{settings.output}.part-{num_shards + rank:05}.jsonl", "x") as shard:
+    with open(f"{settings.output}.part-{first_shard + rank:05}.jsonl", "x") as shard:
         shard.write(json.dumps(header) + "\n")
         for (task,) in tqdm(loader, desc="images of process 1", unit="image", disable=rank > 0):
             record = {"image": task["number"]}
@@ -360,7 +361,8 @@ def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -
     for annotation, made in candidates:
         score, agreement = made.get("score"), made.get("teacher_student_agreement")
         need = round(1 - (score or 0) * (1 if agreement is None else agreement), 4)
-        about = annotation["id"], annotation["image_id"], file_names[annotation["image_id"]]
+        image_id = annotation["image_id"]
+        about = annotation.get("id", ""), image_id, file_names[image_id]
         class_name = names[annotation["category_id"]]
         remark = made.get("problem", "fallback to box_fit" * ("mask_fallback" in made))
         rows.append((need, *about, class_name, *annotation["bbox"], score, agreement, remark))
@@ -375,8 +377,9 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
     Write a checked COCO json as labels of YOLO, by supervision.
 
     ``folder`` then holds data.yaml with the names of the classes, and labels/ with a txt for each
-    image that can be read. A row is an outline, or the box where an object has no mask; each part
-    of a mask has a row of its own. Crowds are left out.
+    image that can be read, in the folders of the images below ``image_root``, or below what is
+    common to all, if one is elsewhere. A row is an outline, or the box where an object has no mask;
+    each part of a mask has a row of its own. Crowds are left out.
 
     Returns:
         The number of objects whose mask has several parts.
@@ -388,15 +391,18 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
         if not x.get("iscrowd"):
             objects[x["image_id"]].append(x)
     names, num_in_parts = [x["name"] for x in categories], 0
+    root = os.path.abspath(image_root)
+    paths = [os.path.normpath(os.path.join(root, x["file_name"])) for x in coco["images"]]
+    if os.path.commonpath([root, *paths]) != root:
+        root = os.path.commonpath([os.path.dirname(x) for x in paths])
     sv.DetectionDataset(names, [], {}).as_yolo(data_yaml_path=str(Path(folder, "data.yaml")))
-    for image in coco["images"]:
+    for image, path in zip(coco["images"], paths):
         rows, size = objects[image["id"]], (int(image["height"]), int(image["width"]))
         ids = [class_ids[x["category_id"]] for x in rows]
         found = annotations_to_detections(rows, size, ids)
         num_in_parts += sum(cv2.connectedComponents(x.astype(np.uint8))[0] > 2 for x in found.mask)
         # Ultralytics looks for labels in the same folders as images.
-        labels = Path(folder, "labels", image["file_name"]).parent
-        path = os.path.join(image_root, image["file_name"])
+        labels = Path(folder, "labels", os.path.relpath(path, root)).parent
         if os.path.isfile(path):
             dataset = sv.DetectionDataset(names, [path], {path: found})
             dataset.as_yolo(annotations_directory_path=str(labels))

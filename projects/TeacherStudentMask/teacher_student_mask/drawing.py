@@ -1,25 +1,47 @@
-"""Objects drawn on images, by supervision's annotators: one look for all programs."""
+"""Images from files, and objects drawn on them by supervision's annotators."""
 
 import colorsys
+import os
 from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import supervision as sv
+from detectron2.data import detection_utils as utils
 from detectron2.structures import Instances
+from PIL import Image
 
+from .coco_json import DEEP_MODES
 from .coco_json.masks import MaskState, compress_mask, measure_masks
+from .errors import InputError
 
 __all__ = [
     "annotations_to_detections",
     "class_color",
     "draw_instances",
     "draw_predictions",
+    "read_image",
 ]
 
 # Labels are not legible on pictures smaller than this, so those are enlarged.
 _MIN_SIDE = 400
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """
+    Read a file as training does, turned by its EXIF orientation: uint8 (H, W, 3), BGR.
+
+    Raises:
+        InputError: it cannot be read, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(DEEP_MODES):
+                raise ValueError(f"more than 8 bits a channel ({image.mode}); convert it first")
+        return utils.read_image(os.fspath(path), "BGR").copy()
+    except Exception as error:  # PIL's readers raise many kinds on broken files
+        raise InputError(f"{path}: the image cannot be read: {error}.") from error
 
 
 def class_color(index: int) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import detection_utils as utils
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
@@ -26,6 +25,7 @@ from detectron2.modeling import (
 )
 from torch import nn
 
+from .drawing import read_image
 from .errors import InputError
 from .trained_model import TrainedModel
 
@@ -36,7 +36,7 @@ OUTPUTS = ("boxes", "scores", "classes", "masks")
 # The first in which ROIAlign knows the half-pixel shift of Detectron2's ROIAlignV2 is 16.
 _ONNX_OPSET = 17
 # Largest differences that count as the same: boxes in pixels of the model's input, scores and mask
-# probabilities. Rounding of boxes is magnified in masks. docs/DEPLOY.md says what was measured.
+# probabilities. Rounding of boxes is magnified in masks.
 _TOLERANCES = {"boxes": 1e-2, "scores": 1e-4, "masks": 1e-2}
 # Of the objects this many may have no counterpart: two boxes whose IoU or score lies on a
 # threshold up to rounding may change places.
@@ -45,6 +45,8 @@ _MAX_UNMATCHED = 0.01
 _RANDOM_SIZES = ((256, 320), (320, 192), (200, 200))
 # What is written last, so that a folder which has it is an export.
 _DESCRIPTION = "deployment.json"
+# What else an export may hold beside the names of the classes.
+_FILES = ("config.yaml", "model.onnx", "model.pth", "model.ts", "run_onnx.py")
 
 
 def export_student(
@@ -87,11 +89,7 @@ def export_student(
     # Float32, shape (3, H, W) each, as the model takes them.
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(3, *size, generator=generator) * 255 for size in _RANDOM_SIZES]
-    for path in check_images:
-        try:
-            images.append(trained.make_inputs(utils.read_image(str(path), "BGR"))["image"])
-        except (OSError, ValueError) as error:
-            raise InputError(f"The image {path} cannot be read: {error}") from error
+    images += [trained.make_inputs(read_image(path))["image"] for path in check_images]
     files, reports = {}, {}
     if "plain" in formats:
         content, weights, reports["model.pth"] = _make_plain(trained.cfg, model, images)
@@ -124,6 +122,9 @@ def export_student(
     }
     files[_DESCRIPTION] = json.dumps(description, indent=1).encode()
     output_dir.mkdir(parents=True, exist_ok=True)
+    if (output_dir / _DESCRIPTION).exists():
+        for name in _FILES:
+            (output_dir / name).unlink(missing_ok=True)
     for name, content in files.items():
         (output_dir / name).write_bytes(content)
     return reports

@@ -173,6 +173,9 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
     # Exports of Roboflow begin with "../" too much; Ultralytics does the same.
     choices = [(root / str(x), root / str(x).removeprefix("../")) for x in entries]
     places = [given if given.exists() else other for given, other in choices]
+    for place in places:
+        if not place.exists():
+            raise InputError(f"{path}: {split!r} names {place}, which does not exist.")
     images: list[Path] = []
     for place in places:
         if place.is_dir():
@@ -253,14 +256,19 @@ def import_labelme(
     """
     Read the jsons of LabelMe, one an image: polygons and masks are masks, rectangles boxes alone.
 
+    A COCO json beside them, which may have been made of them, is not read.
+
     Args:
         folder: of the jsons; images are where ``imagePath`` says, relative to their json.
         class_names: in the order of their ids; None: the labels that occur, by the alphabet.
     """
     contents: dict[Path, _LabelMeFile] = {}
     for path in files_in(Path(folder), ".json"):
+        text = read_text(path)
+        if '"imagePath"' not in text and '"annotations"' in text:
+            continue  # COCO's format, perhaps made of the others
         try:
-            contents[path] = msgspec.json.decode(read_text(path), type=_LabelMeFile)
+            contents[path] = msgspec.json.decode(text, type=_LabelMeFile)
         except ValueError as error:
             raise InputError(f"{path}: {error}.") from error
     found = {x.label for content in contents.values() for x in content.shapes}
@@ -378,9 +386,10 @@ def import_cvat(
         if annotation.get("iscrowd") == 1 and isinstance(segmentation, dict):
             annotation["iscrowd"] = 0
             dataset.notes["masks drawn with the brush are no longer marked as crowds"] += 1
-        rotation = (annotation.get("attributes") or {}).get("rotation")
+        attributes = annotation.get("attributes")
+        rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
         if not segmentation and isinstance(rotation, (int, float)):
-            del annotation["attributes"]["rotation"]  # the box has it now
+            del attributes["rotation"]  # the box has it now
             x, y, w, h = annotation["bbox"]
             corners = np.array([[x, y], [x + w, y + h]])
             low, high = _box_around(corners, rotation, dataset.notes)

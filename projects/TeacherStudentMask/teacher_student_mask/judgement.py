@@ -18,10 +18,10 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
 from .coco_json import read_coco
-from .drawing import annotations_to_detections, draw_instances
+from .drawing import annotations_to_detections, draw_instances, read_image
 from .engine import Trainer, main
 from .own_data import DataPart, read_parts
-from .run_folder import find_model
+from .run_folder import as_value, find_model
 
 __all__ = ["QuietTrainer", "evaluate", "judge", "log_to", "number_of"]
 
@@ -96,12 +96,12 @@ def evaluate(
     """
     config_file, weights = find_model(model)
     folder = os.fspath(output_dir or os.path.dirname(config_file))
-    opts = ["OUTPUT_DIR", folder, "TEST.GT_BOXES", str(gt_boxes), "TEST.MASK_HEAD", head]
+    opts = ["OUTPUT_DIR", as_value(folder), "TEST.GT_BOXES", str(gt_boxes), "TEST.MASK_HEAD", head]
     if weights:
         opts += ["MODEL.WEIGHTS", weights]
     if annotations is not None:
         opts += ["DATASETS.TEST", repr((os.fspath(annotations),))]
-        opts += ["DATASETS.TEST_IMAGE_ROOT", os.fspath(image_root)]
+        opts += ["DATASETS.TEST_IMAGE_ROOT", as_value(image_root)]
     args = argparse.Namespace(config_file=config_file, opts=opts, resume=False, eval_only=True)
     with log_to(os.path.join(folder, "inference")):
         return dict(main(args, QuietTrainer, is_quiet=True))
@@ -113,6 +113,8 @@ def judge(run: Path) -> str:
     lines = []
     for part in rest:
         found = evaluate(run)
+        if not found:  # DATASETS.TEST () of the user
+            continue
         lines.append(_sentence_on_boxes(found["bbox"]))
         if "segm" in found:
             lines.append(f"Masks on detected boxes: AP {number_of(found['segm']['AP']):.1f}.")
@@ -124,10 +126,11 @@ def judge(run: Path) -> str:
         lines.append(f"Your annotations beside what was found: {run}/pictures")
     _draw_curves(run)
     lines.append(f"Losses, and AP of the evaluations: {run}/curves.png")
-    command = ["tsmask", "complete", str(run), "--annotations", training.json_file]
-    command += ["--image-root", training.image_root, "--output", str(run / "completed.json")]
-    predict = f"  tsmask predict {run} PHOTOS --output-dir {run}/predictions"
-    return "\n".join([*lines, "Next:", predict, f"  {shlex.join(command)}"])
+    predict = ["tsmask", "predict", str(run), "PHOTOS", "--output-dir", str(run / "predictions")]
+    complete = ["tsmask", "complete", str(run), "--annotations"]
+    complete += [training.source or training.json_file, "--image-root", training.image_root]
+    complete += ["--output", str(run / "completed.json")]
+    return "\n".join([*lines, "Next:", f"  {shlex.join(predict)}", f"  {shlex.join(complete)}"])
 
 
 def number_of(ap: float) -> float:
@@ -136,6 +139,8 @@ def number_of(ap: float) -> float:
 
 
 def _sentence_on_boxes(found: Mapping[str, float]) -> str:
+    if not found["num_gt"]:
+        return "The validation images have no objects: nothing was measured."
     ap, ap50 = number_of(found["AP"]), number_of(found["AP50"])
     text = f"Boxes: AP {ap:.1f}, AP50 {ap50:.1f} on {found['num_gt']} objects."
     if ap50 >= 10:
@@ -173,7 +178,8 @@ def _draw_curves(run: Path) -> None:
                 continue
             ax.plot(*zip(*points), marker="." if "/" in name else "", label=name)
         ax.set(xlabel="iteration", title=title)
-        ax.legend()
+        if ax.lines:
+            ax.legend()
     figure.savefig(run / "curves.png", dpi=120)
 
 
@@ -187,7 +193,7 @@ def _draw_pictures(run: Path, part: DataPart) -> None:
     names = {x["id"]: x["name"] for x in coco["categories"]}
     (run / "pictures").mkdir(exist_ok=True)
     for image in coco["images"][:_NUM_PICTURES]:
-        pixels = cv2.imread(os.path.join(part.image_root, image["file_name"]))
+        pixels = read_image(os.path.join(part.image_root, image["file_name"]))
         pair = []
         for objects in (given.values(), [x for x in found if x["score"] > 0.5]):
             rows = [x for x in objects if x["image_id"] == image["id"]]
@@ -197,5 +203,6 @@ def _draw_pictures(run: Path, part: DataPart) -> None:
             detections = annotations_to_detections(rows, pixels.shape[:2], ids)
             pair.append(draw_instances(pixels, detections, labels))
         # Images of the same name may lie in several folders.
-        name = "_".join(Path(image["file_name"]).with_suffix("").parts)
+        parts = Path(image["file_name"]).with_suffix("").parts
+        name = "_".join(x for x in parts if x not in ("/", ".."))
         cv2.imwrite(str(run / "pictures" / f"{name}.jpg"), np.hstack(pair))

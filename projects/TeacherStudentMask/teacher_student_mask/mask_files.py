@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections import Counter
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,13 +40,19 @@ def import_masks(
         InputError: a picture belongs to nothing, has another size or kind, shows nothing, or would
             replace a human's mask.
     """
-    dataset = ImportedDataset(read_coco(path), None, Counter())
-    objects = {x["id"]: x for x in dataset.coco["annotations"]}
+    dataset = ImportedDataset(read_coco(path), None)
+    objects = {x["id"]: x for x in dataset.coco["annotations"] if "id" in x}
     images = {x["id"]: x for x in dataset.coco["images"]}
     by_stem = {Path(x["file_name"]).stem: x for x in dataset.coco["images"]}
     for file in files_in(Path(masks), ".png"):
         pixels = _read_pixels(file)
-        number = int(file.stem) if file.stem.isdecimal() else None
+        # COCO's 000000000139 is a name, and no number.
+        number = int(file.stem) if re.fullmatch("0|[1-9][0-9]*", file.stem) else None
+        if number in objects and file.stem in by_stem:
+            raise InputError(
+                f"{file}: {number} is both the id of an annotation and the name of an image of "
+                f"{path}; rename the image."
+            )
         if number in objects:
             image = images[objects[number]["image_id"]]
             drawn = {number: pixels != 0}

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,14 @@ _VALIDATION_SHARE, _MAX_VALIDATION, _MIN_IMAGES = 0.1, 100, 10
 
 @dataclass(frozen=True)
 class DataPart:
-    """A COCO json and the folder of its images; of a validation set also ``masks_file``."""
+    """A COCO json and the folder of its images."""
 
     json_file: str
     image_root: str
     # The objects with a mask alone, "" if there are none: for AP on given boxes.
     masks_file: str = ""
+    # The json that images were set aside from, "" if none were.
+    source: str = ""
 
 
 def find_data(
@@ -82,6 +84,7 @@ def find_data(
         parts = _set_aside(parts[0], folder, seed)
     else:  # before the minutes after which the training would come to it
         check_coco(parts[1].json_file, image_root=parts[1].image_root).raise_on_error()
+        check_coco(parts[1].json_file, use="evaluation", reads_masks=False).raise_on_error()
     parts[1:] = [_separate_masks(x, folder) for x in parts[1:]]
     (folder / "parts.json").write_text(json.dumps([vars(x) for x in parts]), encoding="utf-8")
     return parts[0], parts[1] if len(parts) > 1 else None
@@ -91,7 +94,8 @@ def read_parts(run: Path) -> list[DataPart]:
     """What the training in ``run`` was given by :func:`find_data`; validation is the second."""
     rows = json.loads((run / "data/parts.json").read_text(encoding="utf-8"))
     moved = functools.partial(find_moved, config_file=run / "config.yaml")
-    return [DataPart(moved(x["json_file"]), x["image_root"], moved(x["masks_file"])) for x in rows]
+    names = ("json_file", "masks_file", "source")
+    return [DataPart(**x | {k: moved(x[k]) for k in names if k in x}) for x in rows]
 
 
 def partly_masked_validation(model: str | os.PathLike) -> str:
@@ -114,7 +118,8 @@ def _convert_yolo(data_yaml: Path, folder: Path, say: Callable[[str], None]) -> 
     for split, dataset in datasets.items():
         for note, count in dataset.notes.items():
             say(f"{data_yaml}, {split}: {count} {note}")
-        parts.append(DataPart(str(folder / f"{split}.json"), str(dataset.image_root)))
+        name = split if len(datasets) > 1 else "all"
+        parts.append(DataPart(str(folder / f"{name}.json"), str(dataset.image_root)))
         write_json(parts[-1].json_file, dataset.coco)
     return parts
 
@@ -136,14 +141,20 @@ def _set_aside(part: DataPart, folder: Path, seed: int) -> list[DataPart]:
     ids = sorted(x["id"] for x in coco["images"])
     if len(ids) < _MIN_IMAGES:
         return [part]
+    # Training does without, but evaluation does not.
+    has_ids = all("id" in x for x in coco["annotations"])
+    for number, x in enumerate(coco["annotations"], start=1):
+        x.setdefault("area", x["bbox"][2] * x["bbox"][3])
+        x["id"] = x["id"] if has_ids else number
     number = min(_MAX_VALIDATION, round(_VALIDATION_SHARE * len(ids)))
     chosen = {ids[i] for i in np.random.default_rng(seed).choice(len(ids), number, replace=False)}
     parts = []
     for name, wanted in (("train", set(ids) - chosen), ("val", chosen)):
         images = [x for x in coco["images"] if x["id"] in wanted]
         objects = [x for x in coco["annotations"] if x["image_id"] in wanted]
-        parts.append(DataPart(str(folder / f"{name}.json"), part.image_root))
-        write_json(parts[-1].json_file, {**coco, "images": images, "annotations": objects})
+        file = str(folder / f"{name}.json")
+        parts.append(DataPart(file, part.image_root, source=part.json_file))
+        write_json(file, {**coco, "images": images, "annotations": objects})
     return parts
 
 
@@ -152,10 +163,10 @@ def _separate_masks(part: DataPart, folder: Path) -> DataPart:
     objects = [x for x in coco["annotations"] if not x.get("iscrowd")]
     masked = [x for x in objects if has_mask(x) and not is_from_model(x)]
     if len(masked) == len(objects):
-        return DataPart(part.json_file, part.image_root, part.json_file if objects else "")
+        return replace(part, masks_file=part.json_file if objects else "")
     boxes, masks = folder / "val_boxes.json", folder / "val_masks.json"
     without = [{k: v for k, v in x.items() if k != "segmentation"} for x in coco["annotations"]]
     write_json(boxes, {**coco, "annotations": without})
     if masked:
         write_json(masks, {**coco, "annotations": masked})
-    return DataPart(str(boxes), part.image_root, str(masks) if masked else "")
+    return replace(part, json_file=str(boxes), masks_file=str(masks) if masked else "")

@@ -11,6 +11,7 @@ from typing import IO
 from .errors import InputError
 
 __all__ = [
+    "as_value",
     "check_is_new",
     "find_model",
     "find_moved",
@@ -19,6 +20,11 @@ __all__ = [
     "read_class_names",
     "write_class_names",
 ]
+
+
+def as_value(path: str | os.PathLike) -> str:
+    """The path as a value of a config, to which "2024" would be a number; "" stays as it is."""
+    return os.path.join(".", path) if os.fspath(path) else ""
 
 
 def find_model(model: str | os.PathLike) -> tuple[str, str | None]:

@@ -30,6 +30,7 @@ from .engine import Trainer, main
 from .errors import InputError
 from .judgement import QuietTrainer, judge, log_to, number_of
 from .own_data import DataPart, find_data
+from .run_folder import as_value
 from .trained_model import read_config
 
 __all__ = ["PRESETS", "train"]
@@ -63,7 +64,7 @@ def train(
     time_limit: float | None = None,
     epochs: float | None = None,
     image_root: str | os.PathLike | None = None,
-    seed: int = 1,
+    seed: int | None = None,
     early_stop: int | None = None,
     opts: Sequence = (),
     say: Callable[[str], None] = print,
@@ -82,7 +83,7 @@ def train(
         epochs: passes over the images, in the place of ``time_limit``. With neither, 60 times the
             square root of the number of images is the number of iterations, but at least 600.
         image_root: folder of the images; None: that of the json, or ``images`` in or beside it.
-        seed: of the training, and of the images that are set aside.
+        seed: of the training, and of the images that are set aside; None = 1.
         early_stop: the training ends when validation AP (of masks, else of boxes) has not risen for
             so many evaluations, of which a training has 5; None: not before the time.
         opts: KEY, VALUE, ... of the config; they win over what is chosen.
@@ -97,12 +98,14 @@ def train(
     """
     start, run = time.monotonic(), Path(data)
     opts = [str(x) for x in opts]
+    if "OUTPUT_DIR" in opts:
+        raise InputError("OUTPUT_DIR is chosen by output_dir (--output-dir).")
     is_resumed = (run / "config.yaml").is_file()
     if not is_resumed:
         run = _choose_folder(run, output_dir)
     elif not (run / "data/parts.json").is_file():
         raise InputError(f"{run} was trained by a config; --resume --config-file goes on with it.")
-    elif output_dir or model or time_limit or epochs or image_root:
+    elif output_dir or model or time_limit or epochs or image_root or seed is not None:
         raise InputError(
             f"{run} goes on as it was planned; of all options only early_stop and opts change it."
         )
@@ -110,16 +113,17 @@ def train(
     try:
         if is_resumed:
             say(f"Going on with the run in {run}")
-            config_file, chosen = run / "config.yaml", {"OUTPUT_DIR": str(run)}
+            config_file, chosen = run / "config.yaml", {"OUTPUT_DIR": as_value(run)}
         else:
             model = model or ("base" if torch.cuda.is_available() else "nano")
             if model not in PRESETS:
                 raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
             config_file = CONFIGS / PRESETS[model][0]
-            parts = find_data(data, run / "data", image_root=image_root, seed=seed, say=say)
+            options = {"image_root": image_root, "seed": 1 if seed is None else seed, "say": say}
+            parts = find_data(data, run / "data", **options)
             with log_to(run):
                 chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
-            chosen["SEED"] = str(seed)
+            chosen["SEED"] = str(1 if seed is None else seed)
         opts = [*itertools.chain.from_iterable(chosen.items()), *opts]
         arguments = argparse.Namespace(
             config_file=str(config_file), opts=opts, resume=is_resumed, eval_only=False
@@ -173,12 +177,12 @@ def _plan(
     config_file, changes = PRESETS[preset]
     chosen = {
         **changes,
-        "OUTPUT_DIR": str(run),
+        "OUTPUT_DIR": as_value(run),
         "DATASETS.SEEN_CLASSES": "all",
         "DATASETS.TRAIN": repr((training.json_file,)),
-        "DATASETS.TRAIN_IMAGE_ROOT": training.image_root,
+        "DATASETS.TRAIN_IMAGE_ROOT": as_value(training.image_root),
         "DATASETS.TEST": repr((validation.json_file,) if validation else ()),
-        "DATASETS.TEST_IMAGE_ROOT": validation.image_root if validation else "",
+        "DATASETS.TEST_IMAGE_ROOT": as_value(validation.image_root) if validation else "",
     }
     if not torch.cuda.is_available():
         chosen["MODEL.DEVICE"] = "cpu"
@@ -309,7 +313,8 @@ class _KeepBest(HookBase):
         if "bbox/AP" not in latest:
             return False
         self._found.append(_validation_ap(latest))
-        if self._found[-1] > max(self._found[:-1], default=-1):
+        # Of equal ones the last: with AP 0 it has learnt the most.
+        if self._found[-1] >= max(self._found):
             self.trainer.checkpointer.save("model_best", iteration=self.trainer.iter)
         return True
 

@@ -166,8 +166,9 @@ def _find_files(inputs: list[str], overlay_dir: Path) -> list[Path]:
         path = Path(text)
         # A name may have brackets.
         paths = [path] if path.is_file() else map(Path, glob.glob(text, recursive=True))
-        paths = sorted(path.rglob("*") if path.is_dir() else paths)
-        paths = [x for x in paths if x.suffix.lower() in (*_IMAGES, *_VIDEOS)]
+        if path.is_dir():  # hidden files are copies of other programs, as .ipynb_checkpoints
+            paths = [x for x in path.rglob("*") if "/." not in f"/{x.relative_to(path)}"]
+        paths = [x for x in sorted(paths) if x.suffix.lower() in (*_IMAGES, *_VIDEOS)]
         if not paths:
             kinds = f"images end in {', '.join(_IMAGES)}, videos in {', '.join(_VIDEOS)}"
             raise InputError(f"{text!r} has no image and no video; {kinds}.")
@@ -178,17 +179,13 @@ def _find_files(inputs: list[str], overlay_dir: Path) -> list[Path]:
 def _read(path: Path) -> Iterator[np.ndarray]:
     """Yield the image, or the frames of the video: uint8 (H, W, 3), BGR."""
     import supervision as sv
-    from detectron2.data.detection_utils import read_image
-    from PIL import Image
 
-    # Readers raise errors of many types on broken files, SyntaxError among them.
+    from ..drawing import read_image
+
+    if path.suffix.lower() not in _VIDEOS:
+        yield read_image(path)
+        return
     try:
-        if path.suffix.lower() in _VIDEOS:
-            yield from sv.get_video_frames_generator(str(path))
-            return
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError(f"more than 8 bits a channel ({file.mode}); convert it first.")
-        yield read_image(str(path), format="BGR").copy()  # with its EXIF orientation
-    except Exception as error:
+        yield from sv.get_video_frames_generator(str(path))
+    except Exception as error:  # of many types
         raise InputError(f"{path}: {error}") from error

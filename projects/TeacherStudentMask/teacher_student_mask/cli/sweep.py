@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-gpus", type=int, metavar="N", help="of each run; 0 = the CPU (default: 1 if any)")
     add("--cluster", choices=("local", "slurm"), default="local", help="(default: %(default)s)")
     text = "options of sbatch, time in minutes (default: three days)"
-    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=text)
+    add("--slurm", nargs="+", default=[], type=_option, metavar="KEY=VALUE", help=text)
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of all configs")
 
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             num_gpus=num_gpus,
             cluster=args.cluster,
-            cluster_options=dict(option.split("=", 1) for option in args.slurm),
+            cluster_options=dict(args.slurm),
         )
     except KeyboardInterrupt:
         print("\nInterrupted: the same command goes on from here.")
@@ -98,3 +98,10 @@ def run(args: argparse.Namespace) -> int:
     for folder, group in groups.items():
         print(f"Report: {write_sweep_report(group, args.output_dir / 'reports' / folder)}")
     return 1 if failed else 0
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key, value

@@ -44,16 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       tsmask train --config-file YAML [options] [KEY VALUE ...]"
     )
     parser.add_argument("words", nargs="*", metavar="DATA", help="or KEY VALUE ... of the config")
-    add = parser.add_argument_group("with DATA").add_argument
+    group = parser.add_argument_group("with DATA")
+    add = group.add_argument
     add("--model", metavar="NAME", help="nano (CPU), small or base (GPU); default: by the device")
-    add("--time", type=_duration, metavar="30m", help="what the training may take: 90s, 30m, 2h")
-    add("--epochs", type=float, metavar="N", help="passes over the images, in the place of --time")
+    length = group.add_mutually_exclusive_group().add_argument
+    length("--time", type=_duration, metavar="30m", help="what training may take: 90s, 30m, 2h")
+    length("--epochs", type=float, metavar="N", help="passes over the images")
     text = "stop when validation AP has not risen for N evaluations (there are 5)"
     add("--early-stop", type=int, metavar="N", help=text)
     add("--image-root", metavar="DIR", help="of the images, if they are not beside the json")
     text = "of the run (default: output/train, output/train2, ...)"
     add("--output-dir", metavar="DIR", help=text)
-    add("--seed", type=int, default=1, help="default: %(default)s")
+    add("--seed", type=int, help="default: 1")
     text = "changes to the config; everything after --opts belongs to it"
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
     add = parser.add_argument_group("with a config").add_argument
@@ -69,11 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train on DATA, or train or evaluate by a config, in one process for each GPU."""
     if args.config_file:
-        names = ("model", "time", "epochs", "early_stop", "image_root", "output_dir")
-        if any(vars(args)[x] for x in names):
+        names = ("model", "time", "epochs", "early_stop", "image_root", "output_dir", "seed")
+        if any(vars(args)[x] is not None for x in names):
+            options = ", ".join(f"--{x.replace('_', '-')}" for x in names)
             raise InputError(
-                "--model, --time, --epochs, --early-stop, --image-root and --output-dir go with "
-                "DATA; --config-file takes KEY VALUE, such as OUTPUT_DIR output/ts."
+                f"{options} go with DATA; --config-file takes KEY VALUE, such as SEED 1."
             )
         return _run_config(args)
     if len(args.words) != 1 or args.eval_only or args.resume or args.num_gpus > 1:

@@ -70,8 +70,13 @@ def run(args: argparse.Namespace) -> int:
     for annotation in coco["annotations"]:
         annotations_of[annotation["image_id"]].append(annotation)
     if args.rank:
-        with open(args.rank, encoding="utf-8", newline="") as file:
-            places = {row["image_id"]: None for row in csv.DictReader(file)}
+        try:
+            with open(args.rank, encoding="utf-8", newline="") as file:
+                places = {row["image_id"]: None for row in csv.DictReader(file)}
+        except (OSError, KeyError) as error:
+            raise InputError(
+                f"--rank {args.rank}: no csv of tsmask complete: {error!r}."
+            ) from error
         by_id = {str(x["id"]): x for x in coco["images"]}
         shown = [by_id[x] for x in places if x in by_id][: args.max_images]
     else:
@@ -116,18 +121,14 @@ def run(args: argparse.Namespace) -> int:
 def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, target: Path):
     """Write the picture of an image; return a line of html for each of its objects."""
     import cv2
-    from detectron2.data.detection_utils import read_image
 
-    from ..drawing import annotations_to_detections, draw_instances
+    from ..drawing import annotations_to_detections, draw_instances, read_image
 
     path = root / image["file_name"]
     # A page is passed on: a json of a stranger must not put a private picture into it.
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
         raise InputError(f"image {image['id']}: {image['file_name']!r} is outside of {root}.")
-    try:
-        pixels = read_image(str(path), "BGR")
-    except Exception as error:  # PIL's readers raise many kinds on broken files
-        raise InputError(f"{path}: cannot be read: {error}.") from error
+    pixels = read_image(path)
     size = (image["height"], image["width"])
     if pixels.shape[:2] != size:
         raise InputError(f"{path}: is (height, width) {pixels.shape[:2]}, the json says {size}.")
