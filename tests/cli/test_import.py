@@ -342,6 +342,7 @@ def test_a_broken_yaml_is_named(yaml, message, run, inputs):
     "tool, old, new, message",
     [
         ("voc", "<xmax>50</xmax>", "<xmax>0</xmax>", "object 0: <bndbox> is .*'0', '40'"),
+        ("voc", "<width>", "<width>w", "the size is .*'w.*allowed: numbers of pixels"),
         ("voc", "<name>dog</name>", "", "object 1: the class is ''; allowed: horse"),
         ("voc", "<truncated>0", "<polygon>1 2</polygon><truncated>0", "object 1: the outline is"),
         ("cvat", '<image id="8"', '<track id="0"/><image id="8"', "tracks of a video; export the"),

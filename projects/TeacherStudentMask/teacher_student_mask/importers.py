@@ -76,7 +76,10 @@ class ImportedDataset:
             declared: width and height in the input. Where it has none, the image is read; training
                 turns images by their EXIF orientation.
         """
-        size = tuple(int(float(x or 0)) for x in declared)
+        try:
+            size = tuple(int(float(x or 0)) for x in declared)
+        except ValueError as error:
+            raise _input_error(where, "the size", declared, "numbers of pixels") from error
         if min(size) < 1:
             try:
                 with Image.open(path) as picture:

@@ -76,6 +76,8 @@ def find_data(
         raise InputError(f"{path} does not exist; allowed: a COCO json, a data.yaml, a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".yaml", ".yml"):
+        if image_root is not None:
+            raise InputError(f"{path} says where its images are; image_root is for a json.")
         parts = _convert_yolo(path, folder, say)
     else:
         files = [x for x in (path, validation) if x is not None]

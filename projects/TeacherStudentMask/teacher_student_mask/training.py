@@ -314,7 +314,7 @@ class _KeepBest(HookBase):
             return False
         self._found.append(_validation_ap(latest))
         # Of equal ones the last: with AP 0 it has learnt the most.
-        if self._found[-1] >= max(self._found):
+        if self._found[-1] == max(self._found):
             self.trainer.checkpointer.save("model_best", iteration=self.trainer.iter)
         return True
 
