@@ -127,6 +127,38 @@ def test_given_boxes_have_the_nearest_location_of_their_level():
     assert GRID.points[found].tolist() == points
 
 
+def test_the_full_box_loses_to_the_truth():
+    """Their projections are the same, but the full box cuts through pairs of one colour."""
+    planes = planes_of([([[10, 10, 50, 50]], [0], [False])])
+    y, x = torch.meshgrid(*[torch.arange(SIZE) + 0.5] * 2, indexing="ij")
+    disk = (x - 30) ** 2 + (y - 30) ** 2 <= 20**2
+    pixels = torch.where(disk, 200.0, 40.0).expand(1, 3, -1, -1)
+    supervision = BoxSupervision(warmup_iters=0)
+    own = (torch.tensor([0]), planes, pixels, 2, supervision, 0)
+    truth, full = (
+        box_losses(8 * (2 * x[None].float() - 1), *own)
+        for x in (disk[1::2, 1::2], planes.box_masks[0])
+    )
+    assert max(x["loss_mask_projection"] for x in (truth, full)) < 1e-3
+    assert sum(truth.values()) < sum(full.values()) / 2
+
+
+def test_the_head_and_the_pyramid_begin_as_in_the_official_code(tiny_cfg):
+    opts = ["MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone", *CONDINST]
+    opts += ["MODEL.FCOS.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"]]
+    opts += ["MODEL.FCOS.SIZES", [16, 32, 64, 128], "MODEL.CONDINST.IN_FEATURES", ["p3", "p4"]]
+    model = build(tiny_cfg(opts=[*opts, "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]))
+    head = model.roi_heads.box_predictor
+    assert head.cls_logits.bias.sigmoid().tolist() == pytest.approx([0.01] * 3)
+    weights = [head.cls_logits.weight, head.bbox_pred.weight, head.ctrness.weight]
+    assert torch.cat([x.flatten() for x in weights]).std().item() == pytest.approx(0.01, rel=0.1)
+    features = model.backbone(pixels_of(1))
+    assert list(features) == ["p3", "p4", "p5", "p6", "p7"]
+    p6 = model.backbone.top_block.p6(features["p5"])
+    assert torch.equal(features["p6"], p6)
+    assert torch.equal(features["p7"], model.backbone.top_block.p7(p6.relu()))
+
+
 def test_divisors_are_means_over_ranks(monkeypatch):
     """Another rank has as many positive locations, and three times the centreness."""
     names = {"in_features": "abc", "strides": GRID.strides, "sizes": (8, 16), "norm": ""}
