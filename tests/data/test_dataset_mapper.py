@@ -11,10 +11,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
 from PIL import Image
 
-from teacher_student_mask import (
-    ImageMask,
-    TeacherStudentDatasetMapper,
-)
+from teacher_student_mask import ImageMask, TeacherStudentDatasetMapper
 
 HEIGHT, WIDTH = 12, 16
 SEEN, UNSEEN = range(10), range(10, 20)  # classes; each object of an image has its own
@@ -258,16 +255,6 @@ def test_without_masks_it_is_detectron2s_mapper(make_image):
     mapper.use_instance_mask = False
     instances = mapper(make_image(polygon_annotations()))["instances"]
     assert sorted(instances.get_fields()) == ["gt_boxes", "gt_classes"] and len(instances) == 4
-
-
-def test_seen_classes_come_from_the_config(tiny_cfg, tiny_coco):
-    cfg = tiny_cfg(dataset=tiny_coco)
-    assert TeacherStudentDatasetMapper(cfg, is_train=True).seen_classes == {0, 2}
-    cfg.DATASETS.SEEN_CLASSES = "cat"
-    assert TeacherStudentDatasetMapper(cfg, is_train=True).seen_classes == {1}
-    cfg.DATASETS.SEEN_CLASSES = "cat, shipp"
-    with pytest.raises(ValueError, match=r"'shipp' \(nearest: ship\)"):
-        TeacherStudentDatasetMapper(cfg, is_train=True)
 
 
 def test_train_datasets_with_different_classes_are_refused(tiny_cfg, make_tiny_coco):
