@@ -197,17 +197,6 @@ def test_types_are_checked_when_a_json_is_read(tmp_path):
         read_json(tmp_path / "none.json")
 
 
-def test_coco_has_no_findings(coco_root):
-    report = check_coco(
-        f"{coco_root}/annotations/instances_val2017.json",
-        image_root=f"{coco_root}/val2017",
-        seen_classes="voc",
-        num_classes=80,
-    )
-    assert report.findings == []
-    assert sum(x.masks + x.crowd for x in report.classes) == report.num_annotations
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0)), max_size=6))
 def test_masks_of_pycocotools_are_read_with_their_areas(shapes):
@@ -376,7 +365,11 @@ def test_objects_in_parts_that_are_marked_as_crowds(num_crowds, is_told):
 
 
 def test_real_annotations_raise_no_false_alarm(coco_root):
-    paths = [f"{coco_root}/annotations/instances_{x}2017.json" for x in ("train", "val")]
+    val = f"{coco_root}/annotations/instances_val2017.json"
+    report = check_coco(val, image_root=f"{coco_root}/val2017", seen_classes="voc", num_classes=80)
+    assert report.findings == []
+    assert sum(x.masks + x.crowd for x in report.classes) == report.num_annotations
+    paths = [f"{coco_root}/annotations/instances_train2017.json"]
     paths += [f"{os.path.dirname(coco_root)}/car_parts/{x}.json" for x in ("train", "test")]
     fixtures = Path(__file__).with_name("fixtures")
     paths += [fixtures / "label_studio/result.json", *fixtures.glob("cvat/annotations/*.json")]

@@ -80,17 +80,6 @@ def results(load, tmp_path):
     return load_changed
 
 
-def change_at(*keys, **fields):
-    """A change that sets fields of the dict at data[keys[0]][keys[1]]..."""
-
-    def change(data):
-        for key in keys:
-            data = data[key]
-        data.update(fields)
-
-    return change
-
-
 def masks_of_make_data():
     masks = {x: np.zeros((6, 8), dtype=np.uint8) for x in (11, 14)}
     masks.update({x: np.zeros((5, 4), dtype=np.uint8) for x in (12, 13)})
@@ -148,7 +137,7 @@ def test_a_ground_truth_needs_annotations_and_masks(load):
 
 @pytest.mark.parametrize("bad", [0, -3, "a", 2.0])
 def test_ids_that_cocoeval_cannot_use_are_renumbered(load, bad):
-    coco = load(change_at("annotations", 1, id=bad))
+    coco = load(lambda data: data["annotations"][1].update(id=bad))
     assert list(coco.anns) == [x["id"] for x in coco.anns.values()] == [1, 2, 3, 4]
     assert [x["id"] for x in coco.imgToAnns[2]] == [2, 3]
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from bad_data import complete, start_in_two_processes
+from bad_data import complete, entry, forget_masks, start_in_two_processes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
@@ -14,6 +14,7 @@ from teacher_student_mask.data import check_datasets
 from teacher_student_mask.errors import InputError
 
 SEEN = "ant, ship"
+forget_all = forget_masks(3, 17, 90)
 
 
 @pytest.fixture
@@ -43,10 +44,7 @@ def by_unknown_function(name, metadata, json_file, image_root):
 def change(key, entry_id, **fields):
     def change_one(data):
         complete(data)
-        (row,) = [x for x in data[key] if x["id"] == entry_id]
-        row.update(fields)
-        for field in [field for field, value in row.items() if value is ...]:
-            del row[field]
+        entry(key, entry_id, **fields)(data)
 
     return change_one
 
@@ -144,11 +142,6 @@ def test_a_dataset_with_a_function_of_its_own_is_passed_over(register):
     check_datasets((dataset.name,), (dataset.name,), SEEN)
     with pytest.raises(ValueError, match="names 'shapes_trian', .* nearest: shapes_train"):
         check_datasets((), ("shapes_trian",), SEEN)
-
-
-def forget_all(data):
-    for row in data["annotations"]:
-        row["segmentation"] = None
 
 
 def test_masks_may_come_from_another_training_set_or_be_of_no_use(make_tiny_coco):

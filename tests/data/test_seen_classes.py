@@ -1,6 +1,7 @@
 """Which classes are seen, when the training data have to say."""
 
 import pytest
+from bad_data import forget_masks
 from detectron2.data import DatasetCatalog
 
 from teacher_student_mask import TeacherStudentDatasetMapper, resolve_seen_classes
@@ -42,12 +43,7 @@ def test_a_settled_config_has_names_and_the_number_of_classes(auto_cfg):
 
 
 def test_masks_of_all_training_sets_count(auto_cfg, make_tiny_coco):
-    def forget_cats(data):
-        for annotation in data["annotations"]:
-            if annotation["category_id"] == 17:
-                annotation["segmentation"] = None
-
-    first, second = make_tiny_coco(), make_tiny_coco(forget_cats)
+    first, second = make_tiny_coco(), make_tiny_coco(forget_masks(17))
     cfg = auto_cfg(4, "DATASETS.TRAIN", (first.name, second.name))
     assert (
         resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES == ', ["ant", "ship"]'

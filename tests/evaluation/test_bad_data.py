@@ -199,10 +199,3 @@ def test_boxes_alone_are_evaluated_without_a_look_at_the_masks(make_tiny_coco):
     with pytest.raises(ValueError, match="annotation 111: 'segmentation' is 'mask.png'"):
         PartiallySupervisedCOCOEvaluator(dataset.name, seen_classes="ant")
     PartiallySupervisedCOCOEvaluator(dataset.name, ("bbox",), seen_classes="ant")
-
-
-def test_a_missing_file_is_named(make_tiny_coco):
-    dataset = make_tiny_coco()
-    Path(dataset.json_file).unlink()
-    with pytest.raises(ValueError, match=f"{dataset.json_file}: 'content' is unreadable .*No such"):
-        PartiallySupervisedCOCOEvaluator(dataset.name, seen_classes="ant")

@@ -168,6 +168,14 @@ def evaluate(name, outputs, seen_classes, **kwargs):
         return evaluator.evaluate()
 
 
+def to_coco(images, annotations):
+    coco, data = COCO(), {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    coco.dataset = copy.deepcopy(data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
 def run_pycocotools(images, annotations, outputs, category_ids=None, iou="segm"):
     """The six AP of a COCOeval of its own."""
     detections = []
@@ -182,25 +190,13 @@ def run_pycocotools(images, annotations, outputs, category_ids=None, iou="segm")
                     **(mask if iou == "segm" else {"bbox": [x0, y0, x1 - x0, y1 - y0]}),
                 }
             )
-    coco = COCO()
-    coco.dataset = copy.deepcopy(
-        {"images": images, "annotations": annotations, "categories": CATEGORIES}
-    )
+    coco = to_coco(images, annotations)
     with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
         coco_eval = COCOeval(coco, coco.loadRes(detections), iou)
         coco_eval.params.catIds = category_ids or coco_eval.params.catIds
         for step in (coco_eval.evaluate, coco_eval.accumulate, coco_eval.summarize):
             step()
     return {metric: 100 * x if x > -1 else math.nan for metric, x in zip(METRICS, coco_eval.stats)}
-
-
-def overlaps_of(images, annotations):
-    coco = COCO()
-    coco.dataset = copy.deepcopy({"images": images, "annotations": annotations})
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return compute_overlaps(coco)
 
 
 def ignore_by_area(annotations, keep):
@@ -223,7 +219,7 @@ def test_every_subset_equals_a_run_of_pycocotools(register, fast, seed, seen):
     results = evaluate(register(images, annotations), outputs, seen, use_fast_impl=fast)
     seen_ids = [CATEGORY_IDS[CLASS_NAMES.index(x.strip())] for x in seen.split(",")]
     unseen_ids = [x for x in CATEGORY_IDS if x not in seen_ids]
-    overlaps = overlaps_of(images, annotations)
+    overlaps = compute_overlaps(to_coco(images, annotations))
 
     for task, ids in (("segm", CATEGORY_IDS), ("segm_seen", seen_ids), ("segm_unseen", unseen_ids)):
         expected = run_pycocotools(images, annotations, outputs, ids)

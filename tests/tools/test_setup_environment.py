@@ -144,6 +144,8 @@ class FakeEnvironment(Environment):
 
     def pip(self, *arguments):
         self.commands.append(" ".join(arguments))
+        if arguments[0] == "download":
+            self.downloaded = Path(arguments[arguments.index("-r") + 1]).read_text()
         if any(word in self.commands[-1] for word in self.failing):
             raise SetupError("pip failed")
         self.importable = self.importable or arguments[0] == "install"
@@ -229,13 +231,7 @@ def test_parts_that_cannot_be_had_are_left_out(monkeypatch, capsys):
 
 
 def test_the_download_names_the_hash(reachable):
-    seen = []
-
-    class Reader(FakeEnvironment):
-        def pip(self, *arguments):
-            if arguments[0] == "download":
-                seen.append(Path(arguments[arguments.index("-r") + 1]).read_text())
-            super().pip(*arguments)
-
-    setup_environment.install_detectron2(Reader(), "pure-python")
-    assert seen == [f"pb1-detectron2==0.6 --hash=sha256:{detectron2_wheel.SDIST_SHA256}\n"]
+    environment = FakeEnvironment()
+    setup_environment.install_detectron2(environment, "pure-python")
+    line = f"pb1-detectron2==0.6 --hash=sha256:{detectron2_wheel.SDIST_SHA256}\n"
+    assert environment.downloaded == line

@@ -28,6 +28,7 @@ from teacher_student_mask.modeling.priors.contrastmask import (
 )
 
 ROI_SHAPE = ShapeSpec(channels=8, height=7, width=7)
+CHANNELS, SIDE, FINE = 4, 6, 12
 
 
 def test_two_branches_by_their_layers():
@@ -141,9 +142,6 @@ def loss_by_hand(p, sets, official=False):
     return total
 
 
-FINE = 12
-
-
 def some_sets(seed=0):
     """ROIs with a mask, by a map, and one with too few pixels."""
     generator = torch.Generator().manual_seed(seed)
@@ -165,9 +163,6 @@ def test_loss_against_loops(official):
     actual.backward()
     moves = projections.grad.abs().sum(dim=(1, 2, 3)) > 0
     assert moves.tolist() == [True, True, False, True]
-
-
-CHANNELS, SIDE, FINE = 4, 6, 12
 
 
 def test_attention_against_loops():
@@ -250,11 +245,11 @@ def sampled_maps(context):
     return context.sampled[0].box_features
 
 
-def run_prior(prior, context, features=None, iteration=0):
+def run_prior(prior, context, features=None):
     n = len(context.instances[0])
     features = torch.zeros(n, CHANNELS, SIDE, SIDE) if features is None else features
     torch.manual_seed(2)
-    with EventStorage(iteration):
+    with EventStorage():
         return prior(features, context)
 
 

@@ -106,12 +106,6 @@ def test_everything_but_the_maps_is_the_parents_on_pooled_features(cls_agnostic_
 Kept = collections.namedtuple("Kept", "maps classifier")
 
 
-def random_kept(num_rows, channels=6, num_classes=3, side=7, seed=0):
-    torch.manual_seed(seed)
-    maps = torch.randn(num_rows, channels, side, side).requires_grad_()
-    return Kept(maps, nn.Linear(channels, num_classes + 1))
-
-
 def kept_by_hand():
     """Two ROIs with maps of two channels and 2x2 cells; classes 0, 1 and background."""
     classifier = nn.Linear(2, 3)
@@ -163,7 +157,7 @@ def test_prior_by_hand(field):
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_gradient_reaches_maps_and_mask_features_but_not_the_classifier(stop_gradient):
-    kept = random_kept(3)
+    kept = Kept(torch.randn(3, 6, 7, 7).requires_grad_(), nn.Linear(6, 4))
     features = torch.randn(3, 4, 14, 14, requires_grad=True)
     prior = ClassActivationPrior(stop_gradient=stop_gradient)
     assert not list(prior.parameters())
