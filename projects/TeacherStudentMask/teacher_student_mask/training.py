@@ -119,11 +119,11 @@ def train(
             if model not in PRESETS:
                 raise InputError(f"model is {model!r}; allowed: {', '.join(PRESETS)}.")
             config_file = CONFIGS / PRESETS[model][0]
-            options = {"image_root": image_root, "seed": 1 if seed is None else seed, "say": say}
-            parts = find_data(data, run / "data", **options)
+            seed = 1 if seed is None else seed
+            parts = find_data(data, run / "data", image_root=image_root, seed=seed, say=say)
             with log_to(run):
                 chosen = _plan(model, *parts, run, time_limit, epochs, opts, say)
-            chosen["SEED"] = str(1 if seed is None else seed)
+            chosen["SEED"] = str(seed)
         opts = [*itertools.chain.from_iterable(chosen.items()), *opts]
         arguments = argparse.Namespace(
             config_file=str(config_file), opts=opts, resume=is_resumed, eval_only=False

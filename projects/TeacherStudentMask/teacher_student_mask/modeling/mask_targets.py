@@ -10,11 +10,13 @@ from detectron2.utils.events import get_event_storage
 from torch.nn import functional as F
 
 __all__ = [
+    "MASK_LOSSES",
     "all_channels_bce_loss",
     "at_least_float32",
     "boxes_of",
     "cells_inside_boxes",
     "check_choice",
+    "check_targets",
     "classes_of",
     "crop_gt_masks",
     "crop_pixels",
@@ -44,6 +46,15 @@ def has_model_mask_of(rois: Instances) -> torch.Tensor:
     if len(rois) == 0 or not rois.has("gt_has_model_mask"):
         return torch.zeros_like(rois.gt_classes, dtype=torch.bool)
     return rois.gt_has_model_mask & ~rois.gt_has_mask
+
+
+def check_targets(targets: list[Instances]) -> None:
+    """Raise a ValueError unless the training targets say which objects have a mask."""
+    if any(len(x) > 0 and not x.has("gt_has_mask") for x in targets):
+        raise ValueError(
+            "The training targets have no 'gt_has_mask', which says which objects have a mask: "
+            "build the train loader with TeacherStudentDatasetMapper(cfg, is_train=True)."
+        )
 
 
 def select_rois(rois: Instances, selected: torch.Tensor) -> Instances:
@@ -254,3 +265,7 @@ def to_rgb(
     """RGB in 0-255 of normalised images, (N, 3, H, W), mean and std of shape (3, 1, 1)."""
     pixels = images * std + mean
     return pixels.flip(1) if image_format == "BGR" else pixels
+
+
+# By their names in the config.
+MASK_LOSSES = {"bce": masked_bce_loss, "dice": masked_dice_loss}

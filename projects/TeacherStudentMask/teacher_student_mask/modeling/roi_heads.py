@@ -26,16 +26,16 @@ from .mask_heads import (
     select_label_channel,
 )
 from .mask_targets import (
+    MASK_LOSSES,
     all_channels_bce_loss,
     boxes_of,
     check_choice,
+    check_targets,
     crop_gt_masks,
     drop_surplus_rois_without_mask,
     has_mask_of,
     has_model_mask_of,
     mask_accuracy,
-    masked_bce_loss,
-    masked_dice_loss,
     put_scalars,
     rois_of_objects,
     select_rois,
@@ -53,8 +53,6 @@ from .pseudo_masks import (
 )
 
 __all__ = ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"]
-
-_MASK_LOSSES = {"bce": masked_bce_loss, "dice": masked_dice_loss}
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -100,7 +98,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                 has none, or a :class:`WeightTransferMaskHead` with class-agnostic box regression.
         """
         super().__init__(**kwargs)
-        check_choice("The mask loss", mask_loss, tuple(_MASK_LOSSES))
+        check_choice("The mask loss", mask_loss, tuple(MASK_LOSSES))
         has_maps = isinstance(self.box_predictor, PooledFastRCNNOutputLayers)
         if mask_prior is not None and mask_prior.needs_class_maps and not has_maps:
             raise ValueError(
@@ -116,7 +114,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         self.mask_prior = mask_prior
         self.repool_box_features = repool_box_features
         self.box_supervision = box_supervision
-        self.mask_loss = _MASK_LOSSES[mask_loss]
+        self.mask_loss = MASK_LOSSES[mask_loss]
         self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
         self.image_format = image_format
 
@@ -170,11 +168,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         """As in :class:`StandardROIHeads`, with targets of :class:`TeacherStudentDatasetMapper`."""
         if not self.training:
             return super().forward(images, features, proposals, targets)
-        if self.mask_on and any(len(x) > 0 and not x.has("gt_has_mask") for x in targets):
-            raise ValueError(
-                "The training targets have no 'gt_has_mask', which says which objects have a mask: "
-                "build the train loader with TeacherStudentDatasetMapper(cfg, is_train=True)."
-            )
+        if self.mask_on:
+            check_targets(targets)
         sampled = self.label_and_sample_proposals(proposals, targets)
         losses = self._forward_box(features, sampled)
         if self.mask_on:
@@ -368,9 +363,9 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
         if student_loss:
-            losses = (*_MASK_LOSSES, "bce_all")
+            losses = (*MASK_LOSSES, "bce_all")
             check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, losses)
-        self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
+        self.student_loss = MASK_LOSSES.get(student_loss, self.mask_loss)
         self.learns_all_channels = student_loss == "bce_all"
         self.max_rois_without_mask = max_rois_without_mask
         self.external_masks = external_masks

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from ..box_supervision import BoxSupervision
 from ..mask_targets import (
+    MASK_LOSSES,
     check_choice,
-    masked_bce_loss,
-    masked_dice_loss,
+    check_targets,
     put_scalars,
     to_rgb,
 )
@@ -45,7 +45,6 @@ __all__ = [
     "TeacherStudentCondInstHeads",
 ]
 
-_MASK_LOSSES = {"bce": masked_bce_loss, "dice": masked_dice_loss}
 # Cells along each side of a box, where masks leave the model without postprocessing.
 _ROI_SIDE = 56
 # Masks that are brought to the size of their image together.
@@ -108,7 +107,7 @@ class CondInstHeads(nn.Module):
             ValueError: an unknown loss, or a stride that does not divide that of the branch.
         """
         super().__init__()
-        check_choice("The mask loss", mask_loss, tuple(_MASK_LOSSES))
+        check_choice("The mask loss", mask_loss, tuple(MASK_LOSSES))
         if mask_branch.strides[0] % stride:
             raise ValueError(
                 f"MODEL.CONDINST.STRIDE {stride} does not divide {mask_branch.strides[0]}, the "
@@ -119,7 +118,7 @@ class CondInstHeads(nn.Module):
         self.stride, self.max_locations = stride, max_locations
         self.train_on_external_masks = train_on_external_masks
         self.box_supervision = box_supervision
-        self.mask_loss = _MASK_LOSSES[mask_loss]
+        self.mask_loss = MASK_LOSSES[mask_loss]
         self.mask_on = True  # GeneralizedRCNNWithTTA switches it
 
     @classmethod
@@ -165,11 +164,7 @@ class CondInstHeads(nn.Module):
             for x in found:  # before their masks, as those of Mask R-CNN
                 x.pred_boxes.clip(x.image_size)
             return self._add_masks(found, features, grid, output.towers), {}
-        if any(len(x) > 0 and not x.has("gt_has_mask") for x in targets):
-            raise ValueError(
-                "The training targets have no 'gt_has_mask', which says which objects have a mask: "
-                "build the train loader with TeacherStudentDatasetMapper(cfg, is_train=True)."
-            )
+        check_targets(targets)
         supervision = self.box_supervision or BoxSupervision()
         size, valid_sizes = images.tensor.shape[-2:], supervision.valid_sizes(targets)
         planes = make_plane_targets(targets, size, self.stride, valid_sizes)
@@ -324,11 +319,11 @@ class TeacherStudentCondInstHeads(CondInstHeads):
         super().__init__(**kwargs)
         check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
         check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
-        check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, ("", *_MASK_LOSSES))
+        check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, ("", *MASK_LOSSES))
         self.teacher_mask_head = teacher_mask_head
         self.pseudo_masks = pseudo_masks
         self.warmup_iters = warmup_iters
-        self.student_loss = _MASK_LOSSES.get(student_loss, self.mask_loss)
+        self.student_loss = MASK_LOSSES.get(student_loss, self.mask_loss)
         self.external_masks, self.test_mask_head = external_masks, test_mask_head
         self.vis_period = vis_period
 
