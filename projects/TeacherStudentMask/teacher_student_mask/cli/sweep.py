@@ -74,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
         num_gpus=num_gpus,
         report=args.report,
     )
-    # As from the keyboard: the trainings are stopped, too.
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both stop the trainings, too. What a shell runs in the background would ignore interrupts, and
+    # with it the trainings, which submitit stops by them.
+    stops = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.signal(x, signal.default_int_handler) for x in stops]
     try:
         failed = run_sweep(
             runs,
@@ -89,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         print("\nInterrupted: the same command goes on from here.")
         raise
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for stop, handler in zip(stops, handlers):
+            signal.signal(stop, handler)
     print(f"\n{write_summary(args.output_dir)}\n\nResults: {args.output_dir}/summary.md")
     groups: dict[str, dict] = {}
     for x in runs:
