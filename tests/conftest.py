@@ -29,8 +29,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(items):
-    # Whole trainings first, so that not one process is left with them at the end.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # Whole trainings first, and the longest before them, so that not one process is left with them
+    # at the end.
+    longest = "test_the_commands_of_all_documents_run"
+    items.sort(key=lambda item: (item.name != longest, item.get_closest_marker("slow") is None))
 
 
 @pytest.fixture(autouse=True)

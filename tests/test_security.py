@@ -124,7 +124,7 @@ def test_no_template_marks_the_input_as_safe():
     # Of the report: its style sheet, plotly, and html of plotly, which escapes names;
     # tests/analysis/test_report.py looks at it.
     marked = re.findall(r"{{[^}]*\|\s*safe\s*}}", template.read_text(encoding="utf-8"))
-    assert set(marked) <= {f"{{{{ {x} | safe }}}}" for x in ("plotly_js", "css", "figures[name]")}
+    assert set(marked) <= {f"{{{{ {x} | safe }}}}" for x in ("plotly_js", "figures[name]")}
     assert "autoescape false" not in template.read_text(encoding="utf-8")
 
 

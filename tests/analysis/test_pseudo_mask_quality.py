@@ -6,44 +6,36 @@ import pytest
 import torch
 from saved_model import TEACHER_STUDENT, save_model
 
-from teacher_student_mask.analysis import model_outputs
-from teacher_student_mask.analysis.model_outputs import measure_pseudo_masks
+from teacher_student_mask.analysis.pseudo_mask_quality import measure_pseudo_masks
 from teacher_student_mask.modeling import PseudoMaskGenerator
+from teacher_student_mask.trained_model import load_model
 
 ANT, CAT = 3, 17
 METHODS = ("none", "threshold", "interact", "box_fit")
 
 
 @pytest.fixture
-def save(tiny_cfg, tmp_path):
-    """Save a teacher-student model for a dataset; returns the paths of config and weights."""
+def load(tiny_cfg, tmp_path):
+    """
+    Return ``load(dataset, opts=(), heads=None)``: a teacher-student model for a dataset.
 
-    def _save(dataset, opts=()):
+    All ROIs have the probabilities of ``heads``, (teacher, student), if they are given.
+    """
+
+    def _load(dataset, opts=(), heads=None):
         cfg = tiny_cfg(opts=[*TEACHER_STUDENT, *opts], dataset=dataset)
-        return save_model(cfg, tmp_path / "model")
-
-    return _save
-
-
-@pytest.fixture
-def stub_heads(monkeypatch):
-    """Return ``stub(teacher, student)``: all ROIs of any model then have these probabilities."""
-    load_model = model_outputs.load_model
-
-    def stub(teacher, student):
-        def load_stub(*args, **kwargs):
-            trained = load_model(*args, **kwargs)
-            heads = trained.model.roi_heads
+        config, weights = save_model(cfg, tmp_path / "model")
+        trained = load_model(config, weights=weights)
+        if heads is not None:
+            teacher, student = (torch.tensor(x).logit() for x in heads)
             # Only the channel of the object's class, a cat's, counts.
-            student_logits = torch.full((3, len(student), len(student)), 7.0)
-            student_logits[1] = torch.tensor(student).logit()
-            heads.teacher_mask_head = FixedHead(torch.tensor(teacher).logit()[None])
-            heads.mask_head = FixedHead(student_logits)
-            return trained
+            student_logits = torch.full((3, *student.shape), 7.0)
+            student_logits[1] = student
+            trained.model.roi_heads.teacher_mask_head = FixedHead(teacher[None])
+            trained.model.roi_heads.mask_head = FixedHead(student_logits)
+        return trained
 
-        monkeypatch.setattr(model_outputs, "load_model", load_stub)
-
-    return stub
+    return _load
 
 
 class FixedHead(torch.nn.Module):
@@ -102,10 +94,10 @@ STUDENT = [[0.9, 0.3, 0.7, 0.2]] * 4
 
 
 @pytest.mark.parametrize("side", [64, 128])
-def test_iou_of_each_method_by_hand(make_tiny_coco, save, stub_heads, side):
-    stub_heads(TEACHER, STUDENT)
-    config, weights = save(make_tiny_coco(one_cat), ["INPUT.MIN_SIZE_TEST", side])
-    result = measure_pseudo_masks(config, weights, methods=METHODS)
+def test_iou_of_each_method_by_hand(make_tiny_coco, load, side):
+    opts = ["INPUT.MIN_SIZE_TEST", side]
+    trained = load(make_tiny_coco(one_cat), opts, heads=(TEACHER, STUDENT))
+    result = measure_pseudo_masks(trained, methods=METHODS)
     assert result["num_objects"] == 1
     assert result["mask_side"] == 4
     ious = {method: values["mask_iou"] for method, values in result["methods"].items()}
@@ -126,8 +118,18 @@ def test_iou_of_each_method_by_hand(make_tiny_coco, save, stub_heads, side):
     )
 
 
+@pytest.mark.parametrize("balance, iou", [("none", 3 / 8), ("share", 6 / 8)])
+def test_interact_is_balanced_as_in_training(make_tiny_coco, load, balance, iou):
+    # Column 1 has the mean 0.475; as the student's second highest it is shifted above 0.5.
+    heads = TEACHER, [[0.4, 0.35, 0.2, 0.1]] * 4
+    opts = ["MODEL.PSEUDO_MASK.INTERACT_BALANCE", balance]
+    trained = load(make_tiny_coco(one_cat), opts, heads=heads)
+    result = measure_pseudo_masks(trained, methods=["interact"])
+    assert result["methods"]["interact"]["mask_iou"] == pytest.approx(iou)
+
+
 def test_scrambled_unseen_masks_change_the_iou_but_no_pseudo_mask(
-    make_tiny_coco, save, seen_methods
+    make_tiny_coco, load, seen_methods
 ):
     def scramble(data):
         for x in data["annotations"]:
@@ -138,8 +140,7 @@ def test_scrambled_unseen_masks_change_the_iou_but_no_pseudo_mask(
     results, made = [], []
     for change in (None, scramble):
         seen_methods.clear()
-        config, weights = save(make_tiny_coco(change))
-        results.append(measure_pseudo_masks(config, weights, methods=METHODS))
+        results.append(measure_pseudo_masks(load(make_tiny_coco(change)), methods=METHODS))
         made.append(dict(seen_methods))
     assert made[0].keys() == made[1].keys() == set(METHODS)
     for method in METHODS:
@@ -163,12 +164,10 @@ def three_cats(data):
     ]
 
 
-def test_objects_fall_into_bins_by_their_overlap(make_tiny_coco, save, stub_heads):
-    stub_heads([[0.9] * 4] * 4, STUDENT)
-    config, weights = save(make_tiny_coco(three_cats))
-    result = measure_pseudo_masks(
-        config, weights, methods=["threshold"], overlap_bins=[0, 0.25, 0.3, 1]
-    )
+def test_objects_fall_into_bins_by_their_overlap(make_tiny_coco, load):
+    trained = load(make_tiny_coco(three_cats), heads=([[0.9] * 4] * 4, STUDENT))
+    bins = [0, 0.25, 0.3, 1]
+    result = measure_pseudo_masks(trained, methods=["threshold"], overlap_bins=bins)
     assert result["num_objects"] == 3
     # All cells but those of the ant: 0.5 of the truth or as much of the pseudo mask.
     assert result["methods"]["threshold"] == {
@@ -183,14 +182,14 @@ def test_objects_fall_into_bins_by_their_overlap(make_tiny_coco, save, stub_head
     assert json.loads(json.dumps(result)) == result
 
 
-def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, save, log):
+def test_objects_that_cannot_be_measured_are_counted(make_tiny_coco, load, log):
     def change(data):
         by_id = {x["id"]: x for x in data["annotations"]}
         by_id[108]["bbox"] = [64.0, 10.0, 5.0, 5.0]  # outside its image
         by_id[109]["segmentation"] = {"size": [64, 80], "counts": [64 * 80]}
         by_id[110]["segmentation"] = None
 
-    result = measure_pseudo_masks(*save(make_tiny_coco(change)), methods=["none"])
+    result = measure_pseudo_masks(load(make_tiny_coco(change)), methods=["none"])
     assert (result["num_objects"], result["mask_side"]) == (0, None)
     assert result["methods"]["none"]["mask_iou"] is None
     assert "the pseudo masks of 3 unseen objects are not measured" in log.text

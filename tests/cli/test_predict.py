@@ -138,17 +138,6 @@ def test_broken_files_do_not_stop_the_others(run, capsys):
     assert "8 bits" in errors
 
 
-def test_what_the_threshold_left_out_is_told(run, capsys):
-    paths = [write_image(Path(f"{i}.png"), 40, 60, seed=i) for i in range(2)]
-    assert run(*paths, threshold=0.0) == 0
-    results = json.loads(Path("out/coco_instances_results.json").read_text())
-    best = max(x["score"] for x in results)
-    assert run(*paths, threshold=0.999) == 0
-    text = capsys.readouterr().out
-    assert f"above --score-threshold; {len(results)} in 2 images have a lower one" in text
-    assert f"The best is {best:.3f}: " in text and ".png." in text.splitlines()[-1]
-
-
 def test_video(run):
     write_video("v.avi")
     assert run("v.avi") == 0

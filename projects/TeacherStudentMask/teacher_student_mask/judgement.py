@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
 
 from .coco_json import read_coco
 from .drawing import annotations_to_detections, draw_instances, read_image
@@ -29,7 +30,12 @@ _NUM_PICTURES = 12
 
 
 class QuietTrainer(Trainer):
-    """The trainer without the tables that pycocotools prints."""
+    """The trainer with a bar for the images of an evaluation, and without pycocotools' tables."""
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> tqdm:
+        loader = super().build_test_loader(cfg, dataset_name)
+        return tqdm(loader, dataset_name, unit="image", leave=False, disable=None)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators=None) -> dict:
@@ -70,9 +76,11 @@ def evaluate(
     annotations: str | os.PathLike | None = None,
     image_root: str | os.PathLike = "",
     *,
+    weights: str | None = None,
     gt_boxes: bool = False,
     head: str = "student",
     output_dir: str | os.PathLike | None = None,
+    opts: Sequence = (),
 ) -> dict:
     """
     Measure a model on a COCO json, as ``tsmask train --eval-only`` does.
@@ -82,11 +90,13 @@ def evaluate(
         annotations: the json, with a mask on every object or on none; None: the test data of the
             training.
         image_root: folder of its images; "": the folder of the json.
+        weights: path of a checkpoint; None: that of the folder or config.
         gt_boxes: draw the masks on the boxes and classes of the json. AP then measures the masks
             alone, and the yardsticks stand beside it.
         head: "student" or "teacher".
         output_dir: results.json, the masks and a log are written to ``inference/`` in it; None: the
             folder of the model.
+        opts: KEY, VALUE, ... of the config.
 
     Returns:
         {task: {metric: value}}, see :class:`PartiallySupervisedCOCOEvaluator`.
@@ -94,9 +104,10 @@ def evaluate(
     Raises:
         InputError: the model or the json cannot be used.
     """
-    config_file, weights = find_model(model)
+    config_file, found = find_model(model)
     folder = os.fspath(output_dir or os.path.dirname(config_file))
-    opts = ["OUTPUT_DIR", as_value(folder), "TEST.GT_BOXES", str(gt_boxes), "TEST.MASK_HEAD", head]
+    opts = [*(["MODEL.WEIGHTS", found] if found else []), *map(str, opts)]
+    opts += ["OUTPUT_DIR", as_value(folder), "TEST.GT_BOXES", str(gt_boxes), "TEST.MASK_HEAD", head]
     if weights:
         opts += ["MODEL.WEIGHTS", weights]
     if annotations is not None:

@@ -38,6 +38,8 @@ TRAIN_COMMAND = (sys.executable, "-m", "teacher_student_mask", "train")
 POLL_SECONDS = 1.0
 # The evaluation that ends the training, and those on ground-truth boxes.
 DETECTIONS, STUDENT, TEACHER = "detections", "gt_boxes_student", "gt_boxes_teacher"
+# What Detectron2 writes into the folder of each.
+RESULTS = "inference/coco_instances_results.json"
 # Column of the summary -> (task, metric) of results.json.
 COLUMNS = {
     "box AP": ("bbox", "AP"),
@@ -336,33 +338,24 @@ def write_sweep_report(runs: Mapping[str, Run], output_dir: str | os.PathLike) -
         The path of the page.
     """
     from .analysis import analyze, write_report
-    from .analysis.model_outputs import measure_pseudo_masks
-    from .trained_model import find_test_dataset, load_config
+    from .analysis.pseudo_mask_quality import measure_pseudo_masks
+    from .trained_model import find_test_dataset, load_config, load_model
 
     on_gt_boxes, quality = {}, {}
     for name, run in runs.items():
-        on_gt_boxes[name] = _result_file(run.folder / STUDENT)
+        on_gt_boxes[name] = str(run.folder / STUDENT / RESULTS)
         if TEACHER in run.evaluations:
-            on_gt_boxes[f"{name}, teacher"] = _result_file(run.folder / TEACHER)
-            model = run.folder / "config.yaml", run.folder / "model_final.pth"
-            quality[name] = measure_pseudo_masks(*map(str, model))
+            on_gt_boxes[f"{name}, teacher"] = str(run.folder / TEACHER / RESULTS)
+            quality[name] = measure_pseudo_masks(load_model(run.folder))
     baseline = next(iter(runs))
     cfg = load_config(str(runs[baseline].folder / "config.yaml"))
     annotations, image_root = find_test_dataset(cfg)
     analysis = analyze(
         annotations,
-        {name: _result_file(run.folder) for name, run in runs.items()},
+        {name: str(run.folder / RESULTS) for name, run in runs.items()},
         seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
         gt_box_results=on_gt_boxes,
         pseudo_masks=quality,
         baseline=baseline,
     )
     return write_report(analysis, output_dir, image_root=image_root, num_objects=60)
-
-
-def _result_file(folder: Path) -> str:
-    path = folder / "inference" / "coco_instances_results.json"
-    if not path.is_file():  # Detectron2 writes none for a model that finds nothing
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[]")
-    return str(path)

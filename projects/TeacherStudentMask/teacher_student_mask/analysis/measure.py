@@ -139,12 +139,9 @@ def analyze(
         )
     warnings: list[Finding] = []
     coco = load_ground_truth(annotations, warnings=warnings)
-
-    def warn_of_many(rows: Sequence[dict], what: str) -> bool:
-        raise_it = "--max-detections (Settings.max_detections) raises the number."
-        return warn_of_many_objects(rows, settings.max_detections, what, raise_it)
-
-    has_many = warn_of_many(coco.dataset["annotations"], f"objects in {annotations}")
+    remedy = "--max-detections (Settings.max_detections) raises the number."
+    rows = coco.dataset["annotations"]
+    warn_of_many_objects(rows, settings.max_detections, annotations, remedy)
     for annotation in coco.dataset["annotations"]:
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
@@ -157,7 +154,6 @@ def analyze(
         if name not in paths:
             continue
         detections = load_results(paths[name], coco, warnings)
-        has_many = has_many or warn_of_many(detections, f"entries in {paths[name]}")
         found = dataset.measure(detections, protocol, f"{name} ({protocol})")
         measured[protocol][name] = found
         if protocol == "gt_boxes":

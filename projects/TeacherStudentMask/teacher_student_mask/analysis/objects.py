@@ -15,10 +15,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 __all__ = [
-    "ObjectRegions",
     "ObjectTable",
     "PIXEL_COLORS",
-    "PixelCounts",
     "boundary_iou",
     "count_pixels",
     "draw_objects",
@@ -122,9 +120,9 @@ def measure_objects(
             rles[row], own = detection["segmentation"], annotation["segmentation"]
             counts = count_pixels(rles[row], own, regions)
             scores[row] = detection["score"]
-            ious[row] = counts.intersection / counts.union if counts.union else 0.0
-            false_positives[row] = counts.background, counts.seen, counts.unseen
-            crowd_pixels[row] = counts.crowd
+            ious[row] = counts["intersection"] / counts["union"] if counts["union"] else 0.0
+            false_positives[row] = [counts[x] for x in ("background", "seen", "unseen")]
+            crowd_pixels[row] = counts["crowd"]
             if is_on_gt_boxes:
                 boundary_ious[row] = np.nan_to_num(boundary_iou(rles[row], own))
     return ObjectTable(
@@ -162,47 +160,18 @@ def _match(objects: list[dict], detections: list[dict], by_iou: bool) -> list[tu
     return [(objects[j], detections[i]) for i, j in object_of.items()]
 
 
-@dataclass(frozen=True)
-class ObjectRegions:
+def find_object_regions(coco: COCO, image_id: int, unseen_ids: Collection[int]) -> dict[str, dict]:
     """
-    The pixels of an image that its objects cover, as compressed RLE.
-
-    Args:
-        seen: pixels of objects of seen classes, those of unseen classes on them included.
-        objects: pixels of any object.
-        all: ``objects`` and the pixels of crowds.
-    """
-
-    seen: dict
-    objects: dict
-    all: dict
-
-
-@dataclass(frozen=True)
-class PixelCounts:
-    """
-    A predicted mask against the mask of its object, in pixels.
-
-    The false positives, predicted pixels outside the object's own mask, are each counted once:
-    ``background + seen + unseen + crowd``. Those in ``crowd`` lie under a crowd alone.
-    """
-
-    intersection: int
-    union: int
-    background: int
-    seen: int
-    unseen: int
-    crowd: int
-
-
-def find_object_regions(coco: COCO, image_id: int, unseen_ids: Collection[int]) -> ObjectRegions:
-    """
-    Find what lies under the pixels of an image.
+    Find the pixels of an image that its objects cover.
 
     Args:
         coco: the ground truth, all masks compressed RLE.
         image_id: of the image.
         unseen_ids: category ids of the unseen classes.
+
+    Returns:
+        Compressed RLEs: "seen", objects of seen classes, with those of unseen classes on them;
+        "objects", any object; "all", crowds, too.
     """
     image, annotations = coco.imgs[image_id], coco.imgToAnns[image_id]
     nothing = np.zeros((image["height"], image["width"]), dtype=np.uint8, order="F")
@@ -212,17 +181,21 @@ def find_object_regions(coco: COCO, image_id: int, unseen_ids: Collection[int]) 
 
     objects = [x for x in annotations if not x["iscrowd"]]
     seen = [x for x in objects if x["category_id"] not in unseen_ids]
-    return ObjectRegions(seen=union(seen), objects=union(objects), all=union(annotations))
+    return {"seen": union(seen), "objects": union(objects), "all": union(annotations)}
 
 
-def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCounts:
+def count_pixels(predicted: dict, own: dict, regions: Mapping[str, dict]) -> dict[str, int]:
     """
     Attribute the pixels of a predicted mask (Fig. 3 of the paper, per instance).
 
     Args:
         predicted: compressed RLE of the prediction.
         own: compressed RLE of the object that it belongs to.
-        regions: of the image, ``own`` included.
+        regions: of :func:`find_object_regions`, ``own`` included.
+
+    Returns:
+        Pixels: "intersection" and "union" with ``own``; and of those outside ``own``, each counted
+        once, "background", "seen" and "unseen" objects, and "crowd", under a crowd alone.
     """
     # On runs rather than pixels: no image is ever decoded.
     true_positive = _intersect(predicted, own)
@@ -231,15 +204,15 @@ def count_pixels(predicted: dict, own: dict, regions: ObjectRegions) -> PixelCou
     def count_outside_own(region: dict) -> int:
         return _area(_intersect(predicted, region)) - _area(_intersect(true_positive, region))
 
-    seen, objects, all_ = map(count_outside_own, (regions.seen, regions.objects, regions.all))
-    return PixelCounts(
-        intersection=num_tp,
-        union=num_predicted + _area(own) - num_tp,
-        background=num_predicted - num_tp - all_,
-        seen=seen,
-        unseen=objects - seen,
-        crowd=all_ - objects,
-    )
+    seen, objects, all_ = (count_outside_own(regions[x]) for x in ("seen", "objects", "all"))
+    return {
+        "intersection": num_tp,
+        "union": num_predicted + _area(own) - num_tp,
+        "background": num_predicted - num_tp - all_,
+        "seen": seen,
+        "unseen": objects - seen,
+        "crowd": all_ - objects,
+    }
 
 
 def boundary_iou(mask: dict, other: dict) -> float:
@@ -373,7 +346,7 @@ def _read_grey(image: Mapping, image_root: str) -> np.ndarray | None:
 
 
 def _draw_panels(
-    pixels: np.ndarray, annotation: Mapping, masks: Sequence[dict], regions: ObjectRegions
+    pixels: np.ndarray, annotation: Mapping, masks: Sequence[dict], regions: Mapping[str, dict]
 ) -> np.ndarray:
     """The true mask and, for each predicted mask, what its pixels are; panels side by side, RGB."""
     # A square around the box, 30 % larger, as far as it is in the image.
@@ -391,9 +364,8 @@ def _draw_panels(
         mask = mask_util.decode(rle)[y0:y1, x0:x1].astype(np.float32)
         return cv2.resize(mask, size, interpolation=cv2.INTER_LINEAR) >= 0.5
 
-    own, seen, objects, covered = (
-        decode(x) for x in (annotation["segmentation"], regions.seen, regions.objects, regions.all)
-    )
+    own = decode(annotation["segmentation"])
+    seen, objects, covered = (decode(regions[x]) for x in ("seen", "objects", "all"))
     outlines, _ = cv2.findContours(own.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     colors = [[int(x[i : i + 2], 16) for i in (1, 3, 5)] for x in PIXEL_COLORS.values()]
     gap = np.full((size[1], 3, 3), 255, np.uint8)

@@ -7,7 +7,6 @@ Names from the input are escaped in its figures, too: plotly reads a part of HTM
 from __future__ import annotations
 
 import html
-import importlib.resources
 import itertools
 import json
 import os
@@ -95,12 +94,11 @@ def write_report(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_read_template),
+        loader=jinja2.PackageLoader(__package__),
     )
     environment.filters |= {"cell": _format_cell, "difference": _format_difference}
     page = environment.get_template("report.html.j2").render(
         _content(analysis.summary),
-        css=_read_template("report.css"),
         plotly_js=plotly.offline.get_plotlyjs(),
         shown=shown,
         protocol_shown=protocol,
@@ -323,8 +321,3 @@ def _format_difference(entry: Mapping) -> str:
         return f"{text} (contains 0)"
     # All objects are in one image, which every resample repeats.
     return f"{text} (too few images)" if interval[0] == interval[1] else text
-
-
-def _read_template(name: str) -> str:
-    file = importlib.resources.files(__package__) / "templates" / name
-    return file.read_text(encoding="utf-8")

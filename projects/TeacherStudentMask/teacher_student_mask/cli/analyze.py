@@ -26,10 +26,11 @@ examples:
 """
 
 import argparse
+import itertools
 import os
 
 from ..errors import InputError
-from .main import add_model_arguments, choose_model
+from .main import add_model_arguments, choose_model, key_and_value
 
 __all__ = ["add_arguments", "run"]
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--annotations", metavar="JSON", help="COCO ground truth")
     for option, boxes in (("--results", "detected"), ("--gt-box-results", "ground-truth")):
         text = f"COCO result files, masks on {boxes} boxes"
-        add(option, nargs="+", default=[], type=_named_file, metavar="NAME=FILE", help=text)
+        add(option, nargs="+", default=[], type=key_and_value, metavar="NAME=FILE", help=text)
     text = 'classes with masks in training: "voc", "nonvoc", "all", names separated by commas, '
     text += "or the path of a list (default: that of the config)"
     add("--seen", metavar="SPEC", help=text)
@@ -77,12 +78,9 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.images and not os.path.isdir(args.images):
         raise InputError(f"--images {args.images}: no such folder.")
-    from detectron2.utils.logger import setup_logger
-
     from ..analysis import Settings, analyze, write_report
     from ..analysis.report import headline
 
-    setup_logger(name="teacher_student_mask")
     settings = Settings(
         overlap_threshold=args.threshold,
         overlap_bins=args.bins,
@@ -95,27 +93,43 @@ def run(args: argparse.Namespace) -> None:
     annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
     if has_model:
         # Only now: reading result files needs no model.
-        from ..analysis.model_outputs import measure_pseudo_masks, run_model
+        from ..analysis.pseudo_mask_quality import measure_pseudo_masks
+        from ..class_splits import resolve_seen_classes
+        from ..data import dataset_classes
+        from ..judgement import evaluate
         from ..own_data import partly_masked_validation
+        from ..trained_model import find_test_dataset, load_config, load_model
 
-        model = choose_model(args)
-        folder = os.path.join(args.output_dir, "results")
-        opts, masks_file = args.opts, partly_masked_validation(model)
-        if masks_file and "DATASETS.TEST" not in opts:
-            opts = ["DATASETS.TEST", repr((masks_file,)), *opts]
-        found = run_model(model, args.weights, folder, opts=opts)
-        # The model first: it is the baseline of the differences.
-        gt_box_results = found.gt_box_results | gt_box_results
-        if opts is args.opts:
-            results = found.results | results
-        else:
+        model, opts = choose_model(args), args.opts
+        masks_file = "" if "DATASETS.TEST" in opts else partly_masked_validation(model)
+        if masks_file:
             print("Some validation objects have no mask: the others are measured, on their boxes.")
-        annotations, images = annotations or found.annotations, images or found.image_root
-        seen = seen or found.seen_classes
-        if "teacher" in found.gt_box_results and not args.no_pseudo_masks:
-            pseudo_masks["teacher"] = measure_pseudo_masks(
-                model, args.weights, overlap_bins=args.bins, opts=opts
-            )
+            opts = ["DATASETS.TEST", repr((masks_file,)), *opts]
+        trained = load_model(model, weights=args.weights, opts=opts)
+        json_file, image_root = find_test_dataset(trained.cfg)
+        opts = [*opts, "DATASETS.TEST", repr(trained.cfg.DATASETS.TEST[:1])]
+        found, on_boxes = {}, {}
+        for head, gt_boxes in itertools.product(trained.heads, (False, True)):
+            if masks_file and not gt_boxes:
+                continue
+            folder = os.path.join(args.output_dir, "results", head + "_gt_boxes" * gt_boxes)
+            print(f"Running the {head}'s masks on {'given' if gt_boxes else 'detected'} boxes.")
+            options = {"weights": args.weights, "opts": opts, "output_dir": folder}
+            evaluate(model, gt_boxes=gt_boxes, head=head, **options)
+            results_file = os.path.join(folder, "inference", "coco_instances_results.json")
+            (on_boxes if gt_boxes else found)[head] = results_file
+        # The model first: it is the baseline of the differences.
+        results, gt_box_results = found | results, on_boxes | gt_box_results
+        annotations, images = annotations or json_file, images or image_root
+        # As the evaluation has resolved them, without those that the dataset lacks.
+        cfg = load_config(os.path.join(folder, "inference", "config.yaml"))
+        spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
+        names = [trained.class_names[i] for i in resolve_seen_classes(spec, trained.class_names)]
+        in_dataset, _ = dataset_classes(cfg.DATASETS.TEST[0])
+        seen = seen or [x for x in names if x in in_dataset]
+        if "teacher" in trained.heads and not args.no_pseudo_masks:
+            quality = measure_pseudo_masks(trained, overlap_bins=args.bins)
+            pseudo_masks["teacher"] = quality
     analysis = analyze(
         annotations,
         results,
@@ -129,10 +143,3 @@ def run(args: argparse.Namespace) -> None:
         analysis, args.output_dir, image_root=images, num_objects=args.num_pictures
     )
     print(*headline(analysis.summary), f"Report: {report}", sep="\n")
-
-
-def _named_file(text: str) -> tuple[str, str]:
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE")
-    return name, path

@@ -19,7 +19,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .main import add_model_arguments, choose_model
+from .main import add_model_arguments, load_chosen_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,14 +117,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             f"gradio cannot be imported ({error}): pip install -c constraints.txt gradio"
         ) from error
-    from detectron2.utils.logger import setup_logger
-
-    from ..trained_model import load_model
-
-    setup_logger(name="teacher_student_mask")
-    model = choose_model(args)
-    trained = load_model(model, weights=args.weights, opts=args.opts, score_threshold=LOWEST_SCORE)
-    page = build_page(AppSession(trained))
+    page = build_page(AppSession(load_chosen_model(args, score_threshold=LOWEST_SCORE)))
     try:
         page.launch(server_name=args.host, server_port=args.port, share=False, show_error=True)
     except OSError as error:

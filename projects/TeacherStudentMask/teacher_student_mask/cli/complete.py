@@ -68,11 +68,8 @@ def run(args: argparse.Namespace) -> None:
 
 def run_with(args: argparse.Namespace) -> None:
     """Complete by the arguments that have the name of a field of ``CompletionSettings``."""
-    from detectron2.utils.logger import setup_logger
-
     from ..completion import CompletionSettings, complete_dataset
 
-    setup_logger(name="teacher_student_mask")
     names = {x.name for x in dataclasses.fields(CompletionSettings)}
     given = {name: value for name, value in vars(args).items() if name in names}
     print(complete_dataset(CompletionSettings(**given)))

@@ -51,11 +51,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     import dataclasses
 
-    from detectron2.utils.logger import setup_logger
-
     from ..sweep import plan_sweep, run_sweep, write_summary, write_sweep_report
 
-    setup_logger(name="teacher_student_mask")
     opts = list(SHORT_OPTIONS) if args.short else []
     for key, split in ("TRAIN", "train"), ("TEST", "val"):
         json_file = (data / "annotations" / f"instances_{split}.json").resolve()

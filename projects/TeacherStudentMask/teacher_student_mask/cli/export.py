@@ -19,7 +19,7 @@ example:
 
 import argparse
 
-from .main import add_model_arguments, choose_model
+from .main import add_model_arguments, load_chosen_model
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,14 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export, and print what was compared."""
-    from detectron2.utils.logger import setup_logger
-
     from ..exporters import export_student
-    from ..trained_model import load_model
 
-    setup_logger(name="teacher_student_mask")
-    model = choose_model(args)
-    trained = load_model(model, weights=args.weights, opts=args.opts, heads=["student"])
+    trained = load_chosen_model(args, heads=["student"])
     reports = export_student(trained, args.output_dir, args.formats, args.check_images)
     for name, report in reports.items():
         print(f"{args.output_dir}/{name}: {report}")

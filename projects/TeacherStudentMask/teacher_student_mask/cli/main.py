@@ -6,15 +6,29 @@ A module of a subcommand has a docstring, which is its description in ``--help``
 long to import, PyTorch above all, is imported in ``run``.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib
+import logging
 import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 
-__all__ = ["COMMANDS", "add_model_arguments", "choose_model", "main"]
+if TYPE_CHECKING:
+    from ..trained_model import TrainedModel
+
+__all__ = [
+    "COMMANDS",
+    "add_model_arguments",
+    "choose_model",
+    "key_and_value",
+    "load_chosen_model",
+    "main",
+]
 
 # Subcommand -> (module, what it does), in the order in which people need them.
 COMMANDS = {
@@ -59,6 +73,21 @@ def choose_model(args: argparse.Namespace) -> str:
     return args.model or args.config_file
 
 
+def load_chosen_model(args: argparse.Namespace, **options) -> TrainedModel:
+    """The model of :func:`add_model_arguments`; options of :func:`load_model`."""
+    from ..trained_model import load_model
+
+    return load_model(choose_model(args), weights=args.weights, opts=args.opts, **options)
+
+
+def key_and_value(text: str) -> tuple[str, str]:
+    """For the ``type`` of an argument KEY=VALUE."""
+    key, _, value = text.partition("=")
+    if not key or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key, value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``tsmask`` with the words after it, by default those of this process; the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -75,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Options may stand between the words, but not where a word has options of its own.
     has_parts = name in ("edit", "import")
     args = (parser.parse_args if has_parts else parser.parse_intermixed_args)(rest)
+    # As Detectron2's set-up of a logger, which would import PyTorch.
+    logging.basicConfig(format="[%(asctime)s %(name)s] %(message)s", stream=sys.stdout)
+    logging.getLogger("teacher_student_mask").setLevel(logging.INFO)
     try:
         return module.run(args) or 0
     except InputError as error:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .main import add_model_arguments, choose_model
+from .main import add_model_arguments, choose_model, load_chosen_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +42,6 @@ __all__ = ["add_arguments", "run"]
 
 _IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-# When nothing is found: scores below this mean nothing, and more images would take too long.
-_LOWEST_SCORE, _MAX_ASKED_AGAIN = 0.01, 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,20 +59,13 @@ def run(args: argparse.Namespace) -> int:
     from detectron2.evaluation.coco_evaluation import instances_to_coco_json
     from tqdm import tqdm
 
-    from ..trained_model import load_model
-
     if args.config_file and args.model:  # the first word is an input, too
         args.inputs.insert(0, args.model)
         args.model = None
-    model = choose_model(args)
+    choose_model(args)  # before the search for images
     overlay_dir = args.output_dir / "overlays"
     files = _find_files(args.inputs, overlay_dir)
-    trained = load_model(
-        model,
-        weights=args.weights,
-        opts=args.opts,
-        score_threshold=args.score_threshold,
-    )
+    trained = load_chosen_model(args, score_threshold=args.score_threshold)
     overlay_dir.mkdir(parents=True, exist_ok=True)
     images, results, failures = [], [], []
 
@@ -105,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(results)} objects in {len(images)} images and frames: {found}")
     print(f"Results: {args.output_dir}")
     if not results:
-        _report_lower_scores(trained, images)
+        print("Nothing has a score above --score-threshold; a lower one shows what was near it.")
     if failures:
         print(
             f"{len(failures)} of {len(files)} inputs failed:",
@@ -139,24 +130,6 @@ def _predict(trained: TrainedModel, path: Path, overlay: Path) -> Iterator[Insta
             yield found
     if is_video and sink is None:
         raise InputError(f"{path}: no frame of this video can be read.")
-
-
-def _report_lower_scores(trained: TrainedModel, images: list[dict]) -> None:
-    """Say what the threshold has left out of the first images, in which nothing reached it."""
-    trained.model.roi_heads.box_predictor.test_score_thresh = _LOWEST_SCORE
-    asked = [x["file_name"] for x in images if "frame" not in x][:_MAX_ASKED_AGAIN]
-    scores = []
-    for file in asked:
-        found = trained.predict(next(_read(Path(file))))
-        names = [trained.class_names[k] for k in found.pred_classes]
-        scores += [(x, name, file) for x, name in zip(found.scores.tolist(), names)]
-    if scores:
-        print(
-            f"No object has a score above --score-threshold; {len(scores)} in {len(asked)} images "
-            "have a lower one. The best is {:.3f}: {} in {}.".format(*max(scores))
-        )
-    elif asked:
-        print(f"No object in {len(asked)} images has a score above {_LOWEST_SCORE:g}, either.")
 
 
 def _find_files(inputs: list[str], overlay_dir: Path) -> list[Path]:

@@ -6,7 +6,7 @@ DIR then holds
   jobs/                    what the trainings printed
   results.csv, summary.md  all results; their mean and standard deviation over the seeds
   summary.png              AP of unseen classes over several --seen-sets (Fig. 8 of the paper)
-  reports/SET/seed_N/      with --report: report.html, analysis.json, tables
+  reports/SET/seed_N/      with --report: report.html, analysis.json
 
 Runs that are finished are not repeated, and one that was interrupted goes on from its last
 checkpoint: give the same command again. More configs, seeds or sets with the same DIR add to it.
@@ -35,6 +35,8 @@ import argparse
 import signal
 from pathlib import Path
 
+from .main import key_and_value
+
 __all__ = ["add_arguments", "run"]
 
 
@@ -52,18 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-gpus", type=int, metavar="N", help="of each run; 0 = the CPU (default: 1 if any)")
     add("--cluster", choices=("local", "slurm"), default="local", help="(default: %(default)s)")
     text = "options of sbatch, time in minutes (default: three days)"
-    add("--slurm", nargs="+", default=[], type=_option, metavar="KEY=VALUE", help=text)
+    add("--slurm", nargs="+", default=[], type=key_and_value, metavar="KEY=VALUE", help=text)
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of all configs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate and summarize."""
     import torch
-    from detectron2.utils.logger import setup_logger
 
     from ..sweep import plan_sweep, run_sweep, write_summary, write_sweep_report
 
-    setup_logger(name="teacher_student_mask")
     num_gpus = min(1, torch.cuda.device_count()) if args.num_gpus is None else args.num_gpus
     runs = plan_sweep(
         args.configs,
@@ -101,10 +101,3 @@ def run(args: argparse.Namespace) -> int:
     for folder, group in groups.items():
         print(f"Report: {write_sweep_report(group, args.output_dir / 'reports' / folder)}")
     return 1 if failed else 0
-
-
-def _option(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
-    return key, value

@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
                 f"{options} go with DATA; --config-file takes KEY VALUE, such as SEED 1."
             )
         return _run_config(args)
-    if len(args.words) != 1 or args.eval_only or args.resume or args.num_gpus > 1:
+    is_for_config = args.eval_only or args.resume or args.num_gpus > 1 or args.num_machines > 1
+    if len(args.words) != 1 or is_for_config:
         raise InputError("give DATA, one path, or --config-file; see tsmask train --help.")
     from ..training import train
 

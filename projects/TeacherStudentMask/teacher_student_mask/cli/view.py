@@ -129,7 +129,7 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
         raise InputError(f"image {image['id']}: {image['file_name']!r} is outside of {root}.")
     pixels = read_image(path)
-    size = (image["height"], image["width"])
+    size = int(image["height"]), int(image["width"])
     if pixels.shape[:2] != size:
         raise InputError(f"{path}: is (height, width) {pixels.shape[:2]}, the json says {size}.")
     known = [_describe(x, classes[x["category_id"]].is_seen is False) for x in annotations]
@@ -138,8 +138,8 @@ def _draw(image: dict, root: Path, annotations: list[dict], classes: dict, targe
     colors = [color for color, _ in known]
     cv2.imwrite(str(target), draw_instances(pixels, detections, names, colors=colors))
     return [
-        f'<li><span class="key" style="background:{color}"></span> annotation {x.get("id", "-")}: '
-        f"{escape(name)}, {text}</li>"
+        f'<li><span class="key" style="background:{color}"></span> annotation '
+        f"{escape(str(x.get('id', '-')))}: {escape(name)}, {text}</li>"
         for x, name, (color, text) in zip(annotations, names, known)
     ]
 

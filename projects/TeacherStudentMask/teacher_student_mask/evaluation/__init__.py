@@ -1,14 +1,11 @@
 """Evaluation on subsets of classes and objects, independent of how a model was trained."""
 
-from .coco_evaluation import (
-    PartiallySupervisedCOCOEvaluator,
-    results_table,
-    warn_of_many_objects,
-)
+from .coco_evaluation import PartiallySupervisedCOCOEvaluator, results_table, warn_of_many_objects
 from .overlap import compute_overlaps, overlap_bins
-from .subset_ap import METRICS, find_candidate_pairs
+from .subset_ap import find_candidate_pairs
 from .tasks import (
     MASK_TASKS,
+    METRICS,
     TaskMetrics,
     compare_with_yardsticks,
     draw_yardsticks,

@@ -1,6 +1,5 @@
 """COCO AP on all, seen, unseen and unseen overlapped objects, and tables of it."""
 
-import importlib.util
 import logging
 import math
 from collections import Counter
@@ -17,9 +16,10 @@ from ..class_splits import match_classes, resolve_seen_classes
 from ..coco_json import check_coco, has_mask, prepare_ground_truth
 from ..errors import InputError
 from .overlap import compute_overlaps, overlap_bins
-from .subset_ap import METRICS, find_candidate_pairs
+from .subset_ap import find_candidate_pairs
 from .tasks import (
     MASK_TASKS,
+    METRICS,
     YARDSTICKS,
     TaskMetrics,
     compare_with_yardsticks,
@@ -29,12 +29,7 @@ from .tasks import (
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "PartiallySupervisedCOCOEvaluator",
-    "has_compiled_cocoeval",
-    "results_table",
-    "warn_of_many_objects",
-]
+__all__ = ["PartiallySupervisedCOCOEvaluator", "results_table", "warn_of_many_objects"]
 
 
 class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
@@ -77,7 +72,6 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         overlap_bin_edges: Sequence[float] | None = None,
         with_yardsticks: bool = False,
         max_dets_per_image: int = 100,
-        use_fast_impl: bool = True,
         **kwargs,
     ):
         """
@@ -90,7 +84,6 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             overlap_bin_edges: of "segm_unseen_overlap_bins", rising from 0 to 1; None: without.
             with_yardsticks: evaluate filled boxes and inscribed ellipses, too.
             max_dets_per_image: detections of a class that count; 100 as in COCO.
-            use_fast_impl: use Detectron2's compiled matching where there is one.
 
         Raises:
             InputError: a wrong argument, or annotations that cannot be evaluated.
@@ -104,7 +97,6 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
                 distributed,
                 output_dir,
                 max_dets_per_image=max_dets_per_image,
-                use_fast_impl=use_fast_impl and has_compiled_cocoeval(),
                 **kwargs,
             )
         except Exception:  # pycocotools takes a file for what it should be
@@ -121,7 +113,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
             warn_of_many_objects(
                 self._coco_api.dataset["annotations"],
                 max_dets_per_image,
-                f"objects in {self._metadata.json_file}",
+                self._metadata.json_file,
                 "A TEST.DETECTIONS_PER_IMAGE above 150 raises both limits, the model's and AP's.",
             )
             annotations = self._coco_api.dataset["annotations"]
@@ -165,8 +157,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
         coco = self._coco_api
         image_ids = set(coco.imgs if coco_eval is None else coco_eval.params.imgIds)
         results["num_gt"] = sum(
-            x["image_id"] in image_ids and x["category_id"] in coco.cats and not x["iscrowd"]
-            for x in coco.dataset["annotations"]
+            x["image_id"] in image_ids and not x["iscrowd"] for x in coco.dataset["annotations"]
         )
         self._results[iou_type] = results
         if coco_eval is None and self._tasks is None:
@@ -210,14 +201,9 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
 
 
 def warn_of_many_objects(
-    annotations: Sequence[Mapping], max_detections: int, what: str, remedy: str
-) -> bool:
-    """
-    Warn where an image has more objects or detections of a class than AP counts.
-
-    The sentence says of ``what`` there are too many, as "objects in val.json", and ends with the
-    remedy. Returns whether there is such an image.
-    """
+    annotations: Sequence[Mapping], max_detections: int, json_file: str, remedy: str
+) -> None:
+    """Warn where an image has more objects of a class than AP counts; the sentence ends so."""
     groups = ((x["image_id"], x["category_id"]) for x in annotations if not x.get("iscrowd", 0))
     counts = Counter(groups)
     num = sum(x > max_detections for x in counts.values())
@@ -225,10 +211,9 @@ def warn_of_many_objects(
         (image, category), most = counts.most_common(1)[0]
         logger.warning(
             f"AP counts {max_detections} detections of a class in an image, but there are more "
-            f"{what}: {most} of category {category} in image {image} are the most of {num} such "
-            f"cases. {remedy}"
+            f"objects in {json_file}: {most} of category {category} in image {image} are the most "
+            f"of {num} such cases. {remedy}"
         )
-    return num > 0
 
 
 def results_table(results: Mapping) -> str:
@@ -266,9 +251,3 @@ def results_table(results: Mapping) -> str:
 
 def _yardstick_task(task: str, yardstick: str) -> str:
     return f"{task}/{yardstick.replace(' ', '_')}"
-
-
-def has_compiled_cocoeval() -> bool:
-    """Whether this Detectron2 has compiled code; a pure Python build has a stand-in `_C.py`."""
-    spec = importlib.util.find_spec("detectron2._C")
-    return spec is not None and not str(spec.origin).endswith(".py")

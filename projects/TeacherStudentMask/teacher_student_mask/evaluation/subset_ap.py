@@ -1,7 +1,7 @@
 """COCO mask AP of any subset of the objects from one matching, also for resampled images."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +12,14 @@ __all__ = [
     "AREA_RANGES",
     "CandidatePairs",
     "IOU_THRESHOLDS",
-    "METRICS",
     "Matches",
     "PrecisionOfSubsets",
     "Subset",
     "at_iou",
     "find_candidate_pairs",
     "mean_percent",
-    "subset_metrics",
 ]
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 # Of the objects' areas in pixels; both ends belong to the range, as in COCOeval.
 AREA_RANGES = {
@@ -92,9 +89,7 @@ def find_candidate_pairs(
         detections = [x for x in detections if x["image_id"] in chosen]
     image_ids = np.unique(coco.getImgIds() if image_ids is None else image_ids)
     category_ids = np.unique(coco.getCatIds())
-    known = set(category_ids.tolist())
     objects = [x for i in image_ids.tolist() for x in coco.imgToAnns.get(i, [])]
-    objects = [x for x in objects if x["category_id"] in known]
     gt_images = np.searchsorted(image_ids, _column(objects, "image_id", np.int64))
     gt_classes = np.searchsorted(category_ids, _column(objects, "category_id", np.int64))
     is_crowd = _column(objects, "iscrowd", bool)
@@ -375,26 +370,6 @@ class _TruePositives:
             ap[..., self._segments] = sums / len(_RECALLS)
         ap = ap.reshape(*num_gt.shape[:-1], len(IOU_THRESHOLDS), self._num_classes)
         return np.where(num_gt[..., None, :] == 0, np.nan, ap)
-
-
-def subset_metrics(
-    precision: Mapping[str, np.ndarray], name: str, classes: Collection[int] | None = None
-) -> dict[str, np.ndarray]:
-    """
-    The six AP of COCO.
-
-    Args:
-        precision: as of :class:`PrecisionOfSubsets`; "<name>/<area>" for each area.
-        name: of the subset.
-        classes: positions of the classes to average over; None: all.
-
-    Returns:
-        {metric: AP in 0-100, shape (...)}, nan where there is no object.
-    """
-    take = slice(None) if classes is None else np.asarray(sorted(classes), dtype=np.int64)
-    any_area, *by_area = (precision[f"{name}/{area}"][..., take] for area in AREA_RANGES)
-    values = any_area, at_iou(any_area, 0.5), at_iou(any_area, 0.75), *by_area
-    return {metric: mean_percent(x) for metric, x in zip(METRICS, values)}
 
 
 def at_iou(precision: np.ndarray, threshold: float) -> np.ndarray:

@@ -10,18 +10,17 @@ from pycocotools.coco import COCO
 from .overlap import OverlapBin
 from .subset_ap import (
     AREA_RANGES,
-    METRICS,
     CandidatePairs,
     Matches,
     PrecisionOfSubsets,
     Subset,
     at_iou,
     mean_percent,
-    subset_metrics,
 )
 
 __all__ = [
     "MASK_TASKS",
+    "METRICS",
     "TaskMetrics",
     "YARDSTICKS",
     "compare_with_yardsticks",
@@ -30,6 +29,7 @@ __all__ = [
     "yardstick_results",
 ]
 
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # {task: the objects that count in it}
 MASK_TASKS = {
     "segm": "all classes",
@@ -101,22 +101,24 @@ class TaskMetrics:
 
     def __call__(self, image_weights: np.ndarray | None = None) -> dict[tuple, np.ndarray]:
         """{(task, bin or class, metric): AP in 0-100}; see :meth:`PrecisionOfSubsets.__call__`."""
-        precision = self._evaluate(image_weights)
+        precision, every_class = self._evaluate(image_weights), self._seen | self._unseen
         values = {}
         for task, subset, classes in (
-            ("segm", "segm", None),
+            ("segm", "segm", every_class),
             ("segm_seen", "segm", self._seen),
             ("segm_unseen", "segm", self._unseen),
-            ("segm_unseen_overlap", "segm_unseen_overlap", None),
+            ("segm_unseen_overlap", "segm_unseen_overlap", every_class),
         ):
-            metrics = subset_metrics(precision, subset, classes)
-            values |= {(task, metric): x for metric, x in metrics.items()}
+            of_areas = [precision[f"{subset}/{x}"][..., sorted(classes)] for x in AREA_RANGES]
+            of_any_area, *by_area = of_areas
+            rows = of_any_area, at_iou(of_any_area, 0.5), at_iou(of_any_area, 0.75), *by_area
+            values |= {(task, metric): mean_percent(x) for metric, x in zip(METRICS, rows)}
         for name in self._bins:
             values[name, "AP"] = mean_percent(precision[name])
             values[name, "AP50"] = mean_percent(at_iou(precision[name], 0.5))
         of_all = precision["segm/all"]
-        rows = {"AP": of_all, "AP50": at_iou(of_all, 0.5), "AP75": at_iou(of_all, 0.75)}
-        for metric, x in rows.items():
+        rows = of_all, at_iou(of_all, 0.5), at_iou(of_all, 0.75)
+        for metric, x in zip(METRICS, rows):
             # Of one class, all thresholds are defined or none.
             per_class = 100 * x.mean(axis=-2)
             values |= {(f"class {k}", metric): per_class[..., k] for k in range(x.shape[-1])}

@@ -1,22 +1,15 @@
-"""From a trained model to result files in COCO's format, and the quality of its pseudo masks."""
+"""The quality of a model's pseudo masks, where the truth is known."""
 
-import itertools
-import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import build_detection_test_loader
 from detectron2.data import detection_utils as utils
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ..class_splits import AUTO, match_classes, resolve_seen_classes
+from ..class_splits import match_classes, resolve_seen_classes
 from ..coco_json import load_ground_truth
 from ..data import (
     TeacherStudentDatasetMapper,
@@ -24,113 +17,24 @@ from ..data import (
     load_partial_coco_json,
     resolve_auto_settings,
 )
-from ..errors import InputError
 from ..evaluation import compute_overlaps
 from ..evaluation import overlap_bins as to_overlap_bins
 from ..evaluation.overlap import OverlapBin
-from ..modeling import (
-    PSEUDO_MASK_METHODS,
-    DenseCRF,
-    GTBoxInference,
-    PseudoMaskGenerator,
-    predict_masks_on_boxes,
-)
+from ..modeling import PSEUDO_MASK_METHODS, PseudoMaskGenerator, predict_masks_on_boxes
 from ..modeling.mask_targets import crop_gt_masks, crop_pixels
 from ..structures import ImageMask
-from ..trained_model import TrainedModel, find_test_dataset, load_model
+from ..trained_model import TrainedModel, find_test_dataset
 
-__all__ = ["ModelResults", "measure_pseudo_masks", "run_model"]
+__all__ = ["measure_pseudo_masks"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelResults:
-    """
-    Where :func:`run_model` wrote what: {head: result file}, on the boxes that the model detects
-    and on the ground-truth boxes and classes; the dataset's json and folder of images, and the
-    names of its seen classes.
-    """
-
-    annotations: str
-    image_root: str
-    seen_classes: list[str]
-    results: dict[str, str]
-    gt_box_results: dict[str, str]
-
-
-def run_model(
-    config_file: str,
-    weights: str | None,
-    output_dir: str | os.PathLike,
-    *,
-    opts: Sequence = (),
-) -> ModelResults:
-    """
-    Run a trained model on its test dataset and write what it finds as COCO result files.
-
-    The files are ``<output_dir>/<head>.json`` and ``<output_dir>/<head>_gt_boxes.json``, for the
-    head "student" and, where there is one, "teacher". They hold the entries, in their order, that
-    ``train_net.py --eval-only`` writes with ``TEST.MASK_HEAD <head>`` and with ``TEST.GT_BOXES``
-    off and on. The first dataset of ``DATASETS.TEST`` is run.
-
-    Args:
-        config_file, weights, opts: as for :func:`load_model`.
-        output_dir: made if new.
-
-    Raises:
-        InputError: the config, the weights or the dataset is wrong or lacking.
-    """
-    trained = load_model(config_file, weights=weights, opts=opts)
-    cfg = trained.cfg
-    cfg.TEST.GT_BOXES = True
-    annotations, image_root = find_test_dataset(cfg)
-    cfg = resolve_auto_settings(cfg, needs_seen_classes=cfg.TEST.SEEN_CLASSES in ("", AUTO))
-    spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
-    seen = resolve_seen_classes(spec, trained.class_names)
-    names, ids = dataset_classes(cfg.DATASETS.TEST[0])
-    model_ids = match_classes(names, trained.class_names, annotations)
-    category_ids = dict(zip(model_ids, ids))
-    mapper = TeacherStudentDatasetMapper(cfg, is_train=False, model_class_ids=model_ids)
-    loader = build_detection_test_loader(cfg, cfg.DATASETS.TEST[0], mapper=mapper)
-
-    model, roi_heads = trained.model, trained.model.roi_heads
-    programs = {"": model, "_gt_boxes": GTBoxInference(model)}
-    found = {f"{head}{end}": [] for end in programs for head in trained.heads}
-    title = f"{cfg.DATASETS.TEST[0]}, {' and '.join(trained.heads)}"
-    for inputs in tqdm(loader, desc=title, unit="image"):
-        for head, (end, program) in itertools.product(trained.heads, programs.items()):
-            if len(trained.heads) > 1:
-                roi_heads.test_mask_head = head
-            with torch.no_grad():
-                outputs = program(inputs)
-            for image, output in zip(inputs, outputs):
-                instances = output["instances"].to("cpu")
-                for entry in instances_to_coco_json(instances, image["image_id"]):
-                    # The dataset may lack classes of the model.
-                    if entry["category_id"] in category_ids:
-                        entry["category_id"] = category_ids[entry["category_id"]]
-                        found[f"{head}{end}"].append(entry)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, entries in found.items():
-        (folder / f"{name}.json").write_text(json.dumps(entries), encoding="utf-8")
-    return ModelResults(
-        annotations=annotations,
-        image_root=image_root,
-        seen_classes=[trained.class_names[i] for i in seen if i in category_ids],
-        results={x: str(folder / f"{x}.json") for x in trained.heads},
-        gt_box_results={x: str(folder / f"{x}_gt_boxes.json") for x in trained.heads},
-    )
-
-
 def measure_pseudo_masks(
-    config_file: str,
-    weights: str | None,
+    trained: TrainedModel,
     *,
     methods: Sequence[str] = PSEUDO_MASK_METHODS,
     overlap_bins: Sequence[float] = tuple(k / 10 for k in range(11)),
-    opts: Sequence = (),
 ) -> dict:
     """
     Compare pseudo masks with the true masks of unseen objects, without training.
@@ -147,7 +51,7 @@ def measure_pseudo_masks(
     both masks are empty it is 0, as in pycocotools.
 
     Args:
-        config_file, weights, opts: of a model with a teacher, as for :func:`load_model`.
+        trained: a model with a teacher.
         methods: of :data:`PSEUDO_MASK_METHODS`.
         overlap_bins: edges of the bins over the overlap O, Eq. (1), rising from 0 to 1.
 
@@ -157,29 +61,14 @@ def measure_pseudo_masks(
         and M where no object was measured, is None.
 
     Raises:
-        InputError: the config, the weights or the dataset is wrong or lacking, or the model has no
-            teacher.
+        InputError: the dataset is wrong or lacking.
     """
     bins = to_overlap_bins(overlap_bins)
-    trained = load_model(config_file, weights=weights, opts=opts)
-    model, cfg = trained.model, trained.cfg
-    if "teacher" not in trained.heads:
-        raise InputError(
-            f"{config_file}: MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} with "
-            f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME!r} makes no pseudo masks; give the "
-            "config of a model with a teacher."
-        )
-    settings = cfg.MODEL.PSEUDO_MASK
-    generators = {
-        method: PseudoMaskGenerator(
-            method=method,
-            threshold=settings.THRESHOLD,
-            clip_to_box=settings.CLIP_TO_BOX,
-            exclude_seen=settings.EXCLUDE_SEEN,
-            crf=DenseCRF.from_config(settings.CRF) if method == "crf" else None,
-        )
-        for method in methods
-    }
+    model, cfg, generators = trained.model, trained.cfg, {}
+    for method in methods:
+        chosen = cfg.clone()
+        chosen.MODEL.PSEUDO_MASK.METHOD = method
+        generators[method] = PseudoMaskGenerator.from_config(chosen)
     overlaps: list[float] = []
     ious: dict[str, list[float]] = {method: [] for method in generators}
     mask_side = None
