@@ -310,31 +310,6 @@ def test_boxes_are_compared_with_masks_and_images(boxes, has_masks, expected):
     assert found == {k: v for k, v in expected.items() if k != "box reaches out"}
 
 
-@pytest.mark.parametrize("is_list", [False, True])
-def test_runs_that_follow_the_rows_are_told(is_list):
-    def counts_of(mask):
-        changes = np.flatnonzero(np.diff(mask.ravel().astype(int), prepend=0))
-        runs = np.diff([0, *changes, mask.size]).tolist()
-        if is_list:
-            return runs
-        return mask_util.frPyObjects({"size": [72, 96], "counts": runs}, 72, 96)["counts"].decode()
-
-    rows = []
-    for by_rows in (False, True):
-        for x, y, w, h in BOXES:
-            mask = np.zeros((72, 96), dtype=bool)
-            mask[y : y + h, x : x + w] = True
-            counts = counts_of(mask if by_rows else mask.T)
-            rows.append(
-                {"bbox": [x, y, w, h], "segmentation": {"size": [72, 96], "counts": counts}}
-            )
-        rows[-1]["category_id"] = 2
-    report = check(coco(*rows[:2], height=72, width=96))
-    assert report.findings == []
-    report = check(coco(*rows[2:], height=72, width=96))
-    assert rules_of(report) == {"RLE by rows": 2}
-
-
 def test_objects_that_are_there_twice():
     data = coco({}, {"category_id": 2}, {"image_id": 2}, {"bbox": [2, 2, 6.2, 4]}, {"iscrowd": 1})
     data["images"].append({"id": 2, "file_name": "2.png", "height": HEIGHT, "width": WIDTH})

@@ -5,16 +5,26 @@ from pathlib import Path
 
 import pytest
 from bad_data import complete, entry, forget_masks, start_in_two_processes
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask.data import check_datasets
+from teacher_student_mask import add_teacher_student_mask_config, data
 from teacher_student_mask.errors import InputError
 
 SEEN = "ant, ship"
+BOXES_ALONE = ["MODEL.MASK_ON", False]
 forget_all = forget_masks(3, 17, 90)
+
+
+def check_datasets(train, test, seen_classes, num_classes=None, opts=()):
+    cfg = get_cfg()
+    add_teacher_student_mask_config(cfg)
+    cfg.merge_from_list(["MODEL.MASK_ON", True, "DATASETS.SEEN_CLASSES", seen_classes, *opts])
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+    data.check_datasets(cfg, num_classes)
 
 
 @pytest.fixture
@@ -68,19 +78,6 @@ def test_a_good_dataset_is_passed_and_its_classes_are_counted(make_tiny_coco, lo
     ]
 
 
-def test_masks_that_are_not_used_are_counted_whatever_the_reason(make_tiny_coco, log):
-    def export_box(data):
-        complete(data)
-        x, y, w, h = data["annotations"][10]["bbox"]
-        data["annotations"][10]["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-
-    dataset = make_tiny_coco(export_box)
-    check_datasets((dataset.name,), (), "all", rectangle_as_box_only=True)
-    assert "1 human masks are not used because they are the rectangles of" in log.text
-    check_datasets((dataset.name,), (), "all", reads_masks=False)
-    assert "No human mask is used because MASK_ON is False" in log.text
-
-
 def test_images_that_training_and_test_sets_share(make_tiny_coco, log):
     train, test = make_tiny_coco(complete), make_tiny_coco(complete)
     check_datasets((train.name,), (test.name,), "all")
@@ -112,10 +109,20 @@ def test_a_test_set_needs_masks_and_areas_now_and_not_when_training_ends(make_ti
     message = f"{dataset.json_file}: annotation 104: 'segmentation' is missing; mask AP needs"
     with pytest.raises(ValueError, match=message):
         check_datasets((), (dataset.name,), SEEN)
+    check_datasets((), (dataset.name,), SEEN, opts=BOXES_ALONE)
 
 
 def test_a_test_set_without_annotations_can_be_predicted_on(register):
     check_datasets((), (register(lambda data: data.pop("annotations")).name,), SEEN)
+    with pytest.raises(InputError, match="'images' is missing"):
+        check_datasets((), (register(lambda data: data.clear()).name,), SEEN)
+
+
+def test_a_list_is_no_dataset(make_tiny_coco):
+    dataset = make_tiny_coco()
+    Path(dataset.json_file).write_text("[]")
+    with pytest.raises(InputError, match="'content' is a list"):
+        check_datasets((dataset.name,), (), SEEN, num_classes=3)
 
 
 def test_detectron2s_own_loader_is_checked_too(register):
@@ -149,11 +156,11 @@ def test_masks_may_come_from_another_training_set_or_be_of_no_use(make_tiny_coco
     with pytest.raises(ValueError, match="'seen_classes' is classes without any mask"):
         check_datasets((boxes.name,), (), SEEN)
     check_datasets((boxes.name, masks.name), (), SEEN)
-    check_datasets((boxes.name,), (), SEEN, needs_masks=False)
+    check_datasets((boxes.name,), (), SEEN, opts=["MODEL.BOX_SUPERVISION.NAME", "boxinst"])
     broken = make_tiny_coco(change("annotations", 111, segmentation="mask.png"))
     with pytest.raises(ValueError, match="'segmentation' is 'mask.png'"):
         check_datasets((broken.name,), (), SEEN)
-    check_datasets((broken.name,), (), SEEN, reads_masks=False)
+    check_datasets((broken.name,), (), SEEN, opts=BOXES_ALONE)
 
 
 @pytest.fixture
@@ -223,7 +230,7 @@ def test_masks_of_models_that_would_pass_for_human_ones_stop_the_training(regist
     assert text.startswith(f"{dataset.json_file}: annotation 108: 'mask_source' is 'model'; ")
     assert "register_partial_coco" in text and "(2 in all: 108, 111)" in text
     # A detector of boxes reads none.
-    check_datasets((dataset.name,), (), SEEN, num_classes=3, reads_masks=False)
+    check_datasets((dataset.name,), (), SEEN, num_classes=3, opts=BOXES_ALONE)
 
 
 def test_masks_of_models_are_trained_on_but_not_evaluated_on(make_tiny_coco, log):

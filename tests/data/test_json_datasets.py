@@ -141,8 +141,9 @@ def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder,
     assert model["roi_heads.box_predictor.cls_score.bias"].shape == (4,)
 
 
+@pytest.mark.parametrize("is_first_known", [False, True])
 def test_a_second_training_json_with_other_ids_has_the_classes_of_the_first_by_name(
-    path_cfg, folder
+    path_cfg, folder, is_first_known
 ):
     second = json.loads((folder / "train.json").read_text())
     new_ids = {x["id"]: 1000 - x["id"] for x in second["categories"]}
@@ -152,9 +153,11 @@ def test_a_second_training_json_with_other_ids_has_the_classes_of_the_first_by_n
         x["category_id"] = new_ids[x["category_id"]]
     (folder / "second.json").write_text(json.dumps(second))
     paths = str(folder / "train.json"), str(folder / "second.json")
-    cfg = path_cfg("DATASETS.TRAIN", paths)
+    cfg = path_cfg("DATASETS.TRAIN", paths, "DATASETS.TEST", (), "DATASETS.SEEN_CLASSES", "all")
     register_json_datasets(cfg)
-    check_datasets(paths, (), "all")
+    if is_first_known:
+        DatasetCatalog.get(paths[0])
+    check_datasets(cfg)
     a, b = (DatasetCatalog.get(path) for path in paths)
     ids_of = [[x["category_id"] for image in y for x in image["annotations"]] for y in (a, b)]
     assert len(set(ids_of[0])) > 1 and ids_of[0] == ids_of[1]
@@ -164,4 +167,4 @@ def test_a_second_training_json_with_other_ids_has_the_classes_of_the_first_by_n
     (folder / "second.json").write_text(json.dumps(second))
     register_json_datasets(cfg)
     with pytest.raises(InputError, match="second.json: 'elephant'"):
-        check_datasets(paths, (), "all")
+        check_datasets(cfg)

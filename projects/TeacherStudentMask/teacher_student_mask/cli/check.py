@@ -18,7 +18,6 @@ examples:
 """
 
 import argparse
-import os
 
 from ..errors import InputError
 
@@ -55,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         min_masks_per_class=args.min_masks_per_class,
         check_images=args.images,
-        num_workers=os.cpu_count() or 1,
     )
     if report.classes:
         print(report.class_table())

@@ -18,7 +18,6 @@ that occur.
 """
 
 import argparse
-import os
 import shlex
 from pathlib import Path
 
@@ -86,7 +85,6 @@ def run(args: argparse.Namespace) -> None:
         data=dataset.coco,
         image_root=dataset.image_root,
         check_images=dataset.image_root is not None,
-        num_workers=os.cpu_count() or 1,
     )
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")

@@ -23,7 +23,6 @@ from .masks import (
     MODEL,
     MaskState,
     MeasuredMasks,
-    extents_by_rows,
     is_from_model,
     measure_masks,
 )
@@ -98,7 +97,6 @@ def check_coco(
     reads_masks: bool = True,
     min_masks_per_class: int = 10,
     check_images: bool = False,
-    num_workers: int = 1,
 ) -> Report:
     """
     Check a COCO json that may have masks on any part of its objects.
@@ -117,7 +115,7 @@ def check_coco(
         use: "training" or "evaluation".
         reads_masks: whether training or evaluation needs the masks.
         min_masks_per_class: masks a class needs to be chosen by ``seen_classes`` "auto".
-        check_images: read every image of ``image_root`` to its end, in ``num_workers`` threads.
+        check_images: read every image of ``image_root`` to its end.
     """
     report = Report(os.fspath(json_file), use)
     if data is None:
@@ -129,8 +127,8 @@ def check_coco(
     types = TrainingImageRow, AnnotationRow
     if use == "evaluation":
         types = ImageRow, EvaluatedAnnotationRow
-        if isinstance(data, dict) and "annotations" not in data:
-            return report
+        if isinstance(data, dict):
+            data = {"annotations": [], **data}
     with paused_gc():
         if _has_types(report, data, *types):
             images = data["images"]
@@ -138,7 +136,7 @@ def check_coco(
             sizes = np.array([(x["height"], x["width"]) for x in images], dtype=np.float64)
             _check_images_and_categories(report, data, sizes, num_classes)
             if image_root is not None:
-                check_files(report, images, image_root, sizes, check_images, num_workers)
+                check_files(report, images, image_root, sizes, check_images)
             if not any("twice" in x.rule for x in report.errors):
                 _check_annotations(
                     report, data, sizes, seen_classes, reads_masks, min_masks_per_class
@@ -255,7 +253,7 @@ def _check_annotations(
     segmentations = [x.get("segmentation") for x in rows]
     masks = measure_masks(segmentations, sizes[image], boxes)
     is_mask = masks.state == MaskState.MASK
-    _check_boxes(find, boxes, sizes[image], segmentations, masks, is_crowd)
+    _check_boxes(find, boxes, sizes[image], masks, is_crowd)
     objects = np.column_stack([image, category, boxes.round(1)])
     # Equal objects stand beside one another, in the order of the file.
     order = np.lexsort(objects.T)
@@ -308,7 +306,6 @@ def _check_boxes(
     find: Callable,
     boxes: np.ndarray,
     sizes: np.ndarray,
-    segmentations: Sequence,
     masks: MeasuredMasks,
     is_crowd: np.ndarray,
 ) -> None:
@@ -344,13 +341,7 @@ def _check_boxes(
     find("XYXY box", is_xyxy)
     find("box reaches out", reaches_out & ~is_xyxy)
     is_beside = (iou < _MIN_BOX_IOU) | (share_inside < 1 - _MAX_SHARE_OUTSIDE)
-    is_beside &= is_compared & ~is_xyxy
-    rows = [i for i in np.flatnonzero(is_beside).tolist() if type(segmentations[i]) is dict]
-    extents = np.array([extents_by_rows(segmentations[i]) for i in rows]).reshape(-1, 4)
-    is_by_rows = np.zeros(len(boxes), dtype=bool)
-    is_by_rows[rows] = _overlaps(corners[rows], extents, limits[rows])[0] >= _GOOD_IOU
-    find("RLE by rows", is_by_rows)
-    find("box beside its mask", is_beside & ~is_by_rows)
+    find("box beside its mask", is_beside & is_compared & ~is_xyxy)
 
 
 def _overlaps(

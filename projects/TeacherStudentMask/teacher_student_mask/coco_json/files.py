@@ -86,7 +86,6 @@ def check_files(
     image_root: str | os.PathLike,
     sizes: np.ndarray,
     reads_files: bool,
-    num_threads: int,
 ) -> None:
     """
     Look whether the files of images are there, and read them to their ends.
@@ -114,7 +113,7 @@ def check_files(
     ]
     if reads_files:
         rows = [i for i, problem in enumerate(problems) if problem is None]
-        with ThreadPoolExecutor(num_threads) as pool, warnings.catch_warnings():
+        with ThreadPoolExecutor() as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and odd metadata, which do no harm
             found = pool.map(lambda i: _problem_of_image(paths[i], *sizes[i].astype(int)), rows)
             for problem, i in zip(tqdm(found, "Images", total=len(rows), unit="image"), rows):

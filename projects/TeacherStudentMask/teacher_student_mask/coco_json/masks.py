@@ -26,7 +26,6 @@ __all__ = [
     "MeasuredMasks",
     "compress_mask",
     "decode_mask",
-    "extents_by_rows",
     "has_mask",
     "is_from_model",
     "measure_masks",
@@ -219,12 +218,6 @@ def _measure_rle(rle: dict, size: list[float]) -> tuple[MaskState, Sequence[floa
     if not runs[1::2].any():
         return MaskState.EMPTY, [np.nan] * 4
     return MaskState.MASK, _extents_of_runs(runs, int(size[0]))
-
-
-def extents_by_rows(rle: dict) -> list[int]:
-    """Left, top, right and bottom of an RLE that can be used, as if its runs followed the rows."""
-    top, left, bottom, right = _extents_of_runs(_runs_of(rle["counts"]), int(rle["size"][1]))
-    return [left, top, right, bottom]
 
 
 def _extents_of_runs(runs: np.ndarray, length: int) -> list[int]:

@@ -173,12 +173,11 @@ _TABLE = {
         "small box": ("bbox", _W, _W, "a box below one pixel: is it normalised to 0 to 1?"),
         "XYXY box": ("bbox", _W, _W, "as [x0, y0, x1, y1] it fits its mask or its image; COCO's is "
                      "[x, y, width, height]"),
-        "box beside its mask": ("bbox", _W, _W, "it does not fit its mask; correct one of them"),
+        "box beside its mask": ("bbox", _W, _W, "it does not fit its mask; correct one of them "
+                                "(the runs of an RLE follow the columns of the image)"),
         "rotated box": ("attributes", _W, _W, "'bbox' is the rectangle before it was turned; give "
                         "the box, or the polygon, of the turned one"),
         "object twice": ("bbox", _W, _W, "an earlier object is equal in image, class and box"),
-        "RLE by rows": ("segmentation", _W, _W, "it fits its box if the runs follow the rows of "
-                        "the image; COCO's follow its columns"),
         "not a mask": ("segmentation", _E, _E, f"allowed: {_OUTLINE}, each of 3 points or more in "
                        "one flat list (not of pairs [x, y]), an RLE with 'size' and 'counts', or "
                        "null for an object without a mask"),

@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +94,6 @@ def load_partial_coco_json(
         }
         for image in sorted(coco["images"], key=lambda image: image["id"])
     }
-    num_without_mask = 0
     for annotation in coco["annotations"]:
         obj = {
             "bbox": list(annotation["bbox"]),
@@ -106,12 +105,7 @@ def load_partial_coco_json(
             obj["mask_source"] = annotation["mask_source"]
         if annotation.get("segmentation"):
             obj["segmentation"] = annotation["segmentation"]
-        num_without_mask += "segmentation" not in obj
         records[annotation["image_id"]]["annotations"].append(obj)
-    logger.info(
-        f"Loaded {len(records)} images with {len(coco['annotations'])} objects from {json_file}; "
-        f"{num_without_mask} objects have a box only."
-    )
     return list(records.values())
 
 
@@ -267,16 +261,7 @@ def _ask_training_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[list[str
     return classes, f", {json.dumps(names, ensure_ascii=False)}"
 
 
-def check_datasets(
-    train: Sequence[str],
-    test: Sequence[str],
-    seen_classes: str,
-    num_classes: int | None = None,
-    reads_masks: bool = True,
-    needs_masks: bool = True,
-    needs_model_masks: bool = False,
-    rectangle_as_box_only: bool = False,
-) -> None:
+def check_datasets(cfg: CfgNode, num_classes: int | None = None, is_training: bool = True) -> None:
     """
     Check the json of every dataset that has one, before a model is built.
 
@@ -286,31 +271,31 @@ def check_datasets(
     the ids of the first one's, by their names.
 
     Args:
-        train, test: names of registered datasets, ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        seen_classes: ``DATASETS.SEEN_CLASSES``, of the training sets.
+        cfg: names the datasets, and says what teaches the mask head.
         num_classes: of the model, for the training sets; None: any number will do.
-        reads_masks: whether training has a mask head.
-        needs_masks: whether this head learns from masks alone.
-        needs_model_masks: whether training is to learn from masks that a model made.
-        rectangle_as_box_only: ``INPUT.RECTANGLE_AS_BOX_ONLY``.
+        is_training: False: only ``DATASETS.TEST`` is used.
 
     Raises:
         InputError: the sentence of the first error: file, id, field, value and what is allowed.
     """
+    train, test = cfg.DATASETS.TRAIN if is_training else (), cfg.DATASETS.TEST
+    learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
+    needs_masks = not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks)
 
     def check() -> dict[str, dict]:
         classes: dict[str, dict] = {}
         files: dict[str, set[str]] = {"train": set(), "test": set()}
         reports: dict[str, list[Report]] = {"train": [], "test": []}
         for use, name in [*(("train", x) for x in train), *(("test", x) for x in test)]:
-            found = _check_one(use, name, seen_classes, num_classes, reads_masks)
+            found = _check_one(use, name, cfg, num_classes)
             if found is not None:
                 reports[use].append(found[0])
                 files[use] |= found[1]
                 classes.update(found[2])
-            if use == "train" and name in classes and train[0] in classes:
+            first = classes.get(train[0], MetadataCatalog.get(train[0]).as_dict()) if train else {}
+            if use == "train" and name in classes and first.get("thing_classes"):
                 # Under the ids of the first training set.
-                names, own = classes[train[0]]["thing_classes"], classes[name]
+                names, own = first["thing_classes"], classes[name]
                 new_ids = match_classes(own["thing_classes"], names, name)
                 ids = own["thing_dataset_id_to_contiguous_id"]
                 ids = {k: new_ids[i] for k, i in ids.items()}
@@ -319,10 +304,10 @@ def check_datasets(
         lacking = {"no objects", "no seen mask"}
         is_lacking = [any(x.rule in lacking for x in r.errors) for r in reports["train"]]
         if len(is_lacking) == len(train) and all(is_lacking):
-            lacking = set() if needs_masks and reads_masks else {"no seen mask"}
+            lacking = set() if needs_masks and cfg.MODEL.MASK_ON else {"no seen mask"}
         for report in reports["train"]:
             report.findings = [x.as_warning() if x.rule in lacking else x for x in report.findings]
-            _log_classes(report, reads_masks, rectangle_as_box_only)
+            _log_classes(report)
         every_report = reports["train"] + reports["test"]
         for report in every_report:
             report.log()
@@ -334,7 +319,8 @@ def check_datasets(
                 "instance: AP on images of the training says little about others."
             )
         num_model_masks = sum(x.model_masks for r in reports["train"] for x in r.classes)
-        if needs_model_masks and num_model_masks == 0 and len(is_lacking) == len(train):
+        is_known = bool(train) and len(is_lacking) == len(train)
+        if learns_model_masks and num_model_masks == 0 and is_known:
             raise InputError(
                 "MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS is True, but DATASETS.TRAIN "
                 f"{tuple(train)} has no mask with 'mask_source' 'model'; see tsmask complete."
@@ -346,7 +332,7 @@ def check_datasets(
 
 
 def _check_one(
-    use: str, name: str, seen_classes: str, num_classes: int | None, reads_masks: bool
+    use: str, name: str, cfg: CfgNode, num_classes: int | None
 ) -> tuple[Report, set[str], dict[str, dict]] | None:
     # Without errors also the paths of the images, and the classes where metadata has none. None: a
     # function of its own reads the dataset.
@@ -360,22 +346,21 @@ def _check_one(
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if not json_file or metadata.get("evaluator_type") != "coco":
         return None
-    data = read_json(json_file)
+    data, reads_masks = read_json(json_file), cfg.MODEL.MASK_ON
     is_ours = metadata.get("reads_mask_source", False)
-    options = {"data": data, "image_root": image_root}
+    options = {"data": data, "image_root": image_root, "reads_masks": reads_masks}
     if use == "test" and (not is_ours or isinstance(data, dict) and "annotations" in data):
         report = check_coco(json_file, use="evaluation", **options)
     else:
         # The classes of a test set are matched by name.
         options["num_classes"] = num_classes if use == "train" else None
-        options.update(seen_classes=seen_classes, reads_masks=reads_masks)
-        report = check_coco(json_file, **options)
+        report = check_coco(json_file, seen_classes=cfg.DATASETS.SEEN_CLASSES, **options)
     if use == "train" and reads_masks and not is_ours and report.classes:
         rows = data["annotations"]
         is_lost = [is_from_model(x) and bool(x.get("segmentation")) for x in rows]
         report.add("source is lost", rows, is_lost)
     pardoned = _HARMLESS - {"no objects"} if use == "train" and is_ours else set()
-    if pardoned and num_classes is not None and len(data.get("categories", ())) < num_classes:
+    if pardoned and num_classes is not None and len(report.classes) < num_classes:
         pardoned |= {"number of classes"}
     # Our loader stops at them; so does pycocotools, which Detectron2's reads with.
     fatal = "unknown image" if is_ours else "annotation without id"
@@ -392,21 +377,11 @@ def _check_one(
     return report, files, {} if metadata.get("thing_classes") else {name: classes_of(data)}
 
 
-def _log_classes(report: Report, reads_masks: bool, rectangle_as_box_only: bool) -> None:
-    if not report.classes:
-        return
-    logger.info(
-        f"{report.file}: {report.num_images} images, {report.num_annotations} annotations, "
-        f"{len(report.warnings)} kinds of warnings\n{report.class_table()}"
-    )
-    notes = report.notes
-    rectangles = sum(x.rectangles for x in report.classes if x.is_seen is not False)
-    if not reads_masks and any(x.masks for x in report.classes):
-        notes.append("No human mask is used because MASK_ON is False.")
-    elif rectangles and rectangle_as_box_only:
-        notes.append(
-            f"{rectangles} human masks are not used because they are the rectangles of their "
-            "boxes, see INPUT.RECTANGLE_AS_BOX_ONLY."
+def _log_classes(report: Report) -> None:
+    if report.classes:
+        logger.info(
+            f"{report.file}: {report.num_images} images, {report.num_annotations} annotations, "
+            f"{len(report.warnings)} kinds of warnings\n{report.class_table()}"
         )
-    for note in notes:
+    for note in report.notes:
         logger.warning(f"{report.file}: {note}")

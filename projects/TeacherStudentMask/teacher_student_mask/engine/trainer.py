@@ -149,6 +149,7 @@ class Trainer(DefaultTrainer):
         max_dets = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
         return PartiallySupervisedCOCOEvaluator(
             dataset_name,
+            None if cfg.MODEL.MASK_ON else ("bbox",),
             seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
             class_names=cls._class_names(cfg),
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
@@ -300,20 +301,10 @@ def _write_config(cfg: CfgNode) -> None:
 def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list[int]]:
     """Stop at errors of the datasets; return names and category ids of the model's classes."""
     is_rcnn = issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN)
-    learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
     earlier = read_class_names(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else None
-    check_datasets(
-        () if args.eval_only else cfg.DATASETS.TRAIN,
-        cfg.DATASETS.TEST,
-        cfg.DATASETS.SEEN_CLASSES,
-        # Of a run that goes on the names are compared, below.
-        num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn and earlier is None else None,
-        reads_masks=cfg.MODEL.MASK_ON,
-        # With box supervision boxes teach them, too, and with this key masks of models.
-        needs_masks=not (cfg.MODEL.BOX_SUPERVISION.NAME or learns_model_masks),
-        needs_model_masks=learns_model_masks and not args.eval_only,
-        rectangle_as_box_only=cfg.INPUT.RECTANGLE_AS_BOX_ONLY,
-    )
+    # Of a run that goes on the names are compared, below.
+    num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn and earlier is None else None
+    check_datasets(cfg, num_classes, is_training=not args.eval_only)
     if args.eval_only:
         files = [cfg.MODEL.WEIGHTS, args.config_file]
         names, ids = answer_of_main_process(lambda: find_model_classes(cfg, files))
