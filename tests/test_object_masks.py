@@ -74,7 +74,7 @@ def test_where_nothing_comes_to_one_half_the_box_is_filled_as_well_as_can_be():
 
 def test_where_there_is_nothing_to_take_there_is_no_mask():
     for value in (0.049, float("nan")):
-        assert "finds nothing" in make({"student": halves(value, 0.0)})["problem"]
+        assert "nothing is found" in make({"student": halves(value, 0.0)})["problem"]
     between_centres = [10.6, 5.0, 11.4, 9.0]
     assert "no pixel" in make({"student": halves(1, 1)}, box=between_centres)["problem"]
 

@@ -67,10 +67,9 @@ def test_unseen_masks_and_areas_are_gone_and_all_else_is_as_it_was(
     assert data["annotations"][-1]["iscrowd"] == 1 and "area" not in data["annotations"][-1]
     assert open(dataset.json_file, "rb").read() == before
     rows = [line.split() for line in output.splitlines()]
-    # Class, human masks before and kept, without crowds.
-    assert ["ant", "3", "3"] in rows
-    assert ["cat", "3", "0"] in rows
-    assert ["all", "8", "5"] in rows
+    # Class, split, objects, human masks, ...
+    num_masks = {x[0]: x[3] for x in rows if len(x) == 8}
+    assert (num_masks["ant"], num_masks["cat"]) == ("3", "0")
 
 
 def test_masks_of_models_go_too(make_tiny_coco, tmp_path, capsys):
@@ -84,7 +83,9 @@ def test_masks_of_models_go_too(make_tiny_coco, tmp_path, capsys):
     dataset = make_tiny_coco(mark)
     data, _ = strip(capsys, dataset, tmp_path / "none.json")
     unseen = [x for x in data["annotations"] if x["category_id"] == CAT]
-    assert len(unseen) == 4 and not any({"segmentation", "mask_source"} & set(x) for x in unseen)
+    assert len(unseen) == 4 and not any(
+        {"segmentation", "mask_source", "score"} & set(x) for x in unseen
+    )
     assert [x["mask_source"] for x in data["annotations"] if x["id"] == 101] == ["model"]
 
 
@@ -97,13 +98,12 @@ def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
         data["annotations"][8]["mask_source"] = "model"
 
     dataset = make_tiny_coco(change)
-    data, output = hide(capsys, dataset, tmp_path / "out.json", "--keep", 0)
+    data, _ = hide(capsys, dataset, tmp_path / "out.json", "--keep", 0)
     expected = copy.deepcopy(dataset.data)
     for i in (0, 1, 2, 7, 9, 10, 11):  # not: without a mask, crowd, a model's
         del expected["annotations"][i]["segmentation"]
         use_box_area(expected["annotations"][i])
     assert json.dumps(data) == json.dumps(expected)  # as text: 1 is not 1.0
-    assert "no mask is left of: ant, cat, ship" in output
 
 
 annotation_lists = st.lists(

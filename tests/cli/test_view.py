@@ -100,6 +100,8 @@ def test_images_that_cannot_be_shown_are_listed(view, make_tiny_coco):
 def test_names_are_escaped(make_tiny_coco, view):
     def change(data):
         data["categories"][2]["name"] = HOSTILE
+        data["annotations"][0]["id"] = HOSTILE
+        data["images"][0]["width"] = float(data["images"][0]["width"])  # as some exports have it
 
     _, page, _ = view(make_tiny_coco(change))
     assert HOSTILE not in page and "&lt;img src=x onerror" in page

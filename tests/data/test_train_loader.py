@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils.events import EventStorage
@@ -38,15 +39,10 @@ def make_loader(sizes, batch_size, *, grouping=True, num_workers=0, factors=None
         sampler = TrainingSampler(len(sizes), seed=seed)
     else:
         sampler = RepeatFactorTrainingSampler(torch.tensor(factors), seed=seed)
-    return train_batches(
-        dicts_of(sizes),
-        sampler,
-        draw,
-        seed=seed,
-        batch_size=batch_size,
-        aspect_ratio_grouping=grouping,
-        num_workers=num_workers,
-    )
+    cfg = get_cfg()
+    cfg.SEED, cfg.SOLVER.IMS_PER_BATCH = seed, batch_size
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING, cfg.DATALOADER.NUM_WORKERS = grouping, num_workers
+    return train_batches(cfg, dicts_of(sizes), sampler, draw)
 
 
 def batches_of(loader, num_batches, start_iter=0):
@@ -119,7 +115,7 @@ def test_ranks_share_the_images_and_not_the_random_numbers(monkeypatch):
     for rank in range(2):
         monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
         monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-        make = partial(make_loader, [SIZES[0]] * 6, 2, grouping=False)
+        make = partial(make_loader, [SIZES[0]] * 6, 4, grouping=False)  # 2 for each rank
         seen.append([x for batch in batches_of(make(), 3) for x in batch])
         assert batches_of(make(), 2, start_iter=1) == [seen[-1][2:4], seen[-1][4:6]]
     assert sorted(index for rank in seen for index, _ in rank[:3]) == list(range(6))

@@ -2,45 +2,32 @@
 
 import importlib
 import os
-from typing import Protocol
-
-import numpy as np
 
 from .errors import InputError
 
-__all__ = ["BoxPredictor", "load_predictor"]
+__all__ = ["load_predictor"]
 
 # Name -> package. The first two share an interface, SAM 2's builder takes a config in the place of
 # the architecture.
 _PACKAGES = {"sam": "segment_anything", "mobile_sam": "mobile_sam", "sam2": "sam2"}
 
 
-class BoxPredictor(Protocol):
-    """The interface of segment-anything's ``SamPredictor``, which others have taken over."""
-
-    def set_image(self, image: np.ndarray) -> None:
-        """Take the image that the next boxes lie in: uint8, shape (H, W, 3), RGB."""
-
-    def predict(self, *, box: np.ndarray, multimask_output: bool) -> tuple:
-        """
-        Segment the object in a box, float (4,), XYXY in pixels.
-
-        Returns:
-            Masks, shape (N, H, W), above 0 inside; scores in [0, 1], shape (N,); and more.
-        """
-
-
-def load_predictor(model: str, weights: str | os.PathLike, device: str = "cpu") -> BoxPredictor:
+def load_predictor(model: str, weights: str | os.PathLike, device: str = "cpu"):
     """
     Load a model that is prompted with boxes.
 
     Args:
         model: "sam:vit_b" (also vit_l, vit_h), "mobile_sam:vit_t",
             "sam2:configs/sam2.1/sam2.1_hiera_t.yaml" (any config of the package), or
-            "MODULE:FUNCTION", which is called with ``weights`` and ``device`` and returns a
-            :class:`BoxPredictor`. The packages are not installed with this project.
+            "MODULE:FUNCTION", which is called with ``weights`` and ``device``. The packages are not
+            installed with this project.
         weights: path of the checkpoint.
         device: of PyTorch.
+
+    Returns:
+        What has two methods of segment-anything's ``SamPredictor``: ``set_image(image)``, uint8
+        (H, W, 3), RGB, and ``predict(box=box, multimask_output=False)``, XYXY in pixels, float
+        (4,), which returns masks (N, H, W), above 0 inside; scores (N,) in [0, 1]; and more.
 
     Raises:
         InputError: the name is wrong, the package or the checkpoint is not there.

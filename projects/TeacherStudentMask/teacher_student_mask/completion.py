@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import supervision as sv
 import torch
@@ -28,13 +27,12 @@ from .errors import InputError
 from .object_masks import (
     PLAIN_IOU,
     is_plain,
-    make_grabcut_masks,
+    make_image_masks,
     make_model_masks,
-    make_prompted_masks,
 )
 from .trained_model import load_model
 
-__all__ = ["CompletionSettings", "complete", "complete_dataset", "write_yolo"]
+__all__ = ["CompletionSettings", "complete", "write_yolo"]
 
 # Keys of an object that is given a mask, always or sometimes.
 _NEW_KEYS = {"segmentation", "area", "score", "mask_source", "teacher_student_agreement"}
@@ -88,25 +86,12 @@ class CompletionSettings:
 
 
 def complete(
-    model: str | os.PathLike,
+    model: str | os.PathLike | None,
     annotations: str | os.PathLike,
     image_root: str | os.PathLike,
     output: str | os.PathLike,
     **options,
 ) -> str:
-    """
-    Give every object that has a box only a mask of a trained model; see :func:`complete_dataset`.
-
-    Args:
-        model: folder of a training.
-        annotations, image_root, output: COCO json, folder of its images, and the json to write.
-        options: of :class:`CompletionSettings`.
-    """
-    paths = map(os.fspath, (annotations, image_root, output))
-    return complete_dataset(CompletionSettings(*paths, model=os.fspath(model), **options))
-
-
-def complete_dataset(settings: CompletionSettings) -> str:
     """
     Give every object of a COCO json that has a box only a mask, and write the json with them.
 
@@ -114,12 +99,19 @@ def complete_dataset(settings: CompletionSettings) -> str:
     empty; whatever was drawn is kept). All else keeps its value. Each process appends the images
     that it has finished to an OUTPUT.part-NUMBER.jsonl; at the end these are merged and removed.
 
+    Args:
+        model: folder of a training; None: ``options`` name what makes the masks.
+        annotations, image_root, output: COCO json, folder of its images, and the json to write.
+        options: of :class:`CompletionSettings`.
+
     Returns:
         A table of the classes: the masks that were kept and made; mean score and agreement.
 
     Raises:
         InputError: a path, the json, the model or an image cannot be used.
     """
+    paths = map(os.fspath, (annotations, image_root, output))
+    settings = CompletionSettings(*paths, model=model and os.fspath(model), **options)
     _check_paths(settings)
     data = read_json(settings.annotations)
     check_coco(settings.annotations, data=data).raise_on_error()
@@ -268,19 +260,17 @@ def _prepare(
     if not settings.model:
         options = {"augmentations": [], "image_format": "BGR", "seen_classes": ()}
         mapper = TeacherStudentDatasetMapper(False, **options)
-        make_masks = make_grabcut_masks
+        predictor = None
         if settings.predictor:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             predictor = load_predictor(settings.predictor, settings.weights or "", device)
-            make_masks = functools.partial(make_prompted_masks, predictor)
-        return mapper, functools.partial(make_masks, settings.mask_format), 0
+        return mapper, functools.partial(make_image_masks, predictor, settings.mask_format), 0
     trained = load_model(settings.model, weights=settings.weights, opts=settings.opts)
     allowed = ("student", "teacher", "both") if len(trained.heads) > 1 else trained.heads
     masks_of = settings.masks_of or allowed[-1]
     if masks_of not in allowed:
         raise InputError(f"--masks-of {masks_of}: of this model it can be {', '.join(allowed)}.")
-    cfg = trained.cfg.clone()
-    cfg.TEST.GT_BOXES = False  # The boxes are ours.
+    cfg = trained.cfg
     names = [x["name"] for x in categories]
     model_ids = match_classes(names, trained.class_names, settings.annotations)
     class_ids = {x["id"]: k for x, k in zip(categories, model_ids)}
@@ -341,11 +331,8 @@ def _write_output(
         if mean < _LOW_AGREEMENT:
             lines.append("One of them may be far from the truth: see --masks-of teacher, student.")
     lines += [f"{n} {problem}" for problem, n in problems.most_common()]
-    if settings.yolo and (num_in_parts := write_yolo(data, settings.image_root, settings.yolo)):
-        lines.append(
-            f"{num_in_parts} objects have masks of several parts; YOLO's labels count each part as "
-            "an object."
-        )
+    if settings.yolo:
+        write_yolo(data, settings.image_root, settings.yolo)
     return "\n".join(lines)
 
 
@@ -372,7 +359,7 @@ def _write_ranking(path: str, data: dict, candidates: list[tuple[dict, dict]]) -
         writer.writerows([header.split(","), *sorted(rows, key=lambda x: -x[0])])
 
 
-def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
+def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> None:
     """
     Write a checked COCO json as labels of YOLO, by supervision.
 
@@ -380,9 +367,6 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
     image that can be read, in the folders of the images below ``image_root``, or below what is
     common to all, if one is elsewhere. A row is an outline, or the box where an object has no mask;
     each part of a mask has a row of its own. Crowds are left out.
-
-    Returns:
-        The number of objects whose mask has several parts.
     """
     categories = sorted(coco["categories"], key=lambda x: x["id"])
     class_ids = {x["id"]: k for k, x in enumerate(categories)}
@@ -390,7 +374,7 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
     for x in coco["annotations"]:
         if not x.get("iscrowd"):
             objects[x["image_id"]].append(x)
-    names, num_in_parts = [x["name"] for x in categories], 0
+    names = [x["name"] for x in categories]
     root = os.path.abspath(image_root)
     paths = [os.path.normpath(os.path.join(root, x["file_name"])) for x in coco["images"]]
     if os.path.commonpath([root, *paths]) != root:
@@ -400,10 +384,8 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> int:
         rows, size = objects[image["id"]], (int(image["height"]), int(image["width"]))
         ids = [class_ids[x["category_id"]] for x in rows]
         found = annotations_to_detections(rows, size, ids)
-        num_in_parts += sum(cv2.connectedComponents(x.astype(np.uint8))[0] > 2 for x in found.mask)
         # Ultralytics looks for labels in the same folders as images.
         labels = Path(folder, "labels", os.path.relpath(path, root)).parent
         if os.path.isfile(path):
             dataset = sv.DetectionDataset(names, [path], {path: found})
             dataset.as_yolo(annotations_directory_path=str(labels))
-    return num_in_parts

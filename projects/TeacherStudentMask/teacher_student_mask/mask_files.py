@@ -1,23 +1,19 @@
 """Masks that are drawn as pictures, merged into a COCO json: the way back from a paint program."""
 
-import math
 import os
 import re
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
-from .coco_json import has_mask, is_from_model, read_coco
+from .coco_json import forget_mask, has_mask, is_from_model, read_coco
 from .errors import InputError
 from .importers import ImportedDataset, files_in
 
 __all__ = ["import_masks"]
-
-# What a model may have said of the mask that is replaced.
-_KEYS_OF_MODELS = ("mask_source", "score", "teacher_student_agreement", "mask_fallback")
 
 
 def import_masks(
@@ -43,12 +39,14 @@ def import_masks(
     dataset = ImportedDataset(read_coco(path), None)
     objects = {x["id"]: x for x in dataset.coco["annotations"] if "id" in x}
     images = {x["id"]: x for x in dataset.coco["images"]}
-    by_stem = {Path(x["file_name"]).stem: x for x in dataset.coco["images"]}
+    by_stem: dict[str, list[dict]] = defaultdict(list)
+    for x in dataset.coco["images"]:
+        by_stem[Path(x["file_name"]).stem].append(x)
     for file in files_in(Path(masks), ".png"):
         pixels = _read_pixels(file)
         # COCO's 000000000139 is a name, and no number.
         number = int(file.stem) if re.fullmatch("0|[1-9][0-9]*", file.stem) else None
-        if number in objects and file.stem in by_stem:
+        if number in objects and by_stem[file.stem]:
             raise InputError(
                 f"{file}: {number} is both the id of an annotation and the name of an image of "
                 f"{path}; rename the image."
@@ -56,8 +54,11 @@ def import_masks(
         if number in objects:
             image = images[objects[number]["image_id"]]
             drawn = {number: pixels != 0}
-        elif file.stem in by_stem:
-            image = by_stem[file.stem]
+        elif len(by_stem[file.stem]) > 1:
+            names = ", ".join(x["file_name"] for x in by_stem[file.stem])
+            raise InputError(f"{file}: several images of {path} have this name: {names}.")
+        elif by_stem[file.stem]:
+            (image,) = by_stem[file.stem]
             drawn = {int(i): pixels == i for i in np.unique(pixels) if i != 0}
         else:
             raise InputError(f"{file}: is named after no annotation id and no image of {path}.")
@@ -74,19 +75,10 @@ def import_masks(
                         f"{file}: a human has drawn a mask of annotation {i}; see --replace."
                     )
                 dataset.notes["masks of humans were replaced"] += 1
-            if _is_inverted(mask, annotation["bbox"]):
-                dataset.notes[
-                    "masks cover the surroundings of their box rather than the box: are their "
-                    "pictures inverted?"
-                ] += 1
             rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
-            annotation["segmentation"] = {
-                "size": list(size),
-                "counts": rle["counts"].decode("ascii"),
-            }
+            forget_mask(annotation)
+            annotation["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
             annotation["area"] = int(mask_util.area(rle))
-            for key in _KEYS_OF_MODELS:
-                annotation.pop(key, None)
             dataset.notes["masks were read"] += 1
     return dataset
 
@@ -96,12 +88,3 @@ def _read_pixels(file: Path) -> np.ndarray:
         return np.array(Image.open(file))
     except Exception as error:  # PIL's readers raise many kinds on broken files
         raise InputError(f"{file}: cannot be read: {error}.") from error
-
-
-def _is_inverted(mask: np.ndarray, box: Sequence[float]) -> bool:
-    x, y, w, h = box
-    around = np.ones(mask.shape, dtype=bool)
-    around[max(int(y), 0) : math.ceil(y + h), max(int(x), 0) : math.ceil(x + w)] = False
-    if not around.any():
-        return False
-    return mask[around].mean() > max(0.5, mask[~around].mean())

@@ -7,7 +7,6 @@ import torch
 from detectron2.layers import paste_masks_in_image
 from torch.nn import functional as F
 
-from .box_prompts import BoxPredictor
 from .coco_json import MODEL
 from .coco_json.masks import compress_mask
 from .evaluation import draw_yardsticks
@@ -18,10 +17,9 @@ from .modeling.pseudo_masks import fit_to_boxes
 __all__ = [
     "PLAIN_IOU",
     "is_plain",
-    "make_grabcut_masks",
+    "make_image_masks",
     "make_mask",
     "make_model_masks",
-    "make_prompted_masks",
     "mask_to_polygons",
 ]
 
@@ -34,32 +32,28 @@ PLAIN_IOU = 0.9
 # long as their IoU with the mask is high enough.
 _POLYGON_TOLERANCES, _MIN_POLYGON_IOU = (1.0, 0.0), 0.98
 _NO_AREA = {"problem": "the box has no area inside the image"}
+_NOTHING = {"problem": "nothing is found in the box"}
 
 
-def make_grabcut_masks(mask_format: str, task: dict) -> list[dict]:
-    """As :func:`make_model_masks`, by GrabCut; the image is the original one, in BGR."""
+def make_image_masks(predictor, mask_format: str, task: dict) -> list[dict]:
+    """
+    As :func:`make_model_masks`, of the original image, in BGR.
+
+    ``predictor`` is of :func:`load_predictor`, whose score the object is given; None: GrabCut.
+    """
     image = np.ascontiguousarray(task["image"].permute(1, 2, 0).numpy())
+    if predictor is not None:
+        predictor.set_image(np.ascontiguousarray(image[:, :, ::-1]))
     made = []
     for row, _, (x, y, width, height) in task["objects"]:
-        mask = grab_cut(image, (x, y, x + width, y + height))
-        made.append({"row": row, **(_encode(mask, mask_format) if mask.any() else _NO_AREA)})
-    return made
-
-
-def make_prompted_masks(predictor: BoxPredictor, mask_format: str, task: dict) -> list[dict]:
-    """As :func:`make_grabcut_masks`, by a model that takes boxes, with the score that it gives."""
-    predictor.set_image(np.ascontiguousarray(task["image"].permute(1, 2, 0).numpy()[:, :, ::-1]))
-    made = []
-    for row, _, (x, y, width, height) in task["objects"]:
-        box = np.array([x, y, x + width, y + height])
-        masks, scores, *_ = predictor.predict(box=box, multimask_output=False)
-        mask = np.asarray(masks[0]) > 0
-        if not mask.any():
-            made.append({"row": row, "problem": "the model finds nothing in the box"})
-            continue
-        made.append(
-            {"row": row, **_encode(mask, mask_format)} | {"score": round(float(scores[0]), 4)}
-        )
+        box, score = np.array([x, y, x + width, y + height]), {}
+        if predictor is None:
+            mask = grab_cut(image, box)
+        else:
+            masks, scores, *_ = predictor.predict(box=box, multimask_output=False)
+            mask, score = np.asarray(masks[0]) > 0, {"score": round(float(scores[0]), 4)}
+        of_object = _encode(mask, mask_format) | score if mask.any() else _NOTHING
+        made.append({"row": row, **of_object})
     return made
 
 
@@ -104,11 +98,9 @@ def make_mask(
     """
     Make the mask of one object from mask probabilities over its box.
 
-    The probabilities p of the chosen head lie over the box in M x M cells; of "both" it is their
-    mean, the coarser grid brought to the finer one bilinearly. The mask is where p, brought to the
-    image's pixels as Detectron2 does it, is at least 0.5. Where that is nowhere, the mask is that
-    of the threshold that fills the box best (:func:`fit_to_boxes`), if any cell has p >= 0.05.
-    Pixels whose centre is outside of the box never belong to it.
+    Of "both" heads the probabilities are their mean, the coarser grid brought to the finer one
+    bilinearly. The mask is where they come to 0.5 in the image's pixels; where that is nowhere, it
+    is that of :func:`fit_to_boxes`, if any cell has 0.05.
 
     Args:
         probs: "student", and "teacher" if there is one: float, shape (M, M) each, on the CPU.
@@ -117,10 +109,8 @@ def make_mask(
         masks_of, mask_format: see :class:`CompletionSettings`.
 
     Returns:
-        Keys of a COCO annotation, as in docs/COMPLETE.md: "segmentation"; "area"; "score", the mean
-        of p over the mask's cells; "mask_source"; of two heads "teacher_student_agreement", the IoU
-        of their masks, both at 0.5 and in the box, 0 if both are empty; "mask_fallback" where the
-        threshold was not 0.5. Or "problem" alone: why there is no mask.
+        Keys of a COCO annotation, which docs/COMPLETE.md explains; or "problem" alone: why there
+        is no mask.
     """
     if masks_of == "both":
         side = max(x.shape[-1] for x in probs.values())
@@ -135,7 +125,7 @@ def make_mask(
     is_fallback = not mask.any()
     if is_fallback:
         if not float(chosen.max()) >= _LEAST_PROBABILITY:  # NaN is not, either.
-            return {"problem": "the model finds nothing in the box"}
+            return dict(_NOTHING)
         cells = fit_to_boxes(chosen[None], torch.ones_like(cells)[None])[0]
         mask = _paste(cells.float(), box, image_size)
         if not mask.any():
@@ -154,12 +144,8 @@ def make_mask(
 def _paste(probs: torch.Tensor, box: list[float], image_size: tuple[int, int]) -> np.ndarray:
     # Bool, shape (H, W). One at a time: a thousand masks of a large image would not fit.
     boxes = torch.tensor([box], dtype=torch.float32)
-    mask = paste_masks_in_image(probs[None], boxes, image_size, threshold=_THRESHOLD)[0].numpy()
-    x0, y0, x1, y1 = box
-    columns, rows = np.arange(image_size[1]) + 0.5, np.arange(image_size[0]) + 0.5
-    mask &= ((rows >= y0) & (rows <= y1))[:, None]
-    mask &= (columns >= x0) & (columns <= x1)
-    return mask
+    # Beyond the box the grid is 0, so no pixel whose centre lies there comes to the threshold.
+    return paste_masks_in_image(probs[None], boxes, image_size, threshold=_THRESHOLD)[0].numpy()
 
 
 def _encode(mask: np.ndarray, mask_format: str) -> dict:

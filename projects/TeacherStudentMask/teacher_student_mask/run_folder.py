@@ -1,13 +1,10 @@
 """The folder of a training: which files make it a model, and how they get there."""
 
-import contextlib
-import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
+from .coco_json import open_atomically
 from .errors import InputError
 
 __all__ = [
@@ -16,7 +13,6 @@ __all__ = [
     "find_model",
     "find_moved",
     "last_checkpoint",
-    "open_atomically",
     "read_class_names",
     "write_class_names",
 ]
@@ -85,28 +81,10 @@ def check_is_new(folder: str) -> None:
     """Raise an InputError if a training has written its config or a checkpoint to ``folder``."""
     found = [x for x in ("config.yaml", "last_checkpoint") if Path(folder, x).exists()]
     if found:
-        numbered = (f"{folder.rstrip('/')}_{i}" for i in itertools.count(2))
-        free = next(x for x in numbered if not os.path.exists(x))
         raise InputError(
             f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
-            f"overwrite. Name another folder, such as OUTPUT_DIR {free}, or go on with that run by "
-            "--resume."
+            f"overwrite. Name another folder, or go on with that run by --resume."
         )
-
-
-@contextlib.contextmanager
-def open_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """
-    Write a local file that takes its name, and the place of an older one, once it is complete.
-
-    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
-    """
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_class_names(folder: str | os.PathLike, names: list[str], ids: list[int]) -> None:

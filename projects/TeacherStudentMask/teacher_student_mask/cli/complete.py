@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
 
 def run_with(args: argparse.Namespace) -> None:
     """Complete by the arguments that have the name of a field of ``CompletionSettings``."""
-    from ..completion import CompletionSettings, complete_dataset
+    from ..completion import CompletionSettings, complete
 
     names = {x.name for x in dataclasses.fields(CompletionSettings)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    print(complete_dataset(CompletionSettings(**given)))
+    print(complete(**{"model": None, **given}))
     print(f"Written: {args.output}")
     words = ["tsmask", "train", args.output, "--image-root", args.image_root]
     print(f"Train with it: {shlex.join(words)}")

@@ -22,7 +22,7 @@ import argparse
 import hashlib
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from ..errors import InputError
 
@@ -49,10 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, edit, write, and print what became of the masks of each class."""
-    from tabulate import tabulate
-
-    from ..coco_json import check_coco, read_json, write_json
+    """Check, edit, write, and print what each class has then."""
+    from ..coco_json import check_coco, forget_mask, read_json, write_json
 
     if os.path.exists(args.output):
         if os.path.exists(args.input) and os.path.samefile(args.input, args.output):
@@ -69,23 +67,15 @@ def run(args: argparse.Namespace) -> None:
     if report.errors:
         raise InputError(f"{args.output}: not written, as the input has errors, see above.")
     annotations = data["annotations"]
-    before = Counter(x["category_id"] for x in annotations if _has_human_mask(x))
     if is_strip:
         unseen = {x.category_id for x in report.classes if not x.is_seen}
         for annotation in annotations:
             if annotation["category_id"] in unseen:
-                _forget_mask(annotation)
+                forget_mask(annotation)
     else:
         hide_masks(annotations, args.keep, args.min_per_class, args.seed)
-    kept = Counter(x["category_id"] for x in annotations if _has_human_mask(x))
     write_json(args.output, data)
-    rows = [[x.name, before[x.category_id], kept[x.category_id]] for x in report.classes]
-    rows.append(["all", before.total(), kept.total()])
-    # Names such as "1e3" are not numbers.
-    print(tabulate(rows, headers=["class", "human masks", "kept"], disable_numparse=[0]))
-    emptied = [name for name, num_before, num_kept in rows if num_before and not num_kept]
-    if emptied and not is_strip:
-        print(f"warning: no mask is left of: {', '.join(emptied)}; --min-per-class keeps some")
+    print(check_coco(args.output, data=data).class_table())
     print(f"Written to {args.output}")
 
 
@@ -102,6 +92,8 @@ def hide_masks(annotations: list[dict], keep: float, at_least: int = 0, seed: in
         at_least: how many masks of a class stay whatever the share is, if it has so many.
         seed: of the choice.
     """
+    from ..coco_json import forget_mask
+
     with_mask = defaultdict(list)
     for row, annotation in enumerate(annotations):
         if _has_human_mask(annotation):
@@ -113,7 +105,7 @@ def hide_masks(annotations: list[dict], keep: float, at_least: int = 0, seed: in
         # Rounded, as 0.29 * 50 is 14.499999999999998.
         num_kept = max(at_least, math.floor(round(len(drawn) * keep, 6) + 0.5))
         for _, row in sorted(drawn)[num_kept:]:
-            _forget_mask(annotations[row])
+            forget_mask(annotations[row])
 
 
 def _has_human_mask(annotation: dict) -> bool:
@@ -121,12 +113,3 @@ def _has_human_mask(annotation: dict) -> bool:
 
     is_object = not annotation.get("iscrowd") and not is_from_model(annotation)
     return is_object and has_mask(annotation)
-
-
-def _forget_mask(annotation: dict) -> None:
-    annotation.pop("segmentation", None)
-    annotation.pop("mask_source", None)
-    # COCO's is counted in the mask, and with the box would tell how much of it the object fills.
-    if "area" in annotation:
-        width, height = annotation["bbox"][2:]
-        annotation["area"] = width * height

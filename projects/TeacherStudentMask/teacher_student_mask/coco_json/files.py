@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "DEEP_MODES",
     "TRANSPOSED",
     "check_files",
+    "open_atomically",
     "orientation_of",
     "paused_gc",
     "read_json",
@@ -69,15 +71,26 @@ def write_json(path: str | os.PathLike, data: object) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    unfinished = f"{os.fspath(path)}.unfinished"
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with open_atomically(path) as file:
             file.write(json.dumps(data))  # json.dump takes minutes for COCO's
-        os.replace(unfinished, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(unfinished)
         raise InputError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """
+    Write a local file that takes its name, and the place of an older one, once it is complete.
+
+    Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
+    """
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def check_files(

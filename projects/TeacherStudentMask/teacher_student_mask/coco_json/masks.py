@@ -26,6 +26,7 @@ __all__ = [
     "MeasuredMasks",
     "compress_mask",
     "decode_mask",
+    "forget_mask",
     "has_mask",
     "is_from_model",
     "measure_masks",
@@ -34,6 +35,8 @@ __all__ = [
 
 # Values of an annotation's "mask_source". Without the key a mask is a human's.
 HUMAN, MODEL = "human", "model"
+# What tsmask complete says of a mask.
+_KEYS_OF_MODELS = ("mask_source", "score", "teacher_student_agreement", "mask_fallback")
 
 # pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
 MAX_PIXELS = 2**29
@@ -95,6 +98,20 @@ def has_mask(annotation: dict) -> bool:
     if isinstance(segmentation, dict):
         return bool(segmentation.get("counts"))
     return bool(valid_polygons(segmentation or []))
+
+
+def forget_mask(annotation: dict) -> None:
+    """
+    Take the mask out of a COCO annotation, with all that a model has said of it.
+
+    "area", which COCO counts in the mask, becomes that of the box: it would tell how much of the
+    box the object fills.
+    """
+    for key in ("segmentation", *_KEYS_OF_MODELS):
+        annotation.pop(key, None)
+    if "area" in annotation:
+        width, height = annotation["bbox"][2:]
+        annotation["area"] = width * height
 
 
 def valid_polygons(polygons: Sequence[Sequence[float]]) -> list[Sequence[float]]:

@@ -53,6 +53,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
     Crowd regions are left out, as in Detectron2. Objects are dropped only if augmentation leaves
     nothing of their box, or of their human mask where they have one. The input dict is not changed.
+    At test time they have ``gt_boxes`` and ``gt_classes`` alone, for ``TEST.GT_BOXES``.
     """
 
     @configurable
@@ -63,7 +64,6 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         seen_classes: Collection[int],
         use_external_masks: bool = True,
         rectangle_as_box_only: bool = False,
-        add_gt_boxes_at_test: bool = False,
         model_class_ids: Sequence[int] | None = None,
         **kwargs,
     ):
@@ -73,17 +73,14 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             seen_classes: contiguous ids of the classes whose masks training may use.
             use_external_masks: False: forget the masks that a model made.
             rectangle_as_box_only: take human masks that are the rectangle of their box for none.
-            add_gt_boxes_at_test: if not ``is_train``, give each example ``instances`` with
-                ``gt_boxes`` and ``gt_classes`` of the non-crowd objects, for ``TEST.GT_BOXES``.
-            model_class_ids: the model's id of each class of the dataset, for these ``gt_classes``;
-                None: they are the same.
+            model_class_ids: the model's id of each class of the dataset, for the ``gt_classes`` of
+                testing; None: they are the same.
             **kwargs: of :class:`DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
         self.seen_classes = frozenset(seen_classes)
         self.use_external_masks = use_external_masks
         self.rectangle_as_box_only = rectangle_as_box_only
-        self.add_gt_boxes_at_test = add_gt_boxes_at_test
         self.model_class_ids = model_class_ids
 
     @classmethod
@@ -94,7 +91,6 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
         ret["use_external_masks"] = learns_model_masks or not is_ignored
         ret["rectangle_as_box_only"] = cfg.INPUT.RECTANGLE_AS_BOX_ONLY
-        ret["add_gt_boxes_at_test"] = cfg.TEST.GT_BOXES
         return ret
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -120,7 +116,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             ) from e
         # A json may have 480.0; the image has been found to have this size.
         example.update(height=int(example["height"]), width=int(example["width"]))
-        if not self.is_train and self.add_gt_boxes_at_test:
+        if not self.is_train and "annotations" in dataset_dict:
             example["instances"] = self._gt_boxes_of(dataset_dict, example["image"].shape[-2:])
         return example
 

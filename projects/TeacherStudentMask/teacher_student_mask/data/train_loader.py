@@ -7,10 +7,8 @@ starts its order anew, with random numbers that depend on the number of workers.
 """
 
 import itertools
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -25,8 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import InputError
 
 __all__ = ["build_train_loader", "seed_generators", "train_batches"]
-
-logger = logging.getLogger(__name__)
 
 
 def seed_generators(
@@ -46,19 +42,6 @@ def seed_generators(
     seed_torch(int(words[3] >> np.uint64(1)))
 
 
-@contextmanager
-def _preserved_generators() -> Iterator[None]:
-    # Those of Python, numpy and PyTorch's CPU.
-    state, numpy_state = random.getstate(), np.random.get_state()
-    torch_state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-
-
 class _Examples(Dataset):
     # By (position in the stream, index of the image), mapped with random numbers of their own.
 
@@ -69,22 +52,23 @@ class _Examples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         position, index = key
         # In the training process itself, NUM_WORKERS 0, training has its own random numbers.
-        with _preserved_generators():
-            # Purpose 1 is that of training itself, which seeds by iteration.
-            numbers = (self.seed, self.rank, position)
-            seed_generators(numbers, 0, torch.default_generator.manual_seed)
-            return self.mapper(self.dataset[index])
+        state, numpy_state = random.getstate(), np.random.get_state()
+        torch_state = torch.get_rng_state()
+        # Purpose 1 is that of training itself, which seeds by iteration.
+        numbers = (self.seed, self.rank, position)
+        seed_generators(numbers, 0, torch.default_generator.manual_seed)
+        example = self.mapper(self.dataset[index])
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        return example
 
 
 def train_batches(
+    cfg: CfgNode,
     dataset_dicts: list[dict],
     sampler: Iterable[int],
     mapper: Callable[[dict], dict],
-    *,
-    seed: int,
-    batch_size: int,
-    aspect_ratio_grouping: bool,
-    num_workers: int,
 ) -> Iterator[list[dict]]:
     """
     Generate one rank's batches from the iteration on that the trainer starts with.
@@ -93,36 +77,32 @@ def train_batches(
     first ``next()`` asks the trainer's event storage for the iteration. Without one it is 0.
 
     Args:
+        cfg: with SEED of 0 or more.
         dataset_dicts: images in Detectron2's standard dataset format.
         sampler: gives indices of ``dataset_dicts`` without end, each time the same.
         mapper: makes an example of a dataset dict.
-        seed: 0 or more.
-        batch_size: images of a batch of this rank.
-        aspect_ratio_grouping: whether the batches are made of images of like aspect ratio.
-        num_workers: processes that make batches; 0: this one does.
     """
     try:
         iteration = get_event_storage().iter
     except AssertionError:  # Detectron2's answer where no training runs
         iteration = 0
-    if iteration > 0:
-        logger.info(f"The data goes on where iteration {iteration - 1} left it.")
+    batch_size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     sizes = np.array([(x["width"], x["height"]) for x in dataset_dicts])
     # Detectron2's own grouping decides, on sizes alone: no image is read to find the place.
     stubs = (
         {"key": (position, index), "width": sizes[index, 0], "height": sizes[index, 1]}
         for position, index in enumerate(sampler)
     )
-    if aspect_ratio_grouping:
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         batches = AspectRatioGroupedDataset(stubs, batch_size)
     else:
         batches = (list(itertools.islice(stubs, batch_size)) for _ in itertools.count())
     yield from DataLoader(
-        _Examples(dataset_dicts, mapper, seed),
+        _Examples(dataset_dicts, mapper, cfg.SEED),
         batch_sampler=(
             [x["key"] for x in batch] for batch in itertools.islice(batches, iteration, None)
         ),
-        num_workers=num_workers,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
         # A DataLoader that starts draws a number, which must not be one of the training's.
         generator=torch.Generator(),
@@ -161,12 +141,4 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Iterator
             f"DATALOADER.SAMPLER_TRAIN {name!r} is not known with a SEED; allowed: "
             "TrainingSampler, RepeatFactorTrainingSampler."
         )
-    return train_batches(
-        dicts,
-        sampler,
-        mapper,
-        seed=cfg.SEED,
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-    )
+    return train_batches(cfg, dicts, sampler, mapper)

@@ -24,6 +24,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..class_splits import AUTO, match_classes
+from ..coco_json import open_atomically
 from ..data import (
     TeacherStudentDatasetMapper,
     build_train_loader,
@@ -35,13 +36,7 @@ from ..data.datasets import answer_of_main_process, training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
-from ..run_folder import (
-    check_is_new,
-    last_checkpoint,
-    open_atomically,
-    read_class_names,
-    write_class_names,
-)
+from ..run_folder import check_is_new, last_checkpoint, read_class_names, write_class_names
 from ..trained_model import (
     check_weights,
     choose_device,

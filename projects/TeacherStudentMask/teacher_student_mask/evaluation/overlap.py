@@ -8,7 +8,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 from pycocotools.coco import COCO
 
-from ..coco_json import has_mask, valid_polygons
+from ..coco_json import has_mask
+from ..coco_json.masks import compress_mask
 from ..errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -64,11 +65,9 @@ def compute_overlaps(coco: COCO) -> dict[int, float]:
     for image_id in coco.imgs:
         annotations = [x for x in coco.imgToAnns.get(image_id, []) if not x.get("iscrowd", 0)]
         boxes = np.asarray([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
-        rles = []
-        for x in annotations:
-            mask = x.get("segmentation")
-            mask = valid_polygons(mask) if isinstance(mask, list) else mask
-            rles.append(coco.annToRLE({**x, "segmentation": mask}) if has_mask(x) else None)
+        size = coco.imgs[image_id]["height"], coco.imgs[image_id]["width"]
+        masks = [x["segmentation"] if has_mask(x) else None for x in annotations]
+        rles = [None if x is None else compress_mask(x, size) for x in masks]
         num_without_mask += rles.count(None)
         values = _overlaps_of_image(boxes, rles).tolist()
         overlaps.update({x["id"]: value for x, value in zip(annotations, values)})
