@@ -197,6 +197,14 @@ def test_types_are_checked_when_a_json_is_read(tmp_path):
         read_json(tmp_path / "none.json")
 
 
+def test_half_a_surrogate_pair_harms_only_what_is_read():
+    data = coco({"\ud800": 1, "note": "\ud800"})
+    assert check(data).findings == []
+    data["annotations"][0]["mask_source"] = "\ud800"
+    (error,) = check(data).errors
+    assert error.rule == "annotation.mask_source" and "\\ud800" in str(error)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0)), max_size=6))
 def test_masks_of_pycocotools_are_read_with_their_areas(shapes):

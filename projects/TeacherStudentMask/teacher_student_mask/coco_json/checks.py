@@ -179,15 +179,16 @@ def check_types(report: Report, rows: list[dict], unit: str, row_type: type) -> 
             msgspec.convert(rows[start : start + _CHUNK_ROWS], list[row_type])
             continue
         for i, row in enumerate(rows[start : start + _CHUNK_ROWS], start):
+            known = {k: x for k, x in row.items() if k in row_type.__annotations__}
             try:
-                msgspec.convert(row, row_type)
+                msgspec.convert(known, row_type)
                 continue
             except msgspec.ValidationError as error:
                 # "... - at `$.bbox[3]`", or "Object missing required field `bbox`"
                 found = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
                 field = found[1] or found[2]
-            except UnicodeEncodeError:  # half a surrogate pair, anywhere in the row
-                field = next(x for x in row_type.__annotations__ if "\\ud" in ascii(row.get(x)))
+            except UnicodeEncodeError:  # half a surrogate pair
+                field = next(k for k, x in known.items() if "\\ud" in ascii(x))
             bad_rows.setdefault(field, []).append(i)
     for field, indices in bad_rows.items():
         report.add(f"{unit}.{field}", rows, np.isin(np.arange(len(rows)), indices))
