@@ -22,7 +22,6 @@ from .datasets import training_seen_classes
 
 __all__ = [
     "TeacherStudentDatasetMapper",
-    "box_polygons",
     "lie_in_image",
     "union_of_masks",
     "usable_segmentations",
@@ -37,10 +36,10 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     """
     Map a dataset dict to a training example in which masks may be missing.
 
-    Before any augmentation the ``segmentation`` of every object that training must not use is
-    replaced by the rectangle of its box: objects of unseen classes, and objects that have no mask
-    (key missing, ``null``, ``[]``, or a mask that covers nothing of the image; with
-    ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box).
+    Before any augmentation the ``segmentation`` of every object is forgotten that training must not
+    use: of unseen classes, and what is no mask (a mask that covers nothing of the image; with
+    ``INPUT.RECTANGLE_AS_BOX_ONLY`` also a polygon that is the rectangle of the box). These objects,
+    and those without one, have the rectangle of their augmented box in its place.
     A mask with ``mask_source`` "model" is not a human's, whatever its class. No keypoints are read.
     The ``instances`` have, beside ``gt_boxes`` and ``gt_classes``:
 
@@ -156,12 +155,13 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         has_mask, has_model_mask = is_usable & ~is_model, is_usable & is_model
         has_rle = any(isinstance(x, dict) for x in masks)
         mask_format = "bitmask" if has_rle else self.instance_mask_format
-        boxes_alone = [x for x in annotations if x["segmentation"] is None]
-        for annotation, rectangle in zip(boxes_alone, box_polygons(boxes_alone)):
-            annotation["segmentation"] = rectangle
-        for annotation in annotations:
+        for annotation, mask in zip(annotations, masks):
             annotation.pop("keypoints", None)
+            if mask is None:
+                del annotation["segmentation"]
             utils.transform_instance_annotations(annotation, transforms, image_shape)
+            if mask is None:  # Instances have masks for all: the rectangle of the box.
+                annotation["segmentation"] = [annotation["bbox"][[0, 1, 2, 1, 2, 3, 0, 3]]]
         instances = utils.annotations_to_instances(annotations, image_shape, mask_format)
         if len(instances) == 0:  # Detectron2 leaves the field out
             instances.gt_masks = PolygonMasks([])
@@ -181,7 +181,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         # a model's is then one without a mask.
         is_visible = lie_in_image(instances.gt_masks, image_shape)
         instances.gt_has_model_mask &= is_visible
-        instances = instances[is_visible | ~instances.gt_has_mask]
+        is_kept = is_visible | ~instances.gt_has_mask
+        if not is_kept.all():
+            instances = instances[is_kept]
         # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
         union = union_of_masks(instances.gt_masks[instances.gt_has_mask], image_shape)
         instances.gt_exclusion_masks = ImageMask(union, len(instances))
@@ -231,15 +233,6 @@ def usable_segmentations(segmentations: Sequence, size: tuple[int, int], where: 
             # Detectron2 would cut coordinates that are whole numbers after it has scaled them.
             usable.append([np.array(x, dtype=np.float64) for x in valid_polygons(segmentation)])
     return usable
-
-
-def box_polygons(annotations: Sequence[dict]) -> list[list[np.ndarray]]:
-    """The rectangles of the boxes of annotations, one polygon for each, shape (8,)."""
-    boxes = np.array([x["bbox"] for x in annotations], dtype=np.float64).reshape(-1, 4)
-    modes = np.array([x["bbox_mode"] for x in annotations], dtype=int)
-    for mode in set(modes.tolist()):
-        boxes[modes == mode] = BoxMode.convert(boxes[modes == mode], mode, BoxMode.XYXY_ABS)
-    return [[x] for x in boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]]]
 
 
 def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
