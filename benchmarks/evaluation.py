@@ -10,7 +10,6 @@ Ground truth and detections are drawn at random, by default as many as in COCO v
                 where it is built, and AP per class
   ours          PartiallySupervisedCOCOEvaluator: the same, and the overlap of every object, Eq. (1)
                 of the paper, segm_seen, segm_unseen, segm_unseen_overlap and ten overlap bins
-  analysis      with --analysis: what ``tsmask analyze`` measures, without its report
 
 The printed numbers are AP of masks, which must be equal.
 """
@@ -42,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=5000, help="(%(default)s)")
     parser.add_argument("--objects", type=int, default=36000, help="(%(default)s)")
     parser.add_argument("--detections", type=int, default=500000, help="(%(default)s)")
-    parser.add_argument("--analysis", action="store_true", help="measure tsmask analyze, too")
 
 
 def make_programs(args: argparse.Namespace) -> Programs:
@@ -80,18 +78,13 @@ def make_programs(args: argparse.Namespace) -> Programs:
     settings = {"tasks": ("bbox", "segm"), "distributed": False}
     subsets = {"seen_classes": ",".join(SEEN_CLASSES)}
     subsets["overlap_bin_edges"] = [k / 10 for k in range(11)]
-    programs = {
+    return {
         "pycocotools": pycocotools,
         "Detectron2": lambda: evaluate(lambda: COCOEvaluator(DATASET, **settings)),
         "ours": lambda: evaluate(
             lambda: PartiallySupervisedCOCOEvaluator(DATASET, **settings, **subsets)
         ),
     }
-    if args.analysis:
-        from teacher_student_mask.analysis import analyze
-
-        programs["analysis"] = lambda: analyze(gt, {"model": dt}, seen_classes=SEEN_CLASSES)
-    return programs
 
 
 def draw_ground_truth(num_images: int, num_objects: int) -> dict:
