@@ -1,5 +1,6 @@
 """The exported student finds the same, in other sizes and without this project."""
 
+import dataclasses
 import json
 import re
 
@@ -169,8 +170,9 @@ def test_a_graph_finds_the_same_on_images_of_other_sizes(exported, name):
 @pytest.mark.slow
 def test_what_is_written(exported):
     folder = exported / "exported"
-    written = {"config.yaml", "model.pth", "classes.json", "deployment.json", "model.ts"}
-    assert {x.name for x in folder.iterdir()} == {*written, "model.onnx", "run_onnx.py"}
+    written = {"config.yaml", "model.pth", "categories.json", "classes.json", "deployment.json"}
+    graphs = {"model.ts", "model.onnx", "run_onnx.py"}
+    assert {x.name for x in folder.iterdir()} == written | graphs
     weights = torch.load(folder / "model.pth", weights_only=True)["model"]
     assert weights and not any("teacher" in x for x in weights)
     # Detectron2's own keys alone, and only those that are not its defaults.
@@ -256,6 +258,14 @@ def test_a_config_that_evaluates_the_teacher_has_its_student_exported(tmp_path):
     # The model that was given is as it was.
     assert trained.model.roi_heads.test_mask_head == "teacher"
     assert trained.model.roi_heads.teacher_mask_head is not None and weight.requires_grad
+
+
+def test_a_plain_export_keeps_the_category_ids_of_the_dataset(tmp_path):
+    """It numbered them from 0, and results of it did not fit the dataset."""
+    trained = trained_student("mask_rcnn.yaml")
+    ids = [3 * i + 1 for i in trained.category_ids]
+    export_student(dataclasses.replace(trained, category_ids=ids), tmp_path)
+    assert load_model(tmp_path).category_ids == ids
 
 
 OBJECTS = (

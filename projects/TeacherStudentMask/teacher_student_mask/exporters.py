@@ -27,9 +27,10 @@ from torch import nn
 
 from .drawing import read_image
 from .errors import InputError
+from .run_folder import write_class_names
 from .trained_model import TrainedModel
 
-__all__ = ["compare", "detect", "export_student", "plain_config"]
+__all__ = ["compare", "detect", "export_student"]
 
 # What a graph returns for an image, in this order; see :func:`detect`.
 OUTPUTS = ("boxes", "scores", "classes", "masks")
@@ -46,7 +47,7 @@ _RANDOM_SIZES = ((256, 320), (320, 192), (200, 200))
 # What is written last, so that a folder which has it is an export.
 _DESCRIPTION = "deployment.json"
 # What else an export may hold beside the names of the classes.
-_FILES = ("config.yaml", "model.onnx", "model.pth", "model.ts", "run_onnx.py")
+_FILES = ("categories.json", "config.yaml", "model.onnx", "model.pth", "model.ts", "run_onnx.py")
 
 
 def export_student(
@@ -125,22 +126,15 @@ def export_student(
     if (output_dir / _DESCRIPTION).exists():
         for name in _FILES:
             (output_dir / name).unlink(missing_ok=True)
+    if "plain" in formats:
+        write_class_names(output_dir, trained.class_names, trained.category_ids)
     for name, content in files.items():
         (output_dir / name).write_bytes(content)
     return reports
 
 
-def plain_config(cfg: CfgNode) -> dict:
-    """
-    The values of a config that differ from Detectron2's defaults, for its own keys alone.
-
-    Returns:
-        The content of a yaml, with Detectron2's ROI heads and mask head where they compute the same
-        as ours.
-
-    Raises:
-        InputError: what the student computes depends on a part that Detectron2 does not have.
-    """
+def _plain_config(cfg: CfgNode) -> dict:
+    """Values of Detectron2's keys that are not its defaults; InputError if it lacks a part."""
     cfg = cfg.clone()
     if cfg.MODEL.ROI_MASK_PRIOR.NAME:
         prior = cfg.MODEL.ROI_MASK_PRIOR.NAME
@@ -180,7 +174,7 @@ def _make_plain(
     cfg: CfgNode, model: nn.Module, images: Sequence[torch.Tensor]
 ) -> tuple[dict, bytes, str]:
     """The content of the config, the weights of a plain model, and what was compared."""
-    content = plain_config(cfg)
+    content = _plain_config(cfg)
     config = get_cfg()
     config.merge_from_other_cfg(CfgNode.load_cfg(yaml.safe_dump(content)))
     config.MODEL.DEVICE = "cpu"
