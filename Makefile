@@ -39,11 +39,11 @@ demo-short: env  ## the demo in a few steps, to see that it runs
 
 test:  ## the whole test suite
 	@$(SETUP) $(ENV_OPTIONS) --with $(TEST_PARTS)
-	@$(VENV_PYTHON) tools/setup_environment.py --describe
+	@$(VENV)/bin/tsmask --version
 	$(PYTEST) $(PYTEST_OPTIONS)
 
 test-quick: env  ## the unit tests, without whole trainings and programs
-	@$(VENV_PYTHON) tools/setup_environment.py --describe
+	@$(VENV)/bin/tsmask --version
 	$(PYTEST) -m "not slow" $(PYTEST_OPTIONS)
 
 lint: env audit  ## black, isort, flake8, bandit and the audit, without changing a file

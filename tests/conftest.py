@@ -16,16 +16,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tiny_model import TINY_MODEL
 
-from setup_environment import describe
 from teacher_student_mask import add_teacher_student_mask_config, register_partial_coco
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 _dataset_numbers = itertools.count()
-
-
-def pytest_report_header(config):
-    return describe()
 
 
 def pytest_collection_modifyitems(items):

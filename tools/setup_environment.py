@@ -13,6 +13,8 @@ Detectron2 has no release on PyPI. It comes from the first of these that works:
   4. "pure-python": a source distribution on PyPI, checked by its hash, without the compiled
      operators (rotated boxes, deformable convolutions), which this project does not use.
 
+Behind a proxy or a mirror set HTTPS_PROXY or PIP_INDEX_URL; downloads are unpacked in TMPDIR.
+
 examples:
   tools/setup_environment.py                                    the usual environment, in .venv
   tools/setup_environment.py --detectron2 ../detectron2         Detectron2 from a checkout of yours
@@ -24,8 +26,8 @@ examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -36,7 +38,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 import detectron2_wheel
@@ -48,7 +49,7 @@ STAMP_NAME = "setup-stamp.json"
 
 PYTHONS = ((3, 10), (3, 13))  # the oldest and the newest
 # torch brings the CUDA libraries along, whether there is a GPU or not.
-GIGABYTES_INSTALLED, GIGABYTES_DOWNLOADED = 7.0, 3.0
+GIGABYTES_INSTALLED = 7.0
 REACH_SECONDS = 15
 
 # Imports torch before the compiled part, which needs torch's libraries to be loaded. A compiled
@@ -59,53 +60,21 @@ if importlib.util.find_spec("detectron2._C"):
     import detectron2._C
 """
 
-# Only some tests and programs need them. Part -> packages.
-PARTS = {
-    "crf": ["pydensecrf2"],
-    "export": ["onnx", "onnxruntime"],
-    "app": ["gradio"],
-}
-
-# What pip says (first match wins), and what that means.
-PIP_FAILURES = (
-    (
-        r"No space left on device",
-        "the disk is full. Free some space; pip unpacks downloads in the folder TMPDIR names.",
-    ),
-    (
-        r"DO NOT MATCH THE HASHES",
-        "a download does not have the expected hash, so it was damaged or altered. Try again; if "
-        "it persists, the package index in use serves another file.",
-    ),
-    (
-        r"name resolution|NameResolutionError|NewConnectionError|ConnectTimeoutError|ProxyError"
-        r"|Network is unreachable|Read timed out|ReadTimeoutError|SSLError|Max retries exceeded",
-        "the package index cannot be reached. Check the network; behind a proxy or a mirror, set "
-        "HTTPS_PROXY or PIP_INDEX_URL.",
-    ),
-    (
-        r"No matching distribution found for (?P<name>\S+)",
-        "there is no {name} for this Python ({python}) on this platform. PyTorch has wheels for "
-        "64-bit Linux, Windows and macOS; try another Python (make env PYTHON=python3.11).",
-    ),
-)
+# Extras of setup.cfg that only some tests and programs need.
+PARTS = ("crf", "export", "app")
 
 
 class Environment:
     """A virtual environment, its interpreter, and pip in it."""
 
-    def __init__(self, folder: Path, run=subprocess.run) -> None:
-        """
-        Args:
-            folder: of the environment; need not exist.
-            run: the interface of `subprocess.run`.
-        """
+    def __init__(self, folder: Path) -> None:
+        """``folder`` of the environment need not exist."""
         # Absolute without resolving links: Python finds its environment by the path it runs as.
         self.folder = folder.absolute()
-        self.constraints = CONSTRAINTS
         scripts = "Scripts" if os.name == "nt" else "bin"
         self.python = self.folder / scripts / ("python.exe" if os.name == "nt" else "python")
-        self._run = run
+        # The pins without those of packages that the environment sees and keeps.
+        self._own_constraints = self.folder / "constraints.txt"
 
     def create(self, system_site_packages: bool = False, clear: bool = False) -> None:
         """Create the environment with the running interpreter, unless it is there."""
@@ -125,6 +94,8 @@ class Environment:
         options += ["--system-site-packages"] if system_site_packages else []
         result = self.execute([sys.executable, "-m", "venv", *options, str(self.folder)])
         if result.returncode != 0:
+            # A half-made one would pass for an environment the next time.
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise SetupError(f"Python could not create {self.folder}: {result.stdout.strip()}")
         if system_site_packages:
             self._drop_pins_of_installed()
@@ -132,34 +103,36 @@ class Environment:
     def _drop_pins_of_installed(self) -> None:
         code = "import importlib.metadata as m; print(*{d.name for d in m.distributions()})"
         installed = self.execute([str(self.python), "-c", code]).stdout.split()
-        self.constraints = self.folder / "constraints.txt"
-        self.constraints.write_text(unpinned(CONSTRAINTS.read_text(), installed))
+        self._own_constraints.write_text(unpinned(CONSTRAINTS.read_text(), installed))
 
-    def execute(self, command: list[str], **options) -> subprocess.CompletedProcess:
+    def execute(self, command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:
         """Run a command with the environment's programs (ninja, for one) first on the PATH."""
         env = dict(os.environ, PIP_USER="0", PIP_NO_INPUT="1")
         env["PATH"] = f"{self.python.parent}{os.pathsep}{env.get('PATH', '')}"
-        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
-        return self._run(command, **{**merged, **options})
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run(command, cwd=cwd, env=env, **output)
 
     def pip(self, *arguments: str) -> None:
-        """Run pip, silently unless it fails; then show its output and explain it."""
+        """Run pip, silently unless it fails; then show the end of its output."""
         options = ["--quiet", "--disable-pip-version-check"]
         command = [str(self.python), "-m", "pip", arguments[0], *options, *arguments[1:]]
         result = self.execute(command)
         if result.returncode != 0:
-            print("\n".join(f"    | {line}" for line in result.stdout.splitlines()[-30:]))
-            raise SetupError(f"pip {arguments[0]} failed: {explain_pip_failure(result.stdout)}")
+            print(
+                "\n".join(f"    | {line}" for line in result.stdout.splitlines()[-30:]), flush=True
+            )
+            raise SetupError(f"pip {arguments[0]} failed, see above.")
 
     def install(self, *arguments: str) -> None:
         """Install packages at the versions of the constraints."""
-        self.pip("install", "-c", str(self.constraints), *arguments)
+        own = self._own_constraints
+        self.pip("install", "-c", str(own if own.is_file() else CONSTRAINTS), *arguments)
 
     def imports_detectron2(self) -> bool:
         """Whether the interpreter imports Detectron2 and its compiled part, if it has one."""
         # Not from the current folder, where a checkout may lie beside us.
         command = [str(self.python), "-c", IMPORT_CHECK]
-        return self.execute(command, cwd=str(self.folder)).returncode == 0
+        return self.execute(command, cwd=self.folder).returncode == 0
 
 
 def unpinned(constraints: str, installed: list[str]) -> str:
@@ -173,16 +146,6 @@ def unpinned(constraints: str, installed: list[str]) -> str:
     return "".join(line for line in lines if plain(line.split("==")[0].strip()) not in present)
 
 
-def explain_pip_failure(output: str) -> str:
-    """Say in one sentence why pip failed, from what it printed."""
-    python = "{}.{}".format(*sys.version_info)
-    for pattern, meaning in PIP_FAILURES:
-        match = re.search(pattern, output)
-        if match:
-            return meaning.format(python=python, **match.groupdict())
-    return "see its output above."
-
-
 def check_machine(folder: Path, needs_space: bool) -> None:
     """Raise SetupError unless this Python and the disk can hold an environment with PyTorch."""
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
@@ -190,60 +153,39 @@ def check_machine(folder: Path, needs_space: bool) -> None:
             f"this is Python {platform.python_version()}, but the tested packages have wheels for "
             "3.10 to 3.13 only. Name another interpreter: make env PYTHON=python3.11"
         )
-    for module in ("venv", "ensurepip"):  # Debian packs them separately
-        if importlib.util.find_spec(module) is None:
-            raise SetupError(
-                f"this Python has no module {module}, which virtual environments need. Install it "
-                "(Debian, Ubuntu: apt install python3-venv)."
-            )
-    if not needs_space:
-        return
-    folder = folder.absolute()
     place = next(x for x in (folder, *folder.parents) if x.is_dir())
-    needs = [(place, GIGABYTES_INSTALLED)]
-    # A small memory disk on /tmp is common; pip unpacks its downloads there.
-    temporary = Path(tempfile.gettempdir())
-    if temporary.stat().st_dev != place.stat().st_dev:
-        needs.append((temporary, GIGABYTES_DOWNLOADED))
-    for place, needed in needs:
-        free = shutil.disk_usage(place).free / 1e9
-        if free < needed:
-            raise SetupError(
-                f"{place} has {free:.1f} GB free, and PyTorch with its CUDA libraries needs "
-                f"{needed:.0f} GB there. Free some space, name another folder with --venv, or set "
-                "TMPDIR."
-            )
+    free = shutil.disk_usage(place).free / 1e9
+    if needs_space and free < GIGABYTES_INSTALLED:
+        raise SetupError(
+            f"{place} has {free:.1f} GB free, and PyTorch with its CUDA libraries needs "
+            f"{GIGABYTES_INSTALLED:.0f} GB there. Free some space or name another folder: --venv"
+        )
 
 
-def missing_build_tool() -> str | None:
-    """Say what is missing to compile a C++ extension for Python; None if nothing is."""
+def check_build_tools() -> None:
+    """Raise SetupError unless a C++ extension for Python can be compiled."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if not shutil.which(compiler):
-        return (
+        raise SetupError(
             f"there is no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++) "
             "or set CXX."
         )
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return (
+        raise SetupError(
             f"the headers of Python {platform.python_version()} are missing (Python.h); install "
             "them (Debian, Ubuntu: apt install python3-dev)."
         )
-    return None
 
 
-def check_reachable(url: str, run=subprocess.run) -> None:
+def check_reachable(url: str) -> None:
     """Raise SetupError unless git can read a repository, within seconds."""
-    if not shutil.which("git"):
-        raise SetupError("there is no git (Debian, Ubuntu: apt install git).")
     command = ["git", "ls-remote", "--exit-code", url, "HEAD"]
     env = dict(os.environ, GIT_TERMINAL_PROMPT="0")
+    options = {"stdout": subprocess.DEVNULL, "timeout": REACH_SECONDS, "check": True}
     try:
-        result = run(command, env=env, capture_output=True, text=True, timeout=REACH_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise SetupError(f"{url} does not answer within {REACH_SECONDS} s.") from None
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or ["git gave no reason"]
-        raise SetupError(f"{url} cannot be reached ({lines[-1]}).")
+        subprocess.run(command, env=env, **options)  # git itself prints why it failed
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SetupError(f"the repository cannot be reached: {error}") from error
 
 
 def install_detectron2(environment: Environment, requested: str | None = None) -> None:
@@ -259,35 +201,28 @@ def install_detectron2(environment: Environment, requested: str | None = None) -
         print("    a Detectron2 is importable already: kept")
         return
     sources = {"official": _install_official, "pure-python": _install_pure_python}
-    if requested and requested not in sources:
-        _install_from(environment, requested)
-        sources = {}
-    reasons = []
-    for name in [requested] if requested in sources else sources:
+    if requested:
+        named = functools.partial(_install_from, requirement=requested)
+        sources = {requested: sources.get(requested, named)}
+    for name, install in sources.items():
         try:
-            sources[name](environment)
-            break
+            install(environment)
+            if not environment.imports_detectron2():
+                raise SetupError(
+                    "it is installed, but cannot be imported; see the message of "
+                    f"`{environment.python} -c 'import detectron2, detectron2._C'`."
+                )
+            return
         except SetupError as error:
-            print(f"    not from the {name} source: {error}")
-            reasons.append(f"{name}: {error}")
-    else:
-        if sources:
-            raise SetupError(
-                f"Detectron2 could not be installed. {' '.join(reasons)} Remedy that, or name a "
-                "source with --detectron2 (a path, a wheel or a git URL)."
-            )
-    if not environment.imports_detectron2():
-        raise SetupError(
-            "Detectron2 was installed but cannot be imported; see the message of "
-            f"`{environment.python} -c 'import detectron2, detectron2._C'`, or name another "
-            "source with --detectron2."
-        )
+            print(f"    not from {name}: {error}", flush=True)
+    raise SetupError(
+        "Detectron2 could not be installed, see above. Remedy that, or name a source with "
+        "--detectron2 (a path, a wheel or a git URL)."
+    )
 
 
 def _install_official(environment: Environment) -> None:
-    missing = missing_build_tool()
-    if missing:
-        raise SetupError(missing)
+    check_build_tools()
     check_reachable(OFFICIAL_URL)
     _install_from(environment, f"git+{OFFICIAL_URL}@{OFFICIAL_COMMIT}")
 
@@ -314,42 +249,11 @@ def _install_from(environment: Environment, requirement: str) -> None:
 
 def install_part(environment: Environment, part: str) -> None:
     """Try to install the packages of an optional part; what cannot be had is left out."""
-    packages = PARTS[part]
-    print(f"install {', '.join(packages)} (optional)", flush=True)
-    reason = missing_build_tool() if part == "crf" else None
+    print(f"install the extra {part} (optional)", flush=True)
     try:
-        if reason:
-            raise SetupError(reason)
-        environment.install(*packages)
+        environment.install("-e", f"{ROOT}[{part}]")
     except SetupError as error:
         print(f"left out: {error}")
-
-
-def describe() -> list[str]:
-    """
-    Describe the running interpreter, for a log or the header of a test report.
-
-    Returns:
-        Two lines: the main packages, and which Detectron2 there is and where it came from.
-    """
-    installed = {}
-    for name in ("torch", "torchvision", "numpy", "Pillow", "detectron2"):
-        try:
-            installed[name] = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue
-    detectron2 = installed.pop("detectron2", None)
-    packages = ", ".join(f"{name} {x.version}" for name, x in installed.items())
-    lines = [f"Python {platform.python_version()}, {packages or 'without PyTorch'}"]
-    if detectron2 is None:
-        return [*lines, "Detectron2 is not installed: run `make env`"]
-    # What pip noted about a package that came from a path or a URL.
-    origin = json.loads(detectron2.read_text("direct_url.json") or "{}")
-    commit = origin.get("vcs_info", {}).get("commit_id")
-    at_commit = f", commit {commit}" if commit else ""
-    # The version of the pure-Python wheel says what it is.
-    source = f", from {origin['url']}" if "url" in origin and "+" not in detectron2.version else ""
-    return [*lines, f"Detectron2 {detectron2.version}{at_commit}{source}"]
 
 
 def inputs_hash(options: list[str]) -> str:
@@ -402,24 +306,19 @@ def get_parser() -> argparse.ArgumentParser:
         "--with",
         dest="parts",
         nargs="+",
-        choices=tuple(PARTS),
+        choices=PARTS,
         default=[],
         help='also try to get: "crf", pydensecrf, the implementation of the paper (compiles); '
         '"export", onnx and onnxruntime for `tsmask export`; "app", gradio for `tsmask app`. What '
         "cannot be had is left out with a reason",
     )
     add("--force", action="store_true", help="empty the folder first and do every step again")
-    text = "only print the versions of the main packages of the running interpreter"
-    add("--describe", action="store_true", help=text)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = get_parser().parse_args(argv)
-    if args.describe:
-        print("\n".join(describe()))
-        return 0
     environment = Environment(args.venv)
     stamp = environment.folder / STAMP_NAME
     inputs = inputs_hash([str(args.system_site_packages)])

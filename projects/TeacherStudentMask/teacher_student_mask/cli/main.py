@@ -151,7 +151,8 @@ def _describe_installation() -> list[str]:
         import torch
 
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines.append(f"torch {torch.__version__}, {', '.join(devices) or 'no GPU'}")
+        others = ", ".join(f"{x} {metadata.version(x)}" for x in ("torchvision", "numpy"))
+        lines.append(f"torch {torch.__version__}, {others}, {', '.join(devices) or 'no GPU'}")
     except ImportError:
         lines.append("torch: missing; pip install torch torchvision")
     try:
