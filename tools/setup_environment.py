@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 STAMP_NAME = "setup-stamp.json"
 
-PYTHONS = ((3, 10), (3, 13))  # the oldest and the newest
+PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest
 # torch brings the CUDA libraries along, whether there is a GPU or not.
 GIGABYTES_INSTALLED = 7.0
 REACH_SECONDS = 15
@@ -151,7 +151,7 @@ def check_machine(folder: Path, needs_space: bool) -> None:
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         raise SetupError(
             f"this is Python {platform.python_version()}, but the tested packages have wheels for "
-            "3.10 to 3.13 only. Name another interpreter: make env PYTHON=python3.11"
+            "3.11 to 3.13 only. Name another interpreter: make env PYTHON=python3.11"
         )
     place = next(x for x in (folder, *folder.parents) if x.is_dir())
     free = shutil.disk_usage(place).free / 1e9

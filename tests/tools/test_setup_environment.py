@@ -94,7 +94,7 @@ def test_a_change_that_finds_no_place_is_an_error(tmp_path):
         build(tmp_path, {"detectron2/data/transforms/transform.py": "a = 1\n"})
 
 
-@pytest.mark.parametrize("version", [(3, 9, 20), (3, 14, 0)])
+@pytest.mark.parametrize("version", [(3, 10, 13), (3, 14, 0)])
 def test_what_a_machine_may_lack(tmp_path, monkeypatch, version):
     usage = DiskUsage(100e9, 94e9, 6e9)
     monkeypatch.setattr(setup_environment.shutil, "disk_usage", lambda path: usage)
@@ -102,7 +102,7 @@ def test_what_a_machine_may_lack(tmp_path, monkeypatch, version):
     with pytest.raises(SetupError, match=r"6\.0 GB free.*7 GB"):
         setup_environment.check_machine(tmp_path / "not/there", needs_space=True)
     monkeypatch.setattr(setup_environment.sys, "version_info", version)
-    with pytest.raises(SetupError, match="wheels for 3.10 to 3.13 only.*PYTHON="):
+    with pytest.raises(SetupError, match="wheels for 3.11 to 3.13 only.*PYTHON="):
         setup_environment.check_machine(tmp_path, needs_space=False)
 
 
