@@ -128,18 +128,17 @@ def measure_masks(
     Args:
         segmentations: n values of "segmentation", of any kind, as json holds them.
         sizes: (height, width) of the images, shape (n, 2); inf: polygons of any size will do.
-        boxes: XYWH of the objects, shape (n, 4); None: rectangles and crossing edges are not
-            looked for.
+        boxes: XYWH of the objects, shape (n, 4); None: nothing but ``state`` is measured.
     """
-    if boxes is None:
-        boxes = np.full((len(segmentations), 4), np.nan)
     chunks = range(0, max(1, len(segmentations)), _CHUNK_MASKS)
     parts = [slice(start, start + _CHUNK_MASKS) for start in chunks]
-    columns = zip(*(_measure(segmentations[x], sizes[x], boxes[x]) for x in parts))
+    columns = zip(
+        *(_measure(segmentations[x], sizes[x], None if boxes is None else boxes[x]) for x in parts)
+    )
     return MeasuredMasks(*map(np.concatenate, columns))
 
 
-def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> tuple:
+def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray | None) -> tuple:
     # The columns of MeasuredMasks.
     num = len(segmentations)
     state = np.full(num, MaskState.NONE, dtype=np.int8)
@@ -167,8 +166,7 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     polygons = valid_polygons(outlines)
     owners = owners[(lengths >= _MIN_COORDINATES) & (lengths % 2 == 0)]
     limits = sizes[owners, ::-1]
-    has_box = ~np.isnan(boxes[owners, 0])
-    extents, areas, num_filled = _measure_polygons(polygons, limits, has_box)
+    extents, areas, num_filled = _measure_polygons(polygons, limits, boxes is not None)
     low, high = extents[:, :2], extents[:, 2:]
     covers = (high > 0).all(axis=1) & (low < limits).all(axis=1)
     covers &= (areas > 0) | (num_filled > 0)
@@ -176,6 +174,8 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
     state[owners[covers]] = MaskState.MASK
     state[of_half_points] = MaskState.NOT_A_MASK
     has_short_part &= state == MaskState.MASK
+    if boxes is None:
+        return state, is_rectangle, is_crossing, has_short_part, object_extents
 
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     object_extents[owners[first], :2] = np.minimum.reduceat(low, first)
@@ -193,12 +193,12 @@ def _measure(segmentations: Sequence, sizes: np.ndarray, boxes: np.ndarray) -> t
 
 
 def _measure_polygons(
-    polygons: Sequence[Sequence[float]], limits: np.ndarray, may_cross: np.ndarray
+    polygons: Sequence[Sequence[float]], limits: np.ndarray, may_cross: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Args:
         limits: (width, height) of the image of each of n polygons, shape (n, 2).
-        may_cross: whether edges that cross are looked for, shape (n,).
+        may_cross: whether edges that cross are looked for.
 
     Returns:
         Left, top, right and bottom, shape (n, 4); the area by the shoelace formula, shape (n,); and

@@ -150,9 +150,10 @@ class TeacherStudentDatasetMapper(DatasetMapper):
 
         annotations = dataset_dict.pop("annotations")
         masks = [x["segmentation"] for x in annotations]
-        is_usable = torch.tensor([x is not None for x in masks], dtype=torch.bool)
-        is_model = torch.tensor([is_from_model(x) for x in annotations], dtype=torch.bool)
-        has_mask, has_model_mask = is_usable & ~is_model, is_usable & is_model
+        # Whether a model made the mask; None where there is none.
+        made = [None if x["segmentation"] is None else is_from_model(x) for x in annotations]
+        has_mask = torch.tensor([x is False for x in made], dtype=torch.bool)
+        has_model_mask = torch.tensor([x is True for x in made], dtype=torch.bool)
         has_rle = any(isinstance(x, dict) for x in masks)
         mask_format = "bitmask" if has_rle else self.instance_mask_format
         for annotation, mask in zip(annotations, masks):
