@@ -6,13 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from ..class_splits import resolve_seen_classes
-from ..data.datasets import training_classes
 from ..data.train_loader import seed_generators
 
 __all__ = ["FiniteLoss", "PseudoMaskWatch", "SeedEveryIteration", "UnseenMaskGuard"]
@@ -45,7 +42,6 @@ class UnseenMaskGuard(HookBase):
     scalar "leak/num_unseen_masks" is 0 in every training that goes on.
     """
 
-    @configurable
     def __init__(self, seen_classes: Collection[int], class_names: Sequence[str]):
         """
         Args:
@@ -53,12 +49,6 @@ class UnseenMaskGuard(HookBase):
             class_names: of all classes, by contiguous id; for the message.
         """
         self.seen_classes, self.class_names = frozenset(seen_classes), class_names
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        names = training_classes(cfg)
-        seen_classes = resolve_seen_classes(cfg.DATASETS.SEEN_CLASSES, names)
-        return {"seen_classes": seen_classes, "class_names": names}
 
     def before_train(self) -> None:
         # A function, not a method: a copy of the model must not want to copy the trainer.
@@ -161,60 +151,31 @@ class PseudoMaskWatch(HookBase):
     Warns, once, when the pseudo masks of a training die out, fill up, or shrink.
 
     It warns when by "pseudo_mask/fg_ratio" of 100 iterations all are empty or full, or when their
-    foreground has fallen and, by "pseudo_mask/agreement", teacher and student disagree. The start
-    that a fall is measured from is part of checkpoints. Each rank watches its own objects.
-
-    Ten times a training it also logs the foreground ratio of each class, in ascending order:
-    classes that fill little of their boxes are the first to die out.
+    foreground has fallen and, by "pseudo_mask/agreement", teacher and student disagree. After
+    ``--resume`` a fall is measured from there on. Each rank watches its own objects.
     """
 
-    def __init__(self, class_names: Sequence[str] = ()):
-        """``class_names``: by contiguous id, for the log; "" = the ids."""
-        self.class_names = class_names
-        self._start: dict | None = None
+    def __init__(self) -> None:
         self._has_warned = False
 
-    def state_dict(self) -> dict:
-        return {"start": dict(self._start)} if self._start is not None else {}
-
     def load_state_dict(self, state: dict) -> None:
-        self._start = dict(state["start"])
-
-    def _log_classes(self) -> None:
-        prefix, ratios = "pseudo_mask/fg_ratio/", {}
-        for name, history in self.trainer.storage.histories().items():
-            if name.startswith(prefix):
-                k = int(name.removeprefix(prefix))
-                ratios[self.class_names[k] if self.class_names else k] = history.avg(20)
-        if ratios:
-            shares = ", ".join(
-                f"{k} {v:.2f}" for k, v in sorted(ratios.items(), key=lambda x: x[1])
-            )
-            logger.info(
-                f"Foreground of the pseudo masks, of each class the last 20 means: {shares}"
-            )
+        """Nothing is read; checkpoints of earlier versions have a state."""
 
     def after_step(self) -> None:
         now, storage = self.trainer.iter, self.trainer.storage
-        if (now + 1) % max(self.trainer.max_iter // 10, 1) == 0:
-            self._log_classes()
-        foreground, logged_at = storage.latest().get("pseudo_mask/fg_ratio", (0.0, None))
+        _, logged_at = storage.latest().get("pseudo_mask/fg_ratio", (0.0, None))
         if logged_at != now or self._has_warned:
             return
-        if self._start is None:
-            self._start = {"iteration": now, "total": 0.0, "count": 0}
-        if now < self._start["iteration"] + _START_ITERS:
-            self._start["total"] += foreground
-            self._start["count"] += 1
         names = ("pseudo_mask/fg_ratio", "pseudo_mask/agreement")
         foreground, agreement = (storage.history(x).values() for x in names)
-        first_of_process = foreground[0][1]
+        began = foreground[0][1]
         num = sum(i > now - _WINDOW_ITERS for _, i in foreground[-_WINDOW_ITERS:])
-        if now - first_of_process + 1 < _WINDOW_ITERS or num < _MIN_VALUES:
+        if now - began + 1 < _WINDOW_ITERS or num < _MIN_VALUES:
             return
+        first = [x for x, i in foreground[:_START_ITERS] if i < began + _START_ITERS]
+        start = sum(first) / len(first)
         foreground, agreement = ([x for x, _ in y[-num:]] for y in (foreground, agreement))
         mean, agreed = sum(foreground) / num, sum(agreement) / num
-        start = self._start["total"] / self._start["count"]
         if max(foreground) < _EMPTY_RATIO:
             state = "are empty"
         elif min(foreground) > _FULL_RATIO:
@@ -227,7 +188,7 @@ class PseudoMaskWatch(HookBase):
         logger.warning(
             f"Iteration {now}: the pseudo masks {state}: over {_WINDOW_ITERS} iterations their "
             f"foreground ratio is {mean:.3f}, after {start:.3f} when they began at iteration "
-            f"{self._start['iteration']}, and teacher and student put {agreed:.0%} of the cells on "
+            f"{began}, and teacher and student put {agreed:.0%} of the cells on "
             "the same side. The student then learns from wrong masks. What helps: STUDENT_LOSS "
             '"dice" or INTERACT_BALANCE "share" of MODEL.PSEUDO_MASK, or its METHOD "box_fit"; and '
             "a look at teacher_mask/accuracy in metrics.json."

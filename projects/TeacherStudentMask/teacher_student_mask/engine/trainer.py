@@ -11,10 +11,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
@@ -23,7 +20,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ..class_splits import AUTO, match_classes
+from ..class_splits import AUTO, match_classes, resolve_seen_classes
 from ..coco_json import open_atomically
 from ..data import (
     TeacherStudentDatasetMapper,
@@ -87,9 +84,9 @@ class Trainer(DefaultTrainer):
         timer, *others = super().build_hooks()
         self.finite_loss = FiniteLoss()
         seeding = SeedEveryIteration(self.cfg.SEED) if self.cfg.SEED >= 0 else None
-        guard = UnseenMaskGuard(self.cfg)
-        watch = PseudoMaskWatch(guard.class_names)
-        return [seeding, timer, self.finite_loss, guard, watch, *others]
+        names = training_classes(self.cfg)
+        guard = UnseenMaskGuard(resolve_seen_classes(self.cfg.DATASETS.SEEN_CLASSES, names), names)
+        return [seeding, timer, self.finite_loss, guard, PseudoMaskWatch(), *others]
 
     def run_step(self) -> None:
         try:
