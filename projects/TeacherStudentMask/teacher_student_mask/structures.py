@@ -32,10 +32,8 @@ class ImageMask:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, item: int | slice | torch.Tensor) -> ImageMask:
+    def __getitem__(self, item: slice | torch.Tensor) -> ImageMask:
         """Select instances by what indexes a tensor of length N; the map itself is shared."""
-        if isinstance(item, int):
-            item = [item]
         if isinstance(item, torch.Tensor):
             item = item.to("cpu")
         return ImageMask(self.tensor, len(torch.arange(self._length)[item]))
@@ -57,8 +55,3 @@ class ImageMask:
         image = self.tensor.to(device=boxes.device, dtype=torch.float32)[None, None]
         crops = ROIAlign((mask_side_len, mask_side_len), 1.0, 0, aligned=True)(image, rois)
         return crops[:, 0] >= 0.5
-
-    @staticmethod
-    def cat(image_masks: list[ImageMask]) -> ImageMask:
-        """Join instances of one image, which have the same map."""
-        return ImageMask(image_masks[0].tensor, sum(len(m) for m in image_masks))
