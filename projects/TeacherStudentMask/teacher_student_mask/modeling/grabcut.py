@@ -44,41 +44,35 @@ def grab_cut(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
     x0, y0, x1, y1 = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])]).astype(int).tolist()
     if x0 >= x1 or y0 >= y1:
         return mask
-    found = None
+    mask[y0:y1, x0:x1] = True
     # Of the box itself, whose corners in float32 may make a side of 8 one of 7.99999.
-    if (box[2:] - box[:2]).min() >= _MIN_BOX_SIDE - 1e-3:
-        found = _find_inside(image, (x0, y0, x1, y1))
-    mask[y0:y1, x0:x1] = True if found is None or not found.any() else found
-    return mask
-
-
-def _find_inside(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray | None:
-    # bool, of the box's size; None if GrabCut fails.
-    x0, y0, x1, y1 = box
+    if (box[2:] - box[:2]).min() < _MIN_BOX_SIDE - 1e-3:
+        return mask
     margin_x = max(_MIN_MARGIN, round(_MARGIN * (x1 - x0)))
     margin_y = max(_MIN_MARGIN, round(_MARGIN * (y1 - y0)))
-    left, top = max(0, x0 - margin_x), max(0, y0 - margin_y)
-    crop = image[top : y1 + margin_y, left : x1 + margin_x]
-    height, width = crop.shape[:2]
-    labels = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
-    labels[y0 - top : y1 - top, x0 - left : x1 - left] = cv2.GC_PR_FGD
+    around = np.s_[max(0, y0 - margin_y) : y1 + margin_y, max(0, x0 - margin_x) : x1 + margin_x]
+    height, width = mask[around].shape
+    labels = np.where(mask[around], cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
     scale = min(1.0, _MAX_SIDE / max(height, width))
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
-    crop = np.ascontiguousarray(cv2.resize(crop, size, interpolation=cv2.INTER_AREA))
+    crop = np.ascontiguousarray(cv2.resize(image[around], size, interpolation=cv2.INTER_AREA))
     labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
     if (labels == cv2.GC_PR_FGD).all():
         # A box as large as the image: without any background OpenCV would stop.
         labels[[0, -1]] = labels[:, [0, -1]] = cv2.GC_BGD
     # OpenCV's random numbers, of its k-means, are of the thread.
-    cv2.setRNGSeed(zlib.crc32(np.array(box, dtype=np.int32).tobytes()) & 0x7FFFFFFF)
+    cv2.setRNGSeed(zlib.crc32(np.array([x0, y0, x1, y1], dtype=np.int32).tobytes()) & 0x7FFFFFFF)
     models = np.zeros((1, 65)), np.zeros((1, 65))
     try:
         cv2.grabCut(crop, labels, None, *models, _NUM_ITERS, cv2.GC_INIT_WITH_MASK)
     except cv2.error:
-        return None
+        return mask
     found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
     found = cv2.resize(found, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
-    return found[y0 - top : y1 - top, x0 - left : x1 - left]
+    found &= mask[around]
+    if found.any():
+        mask[around] = found
+    return mask
 
 
 @META_ARCH_REGISTRY.register()
