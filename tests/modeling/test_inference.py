@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from teacher_student_mask import GTBoxInference
-from teacher_student_mask.modeling import inference, predict_masks_on_boxes
+from teacher_student_mask.modeling import predict_masks_on_boxes
 
 BOXES = torch.tensor([[4.0, 4, 30, 30], [20, 20, 50, 56], [0, 0, 64, 64]])
 CLASSES = torch.tensor([2, 0, 1])
@@ -21,9 +21,7 @@ def make(tiny_cfg, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["TeacherStudentROIHeads", "PartiallySupervisedROIHeads"])
-@pytest.mark.parametrize("max_rois", [128, 2])
-def test_probabilities_are_those_of_the_heads(tiny_cfg, monkeypatch, name, max_rois):
-    monkeypatch.setattr(inference, "_MAX_ROIS", max_rois)
+def test_probabilities_are_those_of_the_heads(tiny_cfg, name):
     model, inputs = make(tiny_cfg, name)
     model.proposal_generator = None  # nothing is detected
     probs = predict_masks_on_boxes(model, inputs, BOXES, CLASSES)
@@ -36,6 +34,14 @@ def test_probabilities_are_those_of_the_heads(tiny_cfg, monkeypatch, name, max_r
     if "teacher" in probs:
         teacher = heads.teacher_mask_head.layers(pooled)[:, 0].sigmoid()
         torch.testing.assert_close(probs["teacher"], teacher)
+
+
+def test_the_head_at_test_stays_whatever_happens(tiny_cfg):
+    model, inputs = make(tiny_cfg, "TeacherStudentROIHeads")
+    model.roi_heads.teacher_mask_head = None
+    with pytest.raises(AttributeError):
+        predict_masks_on_boxes(model, inputs, BOXES, CLASSES)
+    assert model.roi_heads.test_mask_head == "student"
 
 
 def test_no_box_gives_no_row(tiny_cfg):

@@ -10,9 +10,6 @@ from .grabcut import GrabCutRCNN
 
 __all__ = ["GTBoxInference", "has_teacher", "predict_masks_on_boxes"]
 
-# Bounds the memory of the mask heads in images with very many objects.
-_MAX_ROIS = 128
-
 
 class GTBoxInference(nn.Module):
     """
@@ -70,20 +67,18 @@ def predict_masks_on_boxes(
     boxes, classes = boxes.to(model.device), classes.to(model.device)
 
     def run() -> torch.Tensor:
-        parts = []
-        # Without boxes one part, of no rows.
-        for b, c in zip(boxes.split(_MAX_ROIS), classes.split(_MAX_ROIS)):
-            given = [_detections(image_size, b, c)]
-            (found,) = roi_heads.forward_with_given_boxes(features, given)
-            parts.append(found.pred_masks[:, 0])
-        return torch.cat(parts)
+        given = [_detections(image_size, boxes, classes)]
+        (found,) = roi_heads.forward_with_given_boxes(features, given)
+        return found.pred_masks[:, 0]
 
     if not has_teacher(model):
         return {"student": run()}
     probs, chosen = {}, roi_heads.test_mask_head
-    for roi_heads.test_mask_head in ("student", "teacher"):
-        probs[roi_heads.test_mask_head] = run()
-    roi_heads.test_mask_head = chosen
+    try:
+        for roi_heads.test_mask_head in ("student", "teacher"):
+            probs[roi_heads.test_mask_head] = run()
+    finally:
+        roi_heads.test_mask_head = chosen
     return probs
 
 
