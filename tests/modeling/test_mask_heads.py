@@ -30,6 +30,16 @@ def test_the_predictor_of_all_heads_starts_as_the_config_says(tiny_cfg):
             assert not head.predictor.bias.any()
 
 
+def test_a_head_without_a_predictor_starts_as_it_is(tiny_cfg):
+    """Bug: "kaiming" raised AttributeError with Mask^X R-CNN's head."""
+    opts, states = ["MODEL.ROI_MASK_HEAD.NAME", "WeightTransferMaskHead"], []
+    for method in ("d2", "kaiming"):
+        torch.manual_seed(0)
+        cfg = tiny_cfg(opts=[*opts, "MODEL.ROI_MASK_HEAD.PREDICTOR_INIT", method])
+        states.append(build_model(cfg).roi_heads.mask_head.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(*(x.values() for x in states)))
+
+
 def test_label_channel_is_selected_and_only_it_gets_gradient():
     logits = torch.arange(2 * 3 * 4, dtype=torch.float32).reshape(2, 3, 2, 2).requires_grad_()
     selected = select_label_channel(logits, torch.tensor([2, 0]))

@@ -72,7 +72,8 @@ def build_teacher_mask_head(cfg: CfgNode, input_shape: ShapeSpec) -> BaseMaskRCN
 
 def init_predictor(head: BaseMaskRCNNHead, cfg: CfgNode) -> None:
     """Give a head's last layer the initial weights of ``MODEL.ROI_MASK_HEAD.PREDICTOR_INIT``."""
-    if cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT == "kaiming":
+    is_kaiming = cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT == "kaiming"
+    if is_kaiming and hasattr(head, "predictor"):  # Mask^X R-CNN's predicts that layer
         weight_init.c2_msra_fill(head.predictor)
 
 

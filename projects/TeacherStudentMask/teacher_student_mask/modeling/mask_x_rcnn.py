@@ -36,9 +36,8 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
         self, input_shape: ShapeSpec, *, num_classes: int, mlp_branch: bool = False, **kwargs
     ):
         """
-        As :class:`MaskRCNNConvMultiUpsampleHead`, for the C classes of the box predictor.
-        ``mlp_branch`` adds class-agnostic logits of a layer from D * M * M features to M * M cells:
-        157 million weights for D = 256 and M = 28, four times the rest of a Mask R-CNN.
+        As :class:`MaskRCNNConvMultiUpsampleHead`, for the C classes of the box predictor;
+        ``mlp_branch``: ``MODEL.ROI_MASK_HEAD.MLP_BRANCH`` of config.py.
         """
         super().__init__(input_shape, num_classes=1, **kwargs)
         # The predictor of the parent has one set of weights per class; here they are predicted.
@@ -88,18 +87,14 @@ class WeightTransferMaskHead(MaskRCNNConvMultiUpsampleHead):
         for layer in (self.transfer[0], self.transfer[2]):
             weight_init.c2_msra_fill(layer)
 
-    def class_weights(self) -> torch.Tensor:
-        """The weights w_c of the last layer, shape (C, D), with gradient to A1 and A2 alone."""
-        (box_predictor,) = self._box_predictor
-        scores = box_predictor.cls_score.weight.detach()[: self.num_classes]  # without background
-        deltas = box_predictor.bbox_pred.weight.detach().reshape(self.num_classes, -1)
-        return self.transfer(torch.cat([scores, deltas], dim=1))
-
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (R, C, M, M), of ROI features, (R, D_in, S, S)."""
         for name in self._trunk:
             x = getattr(self, name)(x)
-        weights = self.class_weights().to(x.dtype)
+        (box_predictor,) = self._box_predictor
+        scores = box_predictor.cls_score.weight.detach()[: self.num_classes]  # without background
+        deltas = box_predictor.bbox_pred.weight.detach().reshape(self.num_classes, -1)
+        weights = self.transfer(torch.cat([scores, deltas], dim=1)).to(x.dtype)
         logits = F.conv2d(x, weights[:, :, None, None])
         if self.mlp is None:
             return logits
