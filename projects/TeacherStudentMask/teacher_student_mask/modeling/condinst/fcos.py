@@ -77,11 +77,7 @@ class FCOS(nn.Module):
             in_features, strides: names of the levels, fine to coarse, and their strides in pixels.
             num_classes: C.
             sizes, centre_radius: see :func:`assign_objects`.
-            num_conv: 3x3 convolutions of each of the two towers.
-            norm: of the towers, see :func:`detectron2.layers.get_norm`; "" = none.
-            test_score_thresh: of the score, the square root of class probability times centreness.
-            test_nms_thresh: IoU from which on the lower score of a class goes.
-            test_topk_per_image: detections of an image at most.
+            The others: the keys that :meth:`from_config` reads, of config.py and of Detectron2.
 
         Raises:
             ValueError: the number of ``sizes`` is not one fewer than that of levels, two or more.
@@ -225,15 +221,9 @@ class FCOS(nn.Module):
             boxes = grid.points[locations].repeat(1, 2) + offsets * sign
             kept = batched_nms(boxes, values, classes, self.test_nms_thresh)
             kept = kept[: self.test_topk_per_image]
-            found.append(
-                Instances(
-                    size,
-                    pred_boxes=Boxes(boxes[kept]),
-                    scores=values[kept].sqrt(),
-                    pred_classes=classes[kept],
-                    locations=locations[kept],
-                )
-            )
+            own = Instances(size, pred_boxes=Boxes(boxes[kept]), scores=values[kept].sqrt())
+            own.pred_classes, own.locations = classes[kept], locations[kept]
+            found.append(own)
         return found
 
     def locate(self, grid: Grid, boxes: torch.Tensor) -> torch.Tensor:

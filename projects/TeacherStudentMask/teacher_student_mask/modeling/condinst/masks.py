@@ -62,22 +62,16 @@ class MaskBranch(nn.Module):
         self.in_features, self.strides = tuple(in_features), tuple(strides)
 
         def conv(num_inputs: int) -> Conv2d:
+            own = get_norm(norm, width)
             layer = Conv2d(
-                num_inputs,
-                width,
-                3,
-                padding=1,
-                bias=not norm,
-                norm=get_norm(norm, width),
-                activation=F.relu,
+                num_inputs, width, 3, padding=1, bias=not norm, norm=own, activation=F.relu
             )
             nn.init.kaiming_uniform_(layer.weight, a=1)
             return layer
 
         self.refine = nn.ModuleList([conv(in_channels) for _ in in_features])
-        self.tower = nn.Sequential(
-            *(conv(width) for _ in range(4)), nn.Conv2d(width, _NUM_CHANNELS, 1)
-        )
+        layers = [conv(width) for _ in range(4)]
+        self.tower = nn.Sequential(*layers, nn.Conv2d(width, _NUM_CHANNELS, 1))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:

@@ -82,11 +82,7 @@ def centreness_of(distances: torch.Tensor) -> torch.Tensor:
 
 
 def assign_objects(
-    grid: Grid,
-    boxes: torch.Tensor,
-    centres: torch.Tensor,
-    sizes: Sequence[float],
-    radius: float,
+    grid: Grid, boxes: torch.Tensor, centres: torch.Tensor, sizes: Sequence[float], radius: float
 ) -> torch.Tensor:
     """
     Which object each location of an image should detect, as FCOS with centre sampling.
