@@ -191,9 +191,8 @@ def mask_losses(heads, targets, features=None, iteration=0):
     proposals = make_proposals(targets)
     torch.manual_seed(0)
     with EventStorage(iteration) as storage:
-        rois = heads._select_training_rois(proposals)
         pixels = make_images(len(targets)).tensor
-        losses = heads.compute_mask_losses(features, rois, proposals, pixels)
+        losses = heads.compute_mask_losses(features, proposals, proposals, pixels)
         return losses, {k: v[0] for k, v in storage.latest().items()}
 
 

@@ -41,7 +41,7 @@ class SameTargets:
 
     def __init__(self, pseudo_masks):
         self.pseudo_masks = pseudo_masks
-        self.needs_images = pseudo_masks.needs_images
+        self.crf = pseudo_masks.crf
         self.masks = []
 
     def __call__(self, *args):

@@ -13,7 +13,7 @@ from teacher_student_mask.modeling.box_supervision import (
     BoxSupervision,
     color_similarity,
     crop_lab,
-    pairwise_loss,
+    pairwise_sums,
     projection_loss,
     rgb_to_lab,
 )
@@ -76,7 +76,8 @@ def test_saturated_logits_have_finite_losses_and_gradients(seed, size):
     valid, is_small = torch.ones(2, 8, 8).bool(), torch.zeros(2).bool()
     similarity = color_similarity(torch.zeros(2, 3, 8, 8), valid, 2, is_small)
     box_masks = torch.from_numpy(rng.random((2, 8, 8)) < 0.5)
-    pairwise = pairwise_loss(logits, similarity, box_masks, 0.3, 2, is_small)
+    pairwise, count = pairwise_sums(logits, similarity, box_masks, 0.3, 2, is_small)
+    pairwise = pairwise / count.clamp(min=1)
     loss = pairwise + projection_loss(logits, box_masks)
     loss = loss + masked_dice_loss(logits, box_masks.float(), torch.ones(2).bool())
     loss.backward()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from roi_heads_factory import MIXED, targets_of
 
 from teacher_student_mask.modeling.mask_targets import (
     cells_inside_boxes,
@@ -17,7 +16,6 @@ from teacher_student_mask.modeling.mask_targets import (
     mask_accuracy,
     masked_bce_loss,
     masked_dice_loss,
-    rois_of_objects,
 )
 
 
@@ -75,13 +73,19 @@ def test_loss_without_supervised_rois_is_zero_and_attached(function, num_rois):
     assert logits.grad is not None and not logits.grad.any()
 
 
-def test_accuracy_counts_selected_pixels_only():
+def test_accuracy_counts_selected_cells_only():
     logits = torch.tensor([[[1.0, -1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0, 1.0]]])
     targets = torch.tensor([[[1.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]])
-    assert mask_accuracy(logits, targets, torch.tensor([True, False])).item() == 0.75
-    assert mask_accuracy(logits, targets, torch.tensor([True, True])).item() == 0.375
-    assert mask_accuracy(logits, targets, torch.tensor([False, False])).isnan()
-    assert mask_accuracy(logits[:0], targets[:0], torch.zeros(0, dtype=torch.bool)).isnan()
+    for rows, expected in (
+        ([True, False], 0.75),
+        ([True, True], 0.375),
+        ([False, False], math.nan),
+    ):
+        counted = torch.tensor(rows)[:, None, None]
+        found = mask_accuracy(logits, targets, counted).item()
+        assert found == pytest.approx(expected, nan_ok=True)
+    assert mask_accuracy(logits, targets, targets > 0.5).item() == 1
+    assert mask_accuracy(logits[:0], targets[:0], counted[:0]).isnan()
 
 
 def plain_rois(has_mask):
@@ -116,23 +120,6 @@ def test_all_with_a_mask_stay_and_some_of_the_others(limit):
     kept = drop_surplus_rois_without_mask(rois, limit).gt_classes.tolist()
     assert kept == sorted(kept) and {1, 4} <= set(kept)
     assert len(kept) == 2 + min(limit, 3)
-
-
-def test_each_object_is_a_roi_at_its_own_box_with_all_its_fields():
-    (targets,) = targets_of(MIXED[:1])
-    targets.gt_has_model_mask = torch.tensor([False, True])
-    targets.other = torch.zeros(2)
-    fields = targets.get_fields().copy()
-    rois = rois_of_objects(targets)
-    assert rois.image_size == targets.image_size
-    assert set(rois.get_fields()) == {*fields, "proposal_boxes"} - {"other"}
-    assert rois.proposal_boxes.tensor.tolist() == [[4, 4, 30, 30], [20, 20, 50, 56]]
-    assert rois.gt_classes.tolist() == [0, 2] and rois.gt_has_mask.tolist() == [True, False]
-    assert rois.gt_has_model_mask.tolist() == [False, True]
-    assert rois.gt_masks is targets.gt_masks and targets.get_fields() == fields
-    # Who clips the boxes of ROIs does not move the targets.
-    rois.proposal_boxes.clip((10, 10))
-    assert targets.gt_boxes.tensor.tolist() == [[4, 4, 30, 30], [20, 20, 50, 56]]
 
 
 def test_rois_are_found_among_sampled_ones_by_their_boxes():

@@ -22,6 +22,7 @@ from roi_heads_factory import (
     targets_of,
     whole_step,
 )
+from torch import nn
 
 from teacher_student_mask import PartiallySupervisedROIHeads, TeacherStudentROIHeads
 from teacher_student_mask.modeling.box_supervision import BoxSupervision
@@ -131,6 +132,35 @@ def test_train_on_gt_boxes_uses_every_object_once_at_its_own_box():
     ):
         _, boxes = train_step(heads, batch)
         assert boxes == [[b for b, seen in zip(*image[::2]) if seen] for image in batch]
+
+
+def test_box_losses_on_gt_boxes_are_of_all_objects_each_once():
+    """Bug: they were of the objects with a sampled proposal, weighted by these proposals."""
+    settings = {"num_channels": 1, "train_on_gt_boxes": True}
+    targets, counts = targets_of([CROWD]), []
+    plain = whole_step(make_heads(PartiallySupervisedROIHeads, **settings), targets)
+    settings["box_supervision"] = BoxSupervision()
+    heads = make_heads(PartiallySupervisedROIHeads, **settings)
+    heads.mask_pooler.register_forward_hook(lambda m, args, out: counts.append(len(out)))
+    losses = whole_step(heads, targets)
+    assert counts == [4, 8]
+    torch.testing.assert_close(losses["loss_mask"], plain["loss_mask"] * 4 / 12)
+
+
+def test_the_prior_has_its_losses_once_of_the_rois_that_train_the_mask_heads():
+    """Bug: with box supervision they were computed once more, and thrown away."""
+    contexts = []
+
+    class Prior(nn.Module):
+        needs_class_maps = False
+
+        def forward(self, mask_features, context):
+            contexts.append(context)
+            return mask_features, {}
+
+    heads = make_heads(mask_prior=Prior(), box_supervision=BoxSupervision())
+    whole_step(heads, targets_of(MIXED))
+    assert [x.sampled is None for x in contexts] == [False, True]
 
 
 def test_plain_mapper_targets_are_refused_with_the_remedy():

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, Instances
 from teacher_student_mask.modeling.box_supervision import (
     BoxSupervision,
     color_similarity,
-    pairwise_loss,
+    pairwise_sums,
     projection_loss,
 )
 from teacher_student_mask.modeling.condinst.condinst import _select, _to_image
@@ -203,7 +203,8 @@ def test_projection_and_pairwise_terms():
     similarity = color_similarity(f((1, 3, 12, 14), 27, 2.0), valid, 2)
     assert similarity.sum().item() == pytest.approx(242.44328504)
     assert projection_loss(logits, boxes).item() == pytest.approx(0.54869801)
-    pairwise = pairwise_loss(logits, similarity.expand(3, -1, -1, -1), boxes, 0.3, 2)
+    total, count = pairwise_sums(logits, similarity.expand(3, -1, -1, -1), boxes, 0.3, 2)
+    pairwise = total / count
     assert pairwise.item() == pytest.approx(0.84037250)
 
 

@@ -49,9 +49,6 @@ def test_two_branches_by_their_layers():
     assert torch.allclose(class_maps, conv(shared, "class_branch.conv1"), atol=1e-5)
     expected = conv(conv(shared, "box_branch.conv1"), "box_branch.conv2")
     assert torch.allclose(box_maps, expected, atol=1e-5)
-    # The map of the classes alone does not need the box branch.
-    head.box_branch = None
-    assert torch.equal(head.class_maps(x), class_maps)
 
 
 def reference(mask):
@@ -335,6 +332,8 @@ def test_the_loss_is_of_all_sampled_foreground_whatever_the_mask_heads_see():
         features = torch.randn(len(other.instances[0]), CHANNELS, SIDE, SIDE)
         out, losses = run_prior(prior.train(), other, features)
         assert losses["loss_mask_contrast"].item() == pytest.approx(expected, rel=1e-4)
+        _, losses = run_prior(prior, dataclasses.replace(other, sampled=None), features)
+        assert losses == {}
         at_inference, losses = run_prior(prior.eval(), other, features)
         assert losses == {} and torch.allclose(out, at_inference, atol=1e-5)
 

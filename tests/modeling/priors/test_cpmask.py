@@ -170,5 +170,7 @@ def test_batches_without_masks_or_rois(batch):
     (out.sum() + sum(losses.values())).backward()
     for name, parameter in prior.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    context.sampled = None
+    assert prior(mask_features_of(context, SIDE), context)[1] == {}
     prior.eval()
     assert prior(mask_features_of(context, SIDE), context)[0].shape == out.shape

@@ -183,7 +183,7 @@ def heads_with_maps(box_head, heads_class=PartiallySupervisedROIHeads, **kwargs)
 
 
 def maps_at(heads, features, boxes):
-    return heads.box_head.class_maps(heads.box_pooler([features["p2"]], boxes))
+    return heads.box_predictor(heads.box_head(heads.box_pooler([features["p2"]], boxes)))[-1]
 
 
 both_heads = pytest.mark.parametrize("box_head", [FeatureMapBoxHead, TwoBranchBoxHead])

@@ -167,6 +167,9 @@ def test_training_and_inference_give_the_same_features():
     fewer = dataclasses.replace(context, sampled=[x[:2] for x in context.sampled])
     out, _ = make_prior().train()(features, fewer)
     assert torch.allclose(out, expected, atol=1e-6)
+    # Without losses, as for box supervision.
+    out, losses = make_prior().train()(features, dataclasses.replace(context, sampled=None))
+    assert losses == {} and torch.allclose(out, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [NONE_SEEN, NO_OBJECT, NO_OBJECT * 2, HALF_EMPTY])

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
 from .mask_targets import (
     at_least_float32,
     cells_inside_boxes,
+    crop_pixels,
     dice_loss,
     has_mask_of,
     select_rois,
@@ -28,7 +28,6 @@ __all__ = [
     "BoxSupervision",
     "color_similarity",
     "crop_lab",
-    "pairwise_loss",
     "pairwise_sums",
     "projection_loss",
     "rgb_to_lab",
@@ -91,14 +90,14 @@ def color_similarity(
     return torch.exp(-0.5 * difference.square().sum(1).sqrt()) * is_valid
 
 
-def pairwise_loss(
+def pairwise_sums(
     logits: torch.Tensor,
     similarity: torch.Tensor,
     box_masks: torch.Tensor,
     threshold: float,
     dilation: int,
     is_small: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Ask neighbours of similar colour for the same label, whichever it is.
 
@@ -112,20 +111,10 @@ def pairwise_loss(
         threshold: similarity from which on (inclusive) a pair counts; above 0, because 0 stands
             for a neighbour that does not exist.
         dilation, is_small: see :func:`color_similarity`.
+
+    Returns:
+        The numerator and sum W_ij, which parts of a batch can add up.
     """
-    total, count = pairwise_sums(logits, similarity, box_masks, threshold, dilation, is_small)
-    return total / count.clamp(min=1)
-
-
-def pairwise_sums(
-    logits: torch.Tensor,
-    similarity: torch.Tensor,
-    box_masks: torch.Tensor,
-    threshold: float,
-    dilation: int,
-    is_small: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator and sum W_ij of :func:`pairwise_loss`, which parts of a batch can add up."""
     logits = at_least_float32(logits)
     # Probabilities would round to 0 or 1 and their logarithm to infinity.
     log_probs = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
@@ -189,17 +178,13 @@ def crop_lab(
         The colours, shape (R, 3, M, M), CIE Lab, and whether they are valid, bool, shape
         (R, M, M): the cell's centre lies in the part that counts.
     """
-    limits = [
-        boxes.tensor.new_tensor([width, height])
-        for (height, width), boxes in zip(valid_sizes, roi_boxes)
-    ]
+    limits = [x.tensor.new_tensor([w, h]) for (h, w), x in zip(valid_sizes, roi_boxes)]
     limits = torch.cat([limit.expand(len(boxes), 2) for limit, boxes in zip(limits, roi_boxes)])
     corners = Boxes.cat(roi_boxes).tensor
 
     # Without FPN the padded size need not be a multiple of the stride.
     averaged = F.avg_pool2d(pixels, _STRIDE, ceil_mode=True)
-    pooler = ROIPooler(mask_side_len, (1 / _STRIDE,), sampling_ratio=0, pooler_type="ROIAlignV2")
-    lab = pooler([rgb_to_lab(averaged)], roi_boxes)
+    lab = crop_pixels(rgb_to_lab(averaged), roi_boxes, mask_side_len, _STRIDE)
 
     # Shape (R, 2, M): x and y of the centres of columns and rows.
     cells = (torch.arange(mask_side_len, device=corners.device) + 0.5) / mask_side_len
@@ -214,16 +199,10 @@ class BoxSupervision:
     BoxInst's two losses of objects that have a box but no mask, on ROIs of their own.
 
     Attributes:
-        roi_scale: sides of these ROIs in those of the object's box, at least 1. BoxInst's losses
-            are of the whole image. On a grid that ends at the box no pair lies across the box's
-            edge, so that the full box costs nothing: its surroundings must be on the grid.
-        color_threshold, dilation: see :func:`pairwise_loss`. ROIs whose short side is below 56
-            pixels have neighbours at distance 1, whatever the dilation.
-        projection_weight, pairwise_weight: of the two losses.
-        warmup_iters: the pairwise loss, which an empty mask does not have, grows linearly from 0 at
-            iteration 0 to its full weight at this one; 0 = full weight from the start.
-        bottom_rows: rows at the bottom of an image, counted before it was resized, whose colours
-            do not count: BoxInst's authors found COCO's annotations there unreliable.
+        roi_scale: at least 1. BoxInst's losses are of the whole image; on a grid that ends at the
+            box no pair lies across its edge.
+        warmup_iters: an empty mask has no pairwise loss; 0 = full weight from the start.
+        The others: ``MODEL.BOX_SUPERVISION`` of config.py, in lower case.
     """
 
     roi_scale: float = 1.5
@@ -292,10 +271,11 @@ class BoxSupervision:
         box_masks = cells_inside_boxes(roi_boxes, gt_boxes, side)
         is_small = (roi_boxes[:, 2:] - roi_boxes[:, :2]).amin(1) < _SMALL_ROI_SIDE
         similarity = color_similarity(lab, valid, self.dilation, is_small)
-        pairwise = pairwise_loss(
+        total, count = pairwise_sums(
             logits, similarity, box_masks, self.color_threshold, self.dilation, is_small
         )
-        return self.weigh(projection_loss(logits, box_masks), pairwise, iteration)
+        projection = projection_loss(logits, box_masks)
+        return self.weigh(projection, total / count.clamp(min=1), iteration)
 
     def valid_sizes(self, instances: list[Instances]) -> list[tuple[float, float]]:
         """(height, width) of the part of each image whose colours count, see :func:`crop_lab`."""

@@ -29,7 +29,6 @@ __all__ = [
     "masked_bce_loss",
     "masked_dice_loss",
     "put_scalars",
-    "rois_of_objects",
     "select_rois",
     "to_rgb",
 ]
@@ -73,16 +72,6 @@ def drop_surplus_rois_without_mask(rois: Instances, limit: int) -> Instances:
     keep = has_mask.clone()
     keep[candidates[chosen]] = True
     return select_rois(rois, keep)
-
-
-def rois_of_objects(targets: Instances) -> Instances:
-    """The objects of an image as ROIs, each once and at its own box, with their ``gt_*`` fields."""
-    rois = Instances(targets.image_size)
-    rois.proposal_boxes = Boxes(targets.gt_boxes.tensor.clone())
-    for name, value in targets.get_fields().items():
-        if name.startswith("gt_"):
-            rois.set(name, value)
-    return rois
 
 
 def find_rois(rois: list[Instances], sampled: list[Instances]) -> torch.Tensor | None:
@@ -147,9 +136,14 @@ def crop_gt_masks(
     return torch.cat(targets)
 
 
-def crop_pixels(images: torch.Tensor, boxes: list[Boxes], side: int) -> torch.Tensor:
-    """Crop images (N, 3, H, W) with R boxes, a :class:`Boxes` for each: (R, 3, side, side)."""
-    pooler = ROIPooler(side, scales=(1.0,), sampling_ratio=0, pooler_type="ROIAlignV2")
+def crop_pixels(
+    images: torch.Tensor, boxes: list[Boxes], side: int, stride: int = 1
+) -> torch.Tensor:
+    """
+    Crop images (N, 3, H, W), whose cells are ``stride`` pixels wide, with R boxes in pixels, a
+    :class:`Boxes` for each image: (R, 3, side, side).
+    """
+    pooler = ROIPooler(side, scales=(1 / stride,), sampling_ratio=0, pooler_type="ROIAlignV2")
     return pooler([images], boxes)
 
 
@@ -231,12 +225,15 @@ def masked_dice_loss(
 
 
 def mask_accuracy(
-    pred_mask_logits: torch.Tensor, targets: torch.Tensor, selected: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor
 ) -> torch.Tensor:
-    """The share of the selected ROIs' pixels on the right side of 0.5; NaN without such a ROI."""
-    is_right = (pred_mask_logits.detach() > 0) == (targets > 0.5)
-    num_right = (is_right.flatten(1).sum(1) * selected).sum()
-    return num_right / (selected.sum() * is_right[:1].numel())
+    """
+    The share of the counted cells on the right side of 0.5; NaN without such a cell.
+
+    Of logits and targets, (R, h, w); ``counted`` is bool, of that shape or (R, 1, 1).
+    """
+    is_right = (logits.detach() > 0) == (targets > 0.5)
+    return (is_right & counted).sum() / counted.expand_as(is_right).sum()
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

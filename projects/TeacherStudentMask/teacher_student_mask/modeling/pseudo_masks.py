@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,6 @@ __all__ = [
     "PseudoMaskGenerator",
     "balance_foreground",
     "describe_targets",
-    "draw_rois_without_mask",
     "fit_to_boxes",
     "generate_pseudo_masks",
     "make_student_targets",
@@ -212,11 +211,6 @@ class PseudoMaskGenerator:
             crf=DenseCRF.from_config(settings.CRF) if settings.METHOD == "crf" else None,
         )
 
-    @property
-    def needs_images(self) -> bool:
-        """Whether ``roi_images`` must be given."""
-        return self.method == "crf"
-
     def __call__(
         self,
         teacher_probs: torch.Tensor,
@@ -226,7 +220,8 @@ class PseudoMaskGenerator:
     ) -> torch.Tensor:
         """
         Args:
-            teacher_probs, student_probs, roi_images: see :func:`generate_pseudo_masks`.
+            teacher_probs, student_probs: see :func:`generate_pseudo_masks`.
+            roi_images: likewise; where there is a ``crf``.
             rois: one per image, R rows in all, with ``proposal_boxes``, ``gt_boxes`` and
                 ``gt_exclusion_masks``; an image without ROIs may lack the last two.
         """
@@ -263,12 +258,8 @@ def make_student_targets(
     """
     Choose each ROI's target, for the loss of Eq. (6) of the paper.
 
-    An object with a human mask has that one. Of the others, those with a mask of another model
-    ("external") have, for ``external``
-
-    * ``"alone"``: that mask, cleaned like a pseudo mask;
-    * ``"mean"``: a pseudo mask whose p_t is the mean of that mask and the teacher's probabilities;
-    * ``"ignore"``: what objects without any mask have, a pseudo mask of the teacher.
+    An object with a human mask has that one, an object without any mask a pseudo mask of the
+    teacher, one with a mask of another model what ``external`` says.
 
     Args:
         gt_masks: shape (R, M, M), of :func:`crop_gt_masks`.
@@ -277,9 +268,9 @@ def make_student_targets(
         teacher_logits: shape (R, M_t, M_t).
         student_logits: shape (R, M, M), of the label channel.
         generator: makes the pseudo masks, and cleans.
-        external: one of :data:`EXTERNAL_MASK_USES`.
+        external: ``MODEL.PSEUDO_MASK.EXTERNAL`` of config.py.
         has_pseudo_masks: False before ``warmup_iters``: no target comes from the teacher.
-        pixels: shape (N, 3, H, W), RGB in 0-255; where the generator needs images.
+        pixels: shape (N, 3, H, W), RGB in 0-255; where the generator has a CRF.
 
     Returns:
         The targets, shape (R, M, M), in [0, 1], without gradient; which ROIs have one, bool, shape
@@ -309,7 +300,7 @@ def make_student_targets(
         mixed = (base + masks.to(base.dtype)) / 2
         base = torch.where(is_external[rows, None, None], mixed, base)
     roi_images = None
-    if generator.needs_images:
+    if generator.crf is not None:
         roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
     masks = generator(base, student_probs, chosen, roi_images)
     classes = torch.cat([x.gt_classes for x in chosen])
@@ -317,24 +308,6 @@ def make_student_targets(
     scalars.update(describe_targets("pseudo_mask", *own, classes=classes))
     targets = targets.index_copy(0, rows, masks.to(gt_masks.dtype))
     return targets, torch.ones_like(has_target), scalars
-
-
-@torch.no_grad()
-def draw_rois_without_mask(
-    rois: list[Instances], pixels: torch.Tensor, masks: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """
-    The first 8 ROIs without a human mask, each beside its masks: (8, 3, S, S * (1 + masks)).
-
-    Of ``masks``, R rows of any (M, M) each, and ``pixels``, RGB in 0-255; the result is in [0, 1].
-    """
-    is_shown = ~torch.cat([has_mask_of(x) for x in rois])
-    boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
-    strips = [crop_pixels(pixels, boxes, 4 * masks[-1].shape[-1])[:8].clamp(0, 255) / 255]
-    for x in masks:
-        resized = F.interpolate(x[is_shown][:8, None].float(), size=strips[0].shape[-2:])
-        strips.append(resized.expand(-1, 3, -1, -1))
-    return torch.cat(strips, dim=3)
 
 
 @torch.no_grad()

@@ -32,25 +32,21 @@ from .mask_targets import (
     check_choice,
     check_targets,
     crop_gt_masks,
+    crop_pixels,
     drop_surplus_rois_without_mask,
     has_mask_of,
     has_model_mask_of,
     mask_accuracy,
     put_scalars,
-    rois_of_objects,
     select_rois,
     to_rgb,
 )
 from .mask_x_rcnn import WeightTransferMaskHead
+from .pair import TeacherStudentPair
 from .priors import ROI_MASK_PRIOR_REGISTRY, ROIContext
 from .priors.contrastmask import TwoBranchBoxHead
 from .priors.opmask import FeatureMapBoxHead, PooledFastRCNNOutputLayers
-from .pseudo_masks import (
-    EXTERNAL_MASK_USES,
-    PseudoMaskGenerator,
-    draw_rois_without_mask,
-    make_student_targets,
-)
+from .pseudo_masks import make_student_targets
 
 __all__ = ["PartiallySupervisedROIHeads", "TeacherStudentROIHeads"]
 
@@ -82,15 +78,13 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     ):
         """
         Args:
-            train_on_gt_boxes: train masks on the ground-truth boxes of all objects of an image,
-                each once, instead of on the foreground proposals.
-            train_on_external_masks: take masks that another model made as ground truth, too.
+            train_on_gt_boxes, train_on_external_masks: ``MODEL.ROI_MASK_HEAD`` of config.py, in
+                lower case.
             mask_prior: enriches the mask features, see ``ROI_MASK_PRIOR_REGISTRY``.
-            repool_box_features: at inference, the prior sees the box head's maps of the detected
-                boxes instead of those of the proposals.
+            repool_box_features: ``MODEL.ROI_MASK_PRIOR.REPOOL``.
             box_supervision: losses of ROIs whose object has no mask.
             mask_loss: of those whose object has one, "bce" or "dice".
-            pixel_mean, pixel_std, image_format: see :meth:`to_rgb`.
+            pixel_mean, pixel_std, image_format: how the model's input was normalised.
             **kwargs: of :class:`StandardROIHeads`, with a :class:`BaseMaskRCNNHead`.
 
         Raises:
@@ -115,7 +109,9 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         self.repool_box_features = repool_box_features
         self.box_supervision = box_supervision
         self.mask_loss = MASK_LOSSES[mask_loss]
-        self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
+        # As those of GeneralizedRCNN, of no state_dict.
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         self.image_format = image_format
 
     @classmethod
@@ -173,11 +169,14 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         sampled = self.label_and_sample_proposals(proposals, targets)
         losses = self._forward_box(features, sampled)
         if self.mask_on:
-            # An image may have more objects than are sampled.
-            candidates = map(rois_of_objects, targets) if self.train_on_gt_boxes else sampled
-            rois = self._select_training_rois(list(candidates))
-            pixels = self.to_rgb(images.tensor)
-            losses.update(self.compute_mask_losses(features, rois, sampled, pixels))
+            candidates = sampled
+            if self.train_on_gt_boxes:  # an image may have more objects than are sampled
+                candidates = [
+                    Instances(x.image_size, proposal_boxes=x.gt_boxes, **x.get_fields())
+                    for x in targets
+                ]
+            pixels = to_rgb(images.tensor, self.pixel_mean, self.pixel_std, self.image_format)
+            losses.update(self.compute_mask_losses(features, candidates, sampled, pixels))
         losses.update(self._forward_keypoint(features, sampled))
         return sampled, losses
 
@@ -207,12 +206,15 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
     def predict_masks(self, mask_features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Logits at inference, (R, M, M), of features (R, D, S, S) and predicted classes (R,)."""
-        return predict_label_channel(self.mask_head, mask_features, classes)
+        return predict_label_channel(self._head_at_test(), mask_features, classes)
+
+    def _head_at_test(self) -> nn.Module:
+        return self.mask_head
 
     def compute_mask_losses(
         self,
         features: dict[str, torch.Tensor],
-        rois: list[Instances],
+        candidates: list[Instances],
         sampled: list[Instances],
         pixels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -221,17 +223,19 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
 
         Args:
             features: of the backbone.
-            rois, sampled: the ROIs that the mask heads train on, ``instances`` of
-                :class:`ROIContext`, and all sampled proposals.
+            candidates: those of which the foreground may train the mask heads, one per image.
+            sampled: all sampled proposals, see :class:`ROIContext`.
             pixels: shape (N, 3, H, W), RGB in 0-255; for box supervision, CRF and pictures.
         """
+        rois = self._select_training_rois(candidates)
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         labels = torch.cat([x.gt_classes for x in rois])
         logits = predict_label_channel(self.mask_head, mask_features, labels)
         targets = crop_gt_masks(rois, logits.shape[-1], logits.device, self._is_supervised)
         is_supervised = torch.cat([self._is_supervised(x) for x in rois])
-        put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, is_supervised)})
-        own = (self.mask_head, self._is_supervised, features, sampled, pixels)
+        counted = is_supervised[:, None, None]
+        put_scalars({"mask_head/accuracy": mask_accuracy(logits, targets, counted)})
+        own = (self.mask_head, self._is_supervised, features, candidates, pixels)
         box_losses, share = self._compute_box_losses(*own)
         weight = self.mask_head.loss_weight * share
         losses["loss_mask"] = self.mask_loss(logits, targets, is_supervised) * weight
@@ -242,18 +246,18 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         head: nn.Module,
         is_taught: Callable[[Instances], torch.Tensor],
         features: dict[str, torch.Tensor],
-        sampled: list[Instances],
+        candidates: list[Instances],
         pixels: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | float]:
         # Of ROIs of its own, of objects that no mask teaches the head, and the factor of the loss
         # of the others: each ROI counts once.
         if self.box_supervision is None:
             return {}, 1.0
-        foreground, _ = select_foreground_proposals(sampled, self.num_classes)
+        foreground, _ = select_foreground_proposals(candidates, self.num_classes)
         has_mask = torch.cat([is_taught(x) for x in foreground])
         share = has_mask.sum() / max(len(has_mask), 1)
         rois = self.box_supervision.rois_of(foreground, is_taught)
-        mask_features, _ = self.compute_mask_features(features, rois, sampled)
+        mask_features, _ = self.compute_mask_features(features, rois)
         labels = torch.cat([x.gt_classes for x in rois])
         logits = predict_label_channel(head, mask_features, labels)
         losses = self.box_supervision(logits, rois, pixels, get_event_storage().iter)
@@ -276,11 +280,6 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         # Batch statistics are those of all objects, as at inference.
         return has_batch_norm(self.mask_head)
 
-    def to_rgb(self, images: torch.Tensor) -> torch.Tensor:
-        """Undo the normalisation of the model's input, (N, 3, H, W), to RGB in 0-255."""
-        mean, std = images.new_tensor(self.pixel_mean), images.new_tensor(self.pixel_std)
-        return to_rgb(images, mean[:, None, None], std[:, None, None], self.image_format)
-
     def compute_mask_features(
         self,
         features: dict[str, torch.Tensor],
@@ -288,7 +287,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
         sampled: list[Instances] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Pool what the mask heads see, (R, D, S, S), and enrich it with the prior; also its losses.
+        Pool what the mask heads see, (R, D, S, S), and enrich it with the prior; also its losses,
+        in training and of ``sampled``.
 
         Args:
             features: of the backbone.
@@ -308,12 +308,12 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
                 # The box head has not seen these boxes: given or refined ones, or objects' own.
                 box_maps = [features[f] for f in self.box_in_features]
                 box_pooled = self.box_pooler(box_maps, [boxes_of(x) for x in instances])
-                context.class_maps = self.box_head.class_maps(box_pooled)
+                *_, context.class_maps = self.box_predictor(self.box_head(box_pooled))
         return self.mask_prior(pooled, context)
 
 
 @ROI_HEADS_REGISTRY.register()
-class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
+class TeacherStudentROIHeads(TeacherStudentPair, PartiallySupervisedROIHeads):
     """
     The method of the paper: a class-agnostic teacher and a class-specific student on the same ROIs.
 
@@ -325,68 +325,22 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
     paper: before ``warmup_iters`` ROIs without a mask give the student no loss.
     """
 
+    student_losses = MASK_LOSSES | {"bce_all": all_channels_bce_loss}
+
     @configurable
-    def __init__(
-        self,
-        *,
-        teacher_mask_head: nn.Module,
-        pseudo_masks: PseudoMaskGenerator,
-        warmup_iters: int = 1000,
-        student_loss: str = "",
-        max_rois_without_mask: int = 0,
-        external_masks: str = "alone",
-        test_mask_head: str = "student",
-        vis_period: int = 0,
-        **kwargs,
-    ):
+    def __init__(self, *, max_rois_without_mask: int = 0, **kwargs):
         """
         Args:
-            teacher_mask_head: class-agnostic, (R, D, S, S) -> logits (R, 1, M_t, M_t).
-            pseudo_masks: makes the student's targets where there is no mask.
-            warmup_iters: first iteration at which the teacher's pseudo masks train the student.
-            student_loss: "bce" or "dice"; "bce_all": :func:`all_channels_bce_loss`; "" =
-                ``mask_loss``, which is the teacher's.
             max_rois_without_mask: of an image, chosen at random; 0 = all.
-            external_masks: see :func:`make_student_targets`.
-            test_mask_head: "student", or "teacher" for analysis.
-            vis_period: iterations between pictures in the event storage; 0 = none.
-            **kwargs: of :class:`PartiallySupervisedROIHeads`, without ``train_on_external_masks``.
-
-        Raises:
-            ValueError: an unknown test head, use of external masks, or loss.
+            **kwargs: of :class:`TeacherStudentPair` and :class:`PartiallySupervisedROIHeads`.
         """
-        kwargs["train_on_external_masks"] = external_masks == "alone"
         super().__init__(**kwargs)
-        check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
-        check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
-        self.teacher_mask_head = teacher_mask_head
-        self.pseudo_masks = pseudo_masks
-        self.warmup_iters = warmup_iters
-        if student_loss:
-            losses = (*MASK_LOSSES, "bce_all")
-            check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, losses)
-        self.student_loss = MASK_LOSSES.get(student_loss, self.mask_loss)
-        self.learns_all_channels = student_loss == "bce_all"
         self.max_rois_without_mask = max_rois_without_mask
-        self.external_masks = external_masks
-        self.test_mask_head = test_mask_head
-        self.vis_period = vis_period
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        if cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS:
-            raise ValueError("TRAIN_ON_EXTERNAL_MASKS is not for a pair: see PSEUDO_MASK.EXTERNAL.")
-        ret = super().from_config(cfg, input_shape)
-        ret.update(
-            pseudo_masks=PseudoMaskGenerator.from_config(cfg),
-            warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
-            student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
-            max_rois_without_mask=cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE,
-            external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
-            test_mask_head=cfg.TEST.MASK_HEAD,
-            vis_period=cfg.VIS_PERIOD,
-        )
-        return ret
+        limit = cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE
+        return super().from_config(cfg, input_shape) | {"max_rois_without_mask": limit}
 
     @classmethod
     def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -406,35 +360,26 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             or super()._uses_rois_without_mask()
         )
 
-    def _has_pseudo_masks(self) -> bool:
-        return get_event_storage().iter >= self.warmup_iters
-
-    def _is_vis_iteration(self) -> bool:
-        return self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0
-
     def _select_training_rois(self, candidates: list[Instances]) -> list[Instances]:
         rois, limit = super()._select_training_rois(candidates), self.max_rois_without_mask
         return [drop_surplus_rois_without_mask(x, limit) for x in rois] if limit > 0 else rois
 
-    def predict_masks(self, mask_features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """As the parent's, of the head that ``test_mask_head`` names."""
-        head = self.teacher_mask_head if self.test_mask_head == "teacher" else self.mask_head
-        return predict_label_channel(head, mask_features, classes)
-
     def compute_mask_losses(
         self,
         features: dict[str, torch.Tensor],
-        rois: list[Instances],
+        candidates: list[Instances],
         sampled: list[Instances],
         pixels: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """As the parent's, with "loss_mask_teacher"; "loss_mask" is the student's."""
+        rois = self._select_training_rois(candidates)
         has_mask = torch.cat([has_mask_of(x) for x in rois])
         labels = torch.cat([x.gt_classes for x in rois])
         # Both heads on the same ROI features, Eq. (2) of the paper.
         mask_features, losses = self.compute_mask_features(features, rois, sampled)
         teacher_logits = predict_for_teaching(self.teacher_mask_head, mask_features, has_mask)
-        if self.learns_all_channels:
+        learns_all_channels = self.student_loss is all_channels_bce_loss
+        if learns_all_channels:
             all_logits = self.mask_head.layers(mask_features)
             student_logits = select_label_channel(all_logits, labels)
         else:
@@ -453,24 +398,26 @@ class TeacherStudentROIHeads(PartiallySupervisedROIHeads):
             has_pseudo_masks=self._has_pseudo_masks(),
             pixels=pixels,
         )
-        if self.learns_all_channels:
+        if learns_all_channels:
             loss_student = all_channels_bce_loss(all_logits, labels, targets, is_supervised)
         else:
             loss_student = self.student_loss(student_logits, targets, is_supervised)
         losses["loss_mask"] = loss_student * self.mask_head.loss_weight
         head = self.teacher_mask_head
-        own = (head, has_mask_of, features, sampled, pixels)
+        own = (head, has_mask_of, features, candidates, pixels)
         box_losses, share = self._compute_box_losses(*own)
         loss_teacher = self.mask_loss(teacher_logits, teacher_targets, has_mask)
         losses["loss_mask_teacher"] = loss_teacher * (head.loss_weight * share)
         losses.update(box_losses)
 
-        scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, has_mask)
-        scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, has_mask)
+        counted = has_mask[:, None, None]
+        scalars["teacher_mask/accuracy"] = mask_accuracy(teacher_logits, teacher_targets, counted)
+        scalars["student_mask/accuracy"] = mask_accuracy(student_logits, gt_masks, counted)
         put_scalars(scalars)
         if self._is_vis_iteration():
-            masks = (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)
-            for k, strip in enumerate(draw_rois_without_mask(rois, pixels, masks)):
-                name = f"ROIs without a mask: image | teacher | student | target ({k})"
-                get_event_storage().put_image(name, strip)
+            rows = (~has_mask).nonzero()[:8, 0]
+            boxes = [x.proposal_boxes[~has_mask_of(x)] for x in rois]
+            images = crop_pixels(pixels, boxes, 4 * side)[:8].clamp(0, 255) / 255
+            masks = [x[rows] for x in (teacher_logits.sigmoid(), student_logits.sigmoid(), targets)]
+            self._put_pictures("ROIs", images, masks)
         return losses

@@ -22,18 +22,13 @@ from ..mask_targets import (
     MASK_LOSSES,
     check_choice,
     check_targets,
+    mask_accuracy,
     put_scalars,
     to_rgb,
 )
-from ..pseudo_masks import EXTERNAL_MASK_USES, PseudoMaskGenerator
+from ..pair import TeacherStudentPair
 from .fcos import FCOS
-from .masks import (
-    Controller,
-    MaskBranch,
-    aligned_bilinear,
-    features_at,
-    predict_planes,
-)
+from .masks import Controller, MaskBranch, aligned_bilinear, features_at, predict_planes
 from .planes import box_losses, make_student_planes
 from .targets import Grid, PlaneTargets, assign_objects, make_plane_targets
 
@@ -282,7 +277,7 @@ class CondInstHeads(nn.Module):
         return found
 
 
-class TeacherStudentCondInstHeads(CondInstHeads):
+class TeacherStudentCondInstHeads(TeacherStudentPair, CondInstHeads):
     """
     A class-agnostic teacher and a student whose masks know the class, at the same locations.
 
@@ -292,61 +287,15 @@ class TeacherStudentCondInstHeads(CondInstHeads):
     weights come from weights of the object's class. Only the student runs at inference.
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        teacher_mask_head: Controller,
-        pseudo_masks: PseudoMaskGenerator,
-        warmup_iters: int = 1000,
-        student_loss: str = "",
-        external_masks: str = "alone",
-        test_mask_head: str = "student",
-        vis_period: int = 0,
-        **kwargs,
-    ):
-        """
-        Args:
-            teacher_mask_head: class-agnostic.
-            pseudo_masks, warmup_iters, external_masks, test_mask_head, vis_period: see
-                :class:`TeacherStudentROIHeads`.
-            student_loss: "dice", "bce", or "" = ``mask_loss``, which is the teacher's.
-            **kwargs: of :class:`CondInstHeads`.
-
-        Raises:
-            ValueError: an unknown test head, use of external masks, or loss.
-        """
-        super().__init__(**kwargs)
-        check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
-        check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
-        check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, ("", *MASK_LOSSES))
-        self.teacher_mask_head = teacher_mask_head
-        self.pseudo_masks = pseudo_masks
-        self.warmup_iters = warmup_iters
-        self.student_loss = MASK_LOSSES.get(student_loss, self.mask_loss)
-        self.external_masks, self.test_mask_head = external_masks, test_mask_head
-        self.vis_period = vis_period
-
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict) -> dict:
-        if cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS:
-            raise ValueError("TRAIN_ON_EXTERNAL_MASKS is not for a pair: see PSEUDO_MASK.EXTERNAL.")
         ret = super().from_config(cfg, input_shape)
         channels = input_shape[ret["box_predictor"].in_features[0]].channels
         layers = cfg.MODEL.CONDINST.CLASS_SPECIFIC_LAYERS
         check_choice("MODEL.CONDINST.CLASS_SPECIFIC_LAYERS", layers, ("last", "all"))
         num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        ret.update(
-            teacher_mask_head=ret["mask_head"],
-            mask_head=Controller(channels, num_classes, all_layers=layers == "all"),
-            pseudo_masks=PseudoMaskGenerator.from_config(cfg),
-            warmup_iters=cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS,
-            student_loss=cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS,
-            external_masks=cfg.MODEL.PSEUDO_MASK.EXTERNAL,
-            test_mask_head=cfg.TEST.MASK_HEAD,
-            vis_period=cfg.VIS_PERIOD,
-        )
-        return ret
+        student = Controller(channels, num_classes, all_layers=layers == "all")
+        return ret | {"teacher_mask_head": ret["mask_head"], "mask_head": student}
 
     def compute_mask_losses(
         self,
@@ -367,31 +316,23 @@ class TeacherStudentCondInstHeads(CondInstHeads):
             targets,
             self.pseudo_masks,
             external=self.external_masks,
-            has_pseudo_masks=get_event_storage().iter >= self.warmup_iters,
+            has_pseudo_masks=self._has_pseudo_masks(),
             pixels=pixels,
             stride=self.stride,
         )
         scalars["teacher_mask/accuracy"] = _accuracy(teacher, targets, objects)
         scalars["student_mask/accuracy"] = _accuracy(student, targets, objects)
         put_scalars(scalars)
-        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+        if self._is_vis_iteration():
             # The first location of each of up to 8 objects.
-            shown = (objects[:, None] == objects).int().argmax(1).unique()
-            shown = shown[~targets.has_mask[objects[shown]]][:8]
-            colours = F.avg_pool2d(pixels, self.stride) / 255
-            for k, row in enumerate(shown.tolist()):
-                strip = [colours[chosen.images[row]]]
-                strip += [
-                    x[row].expand(3, -1, -1) for x in (teacher.sigmoid(), student.sigmoid(), planes)
-                ]
-                name = f"objects without a mask: image | teacher | student | target ({k})"
-                get_event_storage().put_image(name, torch.cat(strip, dim=2))
+            is_first = ~(objects[:, None] == objects).tril(-1).any(1)
+            rows = (is_first & ~targets.has_mask[objects]).nonzero()[:8, 0]
+            images = F.avg_pool2d(pixels, self.stride)[chosen.images[rows]] / 255
+            masks = [x[rows] for x in (teacher.sigmoid(), student.sigmoid(), planes)]
+            self._put_pictures("objects", images, masks)
         own = (objects, targets.has_mask, targets, pixels)
         losses = self._losses_of("loss_mask_teacher", teacher, *own)
         return {"loss_mask": self.student_loss(student, planes, has_target), **losses}
-
-    def _head_at_test(self) -> Controller:
-        return self.teacher_mask_head if self.test_mask_head == "teacher" else self.mask_head
 
 
 @META_ARCH_REGISTRY.register()
@@ -486,11 +427,9 @@ def _select(
 
 
 def _accuracy(logits: torch.Tensor, targets: PlaneTargets, objects: torch.Tensor) -> torch.Tensor:
-    # The share of the cells in the boxes of objects with a human mask on the right side of 0.5;
-    # NaN without such a cell.
+    # Of the cells in the boxes of objects with a human mask.
     counted = targets.box_masks[objects] & targets.has_mask[objects][:, None, None]
-    is_right = (logits.detach() > 0) == targets.masks[objects]
-    return (is_right & counted).sum() / counted.sum()
+    return mask_accuracy(logits, targets.masks[objects], counted)
 
 
 def _to_image(

@@ -116,7 +116,7 @@ def make_student_planes(
     settings.pop("exclude_seen")
     if generator.crf is not None:
         settings["crf"] = functools.partial(_crf_of_object, generator.crf)
-    colours = F.avg_pool2d(pixels, stride) if generator.needs_images else None
+    colours = F.avg_pool2d(pixels, stride) if generator.crf is not None else None
     teacher_probs, student_probs = teacher_logits.sigmoid(), student_logits.sigmoid()
     windows = _windows(targets.box_masks)
     for o in objects[~has_target].unique().tolist():

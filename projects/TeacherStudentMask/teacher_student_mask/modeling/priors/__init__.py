@@ -25,9 +25,9 @@ ROI_MASK_PRIOR_REGISTRY.__doc__ = """
 Registry of mask-feature priors: modules ``Prior(cfg, input_shape, feature_shapes)``, with the shape
 of the pooled mask features and those of ``ROIContext.feature_maps``. ``prior(mask_features,
 context)`` gets the former, shape (R, D, S, S), and the :class:`ROIContext` of the same R rows. It
-returns features of the same spatial size and, in training mode, {name: loss}. The attribute
-``needs_class_maps`` says whether it needs ``context.class_maps``; the optional ``out_channels``,
-where it is not D, how many channels it returns.
+returns features of the same spatial size and, in training mode and with ``context.sampled``,
+{name: loss}. The attribute ``needs_class_maps`` says whether it needs ``context.class_maps``; the
+optional ``out_channels``, where it is not D, how many channels it returns.
 """
 
 
@@ -47,7 +47,7 @@ class ROIContext:
         classifier: linear layer from C features to the scores of classes and background; likewise.
         sampled: in training, one per image: all sampled proposals, background (the number of
             classes) included, with the same fields, and ``box_features``, a row of the box head's
-            maps for each, where ``needs_class_maps`` is True.
+            maps for each, where ``needs_class_maps`` is True. None where no losses are wanted.
     """
 
     instances: list[Instances]

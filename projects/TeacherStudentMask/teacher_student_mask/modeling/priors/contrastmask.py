@@ -21,13 +21,7 @@ from ..mask_targets import (
     find_rois,
     has_mask_of,
 )
-from . import (
-    ROI_MASK_PRIOR_REGISTRY,
-    ROIContext,
-    arguments_of,
-    build_own_pooler,
-    conv_stack,
-)
+from . import ROI_MASK_PRIOR_REGISTRY, ROIContext, arguments_of, build_own_pooler, conv_stack
 from .opmask import FeatureMapBoxHead, class_activation_maps, normalize_per_roi
 
 __all__ = [
@@ -59,10 +53,7 @@ class TwoBranchBoxHead(nn.Module):
 
     @configurable
     def __init__(self, input_shape: ShapeSpec, *, conv_widths: Sequence[int], conv_norm: str = ""):
-        """
-        As :class:`FeatureMapBoxHead`; ``conv_widths`` are those of the shared convolutions, 256
-        four times and no norm ContrastMask's.
-        """
+        """As :class:`FeatureMapBoxHead`; ``conv_widths`` are of the shared convolutions."""
         super().__init__()
         self.shared = FeatureMapBoxHead(input_shape, conv_widths=conv_widths, conv_norm=conv_norm)
         width = conv_widths[-1]
@@ -83,10 +74,6 @@ class TwoBranchBoxHead(nn.Module):
         """Of ROI features (R, D, h, w) the maps of classes and of box, (R, C, h, w) each."""
         shared = self.shared(x)
         return self.class_branch(shared), self.box_branch(shared)
-
-    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The first of the two maps, for which the box branch need not run."""
-        return self.class_branch(self.shared(x))
 
 
 def sets_of_masks(masks: torch.Tensor) -> torch.Tensor:
@@ -240,12 +227,8 @@ class ContrastivePrior(nn.Module):
             in_channels: of the backbone's feature maps.
             out_channels: of the mask features.
             pooler: of the backbone's feature maps, on a grid of M x M cells.
-            num_conv, conv_dim: 3x3 convolutions of the encoder; channels of it and the projector.
-            norm: of the projector, any of :func:`detectron2.layers.get_norm`.
-            loss_weight, epoch_iters: of the contrastive loss, before :func:`ramp`; iterations of
-                an epoch.
-            key_share, official_denominator: see :func:`contrastive_loss`.
-            stop_gradient: mask losses do not train the box head's convolutions through the map.
+            stop_gradient: ``MODEL.ROI_MASK_PRIOR.STOP_GRADIENT`` of config.py.
+            The others: ``MODEL.ROI_MASK_PRIOR.CONTRAST``, in lower case.
         """
         super().__init__()
         self.pooler = pooler
@@ -271,10 +254,8 @@ class ContrastivePrior(nn.Module):
         cls, cfg: CfgNode, input_shape: ShapeSpec, feature_shapes: dict[str, ShapeSpec]
     ) -> dict:
         settings = arguments_of(cfg.MODEL.ROI_MASK_PRIOR.CONTRAST)
-        side, ratio = (
-            settings.pop("pooler_resolution"),
-            cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
-        )
+        side = settings.pop("pooler_resolution")
+        ratio = cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO
         return {
             "in_channels": next(iter(feature_shapes.values())).channels,
             "out_channels": input_shape.channels,
@@ -292,7 +273,7 @@ class ContrastivePrior(nn.Module):
         """
         rois, losses, rows = context.instances, {}, None
         side, classifier = mask_features.shape[-1], context.classifier
-        if self.training:
+        if self.training and context.sampled is not None:
             # The classifier's last row is background's.
             num_classes = classifier.out_features - 1
             foreground, _ = select_foreground_proposals(context.sampled, num_classes)

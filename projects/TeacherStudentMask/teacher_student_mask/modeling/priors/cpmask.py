@@ -146,11 +146,11 @@ class CommonalityParsingPrior(nn.Module):
     def forward(
         self, mask_features: torch.Tensor, context: ROIContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As ``ROI_MASK_PRIOR_REGISTRY`` says; needs ``context.instances`` in training alone."""
+        """As ``ROI_MASK_PRIOR_REGISTRY`` says; needs ``context.instances`` for the losses alone."""
         boundary_features = self.boundary_features(mask_features)
         fused = self.fuse(torch.cat([mask_features, boundary_features], dim=1))
         enriched, affinities = self.affinity(fused)
-        if not self.training:
+        if not self.training or context.sampled is None:
             return enriched, {}
         has_mask = torch.cat([has_mask_of(x) for x in context.instances])
         rows = has_mask.nonzero().squeeze(1)

@@ -39,8 +39,7 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
         """
         Args:
             input_shape: of the ROI features.
-            conv_widths: output channels of the convolutions, one each. OPMask's own code has
-                512, 1024, 1024, 1024; 256 five times is the 256-channel F of the paper.
+            conv_widths: ``MODEL.ROI_BOX_HEAD.CONV_WIDTHS`` of config.py.
             conv_norm: any norm of :func:`detectron2.layers.get_norm`, before each ReLU.
         """
         super().__init__(input_shape, conv_dims=list(conv_widths), fc_dims=[], conv_norm=conv_norm)
@@ -57,10 +56,6 @@ class FeatureMapBoxHead(FastRCNNConvFCHead):
     def output_shape(self) -> ShapeSpec:
         """The input of the predictor's linear layers: C, after pooling over h and w."""
         return ShapeSpec(channels=super().output_shape.channels)
-
-    def class_maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The maps that the class scores are pooled from, (R, C, h, w): here the output."""
-        return self(x)
 
 
 class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
@@ -94,28 +89,24 @@ class PooledFastRCNNOutputLayers(FastRCNNOutputLayers):
 
 
 def class_activation_maps(
-    maps: torch.Tensor,
-    classifier_weight: torch.Tensor,
-    classes: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    maps: torch.Tensor, classifier_weight: torch.Tensor, classes: torch.Tensor
 ) -> torch.Tensor:
     """
-    Class activation map of each ROI for one class, Eq. (9) of the paper: F_ij W_cls + b_cls.
+    Class activation map of each ROI for one class, Eq. (9) of the paper without its bias: F_ij W.
 
-    With ``bias`` its mean over the cells is the logit of the class, Eq. (8). OPMask leaves the bias
-    out; :func:`normalize_per_roi` removes it anyway.
+    With the bias its mean over the cells is the logit of the class, Eq. (8). OPMask leaves it out;
+    :func:`normalize_per_roi` removes it anyway.
 
     Args:
         maps: shape (R, C, h, w), the box head's features F.
-        classifier_weight, bias: shape (K + 1, C) and (K + 1,); a row per class, then background.
+        classifier_weight: shape (K + 1, C); a row per class, then background.
         classes: int64, shape (R,), the class of each ROI.
 
     Returns:
         shape (R, 1, h, w), logits.
     """
     rows = classifier_weight[classes].to(maps.dtype)
-    cams = torch.einsum("rchw,rc->rhw", maps, rows)[:, None]
-    return cams if bias is None else cams + bias[classes][:, None, None, None]
+    return torch.einsum("rchw,rc->rhw", maps, rows)[:, None]
 
 
 def normalize_per_roi(cam: torch.Tensor, eps: float = 1e-4) -> torch.Tensor:

@@ -147,7 +147,7 @@ class ShapePropagationPrior(nn.Module):
         encoded shape. Of ``context`` it needs ``instances``, ``feature_maps`` and ``sampled``.
         """
         rois, losses, rows = context.instances, {}, None
-        if self.training:
+        if self.training and context.sampled is not None:
             pooled, maps = self._activate(context, context.sampled)
             labels = torch.cat([x.gt_classes for x in context.sampled])
             # Averaging is linear: K + 1 maps of each ROI need not be computed.
@@ -160,14 +160,15 @@ class ShapePropagationPrior(nn.Module):
             pooled, maps = self._activate(context, rois)
         else:
             pooled, maps = pooled[rows], maps[rows]
-        weight, bias = self.classifier.weight, self.classifier.bias
-        saliency = class_activation_maps(maps, weight, classes_of(rois), bias)
+        classes = classes_of(rois)
+        saliency = class_activation_maps(maps, self.classifier.weight, classes)
+        saliency = saliency + self.classifier.bias[classes][:, None, None, None]
         weights = at_least_float32(self.message_weights(self.propagation(pooled))).sigmoid()
         weights = weights.unflatten(1, (self.num_channels, _NUM_NEIGHBORS))
         states = at_least_float32(self.encoder(saliency.to(pooled.dtype)))
         logits = self.decoder(pass_messages(states, weights, self.num_steps))
         shape = self.shape_encoder(relative_activation(logits))
-        if self.training:
+        if losses:
             targets = crop_gt_masks(rois, self.side, logits.device)
             has_mask = torch.cat([has_mask_of(x) for x in rois])
             loss = masked_bce_loss(at_least_float32(logits[:, 0]), targets, has_mask)
