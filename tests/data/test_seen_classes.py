@@ -7,7 +7,6 @@ from detectron2.data import DatasetCatalog
 from teacher_student_mask import TeacherStudentDatasetMapper, resolve_seen_classes
 from teacher_student_mask.class_splits import AUTO
 from teacher_student_mask.data import resolve_auto_settings
-from teacher_student_mask.data.datasets import training_seen_classes
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def auto_cfg(tiny_cfg, tiny_coco):
 
 
 def test_no_class_with_enough_masks_is_an_error_with_the_counts(auto_cfg):
-    for resolve in (resolve_auto_settings, training_seen_classes):
+    for resolve in (resolve_auto_settings, TeacherStudentDatasetMapper):
         with pytest.raises(ValueError, match="MIN_MASKS_PER_CLASS 4 masks.* ant 3, cat 3, ship 2"):
             resolve(auto_cfg(4))
 

@@ -13,12 +13,13 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMa
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..class_splits import resolve_seen_classes
 from ..coco_json import DEEP_MODES, is_from_model, valid_polygons
 from ..coco_json.masks import MaskState, compress_mask, decode_mask, measure_masks
 from ..coco_json.report import shorten
 from ..errors import InputError
 from ..structures import ImageMask
-from .datasets import training_seen_classes
+from .datasets import resolve_auto_settings, training_classes
 
 __all__ = [
     "TeacherStudentDatasetMapper",
@@ -85,7 +86,10 @@ class TeacherStudentDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         ret = super().from_config(cfg, is_train)
-        ret["seen_classes"] = training_seen_classes(cfg) if is_train else ()
+        ret["seen_classes"] = ()
+        if is_train:
+            spec = resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES
+            ret["seen_classes"] = resolve_seen_classes(spec, training_classes(cfg))
         is_ignored = cfg.MODEL.PSEUDO_MASK.EXTERNAL == "ignore"
         learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
         ret["use_external_masks"] = learns_model_masks or not is_ignored

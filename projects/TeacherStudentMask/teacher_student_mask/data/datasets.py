@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from ..class_splits import AUTO, choose_seen_classes, match_classes, resolve_seen_classes
+from ..class_splits import AUTO, choose_seen_classes, match_classes
 from ..coco_json import Report, check_coco, classes_of, is_from_model, read_json
 from ..errors import InputError
 
@@ -26,7 +26,6 @@ __all__ = [
     "register_partial_coco",
     "resolve_auto_settings",
     "training_classes",
-    "training_seen_classes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -181,24 +180,6 @@ def training_classes(cfg: CfgNode) -> list[str]:
                 f"{first!r} and {dataset!r} differ."
             )
     return names
-
-
-def training_seen_classes(cfg: CfgNode) -> list[int]:
-    """
-    Resolve ``DATASETS.SEEN_CLASSES`` for the training data to sorted contiguous ids.
-
-    Raises:
-        InputError: the training data cannot be read, or do not have these classes.
-    """
-    spec = resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES
-    thing_classes = training_classes(cfg)
-    seen = resolve_seen_classes(spec, thing_classes)
-    unseen = [name for i, name in enumerate(thing_classes) if i not in seen]
-    logger.info(
-        f"DATASETS.SEEN_CLASSES {spec!r}: training uses the masks of {len(seen)} classes; of "
-        f"{len(unseen)} classes it uses the boxes alone: {', '.join(unseen) or '-'}"
-    )
-    return seen
 
 
 def resolve_auto_settings(cfg: CfgNode, needs_seen_classes: bool = True) -> CfgNode:
