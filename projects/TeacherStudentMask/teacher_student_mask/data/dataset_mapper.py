@@ -185,10 +185,9 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         # A crop may leave the box and nothing of the mask. The object of a human mask goes; that of
         # a model's is then one without a mask.
         is_visible = lie_in_image(instances.gt_masks, image_shape)
-        instances.gt_has_model_mask &= is_visible
-        is_kept = is_visible | ~instances.gt_has_mask
-        if not is_kept.all():
-            instances = instances[is_kept]
+        if not is_visible.all():
+            instances.gt_has_model_mask &= is_visible
+            instances = instances[is_visible | ~instances.gt_has_mask]
         # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
         union = union_of_masks(instances.gt_masks[instances.gt_has_mask], image_shape)
         instances.gt_exclusion_masks = ImageMask(union, len(instances))
@@ -249,8 +248,10 @@ def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -
     if isinstance(masks, BitMasks):
         return masks.nonempty()
     # As get_bounding_boxes does, in a fraction of its time.
-    points = [np.concatenate(x or [np.zeros(2)]).reshape(-1, 2) for x in masks.polygons]
-    low, high = (np.array([f(x, axis=0) for x in points]).reshape(-1, 2) for f in (np.min, np.max))
+    polygons = [x or [np.zeros(2)] for x in masks.polygons]  # a crop leaves some without any
+    points = np.concatenate([np.zeros(0), *chain.from_iterable(polygons)]).reshape(-1, 2)
+    starts = np.cumsum([0, *(sum(map(len, x)) // 2 for x in polygons)])[:-1]
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
     return torch.from_numpy((np.minimum(high, image_shape[::-1]) > low.clip(min=0)).all(axis=1))
 
 
