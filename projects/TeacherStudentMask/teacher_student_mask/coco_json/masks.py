@@ -213,10 +213,11 @@ def _measure_polygons(
     following = np.arange(1, len(points) + 1)
     following[ends - 1] = starts
     areas = abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
-    # Where edges cross, parts count as negative, and little of the extents is left.
-    is_doubtful = may_cross & (areas < _SMALL_SHARE * (high - low).prod(axis=1))
-    is_doubtful &= (high - low >= _MIN_SIDE_OF_CROSSING).all(axis=1)
-    is_doubtful |= areas == 0
+    is_doubtful = areas == 0
+    if may_cross:
+        # Where edges cross, parts count as negative, and little of the extents is left.
+        is_small = areas < _SMALL_SHARE * (high - low).prod(axis=1)
+        is_doubtful |= is_small & (high - low >= _MIN_SIDE_OF_CROSSING).all(axis=1)
     is_doubtful &= (limits.prod(axis=1) < MAX_PIXELS) & ~((high <= 0) | (low >= limits)).any(axis=1)
     num_filled = np.zeros(len(polygons))
     for i in np.flatnonzero(is_doubtful).tolist():
