@@ -104,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Options may stand between the words, but not where a word has options of its own.
     has_parts = name in ("edit", "import")
     args = (parser.parse_args if has_parts else parser.parse_intermixed_args)(rest)
-    # As Detectron2's set-up of a logger, which would import PyTorch.
-    logging.basicConfig(format="[%(asctime)s %(name)s] %(message)s", stream=sys.stdout)
-    logging.getLogger("teacher_student_mask").setLevel(logging.INFO)
+    # What this project has to say, and warnings of others.
+    console, name = logging.StreamHandler(sys.stdout), "teacher_student_mask"
+    console.addFilter(lambda x: x.levelno >= logging.WARNING or x.name.startswith(name))
+    logging.basicConfig(format="[%(asctime)s %(name)s] %(message)s", handlers=[console])
+    logging.getLogger(name).setLevel(logging.INFO)
     try:
         return module.run(args) or 0
     except InputError as error:
