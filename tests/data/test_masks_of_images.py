@@ -23,8 +23,9 @@ objects = st.lists(st.lists(polygons, min_size=1, max_size=3), max_size=4)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(objects)
 def test_the_union_is_detectron2s(polygons_of):
-    union = union_of_masks(PolygonMasks(polygons_of), SIZE)
-    flat = [x for polygons in polygons_of for x in polygons]
+    is_chosen = torch.arange(len(polygons_of)) != 1
+    union = union_of_masks(PolygonMasks(polygons_of), is_chosen, SIZE)
+    flat = [x for i, polygons in enumerate(polygons_of) for x in polygons if i != 1]
     assert union.dtype == torch.bool
     np.testing.assert_array_equal(union.numpy(), polygons_to_bitmask(flat, *SIZE))
 
@@ -36,7 +37,7 @@ def test_crossing_edges_are_the_pixels_that_pycocotools_fills():
     right, below = [96.0, 2, 99, 2, 99, 9], [2.0, 72, 9, 72, 9, 79]
     masks = PolygonMasks([found, [np.array(right)], [np.array(below)], []])
     assert lie_in_image(masks, (72, 96)).tolist() == [True, False, False, False]
-    assert union_of_masks(masks, (72, 96)).sum() == 680
+    assert union_of_masks(masks, torch.ones(4, dtype=torch.bool), (72, 96)).sum() == 680
     line = [2, 2, 9, 2, 5, 2]
     assert usable_segmentations([[line]], (72, 96), "a.png") == [None]
     outside = [[x + 100 * (i % 2 == 0) for i, x in enumerate(bow_tie)]]

@@ -1,7 +1,7 @@
 """The mapper that forgets the masks of unseen classes and says which instances have one."""
 
 from collections.abc import Collection, Sequence
-from itertools import chain
+from itertools import chain, compress
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -189,7 +189,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
             instances.gt_has_model_mask &= is_visible
             instances = instances[is_visible | ~instances.gt_has_mask]
         # Of those that are left: UnseenMaskGuard wants to know where each pixel comes from.
-        union = union_of_masks(instances.gt_masks[instances.gt_has_mask], image_shape)
+        union = union_of_masks(instances.gt_masks, instances.gt_has_mask, image_shape)
         instances.gt_exclusion_masks = ImageMask(union, len(instances))
         dataset_dict["instances"] = instances
 
@@ -255,11 +255,13 @@ def lie_in_image(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -
     return torch.from_numpy((np.minimum(high, image_shape[::-1]) > low.clip(min=0)).all(axis=1))
 
 
-def union_of_masks(masks: PolygonMasks | BitMasks, image_shape: tuple[int, int]) -> torch.Tensor:
-    """The pixels of any of the masks: bool, shape (H, W)."""
+def union_of_masks(
+    masks: PolygonMasks | BitMasks, is_chosen: torch.Tensor, image_shape: tuple[int, int]
+) -> torch.Tensor:
+    """The pixels of any of the masks that ``is_chosen``, bool (N,), names: bool, shape (H, W)."""
     if isinstance(masks, BitMasks):
-        return masks.tensor.any(dim=0)
-    polygons = list(chain.from_iterable(masks.polygons))
+        return masks.tensor[is_chosen].any(dim=0)
+    polygons = list(chain.from_iterable(compress(masks.polygons, is_chosen.tolist())))
     if not polygons:
         return torch.zeros(image_shape, dtype=torch.bool)
     rle = mask_util.merge(mask_util.frPyObjects(polygons, *image_shape))
