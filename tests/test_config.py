@@ -107,6 +107,12 @@ def test_lines_of_car_parts_differ_in_the_method_alone(system):
     assert all(key.startswith(allowed) for key in changed)
 
 
+@pytest.mark.parametrize("config", ["coco/mask_rcnn.yaml", "coco/boxinst.yaml"])
+def test_what_has_no_teacher_is_not_tested_by_it(config):
+    with pytest.raises(ValueError, match="TEST.MASK_HEAD is 'teacher'; allowed: 'student'"):
+        builds(load(config, "TEST.MASK_HEAD", "teacher"))
+
+
 def builds(cfg):
     cfg.MODEL.DEVICE = "meta"  # modules and shapes without numbers in them: a tenth of a second
     with torch.device("meta"):
@@ -195,7 +201,7 @@ def test_every_key_of_the_teacher_reaches_it_and_not_the_student(tiny_cfg):
         "LOSS_WEIGHT": 0.25,
     }
     keys = {key.split(".")[-1] for key in our_keys() if "TEACHER_MASK_HEAD" in key}
-    # The depth of another head, see test_hourglass_mask_head.py.
+    # The depth of another head, see test_hourglass.py.
     assert keys == {*values, "HOURGLASS"}
     opts = ["MODEL.ROI_HEADS.NAME", "TeacherStudentROIHeads"]
     for key, value in values.items():

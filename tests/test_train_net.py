@@ -53,6 +53,17 @@ def run(tiny_cfg, tiny_coco, tmp_path):
     MetadataCatalog.remove(name)
 
 
+def test_grabcut_finds_masks_without_a_mask_head_and_boxes_alone_need_none(run, tiny_coco):
+    opts = ["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NAME", "PartiallySupervisedROIHeads"]
+    opts += ["SOLVER.MAX_ITER", 1]
+    output = run(opts=[*opts, "MODEL.META_ARCHITECTURE", "GrabCutRCNN"])
+    assert {"segm", *SUBSETS} < set(json.loads((output / "results.json").read_text()))
+    # Some objects of this test set have no mask.
+    boxes_alone = ["MODEL.WEIGHTS", output / "model_final.pth", "DATASETS.TEST", (tiny_coco.name,)]
+    run("--eval-only", opts=[*opts, *boxes_alone])
+    assert set(json.loads((output / "inference/results.json").read_text())) == {"bbox"}
+
+
 def metrics(output):
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
@@ -79,7 +90,7 @@ def test_train_resume_and_evaluate(run):
     run("--resume", opts=["SOLVER.MAX_ITER", 4])
     log = (output / "log.txt").read_text()
     assert "Starting training from iteration 2" in log
-    assert "training from scratch, with MODEL.RESNETS.NORM 'BN'" in log
+    assert "training from scratch, with the changes MODEL.RESNETS.NORM BN" in log
     assert torch.load(output / "model_final.pth", weights_only=False)["iteration"] == 3
 
     before = {x.name: x.read_bytes() for x in output.glob("*.*") if x.suffix in (".json", ".yaml")}

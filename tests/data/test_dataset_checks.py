@@ -78,6 +78,17 @@ def test_a_good_dataset_is_passed_and_its_classes_are_counted(make_tiny_coco, lo
     ]
 
 
+def test_rectangles_that_are_not_used_are_counted(make_tiny_coco, log):
+    def export_box(data):
+        complete(data)
+        x, y, w, h = data["annotations"][10]["bbox"]
+        data["annotations"][10]["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+    dataset = make_tiny_coco(export_box)
+    check_datasets((dataset.name,), (), "all", opts=["INPUT.RECTANGLE_AS_BOX_ONLY", True])
+    assert "1 human masks are not used because they are the rectangles of" in log.text
+
+
 def test_images_that_training_and_test_sets_share(make_tiny_coco, log):
     train, test = make_tiny_coco(complete), make_tiny_coco(complete)
     check_datasets((train.name,), (test.name,), "all")

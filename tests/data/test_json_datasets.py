@@ -10,7 +10,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask.data import check_datasets, register_json_datasets
+from teacher_student_mask.data import (
+    check_datasets,
+    register_json_datasets,
+    resolve_auto_settings,
+)
 from teacher_student_mask.errors import InputError
 
 
@@ -156,7 +160,9 @@ def test_a_second_training_json_with_other_ids_has_the_classes_of_the_first_by_n
     cfg = path_cfg("DATASETS.TRAIN", paths, "DATASETS.TEST", (), "DATASETS.SEEN_CLASSES", "all")
     register_json_datasets(cfg)
     if is_first_known:
-        DatasetCatalog.get(paths[0])
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0  # which asks the first one, before the checks
+        cfg = resolve_auto_settings(cfg)
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
     check_datasets(cfg)
     a, b = (DatasetCatalog.get(path) for path in paths)
     ids_of = [[x["category_id"] for image in y for x in image["annotations"]] for y in (a, b)]

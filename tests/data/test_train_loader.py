@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from teacher_student_mask import TeacherStudentDatasetMapper
 from teacher_student_mask.data import build_train_loader
 from teacher_student_mask.data.train_loader import train_batches
+from teacher_student_mask.errors import InputError
 
 SIZES = ((64, 48), (48, 64), (50, 50))  # wide, tall, square
 
@@ -120,6 +121,24 @@ def test_ranks_share_the_images_and_not_the_random_numbers(monkeypatch):
         assert batches_of(make(), 2, start_iter=1) == [seen[-1][2:4], seen[-1][4:6]]
     assert sorted(index for rank in seen for index, _ in rank[:3]) == list(range(6))
     assert not {x for _, x in seen[0]} & {x for _, x in seen[1]}
+
+
+@pytest.mark.parametrize("num_images", [0, 2, 4])
+def test_every_process_has_as_many_images(tiny_cfg, tiny_coco, monkeypatch, num_images):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
+    cfg = tiny_cfg(dataset=tiny_coco, opts=["SEED", 0, "SOLVER.IMS_PER_BATCH", num_images])
+    with pytest.raises(InputError, match=f"IMS_PER_BATCH is {num_images}; .* the 3 processes"):
+        build_train_loader(cfg, draw)
+
+
+def test_proposals_are_read(tiny_cfg, tiny_coco, monkeypatch):
+    asked = {}
+    reader = "teacher_student_mask.data.train_loader.get_detection_dataset_dicts"
+    monkeypatch.setattr(reader, lambda names, **x: asked.update(x) or dicts_of(SIZES))
+    cfg = tiny_cfg(dataset=tiny_coco, opts=["SEED", 0, "MODEL.LOAD_PROPOSALS", True])
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = ("boxes.pkl",)
+    build_train_loader(cfg, draw)
+    assert asked["proposal_files"] == ("boxes.pkl",)
 
 
 def file_names(loader, num_batches):

@@ -2,18 +2,28 @@
 
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import test_train_net
 import torch
 
-from teacher_student_mask.engine import Trainer
-from teacher_student_mask.run_folder import open_atomically
+from teacher_student_mask.coco_json import open_atomically
+from teacher_student_mask.engine import Trainer, setup
 
 run_tiny = test_train_net.run  # the fixture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_a_random_timm_backbone_is_not_frozen(tiny_coco, tmp_path):
+    opts = ["DATASETS.TRAIN", repr((tiny_coco.json_file,)), "DATASETS.TEST", "()"]
+    opts += ["MODEL.TIMM.WEIGHTS", "", "OUTPUT_DIR", str(tmp_path / "out")]
+    config = REPOSITORY / "configs/custom/photos_cpu.yaml"
+    args = Namespace(config_file=str(config), opts=opts, resume=False, eval_only=False)
+    timm = setup(args).MODEL.TIMM
+    assert (timm.FREEZE_AT, timm.FREEZE_NORM) == (0, False)
 
 
 # ---- other numbers of processes ----

@@ -206,12 +206,16 @@ def test_crf_sees_the_rgb_pixels_of_each_roi():
 
 
 @pytest.mark.parametrize("iteration, is_vis_iteration", [(4, False), (5, True)])
-def test_pictures_of_unseen_rois_every_vis_period(iteration, is_vis_iteration):
+def test_pictures_of_unseen_rois_every_vis_period(iteration, is_vis_iteration, monkeypatch):
     heads = make_heads(vis_period=5, pixel_mean=(100.0,) * 3, pixel_std=(50.0,) * 3).train()
     with EventStorage(iteration) as storage:
         heads(make_images(2), make_features(2), plain_proposals(2), targets_of(MIXED))
     # At least the box of each of the two unseen objects is a foreground ROI.
     assert (len(storage._vis_data) >= 2) == is_vis_iteration
+    with EventStorage(iteration) as of_another_rank, monkeypatch.context() as patch:
+        patch.setattr("detectron2.utils.comm.get_rank", lambda: 1)  # which writes no pictures
+        heads(make_images(2), make_features(2), plain_proposals(2), targets_of(MIXED))
+    assert of_another_rank._vis_data == []
     for name, picture, _ in storage._vis_data:
         assert "image | teacher | student | target" in name
         assert picture.shape == (3, 112, 4 * 112)

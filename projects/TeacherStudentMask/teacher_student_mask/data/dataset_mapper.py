@@ -89,7 +89,7 @@ class TeacherStudentDatasetMapper(DatasetMapper):
         ret["seen_classes"] = ()
         if is_train:
             spec = resolve_auto_settings(cfg).DATASETS.SEEN_CLASSES
-            ret["seen_classes"] = resolve_seen_classes(spec, training_classes(cfg))
+            ret["seen_classes"] = resolve_seen_classes(spec, training_classes(cfg.DATASETS.TRAIN))
         is_ignored = cfg.MODEL.PSEUDO_MASK.EXTERNAL == "ignore"
         learns_model_masks = cfg.MODEL.ROI_MASK_HEAD.TRAIN_ON_EXTERNAL_MASKS
         ret["use_external_masks"] = learns_model_masks or not is_ignored

@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_datasets",
     "dataset_classes",
     "load_partial_coco_json",
+    "makes_masks",
     "register_json_datasets",
     "register_partial_coco",
     "resolve_auto_settings",
@@ -160,16 +161,16 @@ def dataset_classes(dataset: str) -> tuple[list[str], list[int]]:
     return list(names), [dataset_ids.get(i, i) for i in range(len(names))]
 
 
-def training_classes(cfg: CfgNode) -> list[str]:
+def training_classes(train: Sequence[str]) -> list[str]:
     """
     The names of the classes by contiguous id, which all datasets of ``DATASETS.TRAIN`` share.
 
     Raises:
         InputError: there is no dataset, it has no classes, or two have other classes.
     """
-    if not cfg.DATASETS.TRAIN:
+    if not train:
         raise InputError("DATASETS.TRAIN is empty; name at least one dataset to train on.")
-    first, *others = cfg.DATASETS.TRAIN
+    first, *others = train
     names, _ = dataset_classes(first)
     if not names:
         raise InputError(f"DATASETS.TRAIN names {first!r}, whose metadata lack 'thing_classes'.")
@@ -220,7 +221,8 @@ def _ask_training_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[list[str
     # The classes, and the seen ones as resolve_seen_classes takes them.
     wanted = f"DATASETS.SEEN_CLASSES {AUTO!r}" if needs_seen_classes else "NUM_CLASSES 0"
     try:
-        classes = training_classes(cfg)
+        # Of the first one: the others' follow it by their names, see check_datasets.
+        classes = training_classes(cfg.DATASETS.TRAIN[:1])
         if not needs_seen_classes:
             return classes, ""
         num_masks = dict.fromkeys(classes, 0)
@@ -240,6 +242,11 @@ def _ask_training_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[list[str
     )
     # A form that a config can hold, whatever the names are.
     return classes, f", {json.dumps(names, ensure_ascii=False)}"
+
+
+def makes_masks(cfg: CfgNode) -> bool:
+    """Whether the model of ``cfg`` finds masks; GrabCut does so without a mask head."""
+    return cfg.MODEL.MASK_ON or cfg.MODEL.META_ARCHITECTURE == "GrabCutRCNN"
 
 
 def check_datasets(cfg: CfgNode, num_classes: int | None = None, is_training: bool = True) -> None:
@@ -272,7 +279,7 @@ def check_datasets(cfg: CfgNode, num_classes: int | None = None, is_training: bo
             if found is not None:
                 reports[use].append(found[0])
                 files[use] |= found[1]
-                classes.update(found[2])
+                classes = found[2] | classes if use == "test" else classes | found[2]
             first = classes.get(train[0], MetadataCatalog.get(train[0]).as_dict()) if train else {}
             if use == "train" and name in classes and first.get("thing_classes"):
                 # Under the ids of the first training set.
@@ -288,7 +295,7 @@ def check_datasets(cfg: CfgNode, num_classes: int | None = None, is_training: bo
             lacking = set() if needs_masks and cfg.MODEL.MASK_ON else {"no seen mask"}
         for report in reports["train"]:
             report.findings = [x.as_warning() if x.rule in lacking else x for x in report.findings]
-            _log_classes(report)
+            _log_classes(report, cfg.INPUT.RECTANGLE_AS_BOX_ONLY)
         every_report = reports["train"] + reports["test"]
         for report in every_report:
             report.log()
@@ -331,6 +338,7 @@ def _check_one(
     is_ours = metadata.get("reads_mask_source", False)
     options = {"data": data, "image_root": image_root, "reads_masks": reads_masks}
     if use == "test" and (not is_ours or isinstance(data, dict) and "annotations" in data):
+        options["reads_masks"] = makes_masks(cfg)
         report = check_coco(json_file, use="evaluation", **options)
     else:
         # The classes of a test set are matched by name.
@@ -358,11 +366,18 @@ def _check_one(
     return report, files, {} if metadata.get("thing_classes") else {name: classes_of(data)}
 
 
-def _log_classes(report: Report) -> None:
+def _log_classes(report: Report, rectangle_as_box_only: bool) -> None:
     if report.classes:
         logger.info(
             f"{report.file}: {report.num_images} images, {report.num_annotations} annotations, "
             f"{len(report.warnings)} kinds of warnings\n{report.class_table()}"
         )
-    for note in report.notes:
+    notes = report.notes
+    rectangles = sum(x.rectangles for x in report.classes if x.is_seen is not False)
+    if rectangles and rectangle_as_box_only:
+        notes.append(
+            f"{rectangles} human masks are not used because they are the rectangles of their "
+            "boxes, see INPUT.RECTANGLE_AS_BOX_ONLY."
+        )
+    for note in notes:
         logger.warning(f"{report.file}: {note}")

@@ -121,11 +121,19 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> Iterator
         An iterator without end over batches, lists of IMS_PER_BATCH / world size examples.
 
     Raises:
-        InputError: a sampler that is not known here.
+        InputError: a sampler that is not known here, or IMS_PER_BATCH does not fit the processes.
     """
     name, options = cfg.DATALOADER.SAMPLER_TRAIN, {}
+    num_images, num_processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if num_images < 1 or num_images % num_processes:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {num_images}; allowed: a multiple of the {num_processes} "
+            "processes."
+        )
     dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
     if name == "TrainingSampler":
         sampler = TrainingSampler(len(dicts), seed=cfg.SEED)

@@ -131,8 +131,8 @@ def _name_of(example: Mapping) -> str:
     return f"{example.get('file_name', '?')} (image_id {example.get('image_id', '?')})"
 
 
-# Over how many iterations a state has to last, and how many values have to be there: of a GPU's
-# scalars there is one in 20 iterations.
+# Over how many iterations a state has to last, and how many values have to be there: iterations
+# without an unseen object have none.
 _WINDOW_ITERS, _MIN_VALUES = 100, 5
 
 # Foreground ratio, of every value of the window, below or above which all masks are empty or full.

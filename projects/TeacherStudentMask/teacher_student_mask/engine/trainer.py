@@ -29,7 +29,7 @@ from ..data import (
     dataset_classes,
     resolve_auto_settings,
 )
-from ..data.datasets import answer_of_main_process, training_classes
+from ..data.datasets import answer_of_main_process, makes_masks, training_classes
 from ..errors import InputError
 from ..evaluation import PartiallySupervisedCOCOEvaluator, results_table
 from ..modeling import GTBoxInference
@@ -84,7 +84,7 @@ class Trainer(DefaultTrainer):
         timer, *others = super().build_hooks()
         self.finite_loss = FiniteLoss()
         seeding = SeedEveryIteration(self.cfg.SEED) if self.cfg.SEED >= 0 else None
-        names = training_classes(self.cfg)
+        names = training_classes(self.cfg.DATASETS.TRAIN)
         guard = UnseenMaskGuard(resolve_seen_classes(self.cfg.DATASETS.SEEN_CLASSES, names), names)
         return [seeding, timer, self.finite_loss, guard, PseudoMaskWatch(), *others]
 
@@ -141,7 +141,7 @@ class Trainer(DefaultTrainer):
         max_dets = cfg.TEST.DETECTIONS_PER_IMAGE if cfg.TEST.DETECTIONS_PER_IMAGE > 150 else 100
         return PartiallySupervisedCOCOEvaluator(
             dataset_name,
-            None if cfg.MODEL.MASK_ON else ("bbox",),
+            None if makes_masks(cfg) else ("bbox",),
             seen_classes=cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES,
             class_names=cls._class_names(cfg),
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
@@ -261,15 +261,19 @@ def setup(args: argparse.Namespace, is_quiet: bool = False) -> CfgNode:
                 is_ours = name == "teacher_student_mask"
                 handler.setLevel(logging.WARNING if is_ours else logging.ERROR)
     choose_device(cfg)
-    has_timm_weights = "timm" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.TIMM.WEIGHTS
-    if not (cfg.MODEL.WEIGHTS or has_timm_weights or args.eval_only):
-        if cfg.MODEL.RESNETS.NORM == "FrozenBN":
-            # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
-            cfg.MODEL.RESNETS.NORM = "BN"
-            cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    is_timm = "timm" in cfg.MODEL.BACKBONE.NAME
+    if not (cfg.MODEL.WEIGHTS or is_timm and cfg.MODEL.TIMM.WEIGHTS or args.eval_only):
+        # Frozen statistics of nothing: activations grow with each block until the loss is NaN.
+        if is_timm:
+            changes = ["MODEL.TIMM.FREEZE_NORM", False, "MODEL.TIMM.FREEZE_AT", 0]
+        elif cfg.MODEL.RESNETS.NORM == "FrozenBN":
+            changes = ["MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0]
+        else:
+            changes = []
+        cfg.merge_from_list(changes)
         logger.warning(
-            "MODEL.WEIGHTS is empty: training from scratch, with MODEL.RESNETS.NORM "
-            f"{cfg.MODEL.RESNETS.NORM!r}, MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}."
+            "MODEL.WEIGHTS is empty: training from scratch, with the changes "
+            f"{' '.join(map(str, changes)) or 'none'}."
         )
     # Before the config is saved, so that nothing needs the training data after the training.
     is_asked = not args.eval_only or cfg.TEST.SEEN_CLASSES in ("", AUTO)
@@ -301,7 +305,7 @@ def _check_data(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[str], list
         files = [cfg.MODEL.WEIGHTS, args.config_file]
         names, ids = answer_of_main_process(lambda: find_model_classes(cfg, files))
     else:
-        training_classes(cfg)
+        training_classes(cfg.DATASETS.TRAIN)
         names, ids = dataset_classes(cfg.DATASETS.TRAIN[0])
         if earlier is not None and names != earlier[0]:
             raise InputError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ class TeacherStudentPair:
 
     # Of the student, by their names in the config.
     student_losses = MASK_LOSSES
+    heads_at_test = ("student", "teacher")
 
     @configurable
     def __init__(
@@ -54,7 +56,7 @@ class TeacherStudentPair:
         kwargs["train_on_external_masks"] = external_masks == "alone"
         super().__init__(**kwargs)
         check_choice("MODEL.PSEUDO_MASK.EXTERNAL", external_masks, EXTERNAL_MASK_USES)
-        check_choice("TEST.MASK_HEAD", test_mask_head, ("student", "teacher"))
+        check_choice("TEST.MASK_HEAD", test_mask_head, self.heads_at_test)
         losses = ("", *self.student_losses)
         check_choice("MODEL.PSEUDO_MASK.STUDENT_LOSS", student_loss, losses)
         self.teacher_mask_head = teacher_mask_head
@@ -92,10 +94,12 @@ class TeacherStudentPair:
     ) -> None:
         # Of each of K objects or ROIs: its image, (K, 3, H, W) in [0, 1], beside the masks of
         # teacher, student and target, (K, h, w) of any size each.
+        if not comm.is_main_process():  # whose pictures alone are written, and forgotten
+            return
         strips = [images]
         for x in masks:
             resized = F.interpolate(x[:, None].float(), size=images.shape[-2:])
             strips.append(resized.expand(-1, 3, -1, -1))
         for k, picture in enumerate(torch.cat(strips, dim=3).detach()):
             name = f"{whose} without a mask: image | teacher | student | target ({k})"
-            get_event_storage().put_image(name, picture)
+            get_event_storage().put_image(name, picture.cpu())

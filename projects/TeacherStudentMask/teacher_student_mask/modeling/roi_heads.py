@@ -61,6 +61,8 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
     and box head learn from all objects.
     """
 
+    heads_at_test = ("student",)
+
     @configurable
     def __init__(
         self,
@@ -125,6 +127,7 @@ class PartiallySupervisedROIHeads(StandardROIHeads):
             pixel_std=cfg.MODEL.PIXEL_STD,
             image_format=cfg.INPUT.FORMAT,
         )
+        check_choice("TEST.MASK_HEAD", cfg.TEST.MASK_HEAD, cls.heads_at_test)
         check_choice("PREDICTOR_INIT", cfg.MODEL.ROI_MASK_HEAD.PREDICTOR_INIT, ("d2", "kaiming"))
         check_choice("BOX_SUPERVISION.NAME", cfg.MODEL.BOX_SUPERVISION.NAME, ("", "boxinst"))
         if cfg.MODEL.BOX_SUPERVISION.NAME:
@@ -340,6 +343,9 @@ class TeacherStudentROIHeads(TeacherStudentPair, PartiallySupervisedROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         limit = cfg.MODEL.PSEUDO_MASK.MAX_ROIS_PER_IMAGE
+        is_agnostic = cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK
+        if cfg.MODEL.PSEUDO_MASK.STUDENT_LOSS == "bce_all" and is_agnostic:
+            raise ValueError("STUDENT_LOSS bce_all needs CLS_AGNOSTIC_MASK False.")
         return super().from_config(cfg, input_shape) | {"max_rois_without_mask": limit}
 
     @classmethod

@@ -72,6 +72,8 @@ class CondInstHeads(nn.Module):
     is a mean over pairs, times the share of the locations whose object has no mask.
     """
 
+    heads_at_test = ("student",)
+
     @configurable
     def __init__(
         self,
@@ -118,6 +120,7 @@ class CondInstHeads(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict) -> dict:
+        check_choice("TEST.MASK_HEAD", cfg.TEST.MASK_HEAD, cls.heads_at_test)
         check_choice("BOX_SUPERVISION.NAME", cfg.MODEL.BOX_SUPERVISION.NAME, ("", "boxinst"))
         box_predictor = FCOS(cfg, input_shape)
         ret = {
