@@ -67,6 +67,13 @@ def test_pictures_of_objects_and_of_images_become_human_masks(run):
     assert all(rows[i]["bbox"] == [0, 0, 5, 4] for i in rows)
 
 
+def test_a_json_with_errors_is_refused(run, tmp_path):
+    flat = {**COCO["annotations"][0], "segmentation": [1, 1, 4, 1, 4, 3]}
+    (tmp_path / "in.json").write_text(json.dumps({**COCO, "annotations": [flat]}))
+    status, printed, _ = run({"17.png": np.ones((4, 6), np.uint8)})
+    assert status == 1 and "'segmentation' is [1, 1, 4" in printed
+
+
 def test_what_a_human_has_drawn_is_replaced_on_request_alone(run):
     picture = {"19.png": np.ones((4, 6), np.uint8)}
     status, printed, rows = run(picture)

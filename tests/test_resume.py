@@ -17,7 +17,7 @@ import train_net
 from teacher_student_mask.errors import InputError
 
 MAX_ITER = 36
-NUM_KILLS = 20
+NUM_KILLS = 10
 
 
 # Bottleneck blocks can be narrow: checkpoints of 3 MB, where the tiny ResNet-18 has 90.
@@ -73,14 +73,14 @@ def run_in_children(tmp_path, dataset, config_file):
 
 
 def kills(seed):
-    """20 moments: during start-up, a step, the writing of a checkpoint, an evaluation."""
+    """10 moments: during start-up, a step, the writing of a checkpoint, an evaluation."""
     rng = random.Random(seed)
     moments = []
     for event, count, longest_delay, number in [
-        ("start", 1, 1.0, 4),
-        ("step", 4, 0.05, 6),
-        ("checkpoint", 2, 0.1, 6),
-        ("evaluation", 1, 0.1, 4),
+        ("start", 1, 1.0, 2),
+        ("step", 4, 0.05, 3),
+        ("checkpoint", 2, 0.1, 3),
+        ("evaluation", 1, 0.1, 2),
     ]:
         for _ in range(number):
             moment = {"event": event, "count": rng.randint(1, count)}
@@ -156,7 +156,7 @@ def test_resume_without_the_last_checkpoint_stops(train, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_twenty_kills_do_not_change_a_bit(run_in_children, tmp_path):
+def test_kills_do_not_change_a_bit(run_in_children, tmp_path):
     """
     The runs are forked children of one process (see tests/interrupted_runs.py), half of them with
     two DataLoader workers; the uninterrupted run has none.

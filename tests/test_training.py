@@ -133,6 +133,12 @@ def test_layouts_of_other_tools(shapes, tmp_path):
         (["data", "--opts", "OUTPUT_DIR", "x"], "OUTPUT_DIR is chosen by output_dir"),
         (["data/moved.json"], "its image 'train_000000.png' is not in .*--image-root"),
         (["data/boxes.json"], "no object has a mask that a human drew; draw some"),
+        (["data/flat.json"], r"'segmentation' is \["),
+        (["data/nameless.json"], "'file_name' is missing"),
+        (["data/stray.json"], "'image_id' is 999"),
+        (["data", "--opts", "DATASETS.TEST", "('a.json',)"], "DATASETS.TEST is the val.json"),
+        (["data", "--output-dir", "mine"], "mine has a folder data"),
+        (["data", "--num-machines", "2"], "give DATA, one path, or --config-file"),
         ([], "give DATA"),
     ],
 )
@@ -142,6 +148,15 @@ def test_what_cannot_be_trained_on_is_one_sentence(shapes, tmp_path, capsys, wor
     for annotation in boxes["annotations"]:
         annotation["segmentation"] = None
     (shapes / "boxes.json").write_text(json.dumps(boxes))
+    flat, nameless, stray = (read(shapes / "train.json") for _ in range(3))
+    for annotation in flat["annotations"]:
+        annotation["segmentation"] = [1, 1, 9, 1, 9, 9]
+    for image in nameless["images"]:
+        del image["file_name"]
+    stray["annotations"][0]["image_id"] = 999
+    for name, coco in (("flat", flat), ("nameless", nameless), ("stray", stray)):
+        (shapes / f"{name}.json").write_text(json.dumps(coco))
+    Path("mine/data").mkdir(parents=True)
     if words == ["data/moved.json"]:
         (shapes / "images").rename(tmp_path / "photos")
     assert main(["train", *words]) == 1
@@ -229,13 +244,18 @@ def test_a_training_stops_when_ap_does_not_rise_and_goes_on_when_told_to(
 
 def test_flips_are_off_where_names_tell_left_from_right(shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "_time_steps", lambda cfg: 0.5)
-    for name, flip in (("left_door", "none"), ("door", None)):
+    asked = ["INPUT.RANDOM_FLIP", "none"]
+    for name, opts, flip, said in (
+        ("left_door", [], "none", "no flips, as names"),
+        ("door", [], None, "with flips"),
+        ("door", asked, None, "no flips\n"),
+    ):
         coco = read(shapes / "train.json")
         coco["categories"][0]["name"] = name
         (shapes / "train.json").write_text(json.dumps(coco))
         parts = find(shapes, shapes / "run")
-        chosen = training._plan("nano", *parts, tmp_path / "run", 600, None, [], print)
-        assert chosen.get("INPUT.RANDOM_FLIP") == flip
+        chosen = training._plan("nano", *parts, tmp_path / "run", 600, None, opts, print)
+        assert chosen.get("INPUT.RANDOM_FLIP") == flip and said in capsys.readouterr().out
         # 600 seconds without a share for evaluations, at half a second a step.
         assert chosen["SOLVER.MAX_ITER"] == "1020"
         assert chosen["MODEL.PSEUDO_MASK.WARMUP_ITERS"] == "102"

@@ -85,6 +85,28 @@ def test_wrong_input_is_one_sentence(files, tmp_path, capsys, options, words):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+def test_objects_of_images_that_are_not_listed_are_left_out_with_a_warning(files, tmp_path):
+    assert run(files, tmp_path) == 0
+    before = summary_of(tmp_path)["models"]["a"]
+    truth = json.loads(Path(files["truth"]).read_text())
+    truth["annotations"].append({**truth["annotations"][0], "id": 999, "image_id": 999})
+    Path(files["truth"]).write_text(json.dumps(truth))
+    assert run(files, tmp_path) == 0
+    assert summary_of(tmp_path)["models"]["a"] == before
+    assert any("999" in x["message"] for x in summary_of(tmp_path)["warnings"])
+
+
+def test_each_file_has_a_name_and_a_model_its_own_data(
+    files, tmp_path, capsys, tiny_coco, tiny_cfg
+):
+    assert run(files, tmp_path, f"a={files['swollen']}") == 1
+    assert "each file needs a NAME of its own" in capsys.readouterr().err
+    save_model(tiny_cfg(dataset=tiny_coco), tmp_path / "model")
+    words = [tmp_path / "model", "--annotations", files["truth"], "--output-dir", tmp_path / "x"]
+    assert main(["analyze", *map(str, words)]) == 1
+    assert "MODEL runs on its test data" in capsys.readouterr().err
+
+
 def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
     """Student and teacher become two models, compared on detected and on the same given boxes."""
 

@@ -43,13 +43,14 @@ def test_the_demo_trains_its_configs_on_its_data_and_does_nothing_twice(
             trained.append(run)
             results = dict.fromkeys(TASKS, METRICS)
             run.folder.mkdir()
-            record = {"config": run.config, "seen_set": None, "seed": 1}
+            record = {"config": run.config, "seen_set": None, "seed": 1, "opts": run.opts}
             record["results"] = dict.fromkeys(["detections", *run.evaluations], results)
             (run.folder / "run.json").write_text(json.dumps(record))
         return []
 
     monkeypatch.setattr(sweep, "run_sweep", run_sweep)
     monkeypatch.setattr(sweep, "write_sweep_report", lambda runs, folder: folder / "report.html")
+    tmp_path = tmp_path / "it's a demo"
     command = ["demo", "--output-dir", str(tmp_path)]
     assert main(command) == 0 and main(command) == 0
     assert [run.config for run in trained] == list(demo.MODELS)
@@ -58,5 +59,9 @@ def test_the_demo_trains_its_configs_on_its_data_and_does_nothing_twice(
     assert list(run.evaluations) == ["gt_boxes_student", "gt_boxes_teacher"]
     assert str(tmp_path / "datasets/shapes/train") in run.arguments
     assert "Report, to be opened" in capsys.readouterr().out
+    # Of another length: neither the data nor the models are touched.
+    assert main([*command, "--short"]) == 1
+    assert "has a run with other changes, DATASETS.TRAIN" in capsys.readouterr().err
+    assert json.loads((tmp_path / "datasets/shapes/settings.json").read_text()) == small
     text = (tmp_path / "summary.md").read_text()
     assert "gt_boxes_teacher" in text and "teacher_student_box_fit" in text

@@ -95,6 +95,7 @@ def test_hidden_masks_leave_the_area_of_the_box_and_all_else_as_it_was(
     def change(data):
         data["info"] = {"numbers": [1, 1.0, None]}
         del data["annotations"][0]["area"]
+        data["annotations"][1]["score"] = 0.7  # of whoever uses the json
         data["annotations"][8]["mask_source"] = "model"
 
     dataset = make_tiny_coco(change)

@@ -192,6 +192,19 @@ sys.exit(main({["sweep", "--output-dir", str(tmp_path), "--num-gpus", "0", "--co
         os.kill(int(hangs.read_text()), 0)
 
 
+def test_paths_may_have_blanks_and_packages_may_be_missing(run, out, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a = b's"
+    folder.mkdir()
+    (folder / "c.yaml").write_text(f"_BASE_: {BASELINE}\n")
+    (planned,) = sweep.plan_sweep([str(folder / "c.yaml")], out)
+    assert planned.name == "a___b_s/c/seed_1"
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run(configs=[BASELINE]) == 1
+    assert "Not installed: submitit; pip install 'teacher-student-mask[sweep]'" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     "arguments, configs, opts, words",
     [
@@ -200,6 +213,7 @@ sys.exit(main({["sweep", "--output-dir", str(tmp_path), "--num-gpus", "0", "--co
         ([], [BASELINE], ["SOLVER.MAX_ITERS", "3"], "SOLVER.MAX_ITERS"),
         ([], [BASELINE], ["DATASETS.TEST", "()"], "DATASETS.TEST is (); allowed: one"),
         (["--seen-sets", "none.json"], [BASELINE], [], "none.json"),
+        ([], [f"it's={BASELINE}"], [], "No closing quotation"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_runs(

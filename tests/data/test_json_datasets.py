@@ -145,6 +145,14 @@ def test_from_paths_to_an_evaluation_without_the_training_data(path_cfg, folder,
     assert model["roi_heads.box_predictor.cls_score.bias"].shape == (4,)
 
 
+def test_jsons_may_be_named_from_their_folder(path_cfg, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    opts = ["DATASETS.TRAIN", ("train.json",), "DATASETS.TEST", (), "DATASETS.SEEN_CLASSES", "all"]
+    cfg = path_cfg(*opts, "DATASETS.TRAIN_IMAGE_ROOT", "")
+    register_json_datasets(cfg)
+    check_datasets(cfg)
+
+
 @pytest.mark.parametrize("is_first_known", [False, True])
 def test_a_second_training_json_with_other_ids_has_the_classes_of_the_first_by_name(
     path_cfg, folder, is_first_known

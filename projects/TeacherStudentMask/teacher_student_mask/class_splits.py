@@ -157,7 +157,7 @@ def choose_seen_classes(num_masks: Mapping[str, int], min_masks: int) -> list[st
 def _read_names(spec: str) -> list[str]:
     text = spec.lstrip(", ")
     if os.path.isfile(spec):
-        with open(spec, encoding="utf-8") as file:
+        with open(spec, encoding="utf-8-sig") as file:
             text = file.read()
         if not spec.endswith(".json"):
             lines = (line.split("#")[0].strip() for line in text.splitlines())

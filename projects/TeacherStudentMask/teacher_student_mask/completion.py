@@ -1,5 +1,6 @@
 """Finish a half-annotated dataset: a mask for every object of a COCO json that has only a box."""
 
+import contextlib
 import csv
 import functools
 import glob
@@ -386,6 +387,6 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> None:
         found = annotations_to_detections(rows, size, ids)
         # Ultralytics looks for labels in the same folders as images.
         labels = Path(folder, "labels", os.path.relpath(path, root)).parent
-        if os.path.isfile(path):
+        with contextlib.suppress(OSError, ValueError):  # of images that cannot be read
             dataset = sv.DetectionDataset(names, [path], {path: found})
             dataset.as_yolo(annotations_directory_path=str(labels))

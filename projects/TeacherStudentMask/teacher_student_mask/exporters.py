@@ -76,9 +76,10 @@ def export_student(
             folder holds files of these names that no export has written.
     """
     output_dir = Path(output_dir)
-    if (output_dir / "config.yaml").exists() and not (output_dir / _DESCRIPTION).exists():
+    found = [x for x in (*_FILES, "classes.json") if (output_dir / x).exists()]
+    if found and not (output_dir / _DESCRIPTION).exists():
         raise InputError(
-            f"{output_dir} holds config.yaml, which no export has written (a training?); name "
+            f"{output_dir} holds {found[0]}, which no export has written (a training?); name "
             "another folder."
         )
     if "onnx" in formats and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):

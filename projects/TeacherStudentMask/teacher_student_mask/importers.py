@@ -171,7 +171,7 @@ def import_yolo(data_yaml: str | os.PathLike, split: str = "train") -> ImportedD
     if "kpt_shape" in settings:
         raise InputError(f"{path}: 'kpt_shape' says that the labels are keypoints, not outlines.")
     root = path.parent / str(settings.get("path") or "")
-    root = root if root.is_dir() else Path(settings["path"])  # from the current folder
+    root = root if root.is_dir() else Path(str(settings["path"]))  # from the current folder
     entries = settings[split] if isinstance(settings[split], list) else [settings[split]]
     # Exports of Roboflow begin with "../" too much; Ultralytics does the same.
     choices = [(root / str(x), root / str(x).removeprefix("../")) for x in entries]

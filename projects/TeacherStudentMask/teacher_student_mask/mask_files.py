@@ -9,7 +9,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
-from .coco_json import forget_mask, has_mask, is_from_model, read_coco
+from .coco_json import check_coco, forget_mask, has_mask, is_from_model, read_json
 from .errors import InputError
 from .importers import ImportedDataset, files_in
 
@@ -36,7 +36,9 @@ def import_masks(
         InputError: a picture belongs to nothing, has another size or kind, shows nothing, or would
             replace a human's mask.
     """
-    dataset = ImportedDataset(read_coco(path), None)
+    coco = read_json(path)
+    check_coco(path, data=coco).raise_on_error()
+    dataset = ImportedDataset(coco, None)
     objects = {x["id"]: x for x in dataset.coco["annotations"] if "id" in x}
     images = {x["id"]: x for x in dataset.coco["images"]}
     by_stem: dict[str, list[dict]] = defaultdict(list)

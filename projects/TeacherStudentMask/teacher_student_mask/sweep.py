@@ -24,13 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .coco_json import write_json
-from .errors import InputError
+from .errors import InputError, require
 
 # Each job imports this module again, so what takes long to import is imported where it is needed.
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "plan_sweep", "run_sweep", "write_summary", "write_sweep_report"]
+__all__ = [
+    "Run",
+    "plan_sweep",
+    "refuse_other_changes",
+    "run_sweep",
+    "write_summary",
+    "write_sweep_report",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +123,21 @@ def plan_sweep(
     """
     from .trained_model import load_config
 
+    require("sweep", "pandas", "submitit")
+    if report:
+        require("report", "jinja2", "plotly")
     opts = [str(x) for x in opts]
     device = ["MODEL.DEVICE", "cuda" if num_gpus else "cpu"]
     runs: dict[Path, Run] = {}
+    tests = set()
     for seed, seen_path, text in itertools.product(seeds, seen_sets or [None], configs):
-        path, *own = shlex.split(text)
+        try:
+            path, *own = [text] if os.path.isfile(text) else shlex.split(text)
+        except ValueError as error:  # a quotation that does not end; nothing at all
+            raise InputError(f"--configs {text!r}: {error}.") from error
         # Folder and stem, because configs of several datasets have the same stem.
-        label, path = path.split("=", 1) if "=" in path else (None, path)
+        has_label = "=" in path and not os.path.isfile(path)
+        label, path = path.split("=", 1) if has_label else (None, path)
         label = label or "/".join(Path(path).resolve().with_suffix("").parts[-2:])
         label = re.sub(r"[^\w./-]|\.\.", "_", label)
         cfg = load_config(path, [*device, *own, *opts])
@@ -156,12 +171,20 @@ def plan_sweep(
         )
         if run.folder in runs:
             raise InputError(f"Two runs are named {run.name}; NAME=YAML gives a config a name.")
-        earlier = run.record.get("opts", run.opts)
-        if earlier != run.opts:
-            changes = " ".join(earlier) or "none"
-            raise InputError(f"{run.folder} has a run with other changes, {changes}; remove it.")
+        refuse_other_changes(run)
         runs[run.folder] = run
+        tests.add(cfg.DATASETS.TEST)
+        if report and len(tests) > 1:
+            raise InputError("A report compares models on one DATASETS.TEST.")
     return list(runs.values())
+
+
+def refuse_other_changes(run: Run) -> None:
+    """Raise an InputError if the folder of a run has one with other changes to its config."""
+    earlier = run.record.get("opts", run.opts)
+    if earlier != run.opts:
+        changes = " ".join(earlier) or "none"
+        raise InputError(f"{run.folder} has a run with other changes, {changes}; remove it.")
 
 
 def run_sweep(

@@ -98,8 +98,7 @@ def train(
     """
     start, run = time.monotonic(), Path(data)
     opts = [str(x) for x in opts]
-    if "OUTPUT_DIR" in opts:
-        raise InputError("OUTPUT_DIR is chosen by output_dir (--output-dir).")
+    _refuse_opts(opts)
     is_resumed = (run / "config.yaml").is_file()
     if not is_resumed:
         run = _choose_folder(run, output_dir)
@@ -145,6 +144,14 @@ def train(
     return run
 
 
+def _refuse_opts(opts: Sequence[str]) -> None:
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key == "OUTPUT_DIR":
+            raise InputError("OUTPUT_DIR is chosen by output_dir (--output-dir).")
+        if key == "DATASETS.TEST" and value != "()":
+            raise InputError("DATASETS.TEST is the val.json beside train.json; () is without any.")
+
+
 def _choose_folder(data: Path, output_dir: str | os.PathLike | None) -> Path:
     if output_dir is None:
         numbered = (f"output/train{i}" for i in itertools.count(2))
@@ -155,6 +162,8 @@ def _choose_folder(data: Path, output_dir: str | os.PathLike | None) -> Path:
         raise InputError(f"{run} holds another run; 'tsmask train {run}' goes on with it.")
     if data.resolve().is_relative_to(run.resolve()):
         raise InputError(f"{data} lies in {run}, the folder of the run; name another folder.")
+    if (run / "data").exists() and not (run / "data/parts.json").is_file():
+        raise InputError(f"{run} has a folder data, which the run needs; name another folder.")
     return run
 
 
@@ -187,12 +196,14 @@ def _plan(
     if not torch.cuda.is_available():
         chosen["MODEL.DEVICE"] = "cpu"
     has_sides = any(re.search("left|right", x.name, re.IGNORECASE) for x in report.classes)
-    flips = "with flips (--opts INPUT.RANDOM_FLIP none where left is not right)"
     if has_sides:
         chosen["INPUT.RANDOM_FLIP"] = "none"
-        flips = "no flips, as names of classes tell left from right"
     flat = itertools.chain.from_iterable(chosen.items())
     cfg = read_config(str(CONFIGS / config_file), [*flat, *opts])
+    if cfg.INPUT.RANDOM_FLIP != "none":
+        flips = "with flips (--opts INPUT.RANDOM_FLIP none where left is not right)"
+    else:
+        flips = "no flips" + ", as names of classes tell left from right" * has_sides
     objects, masks = (sum(getattr(x, k) for x in report.classes) for k in ("num_objects", "masks"))
     if not masks and "MODEL.BOX_SUPERVISION.NAME" not in opts:
         raise InputError(
@@ -241,6 +252,8 @@ def _plan(
 def _time_steps(cfg: CfgNode) -> float:
     """Seconds of a training step, the median of a few."""
     register_json_datasets(cfg)
+    cfg = cfg.clone()
+    cfg.SOLVER.BASE_LR = 0.0  # without the weights of the backbone, learning would diverge
     # A trainer would begin to log to the console.
     logging.getLogger("detectron2").setLevel(logging.INFO)
     trainer, times = Trainer(cfg), []
@@ -304,7 +317,7 @@ class _KeepBest(HookBase):
                 raise _EarlyStop
 
     def after_train(self) -> None:
-        if self.trainer.iter == self.trainer.max_iter:  # else nothing is new
+        if self.trainer.iter >= self.trainer.max_iter:  # else nothing is new
             self._look()
 
     def _look(self) -> bool:

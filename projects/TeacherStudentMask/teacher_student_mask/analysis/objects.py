@@ -313,7 +313,7 @@ def draw_objects(
         panels = _draw_panels(pixels, annotation, [x.rles[row] for x in tables], regions)
         _, data = cv2.imencode(".jpg", panels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
         picture = {
-            "annotation_id": annotation["id"],
+            "annotation_id": annotation.get("id_in_file", annotation["id"]),
             "file_name": image["file_name"],
             "class_name": coco.cats[annotation["category_id"]]["name"],
             "is_unseen": bool(tables[0].is_unseen[row]),
@@ -334,7 +334,7 @@ def _read_grey(image: Mapping, image_root: str) -> np.ndarray | None:
     """uint8, shape (H, W); None where the image cannot be used."""
     # A report is passed on: a json of a stranger must not put a private picture into it.
     root = os.path.abspath(image_root)
-    path = os.path.abspath(os.path.join(root, image.get("file_name", "")))
+    path = os.path.abspath(os.path.join(root, image.get("file_name") or ""))
     if not path.startswith(os.path.join(root, "")):
         return None
     try:

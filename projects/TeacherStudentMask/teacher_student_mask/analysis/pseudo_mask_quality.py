@@ -141,6 +141,9 @@ def _unseen_objects(
         if not unseen:
             continue
         truth = truth_mapper({**image, "annotations": unseen})["instances"]
+        if len(truth) < len(unseen):  # the resize leaves nothing of a mask
+            num_left_out += len(unseen)
+            continue
         has_mask = truth.gt_has_mask
         num_left_out += int((~has_mask).sum())
         truth, overlaps = truth[has_mask], np.array(overlaps)[has_mask.numpy()].tolist()
@@ -155,7 +158,8 @@ def _unseen_objects(
     if num_left_out:
         logger.warning(
             f"{json_file}: the pseudo masks of {num_left_out} unseen objects are not measured: they"
-            " have no true mask, or a box without area in their image."
+            " have no true mask, or a box without area in their image, or the resize leaves nothing"
+            " of a mask of their image."
         )
 
 

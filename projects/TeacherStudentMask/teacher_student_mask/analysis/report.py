@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import require
 from ..evaluation import MASK_TASKS, METRICS, compare_with_yardsticks, tasks_with_objects
 from .objects import PIXEL_COLORS, draw_objects, extreme_objects, select_objects
 
@@ -65,15 +65,10 @@ def write_report(
     Raises:
         InputError: pandas, jinja2 or plotly is not installed.
     """
-    try:
-        import jinja2
-        import plotly.express  # noqa: F401 (needs pandas)
-        import plotly.offline
-    except ImportError as e:
-        raise InputError(
-            f"The report needs pandas, jinja2 and plotly ({e.name} is missing): "
-            "pip install 'teacher-student-mask[report]'"
-        ) from e
+    require("report", "jinja2", "pandas", "plotly")
+    import jinja2
+    import plotly.offline
+
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(analysis.summary, indent=2, allow_nan=False, ensure_ascii=False)

@@ -29,7 +29,7 @@ import argparse
 import itertools
 import os
 
-from ..errors import InputError
+from ..errors import InputError, require
 from .main import add_model_arguments, choose_model, key_and_value
 
 __all__ = ["add_arguments", "run"]
@@ -69,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the model if there is one, measure, and write the report."""
+    require("report", "jinja2", "pandas", "plotly")  # before what takes long
     results, gt_box_results = dict(args.results), dict(args.gt_box_results)
+    if len(results) < len(args.results) or len(gt_box_results) < len(args.gt_box_results):
+        raise InputError("--results, --gt-box-results: each file needs a NAME of its own.")
     has_model = bool(args.model or args.config_file)
     if not has_model and not (args.annotations and args.seen and results | gt_box_results):
         raise InputError(
@@ -107,6 +110,15 @@ def run(args: argparse.Namespace) -> None:
             opts = ["DATASETS.TEST", repr((masks_file,)), *opts]
         trained = load_model(model, weights=args.weights, opts=opts)
         json_file, image_root = find_test_dataset(trained.cfg)
+        if annotations and os.path.realpath(annotations) != os.path.realpath(json_file):
+            raise InputError(
+                f"MODEL runs on its test data, {json_file}; for --annotations {annotations} give "
+                "--opts DATASETS.TEST."
+            )
+        if set(trained.heads) & set(results | gt_box_results):
+            raise InputError(
+                "student and teacher are the masks of MODEL; name the files otherwise."
+            )
         opts = [*opts, "DATASETS.TEST", repr(trained.cfg.DATASETS.TEST[:1])]
         found, on_boxes = {}, {}
         for head, gt_boxes in itertools.product(trained.heads, (False, True)):
@@ -122,7 +134,8 @@ def run(args: argparse.Namespace) -> None:
         results, gt_box_results = found | results, on_boxes | gt_box_results
         annotations, images = annotations or json_file, images or image_root
         # As the evaluation has resolved them, without those that the dataset lacks.
-        cfg = load_config(os.path.join(folder, "inference", "config.yaml"))
+        config_file = os.path.join(folder, "inference", "config.yaml")
+        cfg = load_config(config_file, ["MODEL.WEIGHTS", ""])
         spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
         names = [trained.class_names[i] for i in resolve_seen_classes(spec, trained.class_names)]
         in_dataset, _ = dataset_classes(cfg.DATASETS.TEST[0])

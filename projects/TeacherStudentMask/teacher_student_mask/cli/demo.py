@@ -46,23 +46,34 @@ def run(args: argparse.Namespace) -> int:
     """Run what is not done yet, and print the results."""
     output = args.output_dir
     data = output / "datasets" / "shapes"
-    _write_dataset(data, SHORT_DATASET if args.short else DATASET)
+    settings = SHORT_DATASET if args.short else DATASET
     if args.data_only:
+        _write_dataset(data, settings)
         return 0
     import dataclasses
+    import shlex
 
-    from ..sweep import plan_sweep, run_sweep, write_summary, write_sweep_report
+    from ..sweep import (
+        plan_sweep,
+        refuse_other_changes,
+        run_sweep,
+        write_summary,
+        write_sweep_report,
+    )
 
     opts = list(SHORT_OPTIONS) if args.short else []
     for key, split in ("TRAIN", "train"), ("TEST", "val"):
         json_file = (data / "annotations" / f"instances_{split}.json").resolve()
-        opts += [f"DATASETS.{key}", f"('{json_file}',)"]
+        opts += [f"DATASETS.{key}", repr((str(json_file),))]
         opts += [f"DATASETS.{key}_IMAGE_ROOT", str((data / split).resolve())]
-    configs = [f"{name}={CONFIGS / name}.yaml" for name in MODELS]
+    configs = [shlex.quote(f"{name}={CONFIGS / name}.yaml") for name in MODELS]
     runs = {
         run.config: dataclasses.replace(run, folder=(output / run.config).resolve())
         for run in plan_sweep(configs, output, opts=opts, report=True)
     }
+    for run in runs.values():  # --short is a change
+        refuse_other_changes(run)
+    _write_dataset(data, settings)
     if run_sweep(list(runs.values()), output / "jobs", jobs=len(runs)):
         return 1
     named = {label: runs[name] for name, label in MODELS.items()}

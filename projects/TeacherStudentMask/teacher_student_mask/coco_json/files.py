@@ -59,7 +59,7 @@ def read_json(path: str | os.PathLike) -> object:
             try:
                 return msgspec.json.decode(content)
             except msgspec.MsgspecError:  # NaN, for instance, which Python's json writes and reads
-                return json.loads(content.decode("utf-8"))
+                return json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{os.fspath(path)}: cannot be read: {error}") from error
 
@@ -108,6 +108,7 @@ def check_files(
         sizes: their (height, width), shape (>= n, 2).
         reads_files: whether they are opened.
     """
+    image_root = os.fspath(image_root) or "."  # names alone are of the current folder
     if not os.path.isdir(image_root):
         report.add_to_file("image root", repr(os.fspath(image_root)))
         return

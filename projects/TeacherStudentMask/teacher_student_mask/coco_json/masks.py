@@ -102,13 +102,14 @@ def has_mask(annotation: dict) -> bool:
 
 def forget_mask(annotation: dict) -> None:
     """
-    Take the mask out of a COCO annotation, with all that a model has said of it.
+    Take the mask out of a COCO annotation; of a model's with what the model has said of it.
 
     "area", which COCO counts in the mask, becomes that of the box: it would tell how much of the
     box the object fills.
     """
-    for key in ("segmentation", *_KEYS_OF_MODELS):
+    for key in ("segmentation", *(_KEYS_OF_MODELS if is_from_model(annotation) else ())):
         annotation.pop(key, None)
+    annotation.pop("mask_source", None)
     if "area" in annotation:
         width, height = annotation["bbox"][2:]
         annotation["area"] = width * height

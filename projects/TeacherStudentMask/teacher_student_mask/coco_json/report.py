@@ -73,6 +73,7 @@ class ImageRow(TypedDict):
     id: _Id
     height: _Side
     width: _Side
+    file_name: NotRequired[Annotated[str | None, _allow("a name in the image folder")]]
 
 
 class TrainingImageRow(ImageRow):

@@ -56,8 +56,9 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     """
     Check annotations and complete them in place.
 
-    Malformed polygons beside others are left out, RLEs compressed, a missing "iscrowd" becomes 0,
-    and ids are numbered anew unless all are positive whole numbers.
+    Malformed polygons beside others are left out, and objects of images that are not listed; RLEs
+    are compressed, and a missing "iscrowd" becomes 0. Ids are numbered anew unless all are positive
+    whole numbers; "id_in_file" then has the json's.
 
     Args:
         coco: with "annotations" in its dataset; indexed, if it has not been or ids have changed.
@@ -74,7 +75,10 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     report.raise_on_error()
     for image in coco.dataset["images"]:
         image.update(height=int(image["height"]), width=int(image["width"]))
-    annotations = coco.dataset["annotations"]
+    known = {x["id"] for x in coco.dataset["images"]}
+    annotations = [x for x in coco.dataset["annotations"] if x["image_id"] in known]
+    is_cut = len(annotations) < len(coco.dataset["annotations"])
+    coco.dataset["annotations"] = annotations
     for annotation in annotations:
         annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
         segmentation = annotation.get("segmentation")
@@ -86,8 +90,8 @@ def prepare_ground_truth(coco: COCO, json_file: str, reads_masks: bool) -> Repor
     if not is_usable:
         # COCOeval stores the id of the matched object and reads 0 as "not matched".
         for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
-    if not is_usable or not coco.anns:
+            annotation.update(id=number, id_in_file=annotation["id"])
+    if is_cut or not is_usable or not coco.anns:
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
     return report
