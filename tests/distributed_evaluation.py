@@ -13,7 +13,7 @@ import train_net
 from teacher_student_mask import register_partial_coco
 from teacher_student_mask.data.shapes import SHAPES_SEEN_CLASSES
 
-TEST_SETS = {"eight": 8, "two": 2}  # name: number of images
+TEST_SETS = {"eight": 8, "one": 1}  # name: number of images
 
 
 def evaluate(shapes_root: str, name: str, output: Path) -> tuple[dict, int]:

@@ -14,7 +14,7 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from distributed_evaluation import TEST_SETS, evaluate
-from distributed_training import METHODS_OF_RANKS, train_method
+from distributed_training import EVERY_METHOD, train_method
 
 # Far more than any step takes. What hangs ends with an error, too, but with another one.
 TIMEOUT = timedelta(seconds=300)
@@ -54,7 +54,7 @@ def run_everything(folder: str, shapes_root: str) -> None:
     torch.set_num_threads(1)
     rank = comm.get_rank()
     folder = Path(folder)
-    for name in METHODS_OF_RANKS[comm.get_world_size()]:
+    for name in EVERY_METHOD:
         torch.save(train_method(name), folder / f"training {name} {rank}.pt")
     for name in TEST_SETS:
         results, num_images = evaluate(shapes_root, name, folder / name)

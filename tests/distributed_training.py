@@ -58,30 +58,17 @@ EVERY_METHOD = {
     "ours, naiveSyncBN_N": [*OURS, *_norm_of_both_heads("naiveSyncBN_N", 8)],
     "baseline, naiveSyncBN_N": [*AGNOSTIC, *_norm_of_both_heads("naiveSyncBN_N", 8)],
 }
-# Three ranks cost more time and add no code: one method of each kind.
-METHODS_OF_RANKS = {
-    2: (*EVERY_METHOD,),
-    3: ("ours", "opmask + boxinst + ours", "hourglass teacher", "baseline, naiveSyncBN_N"),
-}
 
 
-def schedule(world_size: int) -> list[tuple[str, ...]]:
+def schedule() -> list[tuple[str, str]]:
     """
-    Which image of ``IMAGES`` each rank gets in each of the ``NUM_STEPS`` steps.
+    Which image of ``IMAGES`` each of 2 ranks gets in each of the ``NUM_STEPS`` steps.
 
-    2 ranks: each of the 10 unordered pairs once; every second pair is reversed, so that each rank
-    meets each kind. 3 ranks: all rotations of three combinations, and no object on any rank.
+    Each of the 10 unordered pairs once; every second pair is reversed, so that each rank meets each
+    kind.
     """
-    if world_size == 2:
-        pairs = itertools.combinations_with_replacement(IMAGES, 2)
-        return [pair[::-1] if i % 2 else pair for i, pair in enumerate(pairs)]
-    normal, no_seen, no_unseen, no_object = IMAGES
-    combinations = [
-        (normal, no_seen, no_object),
-        (no_unseen, no_seen, no_object),
-        (normal, no_object, no_object),
-    ]
-    return [x[k:] + x[:k] for x in combinations for k in range(3)] + [(no_object,) * 3]
+    pairs = itertools.combinations_with_replacement(IMAGES, 2)
+    return [pair[::-1] if i % 2 else pair for i, pair in enumerate(pairs)]
 
 
 @BACKBONE_REGISTRY.register()
@@ -177,7 +164,7 @@ def train(
         lambda module, args, output: losses.append({k: float(v) for k, v in output.items()})
     )
     if batches is None:
-        kinds = [x[rank] for x in schedule(comm.get_world_size())]
+        kinds = [x[rank] for x in schedule()]
         batches = iter([[make_input(x, i, with_external)] for i, x in enumerate(kinds)])
     # On the CPU DDP wants no device.
     ddp = create_ddp_model(model, broadcast_buffers=False, device_ids=None)

@@ -1,6 +1,4 @@
-"""Two process groups, of 2 and of 3 ranks, that run once for all tests of this folder."""
-
-import functools
+"""A process group of 2 ranks, which runs once for all tests of this folder."""
 
 import pytest
 import torch
@@ -30,16 +28,9 @@ def shapes_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def results_of(shapes_root, tmp_path_factory):
-    """Return ``results(world_size, what)``: what each rank saved, in the order of the ranks."""
-
-    @functools.cache
-    def folder_of(world_size):
-        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        start(run_everything, world_size, (str(folder), str(shapes_root)))
-        return folder
-
-    def results(world_size, what):
-        paths = [folder_of(world_size) / f"{what} {rank}.pt" for rank in range(world_size)]
-        return [torch.load(path, weights_only=True) for path in paths]
-
-    return results
+    """Return ``results(what)``: what each rank saved, in the order of the ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    start(run_everything, 2, (str(folder), str(shapes_root)))
+    return lambda what: [
+        torch.load(folder / f"{what} {rank}.pt", weights_only=True) for rank in range(2)
+    ]

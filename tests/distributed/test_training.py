@@ -1,9 +1,9 @@
 """
 Training with DistributedDataParallel where ranks lack seen, unseen or any objects.
 
-Every method on 2 ranks, one of each kind on 3, for 10 steps; ``distributed_training.schedule``
-says in which combinations. DDP runs with ``find_unused_parameters`` False, as Detectron2 has it:
-the step after one in which a parameter of any rank got no gradient raises.
+Every method on 2 ranks for 10 steps; ``distributed_training.schedule`` says which images they get.
+DDP runs with ``find_unused_parameters`` False, as Detectron2 has it: the step after one in which a
+parameter of any rank got no gradient raises.
 """
 
 import math
@@ -11,13 +11,12 @@ import math
 import pytest
 import torch
 from detectron2.layers import get_norm
-from distributed_training import EVERY_METHOD, METHODS_OF_RANKS, NUM_STEPS, schedule
+from distributed_training import EVERY_METHOD, NUM_STEPS, schedule
 from test_base_methods import WITH_EXTERNAL_MASKS, has_mask_head, has_teacher
 from torch import nn
 
 from teacher_student_mask.modeling.mask_heads import has_batch_norm
 
-CASES = [(size, method) for size, methods in METHODS_OF_RANKS.items() for method in methods]
 LOSSES = {
     "loss_mask": lambda method: has_mask_head(EVERY_METHOD[method]),
     "loss_mask_teacher": lambda method: has_teacher(EVERY_METHOD[method]),
@@ -26,15 +25,15 @@ LOSSES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size, method", CASES)
-def test_ranks_without_objects_train_and_stay_alike(results_of, world_size, method):
-    ranks = results_of(world_size, f"training {method}")
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_ranks_without_objects_train_and_stay_alike(results_of, method):
+    ranks = results_of(f"training {method}")
     names = set(ranks[0]["losses"][0])
     for name, is_expected in LOSSES.items():
         assert (name in names) == is_expected(method)
     for rank, result in enumerate(ranks):
         assert len(result["losses"]) == NUM_STEPS
-        for step, losses in zip(schedule(world_size), result["losses"]):
+        for step, losses in zip(schedule(), result["losses"]):
             # Detectron2 averages the ranks' losses by the names of the main process.
             assert set(losses) == names
             assert all(math.isfinite(x) for x in losses.values()), (rank, step, losses)
@@ -55,7 +54,7 @@ def test_ranks_without_objects_train_and_stay_alike(results_of, world_size, meth
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ours, naiveSyncBN_N", "baseline, naiveSyncBN_N"])
 def test_synchronised_statistics_are_those_of_the_ranks_with_rois(results_of, method):
-    state = results_of(2, f"training {method}")[0]["state"]
+    state = results_of(f"training {method}")[0]["state"]
     variances = {name: x for name, x in state.items() if name.endswith("running_var")}
     heads = {name.split(".")[1] for name in variances}
     assert heads == ({"mask_head"} if "baseline" in method else {"mask_head", "teacher_mask_head"})
