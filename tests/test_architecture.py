@@ -92,8 +92,7 @@ def test_every_part_imports_only_what_is_below_it(path):
 
 
 @pytest.mark.parametrize(
-    "module, packages",
-    [("class_splits", set()), ("run_onnx", {"numpy", "onnxruntime", "PIL"})],
+    "module, packages", [("class_splits", set()), ("run_onnx", {"numpy", "onnxruntime", "PIL"})]
 )
 def test_some_modules_need_few_packages(module, packages):
     top_level = {name.split(".")[0] for name in imports_of(PACKAGE / f"{module}.py")}

@@ -22,15 +22,8 @@ from detectron2.utils.events import EventStorage
 from test_config import LINES, load
 from tiny_model import TINY_MODEL
 
-from teacher_student_mask import (
-    GTBoxInference,
-    TeacherStudentDatasetMapper,
-)
-from teacher_student_mask.modeling import (
-    PSEUDO_MASK_METHODS,
-    ROI_MASK_PRIOR_REGISTRY,
-    CondInst,
-)
+from teacher_student_mask import GTBoxInference, TeacherStudentDatasetMapper
+from teacher_student_mask.modeling import PSEUDO_MASK_METHODS, ROI_MASK_PRIOR_REGISTRY, CondInst
 from teacher_student_mask.modeling.pseudo_masks import INTERACT_BALANCES
 
 OPMASK = ["MODEL.ROI_BOX_HEAD.NAME", "FeatureMapBoxHead"]

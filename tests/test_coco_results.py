@@ -11,11 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from teacher_student_mask import InputError
-from teacher_student_mask.coco_json import (
-    load_ground_truth,
-    load_results,
-    prepare_ground_truth,
-)
+from teacher_student_mask.coco_json import load_ground_truth, load_results, prepare_ground_truth
 
 NAN, INF = math.nan, math.inf
 

@@ -16,11 +16,7 @@ import yaml
 from pycocotools.coco import COCO
 from saved_model import TEACHER_STUDENT, save_model
 
-from teacher_student_mask import (
-    GTBoxInference,
-    TeacherStudentDatasetMapper,
-    completion,
-)
+from teacher_student_mask import GTBoxInference, TeacherStudentDatasetMapper, completion
 from teacher_student_mask.cli.main import main
 from teacher_student_mask.completion import write_yolo
 from teacher_student_mask.data import load_partial_coco_json

@@ -237,8 +237,7 @@ def test_crop_tightens_boxes_with_a_mask_and_clips_the_others(make_image, mask_f
     }
     assert instances.gt_has_mask.tolist() == [True, True, False, False, False]
     np.testing.assert_array_equal(
-        instances.gt_exclusion_masks.tensor,
-        mask_of((0, 0, 2, 1), (2, 2, 6, 6), height=8, width=8),
+        instances.gt_exclusion_masks.tensor, mask_of((0, 0, 2, 1), (2, 2, 6, 6), height=8, width=8)
     )
 
 

@@ -10,11 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 import train_net
-from teacher_student_mask.data import (
-    check_datasets,
-    register_json_datasets,
-    resolve_auto_settings,
-)
+from teacher_student_mask.data import check_datasets, register_json_datasets, resolve_auto_settings
 from teacher_student_mask.errors import InputError
 
 

@@ -25,12 +25,7 @@ from .coco_json import check_coco, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
 from .drawing import annotations_to_detections
 from .errors import InputError
-from .object_masks import (
-    PLAIN_IOU,
-    is_plain,
-    make_image_masks,
-    make_model_masks,
-)
+from .object_masks import PLAIN_IOU, is_plain, make_image_masks, make_model_masks
 from .trained_model import load_model
 
 __all__ = ["CompletionSettings", "complete", "write_yolo"]

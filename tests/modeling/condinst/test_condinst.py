@@ -25,15 +25,8 @@ from teacher_student_mask.modeling.box_supervision import (
 from teacher_student_mask.modeling.condinst import condinst
 from teacher_student_mask.modeling.condinst import fcos as fcos_module
 from teacher_student_mask.modeling.condinst.masks import Controller, features_at
-from teacher_student_mask.modeling.condinst.planes import (
-    box_losses,
-    make_student_planes,
-)
-from teacher_student_mask.modeling.condinst.targets import (
-    Grid,
-    assign_objects,
-    make_plane_targets,
-)
+from teacher_student_mask.modeling.condinst.planes import box_losses, make_student_planes
+from teacher_student_mask.modeling.condinst.targets import Grid, assign_objects, make_plane_targets
 from teacher_student_mask.modeling.inference import predict_masks_on_boxes
 from teacher_student_mask.modeling.mask_targets import dice_loss
 from teacher_student_mask.modeling.pseudo_masks import PseudoMaskGenerator

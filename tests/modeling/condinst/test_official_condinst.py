@@ -24,11 +24,7 @@ from teacher_student_mask.modeling.condinst.masks import (
     predict_planes,
 )
 from teacher_student_mask.modeling.condinst.planes import box_losses
-from teacher_student_mask.modeling.condinst.targets import (
-    Grid,
-    assign_objects,
-    make_plane_targets,
-)
+from teacher_student_mask.modeling.condinst.targets import Grid, assign_objects, make_plane_targets
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZES = (64, 128, 256, 512)

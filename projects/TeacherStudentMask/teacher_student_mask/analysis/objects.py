@@ -281,11 +281,7 @@ def extreme_objects(
 
 
 def draw_objects(
-    coco: COCO,
-    summary: Mapping,
-    tables: Sequence[ObjectTable],
-    rows: np.ndarray,
-    image_root: str,
+    coco: COCO, summary: Mapping, tables: Sequence[ObjectTable], rows: np.ndarray, image_root: str
 ) -> list[dict]:
     """
     Draw objects: the true mask, then that of each model.

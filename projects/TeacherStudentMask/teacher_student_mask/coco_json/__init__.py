@@ -1,14 +1,7 @@
 """COCO jsons: THE reader and checker, for training, evaluation, analysis and every command."""
 
 from .checks import check_coco, classes_of, read_coco
-from .files import (
-    DEEP_MODES,
-    TRANSPOSED,
-    open_atomically,
-    orientation_of,
-    read_json,
-    write_json,
-)
+from .files import DEEP_MODES, TRANSPOSED, open_atomically, orientation_of, read_json, write_json
 from .masks import HUMAN, MODEL, forget_mask, has_mask, is_from_model, valid_polygons
 from .report import ClassCounts, Finding, Report
 from .results import load_ground_truth, load_results, prepare_ground_truth

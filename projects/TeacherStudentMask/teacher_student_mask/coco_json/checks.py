@@ -304,11 +304,7 @@ def _is_turned(annotation: dict) -> bool:
 
 
 def _check_boxes(
-    find: Callable,
-    boxes: np.ndarray,
-    sizes: np.ndarray,
-    masks: MeasuredMasks,
-    is_crowd: np.ndarray,
+    find: Callable, boxes: np.ndarray, sizes: np.ndarray, masks: MeasuredMasks, is_crowd: np.ndarray
 ) -> None:
     # With their images, and with the extents of their masks.
     limits, low, sides = sizes[:, ::-1], boxes[:, :2], boxes[:, 2:]

@@ -18,10 +18,7 @@ __all__ = ["load_ground_truth", "load_results", "prepare_ground_truth"]
 
 
 def load_ground_truth(
-    json_file: str | os.PathLike,
-    *,
-    reads_masks: bool = True,
-    warnings: list[Finding] | None = None,
+    json_file: str | os.PathLike, *, reads_masks: bool = True, warnings: list[Finding] | None = None
 ) -> COCO:
     """
     Read a COCO json to evaluate on.

@@ -21,12 +21,7 @@ from ..errors import InputError
 from ..structures import ImageMask
 from .datasets import resolve_auto_settings, training_classes
 
-__all__ = [
-    "TeacherStudentDatasetMapper",
-    "lie_in_image",
-    "union_of_masks",
-    "usable_segmentations",
-]
+__all__ = ["TeacherStudentDatasetMapper", "lie_in_image", "union_of_masks", "usable_segmentations"]
 
 # Of PIL and the file system; UnicodeError: a name that no file can have.
 _IMAGE_ERRORS = (OSError, SyntaxError, UnicodeError)

@@ -65,10 +65,7 @@ class _Examples(Dataset):
 
 
 def train_batches(
-    cfg: CfgNode,
-    dataset_dicts: list[dict],
-    sampler: Iterable[int],
-    mapper: Callable[[dict], dict],
+    cfg: CfgNode, dataset_dicts: list[dict], sampler: Iterable[int], mapper: Callable[[dict], dict]
 ) -> Iterator[list[dict]]:
     """
     Generate one rank's batches from the iteration on that the trainer starts with.

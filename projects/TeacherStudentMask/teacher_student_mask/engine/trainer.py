@@ -175,9 +175,7 @@ class Trainer(DefaultTrainer):
 
 
 def main(
-    args: argparse.Namespace,
-    trainer_class: type[Trainer] = Trainer,
-    is_quiet: bool = False,
+    args: argparse.Namespace, trainer_class: type[Trainer] = Trainer, is_quiet: bool = False
 ) -> dict | None:
     """
     Train, or only evaluate, in this process; return the results of the last evaluation.
