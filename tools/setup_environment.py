@@ -110,7 +110,8 @@ class Environment:
         env = dict(os.environ, PIP_USER="0", PIP_NO_INPUT="1")
         env["PATH"] = f"{self.python.parent}{os.pathsep}{env.get('PATH', '')}"
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.run(command, cwd=cwd, env=env, **output)
+        # Lists of arguments, without a shell.
+        return subprocess.run(command, cwd=cwd, env=env, **output)  # nosec B603
 
     def pip(self, *arguments: str) -> None:
         """Run pip, silently unless it fails; then show the end of its output."""
@@ -183,7 +184,8 @@ def check_reachable(url: str) -> None:
     env = dict(os.environ, GIT_TERMINAL_PROMPT="0")
     options = {"stdout": subprocess.DEVNULL, "timeout": REACH_SECONDS, "check": True}
     try:
-        subprocess.run(command, env=env, **options)  # git itself prints why it failed
+        # git itself prints why it failed.
+        subprocess.run(command, env=env, **options)  # nosec B603
     except (OSError, subprocess.SubprocessError) as error:
         raise SetupError(f"the repository cannot be reached: {error}") from error
 
