@@ -110,8 +110,9 @@ class Environment:
         env = dict(os.environ, PIP_USER="0", PIP_NO_INPUT="1")
         env["PATH"] = f"{self.python.parent}{os.pathsep}{env.get('PATH', '')}"
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # Lists of arguments, without a shell.
-        return subprocess.run(command, cwd=cwd, env=env, **output)  # nosec B603
+        return subprocess.run(  # nosec B603  # A list of arguments, without a shell.
+            command, cwd=cwd, env=env, **output
+        )
 
     def pip(self, *arguments: str) -> None:
         """Run pip, silently unless it fails; then show the end of its output."""
@@ -185,7 +186,7 @@ def check_reachable(url: str) -> None:
     options = {"stdout": subprocess.DEVNULL, "timeout": REACH_SECONDS, "check": True}
     try:
         # git itself prints why it failed.
-        subprocess.run(command, env=env, **options)  # nosec B603
+        subprocess.run(command, env=env, **options)  # nosec B603  # As above.
     except (OSError, subprocess.SubprocessError) as error:
         raise SetupError(f"the repository cannot be reached: {error}") from error
 
