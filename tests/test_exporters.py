@@ -237,13 +237,13 @@ def test_the_files_of_a_training_are_never_replaced(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     before = config.read_text()
     assert main(["export", "--config-file", str(config), "--output-dir", str(tmp_path)]) == 1
-    assert "holds config.yaml, which no export has written" in capsys.readouterr().err
+    assert "holds config.yaml, which no export has written to its end" in capsys.readouterr().err
     assert config.read_text() == before and not (tmp_path / "model.pth").exists()
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / "model.pth").write_text("mine")
     assert main(["export", "--config-file", str(config), "--output-dir", str(alone)]) == 1
-    assert "holds model.pth, which no export has written" in capsys.readouterr().err
+    assert "holds model.pth, which no export has written to its end" in capsys.readouterr().err
     # An earlier export is replaced, with what is no longer asked for.
     exported = tmp_path / "exported"
     assert (

@@ -157,6 +157,7 @@ def test_what_cannot_be_trained_on_is_one_sentence(shapes, tmp_path, capsys, wor
     for name, coco in (("flat", flat), ("nameless", nameless), ("stray", stray)):
         (shapes / f"{name}.json").write_text(json.dumps(coco))
     Path("mine/data").mkdir(parents=True)
+    Path("mine/data/train.json").touch()
     if words == ["data/moved.json"]:
         (shapes / "images").rename(tmp_path / "photos")
     assert main(["train", *words]) == 1
@@ -240,6 +241,11 @@ def test_a_training_stops_when_ap_does_not_rise_and_goes_on_when_told_to(
     assert torch.load(run / "model_final.pth")["iteration"] == 5
     # A second training of the same process has a log, too.
     assert "Starting training from iteration 4" in (run / "log.txt").read_text()
+
+
+def test_steps_are_timed_with_the_schedule_of_the_presets(tiny_cfg, tiny_coco):
+    opts = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SEED", 1, "DATALOADER.NUM_WORKERS", 0]
+    assert training._time_steps(tiny_cfg(opts=opts, dataset=tiny_coco)) > 0
 
 
 def test_flips_are_off_where_names_tell_left_from_right(shapes, tmp_path, capsys, monkeypatch):

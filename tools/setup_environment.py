@@ -89,6 +89,8 @@ class Environment:
                     f"{self.folder} was made with Python {made_with.group(1)}, this is {running}. "
                     "Use --force to make it anew, or --venv for another folder."
                 )
+            if system_site_packages:
+                self._drop_pins_of_installed()
             return
         options = ["--clear"] if clear else []
         options += ["--system-site-packages"] if system_site_packages else []
@@ -101,8 +103,9 @@ class Environment:
             self._drop_pins_of_installed()
 
     def _drop_pins_of_installed(self) -> None:
+        # Of the interpreter that the environment sees; its own packages follow the pins.
         code = "import importlib.metadata as m; print(*{d.name for d in m.distributions()})"
-        installed = self.execute([str(self.python), "-c", code]).stdout.split()
+        installed = self.execute([sys.executable, "-c", code]).stdout.split()
         self._own_constraints.write_text(unpinned(CONSTRAINTS.read_text(), installed))
 
     def execute(self, command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:

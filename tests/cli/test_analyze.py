@@ -107,6 +107,25 @@ def test_each_file_has_a_name_and_a_model_its_own_data(
     assert "MODEL runs on its test data" in capsys.readouterr().err
 
 
+def test_the_data_of_a_model_may_lack_classes(make_tiny_coco, tiny_coco, tiny_cfg, tmp_path):
+    """And have the others under other ids."""
+
+    def change(data):
+        complete(data)
+        ids = {17: 1, 90: 2}
+        data["categories"] = [
+            {**x, "id": ids[x["id"]]} for x in data["categories"] if x["id"] in ids
+        ]
+        objects = [x for x in data["annotations"] if x["category_id"] in ids]
+        data["annotations"] = [{**x, "category_id": ids[x["category_id"]]} for x in objects]
+
+    save_model(tiny_cfg(opts=TEACHER_STUDENT, dataset=tiny_coco), tmp_path / "model")
+    words = [tmp_path / "model", "--resamples", 0, "--output-dir", tmp_path / "out"]
+    words += ["--opts", "DATASETS.TEST", repr((make_tiny_coco(change).name,))]
+    assert main(["analyze", *map(str, words)]) == 0
+    assert summary_of(tmp_path)["dataset"]["seen_classes"] == ["ship"]
+
+
 def test_a_model_is_run_first(make_tiny_coco, tiny_cfg, tmp_path, capsys):
     """Student and teacher become two models, compared on detected and on the same given boxes."""
 

@@ -41,6 +41,8 @@ def test_images_come_in_the_order_of_their_ids_with_all_their_boxes(tiny_coco):
     assert [x["category_id"] for x in mixed] == [0, 2, 0, 2, 0, 2, 0, 1]
     assert [x["iscrowd"] for x in mixed] == [0] * 6 + [1, 0]
     assert mixed[0]["bbox"] == [2, 2, 20, 16] and mixed[0]["bbox_mode"] == BoxMode.XYWH_ABS
+    # Bug: a transform left boxes of whole numbers whole.
+    assert {type(x) for annotation in mixed for x in annotation["bbox"]} == {float}
 
 
 def test_segmentation_is_there_only_where_the_json_holds_one(tiny_coco):

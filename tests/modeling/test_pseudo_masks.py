@@ -197,8 +197,6 @@ def test_scalars_by_hand():
     logged = {name: value.item() for name, value in scalars.items()}
     assert logged == {
         "pseudo_mask/fg_ratio": pytest.approx(7 / 12),
-        "pseudo_mask/fg_ratio/0": 0.25,
-        "pseudo_mask/fg_ratio/2": 0.75,
         "pseudo_mask/agreement": 0.75,
         "pseudo_mask/num_rois": 3,
     }

@@ -1,6 +1,5 @@
 """Finish a half-annotated dataset: a mask for every object of a COCO json that has only a box."""
 
-import contextlib
 import csv
 import functools
 import glob
@@ -23,7 +22,7 @@ from .box_prompts import load_predictor
 from .class_splits import match_classes
 from .coco_json import check_coco, is_from_model, read_json, write_json
 from .data import TeacherStudentDatasetMapper
-from .drawing import annotations_to_detections
+from .drawing import annotations_to_detections, read_image
 from .errors import InputError
 from .object_masks import PLAIN_IOU, is_plain, make_image_masks, make_model_masks
 from .trained_model import load_model
@@ -382,6 +381,9 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> None:
         found = annotations_to_detections(rows, size, ids)
         # Ultralytics looks for labels in the same folders as images.
         labels = Path(folder, "labels", os.path.relpath(path, root)).parent
-        with contextlib.suppress(OSError, ValueError):  # of images that cannot be read
-            dataset = sv.DetectionDataset(names, [path], {path: found})
-            dataset.as_yolo(annotations_directory_path=str(labels))
+        try:
+            read_image(path)
+        except InputError:  # it has no labels
+            continue
+        dataset = sv.DetectionDataset(names, [path], {path: found})
+        dataset.as_yolo(annotations_directory_path=str(labels))

@@ -79,8 +79,8 @@ def export_student(
     found = [x for x in (*_FILES, "classes.json") if (output_dir / x).exists()]
     if found and not (output_dir / _DESCRIPTION).exists():
         raise InputError(
-            f"{output_dir} holds {found[0]}, which no export has written (a training?); name "
-            "another folder."
+            f"{output_dir} holds {found[0]}, which no export has written to its end (a training?); "
+            "name another folder."
         )
     if "onnx" in formats and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
         raise InputError("The format onnx needs: pip install -c constraints.txt onnx onnxruntime")

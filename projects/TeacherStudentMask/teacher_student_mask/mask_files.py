@@ -37,7 +37,7 @@ def import_masks(
             replace a human's mask.
     """
     coco = read_json(path)
-    check_coco(path, data=coco).raise_on_error()
+    check_coco(path, data=coco).raise_on_error(logs=False)
     dataset = ImportedDataset(coco, None)
     objects = {x["id"]: x for x in dataset.coco["annotations"] if "id" in x}
     images = {x["id"]: x for x in dataset.coco["images"]}

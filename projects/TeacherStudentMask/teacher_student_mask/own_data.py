@@ -82,7 +82,7 @@ def find_data(
     else:
         files = [x for x in (path, validation) if x is not None]
         for x in files:
-            check_coco(x).raise_on_error()
+            check_coco(x).raise_on_error(logs=False)  # warnings follow when the training begins
         parts = [DataPart(str(x), str(image_root or _find_image_root(x))) for x in files]
     if len(parts) == 1:
         parts = _set_aside(parts[0], folder, seed)

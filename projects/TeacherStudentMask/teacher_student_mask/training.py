@@ -162,7 +162,8 @@ def _choose_folder(data: Path, output_dir: str | os.PathLike | None) -> Path:
         raise InputError(f"{run} holds another run; 'tsmask train {run}' goes on with it.")
     if data.resolve().is_relative_to(run.resolve()):
         raise InputError(f"{data} lies in {run}, the folder of the run; name another folder.")
-    if (run / "data").exists() and not (run / "data/parts.json").is_file():
+    found = run / "data"
+    if found.exists() and not (found / "parts.json").is_file() and any(found.iterdir()):
         raise InputError(f"{run} has a folder data, which the run needs; name another folder.")
     return run
 
@@ -252,11 +253,11 @@ def _plan(
 def _time_steps(cfg: CfgNode) -> float:
     """Seconds of a training step, the median of a few."""
     register_json_datasets(cfg)
-    cfg = cfg.clone()
-    cfg.SOLVER.BASE_LR = 0.0  # without the weights of the backbone, learning would diverge
     # A trainer would begin to log to the console.
     logging.getLogger("detectron2").setLevel(logging.INFO)
     trainer, times = Trainer(cfg), []
+    for group in trainer.optimizer.param_groups:  # without its weights the model would diverge
+        group["lr"] = 0.0
     trainer.model.train()
     # Behind the gate, where most of the training is.
     with EventStorage(cfg.MODEL.PSEUDO_MASK.WARMUP_ITERS + 1) as trainer.storage:

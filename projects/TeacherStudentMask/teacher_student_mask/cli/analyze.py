@@ -13,8 +13,8 @@ Inputs are a COCO ground truth with a mask on every object, and either
                  Detectron2's coco_instances_results.json or MMDetection's *.segm.json;
   a trained model  MODEL, which runs on its test dataset first. Student and teacher become two
                  models of the report; the quality of the pseudo masks is added.
-Both may be combined. DIR then holds report.html (one file, no network needed) and analysis.json;
-docs/ANALYSIS.md says what is where.
+Both may be combined. DIR then holds report.html (one file, no network needed), analysis.json and,
+of a model, what it has found in results/; docs/ANALYSIS.md says what is where.
 
 examples:
   two result files, masks of the 20 VOC classes in training:
@@ -27,6 +27,7 @@ examples:
 
 import argparse
 import itertools
+import logging
 import os
 
 from ..errors import InputError, require
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
             "give MODEL, the folder of a training, or --annotations, --seen and --results (or "
             "--gt-box-results)."
         )
+    if has_model and {"student", "teacher"} & set(results | gt_box_results):
+        raise InputError("student and teacher are the masks of MODEL; name the files otherwise.")
     if args.images and not os.path.isdir(args.images):
         raise InputError(f"--images {args.images}: no such folder.")
     from ..analysis import Settings, analyze, write_report
@@ -95,54 +98,11 @@ def run(args: argparse.Namespace) -> None:
     )
     annotations, images, seen, pseudo_masks = args.annotations, args.images, args.seen, {}
     if has_model:
-        # Only now: reading result files needs no model.
-        from ..analysis.pseudo_mask_quality import measure_pseudo_masks
-        from ..class_splits import resolve_seen_classes
-        from ..data import dataset_classes
-        from ..judgement import evaluate
-        from ..own_data import partly_masked_validation
-        from ..trained_model import find_test_dataset, load_config, load_model
-
-        model, opts = choose_model(args), args.opts
-        masks_file = "" if "DATASETS.TEST" in opts else partly_masked_validation(model)
-        if masks_file:
-            print("Some validation objects have no mask: the others are measured, on their boxes.")
-            opts = ["DATASETS.TEST", repr((masks_file,)), *opts]
-        trained = load_model(model, weights=args.weights, opts=opts)
-        json_file, image_root = find_test_dataset(trained.cfg)
-        if annotations and os.path.realpath(annotations) != os.path.realpath(json_file):
-            raise InputError(
-                f"MODEL runs on its test data, {json_file}; for --annotations {annotations} give "
-                "--opts DATASETS.TEST."
-            )
-        if set(trained.heads) & set(results | gt_box_results):
-            raise InputError(
-                "student and teacher are the masks of MODEL; name the files otherwise."
-            )
-        opts = [*opts, "DATASETS.TEST", repr(trained.cfg.DATASETS.TEST[:1])]
-        found, on_boxes = {}, {}
-        for head, gt_boxes in itertools.product(trained.heads, (False, True)):
-            if masks_file and not gt_boxes:
-                continue
-            folder = os.path.join(args.output_dir, "results", head + "_gt_boxes" * gt_boxes)
-            print(f"Running the {head}'s masks on {'given' if gt_boxes else 'detected'} boxes.")
-            options = {"weights": args.weights, "opts": opts, "output_dir": folder}
-            evaluate(model, gt_boxes=gt_boxes, head=head, **options)
-            results_file = os.path.join(folder, "inference", "coco_instances_results.json")
-            (on_boxes if gt_boxes else found)[head] = results_file
+        model = _run_model(args)
         # The model first: it is the baseline of the differences.
-        results, gt_box_results = found | results, on_boxes | gt_box_results
-        annotations, images = annotations or json_file, images or image_root
-        # As the evaluation has resolved them, without those that the dataset lacks.
-        config_file = os.path.join(folder, "inference", "config.yaml")
-        cfg = load_config(config_file, ["MODEL.WEIGHTS", ""])
-        spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
-        names = [trained.class_names[i] for i in resolve_seen_classes(spec, trained.class_names)]
-        in_dataset, _ = dataset_classes(cfg.DATASETS.TEST[0])
-        seen = seen or [x for x in names if x in in_dataset]
-        if "teacher" in trained.heads and not args.no_pseudo_masks:
-            quality = measure_pseudo_masks(trained, overlap_bins=args.bins)
-            pseudo_masks["teacher"] = quality
+        results, gt_box_results = model.results | results, model.gt_box_results | gt_box_results
+        annotations, images = model.annotations, images or model.image_root
+        seen, pseudo_masks = seen or model.seen, model.pseudo_masks
     analysis = analyze(
         annotations,
         results,
@@ -156,3 +116,54 @@ def run(args: argparse.Namespace) -> None:
         analysis, args.output_dir, image_root=images, num_objects=args.num_pictures
     )
     print(*headline(analysis.summary), f"Report: {report}", sep="\n")
+
+
+def _run_model(args: argparse.Namespace) -> argparse.Namespace:
+    """Evaluate the heads of a model, and name what it has written and was trained on."""
+    # Only now: reading result files needs no model.
+    from ..analysis.pseudo_mask_quality import measure_pseudo_masks
+    from ..class_splits import AUTO, resolve_seen_classes
+    from ..data import dataset_classes, resolve_auto_settings
+    from ..judgement import evaluate
+    from ..own_data import partly_masked_validation
+    from ..trained_model import find_test_dataset, load_model
+
+    model, opts = choose_model(args), args.opts
+    masks_file = "" if "DATASETS.TEST" in opts else partly_masked_validation(model)
+    if masks_file:
+        print("Some validation objects have no mask: the others are measured, on their boxes.")
+        opts = ["DATASETS.TEST", repr((masks_file,)), *opts]
+    trained = load_model(model, weights=args.weights, opts=opts)
+    cfg, found = trained.cfg, argparse.Namespace(results={}, gt_box_results={}, pseudo_masks={})
+    found.annotations, found.image_root = find_test_dataset(cfg)
+    given = args.annotations or found.annotations
+    if os.path.realpath(given) != os.path.realpath(found.annotations):
+        raise InputError(
+            f"MODEL runs on its test data, {found.annotations}; for {given} give --opts "
+            "DATASETS.TEST in the place of --annotations."
+        )
+    opts = [*opts, "DATASETS.TEST", repr(cfg.DATASETS.TEST[:1])]
+    for head, gt_boxes in itertools.product(trained.heads, (False, True)):
+        if masks_file and not gt_boxes:
+            continue
+        folder = os.path.join(args.output_dir, "results", head + "_gt_boxes" * gt_boxes)
+        print(f"Running the {head}'s masks on {'given' if gt_boxes else 'detected'} boxes.")
+        of_boxes = found.gt_box_results if gt_boxes else found.results
+        if found.results or found.gt_box_results:  # what is odd has been said
+            logging.disable(logging.WARNING)
+        try:
+            options = {"weights": args.weights, "opts": opts, "output_dir": folder}
+            evaluate(model, gt_boxes=gt_boxes, head=head, **options)
+        finally:
+            logging.disable(logging.NOTSET)
+        of_boxes[head] = os.path.join(folder, "inference", "coco_instances_results.json")
+    is_asked = cfg.TEST.SEEN_CLASSES in ("", AUTO)
+    cfg = resolve_auto_settings(cfg, needs_seen_classes=is_asked)
+    spec = cfg.TEST.SEEN_CLASSES or cfg.DATASETS.SEEN_CLASSES
+    names = [trained.class_names[i] for i in resolve_seen_classes(spec, trained.class_names)]
+    # Without those that the dataset lacks.
+    in_dataset, _ = dataset_classes(cfg.DATASETS.TEST[0])
+    found.seen = [x for x in names if x in in_dataset]
+    if "teacher" in trained.heads and not args.no_pseudo_masks:
+        found.pseudo_masks["teacher"] = measure_pseudo_masks(trained, overlap_bins=args.bins)
+    return found

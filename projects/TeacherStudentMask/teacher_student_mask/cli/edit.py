@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     if not is_strip and not 0 <= args.keep <= 1:
         raise InputError(f"--keep must be a number from 0 to 1, got {args.keep}.")
     data = read_json(args.input)
-    report = check_coco(args.input, data=data, seen_classes=args.seen_classes if is_strip else None)
+    seen = args.seen_classes if is_strip else None
+    report = check_coco(args.input, data=data, seen_classes=seen)
     for finding in report.findings:
         print(f"{finding.severity}: {finding}")
     if report.errors:
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         hide_masks(annotations, args.keep, args.min_per_class, args.seed)
     write_json(args.output, data)
-    print(check_coco(args.output, data=data).class_table())
+    print(check_coco(args.output, data=data, seen_classes=seen).class_table())
     print(f"Written to {args.output}")
 
 

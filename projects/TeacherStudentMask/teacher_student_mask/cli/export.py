@@ -5,7 +5,7 @@ Always:
   deployment.json  how to prepare an image, what comes out, the classes, what was compared
   classes.json     the names of the classes, in the order of pred_classes
 and of the --formats
-  plain        config.yaml and model.pth: a plain Detectron2 Mask R-CNN, for whoever has Detectron2
+  plain        config.yaml, model.pth, categories.json: a plain Mask R-CNN for those with Detectron2
   torchscript  model.ts: PyTorch and torchvision run it
   onnx         model.onnx: onnxruntime runs it, and run_onnx.py beside it is an example. Needs the
                extra "export": pip install -c constraints.txt onnx onnxruntime

@@ -9,6 +9,7 @@ long to import, PyTorch above all, is imported in ``run``.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import re
@@ -82,9 +83,9 @@ def load_chosen_model(args: argparse.Namespace, **options) -> TrainedModel:
 
 def key_and_value(text: str) -> tuple[str, str]:
     """For the ``type`` of an argument KEY=VALUE."""
-    key, _, value = text.partition("=")
-    if not key or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} has no NAME= before a value")
     return key, value
 
 
@@ -105,21 +106,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_parts = name in ("edit", "import")
     args = (parser.parse_args if has_parts else parser.parse_intermixed_args)(rest)
     # What this project has to say, and warnings of others.
-    console, name = logging.StreamHandler(sys.stdout), "teacher_student_mask"
-    console.addFilter(lambda x: x.levelno >= logging.WARNING or x.name.startswith(name))
+    console, ours = logging.StreamHandler(sys.stdout), "teacher_student_mask"
+    console.addFilter(lambda x: x.levelno >= logging.WARNING or x.name.startswith(ours))
     logging.basicConfig(format="[%(asctime)s %(name)s] %(message)s", handlers=[console])
-    logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger(ours).setLevel(logging.INFO)
     try:
         return module.run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except PermissionError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in "tsmask check ... | head"
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -59,7 +59,7 @@ def read_json(path: str | os.PathLike) -> object:
             try:
                 return msgspec.json.decode(content)
             except msgspec.MsgspecError:  # NaN, for instance, which Python's json writes and reads
-                return json.loads(content.decode("utf-8-sig"))
+                return json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{os.fspath(path)}: cannot be read: {error}") from error
 
@@ -86,11 +86,16 @@ def open_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     Until then it is ``path`` + ".partial". ``mode`` is "w" for text in UTF-8, or "wb".
     """
     partial = f"{os.fspath(path)}.partial"
-    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
 
 
 def check_files(

@@ -316,14 +316,15 @@ class Report:
         for finding in self.findings:
             logger.log(getattr(logging, finding.severity.upper()), str(finding))
 
-    def raise_on_error(self) -> None:
+    def raise_on_error(self, logs: bool = True) -> None:
         """
-        Log every finding.
+        Log every finding, unless others will.
 
         Raises:
             InputError: the sentence of the first error, if there is one.
         """
-        self.log()
+        if logs:
+            self.log()
         if self.errors:
             raise InputError(str(self.errors[0]))
 

@@ -96,7 +96,8 @@ def load_partial_coco_json(
     }
     for annotation in coco["annotations"]:
         obj = {
-            "bbox": list(annotation["bbox"]),
+            # Detectron2 would cut whole numbers after it has scaled them.
+            "bbox": [float(x) for x in annotation["bbox"]],
             "bbox_mode": BoxMode.XYWH_ABS,
             "category_id": classes["thing_dataset_id_to_contiguous_id"][annotation["category_id"]],
             "iscrowd": annotation.get("iscrowd", 0),
@@ -227,7 +228,9 @@ def _ask_training_data(cfg: CfgNode, needs_seen_classes: bool) -> tuple[list[str
             return classes, ""
         num_masks = dict.fromkeys(classes, 0)
         for dataset in cfg.DATASETS.TRAIN:
-            for x in check_coco(MetadataCatalog.get(dataset).json_file).classes:
+            found = check_coco(MetadataCatalog.get(dataset).json_file).classes
+            match_classes([x.name for x in found], classes, dataset)
+            for x in found:
                 num_masks[x.name] += x.masks - cfg.INPUT.RECTANGLE_AS_BOX_ONLY * x.rectangles
     except (AttributeError, KeyError, OSError, ValueError) as error:
         raise InputError(

@@ -9,6 +9,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch.nn import functional as F
 
+from ..errors import InputError
+
 __all__ = [
     "MASK_LOSSES",
     "all_channels_bce_loss",
@@ -242,9 +244,9 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError if ``value``, of the setting ``name``, is not ``allowed``."""
+    """Raise InputError if ``value``, of the setting ``name``, is not ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+        raise InputError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
 
 
 def put_scalars(scalars: dict[str, torch.Tensor]) -> None:

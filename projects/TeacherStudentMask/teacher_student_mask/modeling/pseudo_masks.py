@@ -303,9 +303,8 @@ def make_student_targets(
     if generator.crf is not None:
         roi_images = crop_pixels(pixels, [x.proposal_boxes for x in chosen], side)
     masks = generator(base, student_probs, chosen, roi_images)
-    classes = torch.cat([x.gt_classes for x in chosen])
     own = (masks, teacher_probs[rows], student_probs)
-    scalars.update(describe_targets("pseudo_mask", *own, classes=classes))
+    scalars.update(describe_targets("pseudo_mask", *own))
     targets = targets.index_copy(0, rows, masks.to(gt_masks.dtype))
     return targets, torch.ones_like(has_target), scalars
 
@@ -317,7 +316,6 @@ def describe_targets(
     probs: torch.Tensor,
     others: torch.Tensor,
     inside: torch.Tensor | None = None,
-    classes: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     Scalars about targets that are not ground truth, as means over R > 0 of them.
@@ -328,21 +326,17 @@ def describe_targets(
         probs, others: shape (R, h, w), in [0, 1]; "agreement" is the share of the cells on the same
             side of 0.5.
         inside: bool, shape (R, h, w), the cells that count; None: all.
-        classes: int64, shape (R,); adds "fg_ratio/<id>" of each class.
     """
     if inside is None:
         inside = torch.ones_like(targets, dtype=torch.bool)
     size = inside.sum((1, 2)).clamp(min=1)
     ratios = (targets * inside).sum((1, 2)) / size
     is_same = ((probs >= 0.5) == (others >= 0.5)) & inside
-    scalars = {
+    return {
         f"{name}/fg_ratio": ratios.mean(),
         f"{name}/agreement": (is_same.sum((1, 2)) / size).mean(),
         f"{name}/num_rois": ratios.new_tensor(len(targets)),
     }
-    for k in [] if classes is None else classes.unique().tolist():
-        scalars[f"{name}/fg_ratio/{k}"] = ratios[classes == k].mean()
-    return scalars
 
 
 def _average_down(probs: torch.Tensor, side: int) -> torch.Tensor:

@@ -138,9 +138,8 @@ def make_student_planes(
             **settings,
         )
     rows = (~has_target).nonzero()[:, 0]
-    where = (targets.box_masks[objects[rows]], targets.classes[objects[rows]])
     own = (planes[rows], teacher_probs[rows], student_probs[rows])
-    scalars.update(describe_targets("pseudo_mask", *own, *where))
+    scalars.update(describe_targets("pseudo_mask", *own, targets.box_masks[objects[rows]]))
     return planes, torch.ones_like(has_target), scalars
 
 
