@@ -108,9 +108,7 @@ def test_each_file_has_a_name_and_a_model_its_own_data(
 
 
 def test_the_data_of_a_model_may_lack_classes(make_tiny_coco, tiny_coco, tiny_cfg, tmp_path):
-    """And have the others under other ids."""
-
-    def change(data):
+    def change(data):  # and have the others under other ids
         complete(data)
         ids = {17: 1, 90: 2}
         data["categories"] = [

@@ -200,9 +200,7 @@ def test_paths_may_have_blanks_and_packages_may_be_missing(run, out, tmp_path, m
     assert planned.name == "a___b_s/c/seed_1"
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert run(configs=[BASELINE]) == 1
-    assert "Not installed: submitit; pip install 'teacher-student-mask[sweep]'" in (
-        capsys.readouterr().err
-    )
+    assert "Not installed: submitit; pip install 'teacher-" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

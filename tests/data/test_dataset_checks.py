@@ -129,12 +129,9 @@ def test_a_test_set_without_annotations_can_be_predicted_on(register):
         check_datasets((), (register(lambda data: data.clear()).name,), SEEN)
 
 
-def test_names_of_test_images_are_texts(make_tiny_coco):
+def test_a_list_is_no_dataset_and_a_number_no_name(make_tiny_coco):
     with pytest.raises(InputError, match="'file_name' is 5"):
         check_datasets((), (make_tiny_coco(change("images", 7, file_name=5)).name,), SEEN)
-
-
-def test_a_list_is_no_dataset(make_tiny_coco):
     dataset = make_tiny_coco()
     Path(dataset.json_file).write_text("[]")
     with pytest.raises(InputError, match="'content' is a list"):

@@ -131,16 +131,6 @@ def test_every_process_has_as_many_images(tiny_cfg, tiny_coco, monkeypatch, num_
         build_train_loader(cfg, draw)
 
 
-def test_proposals_are_read(tiny_cfg, tiny_coco, monkeypatch):
-    asked = {}
-    reader = "teacher_student_mask.data.train_loader.get_detection_dataset_dicts"
-    monkeypatch.setattr(reader, lambda names, **x: asked.update(x) or dicts_of(SIZES))
-    cfg = tiny_cfg(dataset=tiny_coco, opts=["SEED", 0, "MODEL.LOAD_PROPOSALS", True])
-    cfg.DATASETS.PROPOSAL_FILES_TRAIN = ("boxes.pkl",)
-    build_train_loader(cfg, draw)
-    assert asked["proposal_files"] == ("boxes.pkl",)
-
-
 def file_names(loader, num_batches):
     return [[x["file_name"] for x in batch] for batch in islice(loader, num_batches)]
 
