@@ -55,8 +55,7 @@ def run(tiny_cfg, tiny_coco, tmp_path):
 
 def test_grabcut_finds_masks_without_a_mask_head_and_boxes_alone_need_none(run, tiny_coco):
     opts = ["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NAME", "PartiallySupervisedROIHeads"]
-    opts += ["SOLVER.MAX_ITER", 1]
-    output = run(opts=[*opts, "MODEL.META_ARCHITECTURE", "GrabCutRCNN"])
+    output = run(opts=[*opts, "MODEL.META_ARCHITECTURE", "GrabCutRCNN", "SOLVER.MAX_ITER", 1])
     assert {"segm", *SUBSETS} < set(json.loads((output / "results.json").read_text()))
     # Some objects of this test set have no mask.
     boxes_alone = ["MODEL.WEIGHTS", output / "model_final.pth", "DATASETS.TEST", (tiny_coco.name,)]

@@ -31,8 +31,9 @@ def test_names_that_a_script_has_set_need_no_ids(tiny_coco):
     assert by_image_id(dicts)[7]["annotations"][1]["category_id"] == 2
 
 
-def test_images_come_in_the_order_of_their_ids_with_all_their_boxes(tiny_coco):
-    dicts = DatasetCatalog.get(tiny_coco.name)
+def test_images_come_in_the_order_of_their_ids_with_all_their_boxes(make_tiny_coco):
+    whole = make_tiny_coco(lambda data: data["annotations"][0].update(bbox=[2, 2, 20, 16]))
+    dicts = DatasetCatalog.get(whole.name)
     assert [x["image_id"] for x in dicts] == [2, 5, 7, 30]
     assert [len(x["annotations"]) for x in dicts] == [2, 0, 8, 2]
     assert [(x["height"], x["width"]) for x in dicts] == [(64, 80), (64, 64), (64, 64), (80, 64)]
