@@ -1,5 +1,6 @@
 """Finish a half-annotated dataset: a mask for every object of a COCO json that has only a box."""
 
+import contextlib
 import csv
 import functools
 import glob
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from .box_prompts import load_predictor
 from .class_splits import match_classes
 from .coco_json import check_coco, is_from_model, read_json, write_json
+from .coco_json.masks import KEYS_OF_MODELS
 from .data import TeacherStudentDatasetMapper
-from .drawing import annotations_to_detections, read_image
+from .drawing import annotations_to_detections
 from .errors import InputError
 from .object_masks import PLAIN_IOU, is_plain, make_image_masks, make_model_masks
 from .trained_model import load_model
@@ -30,8 +32,7 @@ from .trained_model import load_model
 __all__ = ["CompletionSettings", "complete", "write_yolo"]
 
 # Keys of an object that is given a mask, always or sometimes.
-_NEW_KEYS = {"segmentation", "area", "score", "mask_source", "teacher_student_agreement"}
-_NEW_KEYS |= {"mask_fallback"}
+_NEW_KEYS = {"segmentation", "area", *KEYS_OF_MODELS}
 # What may be another one when an interrupted run goes on.
 _FREE_SETTINGS = {"output", "skip_broken_images", "ranking", "yolo", "resume", "force"}
 _FREE_SETTINGS |= {"num_processes"}
@@ -381,9 +382,6 @@ def write_yolo(coco: dict, image_root: str, folder: str | os.PathLike) -> None:
         found = annotations_to_detections(rows, size, ids)
         # Ultralytics looks for labels in the same folders as images.
         labels = Path(folder, "labels", os.path.relpath(path, root)).parent
-        try:
-            read_image(path)
-        except InputError:  # it has no labels
-            continue
         dataset = sv.DetectionDataset(names, [path], {path: found})
-        dataset.as_yolo(annotations_directory_path=str(labels))
+        with contextlib.suppress(ValueError):  # the image cannot be read: it has no labels
+            dataset.as_yolo(annotations_directory_path=str(labels))

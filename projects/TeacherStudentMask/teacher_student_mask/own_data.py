@@ -81,13 +81,13 @@ def find_data(
         parts = _convert_yolo(path, folder, say)
     else:
         files = [x for x in (path, validation) if x is not None]
-        for x in files:
-            check_coco(x).raise_on_error(logs=False)  # warnings follow when the training begins
         parts = [DataPart(str(x), str(image_root or _find_image_root(x))) for x in files]
+    for x in parts:  # what is odd in the first is said by the plan
+        report = check_coco(x.json_file, image_root=x.image_root)
+        report.raise_on_error(logs=x is not parts[0])
     if len(parts) == 1:
         parts = _set_aside(parts[0], folder, seed)
     else:  # before the minutes after which the training would come to it
-        check_coco(parts[1].json_file, image_root=parts[1].image_root).raise_on_error()
         check_coco(parts[1].json_file, use="evaluation", reads_masks=False).raise_on_error()
     parts[1:] = [_separate_masks(x, folder) for x in parts[1:]]
     (folder / "parts.json").write_text(json.dumps([vars(x) for x in parts]), encoding="utf-8")
@@ -130,7 +130,7 @@ def _convert_yolo(data_yaml: Path, folder: Path, say: Callable[[str], None]) -> 
 
 def _find_image_root(json_file: Path) -> Path:
     images = read_coco(json_file)["images"]
-    name = images[0]["file_name"] if images else ""
+    name = str(images[0].get("file_name") or "") if images else ""
     parent = json_file.parent
     folders = [parent, parent / "images", parent.parent / "images"]
     for folder in folders:

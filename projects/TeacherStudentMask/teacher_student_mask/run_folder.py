@@ -83,7 +83,7 @@ def check_is_new(folder: str) -> None:
     if found:
         raise InputError(
             f"OUTPUT_DIR {folder} holds another run ({', '.join(found)}), which training would "
-            f"overwrite. Name another folder, or go on with that run by --resume."
+            "overwrite. Name another folder, or go on with that run by --resume."
         )
 
 

@@ -142,7 +142,7 @@ def analyze(
     remedy = "--max-detections (Settings.max_detections) raises the number."
     rows = coco.dataset["annotations"]
     warn_of_many_objects(rows, settings.max_detections, annotations, remedy)
-    for annotation in coco.dataset["annotations"]:
+    for annotation in rows:
         annotation["segmentation"] = coco.annToRLE(annotation)
     dataset = _Dataset(coco, seen_classes, settings)
     models: dict[str, dict] = {

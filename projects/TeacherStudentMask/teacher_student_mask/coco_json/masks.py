@@ -19,6 +19,7 @@ import pycocotools.mask as mask_util
 __all__ = [
     "BOX_TOLERANCE",
     "HUMAN",
+    "KEYS_OF_MODELS",
     "MAX_COORDINATE",
     "MAX_PIXELS",
     "MODEL",
@@ -36,7 +37,7 @@ __all__ = [
 # Values of an annotation's "mask_source". Without the key a mask is a human's.
 HUMAN, MODEL = "human", "model"
 # What tsmask complete says of a mask.
-_KEYS_OF_MODELS = ("mask_source", "score", "teacher_student_agreement", "mask_fallback")
+KEYS_OF_MODELS = ("mask_source", "score", "teacher_student_agreement", "mask_fallback")
 
 # pycocotools shifts 32-bit integers; an RLE of more pixels may need more.
 MAX_PIXELS = 2**29
@@ -107,7 +108,7 @@ def forget_mask(annotation: dict) -> None:
     "area", which COCO counts in the mask, becomes that of the box: it would tell how much of the
     box the object fills.
     """
-    for key in ("segmentation", *(_KEYS_OF_MODELS if is_from_model(annotation) else ())):
+    for key in ("segmentation", *(KEYS_OF_MODELS if is_from_model(annotation) else ())):
         annotation.pop(key, None)
     annotation.pop("mask_source", None)
     if "area" in annotation:

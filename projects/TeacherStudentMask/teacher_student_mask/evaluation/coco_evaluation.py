@@ -203,7 +203,7 @@ class PartiallySupervisedCOCOEvaluator(COCOEvaluator):
 def warn_of_many_objects(
     annotations: Sequence[Mapping], max_detections: int, json_file: str, remedy: str
 ) -> None:
-    """Warn where an image has more objects of a class than AP counts; the sentence ends so."""
+    """Warn where an image has more objects of a class than AP counts, and say the remedy."""
     groups = ((x["image_id"], x["category_id"]) for x in annotations if not x.get("iscrowd", 0))
     counts = Counter(groups)
     num = sum(x > max_detections for x in counts.values())
